@@ -1,0 +1,7 @@
+"""Source checkpoint -> multi-query checkpoint."""
+
+from .convert import convert
+from .errors import ConversionError
+from .inspection import inspect
+
+__all__ = ["ConversionError", "convert", "inspect"]

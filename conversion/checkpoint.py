@@ -1,0 +1,238 @@
+"""Reading and writing checkpoints tensor by tensor, so that neither side is ever whole in memory."""
+
+import json
+import math
+import os
+import pickle
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError, safe_open
+
+from .errors import ConversionError, listing
+
+# (single file, index of shards), in the order of preference
+LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint directory: safetensors or `pytorch_model.bin`, one file or sharded.
+
+    Opening reads headers only. Each `read` maps the files it needs and unmaps them again, which keeps the pages of
+    what was read from adding up in memory.
+
+    Attributes:
+        tensors: name -> shape and dtype.
+        files: the weight files.
+
+    Raises:
+        ConversionError: for missing, truncated, inconsistent or unsafe files.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.files, indexed = self._find_files()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in self.files:
+            for name, info in self._header(path).items():
+                if name in self.tensors:
+                    raise ConversionError(f"tensor {name} stands in both {self._file_of[name].name} and {path.name}")
+                self.tensors[name] = info
+                self._file_of[name] = path
+        if indexed is not None:
+            self._check_index(indexed)
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, on the CPU; valid until the result is dropped."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._file_of[name], []).append(name)
+        tensors: dict[str, torch.Tensor] = {}
+        for path, wanted in by_file.items():
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    tensors.update({name: file.get_tensor(name) for name in wanted})
+            else:
+                state = load_bin(path)
+                tensors.update({name: state[name] for name in wanted})
+        return tensors
+
+    def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
+        for single, index in LAYOUTS:
+            if (self.directory / single).is_file():
+                return [self.directory / single], None
+            if (self.directory / index).is_file():
+                try:
+                    weight_map = json.loads((self.directory / index).read_text())["weight_map"]
+                    files = sorted({self.directory / name for name in weight_map.values()})
+                except (ValueError, KeyError, AttributeError, TypeError) as error:
+                    raise ConversionError(f"{index} is not an index of shards: {error}") from error
+                outside = [path.name for path in files if path.parent != self.directory]
+                if outside:
+                    raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
+                missing = [path.name for path in files if not path.is_file()]
+                if missing:
+                    raise ConversionError(f"{index} names shards that are not there: {listing(missing)}")
+                return files, weight_map
+        wanted = ", ".join(name for layout in LAYOUTS for name in layout)
+        raise ConversionError(f"no weights in {self.directory}: looked for {wanted}")
+
+    def _header(self, path: Path) -> dict[str, TensorInfo]:
+        if path.suffix != ".safetensors":
+            return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in load_bin(path).items()}
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                unknown = {s.get_dtype() for s in slices.values()} - set(DTYPES)
+                if unknown:
+                    raise ConversionError(f"{path.name} holds tensors of type {listing(unknown)}, which are not read")
+                return {n: TensorInfo(tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(
+                f"{path.name} is truncated or corrupted ({path.stat().st_size:,} bytes; {error}); fetch it again"
+            ) from error
+
+    def _check_index(self, indexed: Mapping[str, str]) -> None:
+        gone = [name for name, file in indexed.items() if self._file_of.get(name) != self.directory / file]
+        if gone:
+            raise ConversionError(f"the index names tensors that its shards do not hold: {listing(gone)}")
+        extra = set(self.tensors) - set(indexed)
+        if extra:
+            raise ConversionError(f"the shards hold tensors that the index does not name: {listing(extra)}")
+
+
+def load_bin(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a `.bin` file, memory-mapped, with PyTorch's loader that runs no code from it.
+
+    Raises:
+        ConversionError: for a file that is corrupted or holds anything else than tensors.
+    """
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # the format since PyTorch 1.6; an older file cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path.name} is a pickle that holds more than tensors, or is corrupted, and was not loaded: "
+            f"it could run code ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise ConversionError(f"{path.name} is truncated or corrupted: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ConversionError(f"{path.name} does not hold a state dict of tensors")
+    return state
+
+
+class CheckpointWriter:
+    """Writes safetensors shards whose layout is fixed before the first tensor comes.
+
+    safetensors' own writer takes a whole shard in memory; here each tensor goes to its place in its file as it comes,
+    in any order, so that memory does not depend on the shard size. The format is eight bytes of header length, a JSON
+    header and the raw tensors: https://github.com/huggingface/safetensors#format
+
+    Args:
+        directory: where the shards go; it exists.
+        tensors: name -> shape and dtype, in the order of the files.
+        max_shard_size: bytes, or text such as "5GB".
+    """
+
+    def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int | str):
+        try:
+            split = split_state_dict_into_shards_factory(
+                dict(tensors),
+                get_storage_size=lambda info: info.nbytes,
+                filename_pattern="model{suffix}.safetensors",
+                max_shard_size=max_shard_size,
+            )
+        except ValueError as error:
+            raise ConversionError(f"--max-shard-size {max_shard_size!r} is not a size: {error}") from error
+        self.total_bytes = sum(info.nbytes for info in tensors.values())
+        self._tensors = dict(tensors)
+        self._pending = set(tensors)
+        self._places: dict[str, tuple[Path, int]] = {}
+        for file_name, names in split.filename_to_tensors.items():
+            self._start_file(directory / file_name, names)
+        if split.is_sharded:
+            index = {
+                "metadata": {
+                    "total_size": self.total_bytes,
+                    "total_parameters": sum(math.prod(info.shape) for info in tensors.values()),
+                },
+                "weight_map": split.tensor_to_filename,
+            }
+            (directory / LAYOUTS[0][1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def _start_file(self, path: Path, names: list[str]) -> None:
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            info = self._tensors[name]
+            header[name] = {
+                "dtype": SAFETENSORS_DTYPES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, offset + info.nbytes],
+            }
+            offset += info.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            if offset:
+                # Takes the space now: a disk that is too small is found before the work, not in the middle of it.
+                os.posix_fallocate(file.fileno(), 8 + len(encoded), offset)
+        for name in names:
+            self._places[name] = (path, 8 + len(encoded) + header[name]["data_offsets"][0])
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Put tensors in their places, converted to the planned dtype; the number of bytes written."""
+        written = 0
+        by_file: dict[Path, list[str]] = {}
+        for name in tensors:
+            by_file.setdefault(self._places[name][0], []).append(name)
+        for path, names in by_file.items():
+            with open(path, "r+b", buffering=0) as file:
+                for name in names:
+                    info, tensor = self._tensors[name], tensors[name]
+                    assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} for {info.shape}"
+                    file.seek(self._places[name][1])
+                    data = tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy()
+                    view = memoryview(data)
+                    while view:
+                        view = view[file.write(view) :]
+                    written += info.nbytes
+                    self._pending.discard(name)
+        return written
+
+    def finish(self) -> None:
+        assert not self._pending, f"planned but never written: {listing(self._pending)}"

@@ -1,0 +1,490 @@
+"""From a pretrained checkpoint to a multi-query one, a layer at a time.
+
+    plan      configuration and headers: what will be read, pooled and written, or why it cannot be
+    walk      per layer: source tensors -> canonical layer -> pooled layer -> output shard
+    finish    configuration, code, tokenizer, `conversion.json`, model card; then the directory gets its name
+"""
+
+import errno
+import json
+import math
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+import mqa_hf
+from mqa_hf.configuration_mqa import MQAConfig
+
+from .card import write_card
+from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from .errors import ConversionError
+from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
+from .plan import Step, layer_of, match, read_steps, write_steps
+from .pooling import METHODS, check_heads, pool_layer
+
+TARGETS = ("mqa", "native")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
+# What stands beside the weights and stays as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+REPORT_FILE = "conversion.json"
+# What `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` imports.
+RUNTIME_FILES = ("configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint directory and what its configuration says.
+
+    Attributes:
+        name: as the user gave it: a hub id or a path.
+        directory: where the files are.
+        revision: the commit, for a hub id.
+        config: as transformers reads it.
+        raw: `config.json` as it stands.
+    """
+
+    name: str
+    directory: Path
+    revision: str | None
+    config: PreTrainedConfig
+    raw: dict[str, Any]
+
+
+def open_source(source: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Source:
+    """Find a source, fetching a hub id.
+
+    Args:
+        source: a directory or a hub id.
+        revision: branch, tag or commit of a hub id.
+        weights: whether to fetch the weights too.
+
+    Raises:
+        ConversionError: where there is no such checkpoint, or its configuration cannot be read.
+    """
+    directory, commit = Path(source), None
+    if not directory.is_dir():
+        if directory.exists():
+            raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
+        directory = _download(str(source), revision, weights)
+        commit = directory.name
+    elif revision is not None:
+        raise ConversionError(f"--revision {revision} is for hub ids; {source} is a directory")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
+    try:
+        raw = json.loads(path.read_text())
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{path} is not a configuration: {error}") from error
+    family_of(model_type)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # whatever a configuration class raises for values that it refuses
+        raise ConversionError(f"transformers refuses {path}: {error}") from error
+    return Source(str(source), directory, commit, config, raw)
+
+
+def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
+    api = HfApi()
+    try:
+        patterns = [*COMPANIONS, "config.json", "README.md"]
+        if weights:
+            files = [] if _offline() else api.list_repo_files(repo_id, revision=revision)
+            safetensors = any(name.endswith(".safetensors") and "/" not in name for name in files)
+            patterns += WEIGHT_PATTERNS[::2] if safetensors else WEIGHT_PATTERNS
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConversionError(
+            f"{repo_id} is neither a directory nor a model that can be fetched from the Hub: {error}"
+        ) from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    kv_heads: int = 1,
+    method: str = "mean",
+    target: str = "mqa",
+    dtype: str | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    ignore_switches: Sequence[str] = (),
+    push_to_hub: str | None = None,
+    private: bool = False,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Convert a multi-head or grouped-query checkpoint to one with fewer key/value heads.
+
+    Args:
+        source: directory or hub id of a checkpoint of a family in the table.
+        output: directory to write. It appears only when it is whole.
+        kv_heads: key/value heads of the result, a divisor of the source's. The source's own number changes no weight.
+        method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2).
+        target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
+            transformers, where one can hold the model.
+        dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
+        seed: of `method="random"`.
+        revision: branch, tag or commit of a hub id.
+        max_shard_size: bytes, or text such as "5GB".
+        overwrite: replace a checkpoint that is at `output`.
+        ignore_switches: unknown switches of `config.json` that are known not to change the model's function.
+        push_to_hub: repository to upload the result to.
+        private: whether a repository that is made for it is private.
+        progress: show a progress bar.
+
+    Returns:
+        The content of `conversion.json`.
+
+    Raises:
+        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
+    """
+    for name, value, known in (("method", method, METHODS), ("target", target, TARGETS), ("dtype", dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise ConversionError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+    plan = make_plan(
+        open_source(source, revision),
+        kv_heads=kv_heads,
+        target=target,
+        dtype=DTYPES[dtype] if dtype else None,
+        ignore=frozenset(ignore_switches),
+    )
+    options = {
+        "kv_heads": kv_heads,
+        "method": method,
+        "target": target,
+        "dtype": dtype,
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+        "ignore_switches": list(ignore_switches),
+    }
+    output = Path(output)
+    _check_output(output, plan.source.directory, overwrite)
+    with _written_beside(output, sum(info.nbytes for info in plan.tensors.values())) as partial:
+        writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
+        layers = walk(plan, writer, method, seed, progress)
+        report = _report(plan, options, layers)
+        _write_companions(plan, partial)
+        (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+        write_card(partial, report, plan.source.directory)
+        _write_config(plan, partial)
+    if push_to_hub:
+        _push(output, push_to_hub, private)
+    return report
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that can be carried out.
+
+    Attributes:
+        source, reader, family: where the weights come from.
+        config: the canonical configuration with all of the source's K/V heads.
+        pooled: the same with the heads that are asked for.
+        output: the configuration that is written: `pooled`, or that of a class of transformers.
+        reads, writes: the steps on either side.
+        tensors: shape and dtype of what is written.
+    """
+
+    source: Source
+    reader: CheckpointReader
+    family: Family
+    config: MQAConfig
+    pooled: MQAConfig
+    output: PreTrainedConfig
+    reads: list[Step]
+    writes: list[Step]
+    tensors: dict[str, TensorInfo]
+
+
+def make_plan(
+    source: Source, *, kv_heads: int, target: str, dtype: torch.dtype | None, ignore: frozenset[str]
+) -> Plan:
+    """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
+    family = family_of(source.config.model_type)
+    config = canonical_config(source.config, source.raw, ignore)
+    check_heads(config.num_attention_heads, config.num_key_value_heads, kv_heads)
+    reader = CheckpointReader(source.directory)
+    if config.tie_word_embeddings and not _really_tied(reader, family):
+        # As transformers does: both weights are there and differ, so the configuration is wrong about them.
+        config.tie_word_embeddings = False
+    reads = read_steps(reader.tensors, family, config)
+
+    pooled = MQAConfig(**{**config.to_dict(), "num_key_value_heads": kv_heads})
+    output: PreTrainedConfig = pooled
+    output_family: Family | None = None
+    if target == "native":
+        if family.native is None:
+            raise ConversionError(
+                f"--target native: no class of transformers holds a {source.config.model_type} with fewer key/value "
+                "heads; use --target mqa"
+            )
+        output = family.native(source.config, pooled)
+        output.tie_word_embeddings = config.tie_word_embeddings
+        output_family = FAMILIES[output.model_type]
+    output.dtype = dtype or source.config.dtype
+    available = {target: step.name for step in reads for target in step.targets if target}
+    writes, shapes = write_steps(output, output_family, set(available))
+
+    tensors = {}
+    for step in writes:
+        given = next((available[t] for t in step.targets if t in available), reads[0].name)
+        tensors[step.name] = TensorInfo(shapes[step.name], dtype or reader.tensors[given].dtype)
+    return Plan(source, reader, family, config, pooled, output, reads, writes, tensors)
+
+
+def _really_tied(reader: CheckpointReader, family: Family) -> bool:
+    """Whether a checkpoint whose configuration ties the head to the embedding has no other head of its own."""
+    steps, _ = match(reader.tensors, family)
+    names = {target: step.name for step in steps for target in step.targets}
+    head, embedding = names.get("lm_head.weight"), names.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return True
+    tensors = reader.read([head, embedding])
+    return torch.equal(tensors[head], tensors[embedding])
+
+
+def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool) -> list[dict[str, float]]:
+    """Read, pool and write one layer after the other, and each tensor outside the layers by itself.
+
+    Returns:
+        Per layer, the pooling errors of [`pool_layer`].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    waiting: dict[str, list[Step]] = {}  # by the canonical tensor that a step is written with
+    read = {target for step in plan.reads for target in step.targets}
+    for step in plan.writes:
+        waiting.setdefault(next((t for t in step.targets if t in read), ""), []).append(step)
+    layers: dict[int, list[Step]] = {}
+    parts: list[tuple[int | None, list[Step]]] = []
+    for step in plan.reads:
+        layer = layer_of(step)
+        if layer is None:
+            parts.append((None, [step]))
+        else:
+            layers.setdefault(layer, []).append(step)
+    parts.extend(sorted(layers.items()))
+
+    reports = []
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        disable=not progress,
+    )
+    with bar, torch.no_grad():
+        task = bar.add_task("embeddings", total=writer.total_bytes)
+        for layer, steps in parts:
+            canonical = _read(plan, steps)
+            if layer is not None:
+                bar.update(task, description=f"layer {layer + 1}/{len(layers)}")
+                fold_query_scale(plan.family, plan.source.config, layer, canonical)
+                errors = pool_layer(
+                    canonical,
+                    source_heads=plan.config.num_key_value_heads,
+                    kv_heads=plan.pooled.num_key_value_heads,
+                    method=method,
+                    generator=generator,
+                    std=plan.config.initializer_range,
+                )
+                reports.append({"layer": layer, **errors})
+            ready = [step for name in canonical for step in waiting.pop(name, ())]
+            bar.advance(task, writer.write({step.name: _output_tensor(plan, step, canonical) for step in ready}))
+        bar.advance(task, writer.write({s.name: torch.zeros(plan.tensors[s.name].shape) for s in waiting.pop("", ())}))
+    writer.finish()
+    return reports
+
+
+def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
+    """The canonical tensors that some source tensors hold."""
+    tensors = plan.reader.read(step.name for step in steps)
+    canonical = {}
+    for step in steps:
+        for target, tensor in zip(step.targets, step.rule.operation.to_canonical(tensors[step.name], plan.config)):
+            if target is not None:
+                canonical[target] = tensor
+    return canonical
+
+
+def _output_tensor(plan: Plan, step: Step, canonical: dict[str, torch.Tensor]) -> torch.Tensor:
+    given = tuple(canonical.get(target) if target else None for target in step.targets)
+    return step.rule.operation.from_canonical(given, plan.pooled)
+
+
+# -- the output directory ----------------------------------------------------------------------------------------
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Raises ConversionError where writing `output` would lose something."""
+    here, there = output.resolve(), source.resolve()
+    if here == there:
+        raise ConversionError(f"source and output are the same directory: {here}")
+    if here in there.parents or there in here.parents:
+        raise ConversionError(f"source {there} and output {here} lie in each other")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConversionError(f"{output} is a file; give a directory to write")
+    if any(output.iterdir()):
+        if not overwrite:
+            raise ConversionError(f"{output} exists and is not empty; pass --overwrite to replace it")
+        if not (output / "config.json").is_file():
+            raise ConversionError(f"{output} is not a checkpoint (no config.json), so --overwrite does not replace it")
+
+
+@contextmanager
+def _written_beside(output: Path, size: int) -> Iterator[Path]:
+    """A directory beside `output` that takes its name at the end, or vanishes.
+
+    Raises:
+        ConversionError: where the disk is too small or cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(output.parent).free
+        if free < size:
+            raise ConversionError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        try:
+            partial.chmod(0o777 & ~_umask())
+            yield partial
+            _take_place(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConversionError(f"no space left for {size:,} bytes beside {output}; nothing was kept") from error
+        raise ConversionError(f"cannot write {output}: {error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _take_place(partial: Path, output: Path) -> None:
+    """Rename `partial` to `output`; what was there goes only once the new one stands."""
+    if not output.exists():
+        partial.rename(output)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / output.name
+    output.rename(old)
+    try:
+        partial.rename(output)
+    except BaseException:
+        old.rename(output)
+        raise
+    finally:
+        if output.exists():
+            shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _write_companions(plan: Plan, partial: Path) -> None:
+    """Tokenizer, chat template, generation config and licence, byte for byte."""
+    directory = plan.source.directory
+    for pattern in COMPANIONS:
+        for path in directory.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, partial / path.name)
+    templates = directory / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, partial / templates.name)
+    settings = directory / "tokenizer_config.json"
+    named = settings.is_file() and "tokenizer_class" in json.loads(settings.read_text())
+    if not named and any(partial.glob("tokenizer*")) | any(partial.glob("vocab.*")):
+        # The class of an older tokenizer follows from the model type, which changes; saved again, it names itself.
+        AutoTokenizer.from_pretrained(directory).save_pretrained(partial)
+
+
+def _write_config(plan: Plan, partial: Path) -> None:
+    """Code first, `config.json` last: a directory without it does not load."""
+    architecture = "MQAForCausalLM"
+    if plan.output is plan.pooled:
+        for name in RUNTIME_FILES:
+            shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
+    else:
+        architecture = AutoModelForCausalLM._model_mapping[type(plan.output)].__name__
+    plan.output.architectures = [architecture]
+    config = plan.output.to_diff_dict()
+    config.pop("_name_or_path", None)
+    config["transformers_version"] = version("transformers")
+    (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _report(plan: Plan, options: dict[str, Any], layers: list[dict[str, float]]) -> dict[str, Any]:
+    before, after = plan.config, plan.pooled
+    return {
+        "source": plan.source.name,
+        "revision": plan.source.revision,
+        "family": plan.source.config.model_type,
+        "output": plan.output.model_type,
+        "options": options,
+        "num_attention_heads": before.num_attention_heads,
+        "num_key_value_heads": {"before": before.num_key_value_heads, "after": after.num_key_value_heads},
+        "kv_bytes_per_token": {"before": before.kv_bytes_per_token, "after": after.kv_bytes_per_token},
+        "parameters": sum(math.prod(info.shape) for info in plan.tensors.values()),
+        "layers": layers,
+        "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "safetensors")},
+        "command": _command(plan.source, options),
+    }
+
+
+def _command(source: Source, options: dict[str, Any]) -> str:
+    """The command that makes this checkpoint again."""
+    words = ["mqa-hf", "convert", source.name, "OUTPUT"]
+    if source.revision:
+        words += ["--revision", source.revision]
+    for name, value in options.items():
+        flag = "--" + name.removesuffix("es" if name == "ignore_switches" else "").replace("_", "-")
+        if name == "seed" and options["method"] != "random":
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if item is not None:
+                words += [flag, str(item)]
+    return shlex.join(words)
+
+
+def _push(output: Path, repo_id: str, private: bool) -> None:
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="Convert with mqa-hf")
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        raise ConversionError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error

@@ -1,0 +1,126 @@
+"""Attention that never repeats keys and values: query heads are folded onto the K/V head that they share.
+
+    B batch, T query tokens, S key tokens, H query heads, G key/value heads, g = H / G, D and Dv head widths
+
+transformers' grouped attention repeats K and V to H heads in the cases where PyTorch's kernels need it, which costs
+the memory traffic that fewer K/V heads were to save (Shazeer 2019, arXiv 1911.02150, section 3). Here
+
+- a decoding step (T = 1) treats the g query heads of a group as g queries of one head: [B, G, g, D] against
+  [B, G, S, D], with no copy of anything;
+- a longer input runs on views of K and V that are expanded along the head axis (stride 0).
+
+Registered under the name "mqa" for attention and for its mask, so that `attn_implementation="mqa"` finds both.
+"""
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION_NAME = "mqa"
+
+
+def mqa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    output_attentions: bool = False,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scaled dot-product attention over shared key/value heads.
+
+    Args:
+        module: the attention layer; its `is_causal` holds where the argument is `None`.
+        query: [B, H, T, D].
+        key: [B, G, S, D], S ≥ T.
+        value: [B, G, S, Dv].
+        attention_mask: boolean (true: attend) or additive, [B or 1, 1 or H, T, S]; `None` is causal for T > 1, all
+            of S for T = 1.
+        output_attentions: also return the weights, which costs T·S memory a head.
+
+    Returns:
+        The output [B, T, H, Dv], and the weights [B, H, T, S] where asked for.
+    """
+    if output_attentions:
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+    B, H, T, D = query.shape
+    G = key.shape[1]
+    g = H // G
+
+    if T == 1:
+        if attention_mask is not None and attention_mask.shape[1] > 1:
+            attention_mask = attention_mask.reshape(attention_mask.shape[0], G, g, -1)
+        out = nn.functional.scaled_dot_product_attention(
+            query.reshape(B, G, g, D), key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+        return out.reshape(B, 1, H, out.shape[-1]), None
+
+    is_causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
+    if is_causal and key.shape[2] > T:  # the prefill of a static cache: what lies beyond T is still empty
+        key, value = key[:, :, :T], value[:, :, :T]
+    if g == 1 or (query.is_cuda and attention_mask is None and D == value.shape[-1] <= 256):
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=g > 1
+        )
+        return out.transpose(1, 2), None
+    per_group_mask = attention_mask is not None and attention_mask.shape[1] > 1
+    out = torch.cat(
+        [
+            nn.functional.scaled_dot_product_attention(
+                query[:, i * g : (i + 1) * g],
+                key[:, i : i + 1].expand(-1, g, -1, -1),
+                value[:, i : i + 1].expand(-1, g, -1, -1),
+                attention_mask[:, i * g : (i + 1) * g] if per_group_mask else attention_mask,
+                dropout,
+                is_causal,
+                scale=scaling,
+            )
+            for i in range(G)
+        ],
+        dim=1,
+    )
+    return out.transpose(1, 2), None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain matrix products, softmax in float32; shapes as in [`mqa_attention_forward`].
+
+    Returns:
+        The output [B, T, H, Dv] and the weights [B, H, T, S].
+    """
+    B, H, T, D = query.shape
+    G, S = key.shape[1:3]
+    if attention_mask is None and T > 1 and module.is_causal:
+        # Aligned to the upper left, as PyTorch's `is_causal` is: a static cache may be longer than what it holds.
+        attention_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()[None, None]
+    scaling = D**-0.5 if scaling is None else scaling
+
+    folded = query.reshape(B, G, H // G * T, D)
+    weights = (torch.matmul(folded, key.transpose(2, 3)) * scaling).reshape(B, H, T, S)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
+    elif attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    out = torch.matmul(weights.reshape(B, G, H // G * T, S), value).reshape(B, H, T, -1)
+    return out.transpose(1, 2), weights
+
+
+AttentionInterface.register(ATTENTION_NAME, mqa_attention_forward)
+# Without a mask function of the same name transformers passes no mask at all, and padding would be attended to.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

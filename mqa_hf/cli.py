@@ -1,0 +1,143 @@
+"""The `mqa-hf` command. What takes long to import is imported by the command that needs it."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn pretrained multi-head checkpoints into multi-query ones.",
+)
+
+Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.", show_default=False)]
+KVHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of the result; a divisor of the source's.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+IgnoreSwitch = Annotated[
+    list[str] | None,
+    typer.Option(help="An unknown switch in config.json that does not change the model; may be repeated."),
+]
+
+OUTPUT, HUB = "Output", "Hub"
+
+
+@app.command()
+def convert(
+    source: Source,
+    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
+    kv_heads: KVHeads = 1,
+    method: Annotated[str, typer.Option(help="How heads become one: mean, first or random.")] = "mean",
+    seed: Annotated[int, typer.Option(help="Seed of --method random.")] = 0,
+    ignore_switch: IgnoreSwitch = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="mqa: this package's class, as remote code. native: a class of transformers, where one fits.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "mqa",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16. Default: as in the source.", rich_help_panel=OUTPUT),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.", rich_help_panel=OUTPUT)] = "5GB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=HUB)
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Repository to upload the result to.", rich_help_panel=HUB)
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=HUB)
+    ] = False,
+) -> None:
+    """Convert a checkpoint to fewer key/value heads."""
+    from mqa_hf.conversion import convert
+
+    report = convert(
+        source,
+        output,
+        kv_heads=kv_heads,
+        method=method,
+        target=target,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        ignore_switches=ignore_switch or (),
+        push_to_hub=push_to_hub,
+        private=private,
+        progress=True,
+    )
+    heads, cache = report["num_key_value_heads"], report["kv_bytes_per_token"]
+    Console().print(
+        f"{output}: {heads['before']} -> {heads['after']} key/value heads, "
+        f"{cache['before']:,} -> {cache['after']:,} cache bytes per token",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def inspect(
+    source: Source,
+    kv_heads: KVHeads = 1,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is and what a conversion would make of it, without reading weights."""
+    from mqa_hf.conversion import inspect
+
+    result = inspect(source, kv_heads=kv_heads, revision=revision)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in ("source", "family", "layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+        if name in result:
+            table.add_row(name.replace("_", " "), str(result[name]))
+    if "parameters" in result:
+        table.add_row("parameters", f"{result['parameters']:,}")
+        cache = result["kv_bytes_per_token"]
+        after = f" -> {cache['after']:,} with {kv_heads} key/value head(s)" if "after" in cache else ""
+        table.add_row("cache bytes per token", f"{cache['now']:,}{after}")
+    table.add_row("can be converted", "yes" if result["convertible"] else f"no: {result['reason']}")
+    if result.get("native") is not None:
+        table.add_row("native target", result["native"] or "none")
+    if result["conversion"]:
+        conversion = result["conversion"]
+        table.add_row("made by", conversion["command"])
+        for name in ("key_error", "value_error"):
+            errors = [layer[name] for layer in conversion["layers"]]
+            table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: errors meant for a person are printed as one message, with exit code 1."""
+    # A job that is told to stop cleans up like one that is interrupted by hand.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app()
+    except ValueError as error:
+        from mqa_hf.conversion import ConversionError
+
+        if not isinstance(error, ConversionError):
+            raise
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
