@@ -132,7 +132,7 @@ def _llama(c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
             "value_bias": qkv_bias,
             "output_bias": output_bias,
             "mlp_bias": mlp_bias,
-            "attention_dropout": c.attention_dropout or 0.0,
+            "attention_dropout": getattr(c, "attention_dropout", None) or 0.0,
             **_rope(c),
             **fields,
         },
@@ -140,9 +140,8 @@ def _llama(c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
 
 
 def _windows(c: SourceConfig, layer_types: list[str] | None = None) -> dict[str, Any]:
-    layer_types = list(layer_types or c.layer_types)
-    window = c.sliding_window if "sliding_attention" in layer_types else None
-    return {"layer_types": layer_types, "sliding_window": window}
+    layer_types, window = list(layer_types or c.layer_types), c.sliding_window
+    return {"layer_types": layer_types, "sliding_window": window if "sliding_attention" in layer_types else None}
 
 
 def llama(c: SourceConfig) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def jais2(c: SourceConfig) -> dict[str, Any]:
 
 
 def ernie4_5(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=c.use_bias, output_bias=c.use_bias, mlp_bias=c.use_bias, attention_dropout=0.0)
+    return _llama(c, qkv_bias=c.use_bias, output_bias=c.use_bias, mlp_bias=c.use_bias)
 
 
 def helium(c: SourceConfig) -> dict[str, Any]:
@@ -238,6 +237,7 @@ def gpt2_query_scale(config: PreTrainedConfig, layer: int) -> float:
 
 def opt(c: SourceConfig) -> dict[str, Any]:
     _ = c.layerdrop  # skips whole layers while training only
+    pre_norm, no_final_norm = c.do_layer_norm_before, c._remove_final_layer_norm
     return _shared(
         c,
         embedding_size=c.word_embed_proj_dim,
@@ -248,8 +248,8 @@ def opt(c: SourceConfig) -> dict[str, Any]:
         norm_type="layer_norm",
         norm_eps=1e-5,
         norm_affine=c.layer_norm_elementwise_affine,
-        final_norm=c.do_layer_norm_before and not c._remove_final_layer_norm,
-        residual="sequential" if c.do_layer_norm_before else "post_norm",
+        final_norm=pre_norm and not no_final_norm,
+        residual="sequential" if pre_norm else "post_norm",
         hidden_act=c.activation_function,
         gated_mlp=False,
         query_bias=c.enable_bias,
