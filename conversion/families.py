@@ -617,11 +617,7 @@ FAMILIES: dict[str, Family] = {
 
 # Switches that no decoder-only model's function depends on, wherever they stand.
 INERT = frozenset(PreTrainedConfig().to_dict()) | {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "_num_labels",
     "auto_map",
-    "decoder_start_token_id",
     "finetuning_task",
     "gradient_checkpointing",
     "initializer_range",
@@ -629,7 +625,6 @@ INERT = frozenset(PreTrainedConfig().to_dict()) | {
     "is_encoder_decoder",
     "label2id",
     "prefix",
-    "sep_token_id",
     "task_specific_params",
     "tie_encoder_decoder",
     "tokenizer_class",
@@ -674,7 +669,10 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
     read = recorder._read | {aliases.get(name, name) for name in recorder._read}
     if "rope_parameters" in read:
         read |= _ROPE_SPELLINGS
-    unknown = set(raw) - read - family.inert - INERT - ignore
+    # Names that start with an underscore and are no field of the class are notes of whoever wrote the file.
+    notes = {name for name in raw if name.startswith("_") and name not in type(source).__dataclass_fields__}
+    tokens = {name for name in raw if name.endswith("_token_id")}
+    unknown = set(raw) - read - family.inert - INERT - notes - tokens - ignore
     if unknown:
         switches = ", ".join(f"{name}={raw[name]!r}" for name in sorted(unknown))
         raise ConversionError(

@@ -86,8 +86,8 @@ CASES: list[tuple[str, str, dict]] = [
     ),
     ("mistral", "full", {**LLAMA, "num_key_value_heads": 2, "sliding_window": None}),
     ("mistral", "window 5", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 5}),
-    ("ministral", "mixed windows", {**LLAMA, "layer_types": ["sliding_attention", "full_attention"] * 1
-                                    + ["sliding_attention"], "sliding_window": 5}),
+    ("ministral", "mixed windows", {**LLAMA, "head_dim": 8, "sliding_window": 5,
+                                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
     ("qwen2", "grouped", {**LLAMA, "num_key_value_heads": 2}),
     ("qwen2", "upper window", {**LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ("seed_oss", "biases", {**LLAMA, "attention_bias": True, "attention_out_bias": False, "head_dim": 8}),

@@ -1,0 +1,220 @@
+"""The canonical model by itself: caches, training, and the ways in which transformers runs it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAModel
+
+CONFIGS = {
+    "rotary": {},
+    "grouped": {"num_key_value_heads": 2},
+    "learned, mask positions": {"position_embedding": "learned", "positions_from_mask": True, "norm_type": "layer_norm"},
+    "windows": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4},
+    "all windows": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
+    "wide keys, narrow values": {"qk_head_dim": 16, "v_head_dim": 4},
+    "post-norm, projected": {"residual": "post_norm", "final_norm": False, "embedding_size": 20},
+    "parallel, partial rotary": {
+        "residual": "parallel_shared_norm",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+}
+
+
+def make(**fields) -> MQAForCausalLM:
+    config = MQAConfig(
+        **{
+            "vocab_size": 89,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "initializer_range": 0.3,
+            **fields,
+        }
+    )
+    return MQAForCausalLM(config).eval()
+
+
+def padded(rows=3, length=13):
+    ids = torch.randint(2, 89, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 4 * row] = 0
+    return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_chunks_then_tokens_give_the_uncached_logits(fields, cache):
+    model = make(**fields)
+    ids, mask, positions = padded()
+    expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
+    logits = []
+    for start, end in [(0, 5), (5, 8), *((i, i + 1) for i in range(8, 13))]:
+        output = model(
+            ids[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=past,
+        )
+        logits.append(output.logits)
+    seen = mask.bool()
+    torch.testing.assert_close(torch.cat(logits, 1)[seen], expected[seen], atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("fields", [CONFIGS["rotary"], CONFIGS["grouped"], CONFIGS["windows"]])
+@torch.no_grad()
+def test_other_attention_implementations_agree(fields, implementation):
+    model = make(**{**fields, "hidden_size": 96})
+    ids, mask, positions = padded()
+    expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert model.config._attn_implementation == "mqa"
+    model.set_attn_implementation(implementation)
+    output = model(ids, attention_mask=mask, position_ids=positions, output_attentions=implementation == "eager")
+    torch.testing.assert_close(output.logits[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=2e-5)
+    if implementation == "eager":
+        assert [w.shape for w in output.attentions] == [(3, 6, 13, 13)] * 3
+
+
+@torch.no_grad()
+def test_attention_weights_and_hidden_states_on_request():
+    model = make()
+    ids, _, _ = padded()
+    output = model(ids, output_attentions=True, output_hidden_states=True)
+    assert [w.shape for w in output.attentions] == [(3, 6, 13, 13)] * 3
+    assert [h.shape for h in output.hidden_states] == [(3, 13, 48)] * 4
+    torch.testing.assert_close(output.logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_one_wide_head_with_all_components_is_multi_head_attention():
+    """A head m = H times as wide holds all old heads side by side; each query looks at its own block."""
+    many = make(num_key_value_heads=6)
+    one = make(num_key_value_heads=1, qk_head_dim=48, v_head_dim=48)
+    for wide, plain in zip(one.model.layers, many.model.layers):
+        for name, parameter in plain.named_parameters():
+            if "q_proj" not in name and "o_proj" not in name:
+                wide.get_parameter(name).copy_(parameter)
+        query = torch.zeros(6, 6, 8, 48)
+        query[range(6), range(6)] = plain.self_attn.q_proj.weight.view(6, 8, 48)
+        wide.self_attn.q_proj.weight.copy_(query.view(-1, 48))
+        output = torch.zeros(48, 6, 6, 8)
+        output[:, range(6), range(6)] = plain.self_attn.o_proj.weight.view(48, 6, 8)
+        wide.self_attn.o_proj.weight.copy_(output.view(48, -1))
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        one.get_parameter(name).copy_(many.get_parameter(name))
+    ids, mask, positions = padded()
+    arguments = {"attention_mask": mask, "position_ids": positions}
+    torch.testing.assert_close(
+        one(ids, **arguments).logits[mask.bool()], many(ids, **arguments).logits[mask.bool()], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
+    model = make()
+    ids, _, _ = padded()
+    labels = ids.clone()
+    labels[0, :5] = -100
+    output = model(ids, labels=labels)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, 89), labels[:, 1:].reshape(-1))
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = make(num_key_value_heads=2).train()
+    ids, _, _ = padded()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert model.model.layers[0].gradient_checkpointing
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other():
+    model = make()
+    one, two = torch.randint(2, 89, (1, 6)), torch.randint(2, 89, (1, 7))
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    packed = model(torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, 6:], model(two).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_full_graph_compilation_with_a_static_cache():
+    model = make(num_key_value_heads=2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids, _, _ = padded()
+    caches = [StaticCache(model.config, max_cache_len=20) for _ in range(2)]
+    for i, cache in enumerate(caches):
+        model(ids, past_key_values=cache)
+        runner = (model, compiled)[i]
+        logits = runner(ids[:, :1], past_key_values=cache, position_ids=torch.full((3, 1), 13)).logits
+        caches[i] = logits
+    torch.testing.assert_close(caches[0], caches[1], atol=1e-5, rtol=1e-5)
+
+
+def test_lora_on_the_standard_module_names():
+    peft = pytest.importorskip("peft")
+    model = make()
+    ids, _, _ = padded()
+    expected = model(ids).logits
+    adapted = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    torch.testing.assert_close(adapted(ids).logits, expected)  # B starts at zero
+    adapted(ids, labels=ids).loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_device_map_auto(tmp_path):
+    pytest.importorskip("accelerate")
+    model = make(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    ids, _, _ = padded()
+    with torch.no_grad():
+        loaded = MQAForCausalLM.from_pretrained(tmp_path, device_map="auto")
+        torch.testing.assert_close(loaded(ids).logits.cpu(), model(ids).logits)
+        offloaded = MQAForCausalLM.from_pretrained(
+            tmp_path, device_map={"": "cpu", "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+        )
+        torch.testing.assert_close(offloaded(ids).logits, model(ids).logits)
+
+
+def test_base_model_loads_from_the_full_checkpoint(tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    base, info = MQAModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    ids, _, _ = padded()
+    with torch.no_grad():
+        torch.testing.assert_close(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be divisible by num_key_value_heads \(4\)"),
+        ({"qk_head_dim": 12}, r"qk_head_dim \(12\) must be a multiple of head_dim \(8\)"),
+        ({"residual": "none"}, "residual must be one of sequential, .* got 'none'"),
+        ({"rope_layers": [True]}, "rope_layers has 1 entries for 3 layers"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+    ],
+)
+def test_impossible_configurations_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        make(**fields)
