@@ -66,7 +66,7 @@ def test_chunks_then_tokens_give_the_uncached_logits(fields, cache):
         )
         logits.append(output.logits)
     seen = mask.bool()
-    torch.testing.assert_close(torch.cat(logits, 1)[seen], expected[seen], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(torch.cat(logits, 1)[seen], expected[seen], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
@@ -189,8 +189,11 @@ def test_device_map_auto(tmp_path):
     with torch.no_grad():
         loaded = MQAForCausalLM.from_pretrained(tmp_path, device_map="auto")
         torch.testing.assert_close(loaded(ids).logits.cpu(), model(ids).logits)
+        parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
         offloaded = MQAForCausalLM.from_pretrained(
-            tmp_path, device_map={"": "cpu", "model.layers.1": "disk"}, offload_folder=tmp_path / "offload"
+            tmp_path,
+            device_map={**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"},
+            offload_folder=tmp_path / "offload",
         )
         torch.testing.assert_close(offloaded(ids).logits, model(ids).logits)
 

@@ -1,0 +1,337 @@
+"""Bad input ends with one clear message, leaves what was there, and leaves nothing half-written."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sources import LLAMA, make_model, save
+from typer.testing import CliRunner
+
+import mqa_hf.conversion.convert as convert_module
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    root = tmp_path_factory.mktemp("original")
+    model = make_model("llama", LLAMA)
+    save(model, root / "one")
+    save(model, root / "sharded", max_shard_size="40KB")
+    return root
+
+
+@pytest.fixture
+def source(original, tmp_path):
+    return Path(shutil.copytree(original / "one", tmp_path / "source"))
+
+
+@pytest.fixture
+def sharded(original, tmp_path):
+    return Path(shutil.copytree(original / "sharded", tmp_path / "source"))
+
+
+def refused(source, match, **options):
+    """The conversion fails with this message and the directory of the output stays as it was."""
+    output = Path(source).parent / "output"
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} if output.exists() else None
+    others = set(output.parent.iterdir())
+    with pytest.raises(ConversionError, match=match):
+        convert(source, output, **options)
+    if before is None:
+        assert not output.exists()
+    else:
+        assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert set(output.parent.iterdir()) == others
+
+
+def edit_config(source, **fields):
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def edit_weights(source, change):
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_heads_that_do_not_divide(source):
+    refused(source, r"--kv-heads 4 does not divide the source's 6 .*possible: 1, 2, 3, 6", kv_heads=4)
+
+
+def test_more_heads_than_the_source_has(source):
+    refused(source, "--kv-heads 12 does not divide", kv_heads=12)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("method", "median"), ("target", "vllm"), ("dtype", "float8"), ("max_shard_size", "many")]
+)
+def test_an_option_that_is_none_of_its_values(source, option, value):
+    refused(source, f"--{option.replace('_', '-')} .*{value}", **{option: value})
+
+
+def test_an_unknown_family(source):
+    edit_config(source, model_type="bert")
+    refused(source, "no family 'bert' in the table; it has arcee")
+
+
+def test_a_converted_checkpoint_as_the_source(source, tmp_path):
+    convert(source, tmp_path / "ours")
+    with pytest.raises(ConversionError, match="converted checkpoint already"):
+        convert(tmp_path / "ours", tmp_path / "again")
+
+
+def test_a_switch_that_nothing_reads(source):
+    edit_config(source, attention_sink_size=4)
+    refused(source, "attention_sink_size=4.*--ignore-switch")
+    convert(source, source.parent / "output", ignore_switches=["attention_sink_size"])
+
+
+def test_a_switch_without_a_canonical_equivalent(tmp_path):
+    source = save(make_model("phi", {**LLAMA, "hidden_size": 96, "qk_layernorm": True}), tmp_path / "source")
+    refused(source, "qk_layernorm=True is not supported")
+
+
+def test_quantised_weights(source):
+    edit_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(source, "quantised")
+
+
+def test_a_missing_tensor(source):
+    edit_weights(source, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    refused(source, r"missing for: model\.layers\.1\.mlp\.up_proj\.weight")
+
+
+def test_a_tensor_that_no_rule_claims(source):
+    edit_weights(source, lambda tensors: tensors.update({"model.layers.1.adapter.weight": torch.zeros(3)}))
+    refused(source, r"no place for: model\.layers\.1\.adapter\.weight")
+
+
+def test_a_layer_too_many(source):
+    edit_config(source, num_hidden_layers=2)
+    refused(source, r"no place for: model\.layers\.2\.")
+
+
+def test_a_bias_that_the_configuration_does_not_have(source):
+    edit_weights(source, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(48)}))
+    refused(source, r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias")
+
+
+def test_a_misshapen_tensor(source):
+    edit_weights(source, lambda tensors: tensors.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(40, 48)}))
+    refused(source, r"model\.layers\.0\.self_attn\.k_proj\.weight has the shape \[40, 48\]")
+
+
+def test_a_fused_tensor_that_does_not_split(tmp_path):
+    source = save(make_model("gpt2", {"vocab_size": 101, "n_embd": 48, "n_layer": 1, "n_head": 6}), tmp_path / "source")
+    name = "transformer.h.0.attn.c_attn.weight"
+    edit_weights(source, lambda tensors: tensors.update({name: torch.ones(48, 100)}))
+    refused(source, r"c_attn\.weight has the shape \[48, 100\]")
+
+
+@pytest.mark.parametrize("size", [4, 100, -1000])
+def test_a_truncated_file(source, size):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    refused(source, r"model\.safetensors is truncated or corrupted")
+
+
+def test_a_corrupted_header(source):
+    path = source / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[10:20] = b"##########"
+    path.write_bytes(data)
+    refused(source, r"model\.safetensors is truncated or corrupted")
+
+
+def test_a_shard_that_is_not_there(sharded):
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused(sharded, f"shards that are not there: {shard.name}")
+
+
+def test_an_index_that_names_more_than_the_shards_hold(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra"] = sorted(set(index["weight_map"].values()))[0]
+    path.write_text(json.dumps(index))
+    refused(sharded, r"index names tensors that its shards do not hold: model\.extra")
+
+
+def test_shards_that_hold_more_than_the_index_names(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["model.norm.weight"]
+    path.write_text(json.dumps(index))
+    refused(sharded, r"that the index does not name: model\.norm\.weight")
+
+
+def test_an_index_that_leads_outside(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = "../elsewhere.safetensors"
+    path.write_text(json.dumps(index))
+    refused(sharded, "outside its own directory")
+
+
+def test_an_index_that_is_not_one(sharded):
+    (sharded / "model.safetensors.index.json").write_text("[1, 2]")
+    refused(sharded, "not an index of shards")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_with_code_in_it(source, tmp_path):
+    (source / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Payload(tmp_path / "ran")}, source / "pytorch_model.bin")
+    refused(source, r"pytorch_model\.bin is a pickle that holds more than tensors")
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    refused(source, r"pytorch_model\.bin is a pickle that holds more than tensors")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_truncated_bin_file(source):
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    path = source / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-2000])
+    refused(source, r"pytorch_model\.bin is truncated or corrupted")
+
+
+def test_no_weights(source):
+    (source / "model.safetensors").unlink()
+    refused(source, "no weights in .*looked for model.safetensors")
+
+
+def test_no_checkpoint(tmp_path):
+    (tmp_path / "source").mkdir()
+    refused(tmp_path / "source", "no config.json")
+    refused(tmp_path / "nowhere", "neither a directory nor a model that can be fetched")
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_a_configuration_that_is_none(source, content):
+    (source / "config.json").write_text(content)
+    refused(source, "config")
+
+
+def test_a_revision_of_a_directory(source):
+    refused(source, "--revision main is for hub ids", revision="main")
+
+
+def test_a_directory_that_is_not_empty(source, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    refused(source, "exists and is not empty; pass --overwrite")
+    convert(source, output, overwrite=True)
+    assert (output / "model.safetensors").is_file()
+
+
+def test_overwrite_replaces_checkpoints_only(source, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    refused(source, "not a checkpoint", overwrite=True)
+
+
+def test_an_empty_directory_is_a_fine_output(source, tmp_path):
+    (tmp_path / "output").mkdir()
+    convert(source, tmp_path / "output")
+
+
+def test_a_file_where_the_directory_goes(source, tmp_path):
+    (tmp_path / "output").write_text("")
+    with pytest.raises(ConversionError, match="is a file"):
+        convert(source, tmp_path / "output")
+
+
+@pytest.mark.parametrize("output", [".", "inside", ".."])
+def test_source_and_output_apart(source, output):
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    with pytest.raises(ConversionError, match="same directory|lie in each other"):
+        convert(source, source / output, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+
+
+def test_a_disk_that_is_too_small(source, monkeypatch):
+    usage = shutil.disk_usage(source)._replace(free=1000)
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+    refused(source, "bytes, and .* has 1,000 free")
+
+
+def test_a_disk_that_fills_up(source, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_module, "write_card", full)
+    refused(source, "no space left")
+
+
+def test_an_error_while_replacing_keeps_what_was_there(source, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    convert(source, output, kv_heads=2)
+
+    def fail(*arguments):
+        raise RuntimeError("interrupted")
+
+    before = (output / "model.safetensors").read_bytes()
+    monkeypatch.setattr(convert_module, "pool_layer", fail)
+    with pytest.raises(RuntimeError):
+        convert(source, output, overwrite=True)
+    assert (output / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_leaves_nothing(source, tmp_path, sign):
+    """The command is stopped while it is between two layers."""
+    program = (
+        "import time, mqa_hf.conversion.convert as c; plain = c.pool_layer\n"
+        "def slow(*a, **k):\n    print('pooling', flush=True); time.sleep(30)\n"
+        "c.pool_layer = slow\n"
+        "from mqa_hf.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "convert", str(source), str(tmp_path / "output")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    while b"pooling" not in process.stdout.readline():
+        pass
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".output.partial-")]
+    time.sleep(0.2)
+    process.send_signal(sign)
+    process.stdout.close()
+    assert process.wait(timeout=60) != 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_the_command_ends_with_one_message_and_a_code(source, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "mqa_hf.cli", "convert", str(source), str(tmp_path / "output"), "--kv-heads", "4"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --kv-heads 4 does not divide")
+    assert "Traceback" not in result.stderr
+    assert CliRunner().invoke(app, ["convert"]).exit_code == 2
