@@ -1,6 +1,6 @@
 """Source checkpoint -> multi-query checkpoint."""
 
-from .convert import convert
+from .converter import convert
 from .errors import ConversionError
 from .inspection import inspect
 

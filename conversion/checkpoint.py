@@ -113,7 +113,7 @@ class CheckpointReader:
             return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in load_bin(path).items()}
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 unknown = {s.get_dtype() for s in slices.values()} - set(DTYPES)
                 if unknown:
                     raise ConversionError(f"{path.name} holds tensors of type {listing(unknown)}, which are not read")
@@ -226,8 +226,8 @@ class CheckpointWriter:
                     info, tensor = self._tensors[name], tensors[name]
                     assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} for {info.shape}"
                     file.seek(self._places[name][1])
-                    data = tensor.to(info.dtype).contiguous().flatten().view(torch.uint8).numpy()
-                    view = memoryview(data)
+                    raw = tensor.to(info.dtype).contiguous().flatten().view(torch.uint8)
+                    view = memoryview(raw.numpy())  # type: ignore[arg-type]
                     while view:
                         view = view[file.write(view) :]
                     written += info.nbytes

@@ -26,14 +26,16 @@ from .operations import (
     Transpose,
 )
 
+COPY = Copy()
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One source tensor and the canonical tensors it becomes; a target of `None` is dropped (zeros on the way back)."""
+    """A source tensor and the canonical tensors it becomes; a target of `None` is dropped (zeros on the way back)."""
 
     source: str
     targets: tuple[str | None, ...]
-    operation: Operation = Copy()
+    operation: Operation = COPY
 
 
 class SourceConfig:
@@ -113,7 +115,7 @@ def _rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
     if "rope_type" not in parameters:
         raise ConversionError("rope_parameters differ per layer type, which no canonical model has")
     if not partial and parameters.pop("partial_rotary_factor", 1.0) != 1.0 and parameters["rope_type"] != "default":
-        raise ConversionError("partial_rotary_factor with a scaled rope type: the source's own class has no such model")
+        raise ConversionError("partial_rotary_factor with a scaled rope type: the source's class cannot run it")
     return {"position_embedding": "rotary", "rope_parameters": parameters}
 
 
@@ -413,7 +415,7 @@ def _refuse(target: str, reasons: dict[str, bool]) -> None:
 # -- tensors -----------------------------------------------------------------------------------------------------
 
 
-def _module(source: str, *targets: str | None, operation: Operation = Copy(), bias: Operation | None = None):
+def _module(source: str, *targets: str | None, operation: Operation = COPY, bias: Operation | None = None):
     """The rules of a module's weight and bias; the bias takes the same operation unless another is given."""
     return tuple(
         Rule(f"{source}.{kind}", tuple(target and f"{target}.{kind}" for target in targets), op)
@@ -461,9 +463,9 @@ def _gpt_rules(linear: Operation, fused: Operation, fused_bias: Operation) -> tu
         *_renamed(*_GPT_NAMES),
         Rule("h.{}.attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV), fused),
         Rule("h.{}.attn.c_attn.bias", (f"{QKV[0]}.bias", None, f"{QKV[2]}.bias"), fused_bias),
-        *_module("h.{}.attn.c_proj", f"{ATTENTION}o_proj", operation=linear, bias=Copy()),
-        *_module("h.{}.mlp.c_fc", "layers.{}.mlp.up_proj", operation=linear, bias=Copy()),
-        *_module("h.{}.mlp.c_proj", "layers.{}.mlp.down_proj", operation=linear, bias=Copy()),
+        *_module("h.{}.attn.c_proj", f"{ATTENTION}o_proj", operation=linear, bias=COPY),
+        *_module("h.{}.mlp.c_fc", "layers.{}.mlp.up_proj", operation=linear, bias=COPY),
+        *_module("h.{}.mlp.c_proj", "layers.{}.mlp.down_proj", operation=linear, bias=COPY),
     )
 
 

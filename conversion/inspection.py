@@ -8,10 +8,11 @@ from typing import Any
 
 from mqa_hf.configuration_mqa import MQAConfig
 
-from .convert import REPORT_FILE, open_source
+from .converter import REPORT_FILE
 from .errors import ConversionError
 from .families import canonical_config, family_of
 from .plan import canonical_shapes
+from .source import open_source
 
 
 def inspect(source: str | os.PathLike, *, kv_heads: int = 1, revision: str | None = None) -> dict[str, Any]:

@@ -27,6 +27,12 @@ def _filled(tensors: Given, rows: tuple[int, ...]) -> list[torch.Tensor]:
     return [like.new_zeros(n, *like.shape[1:]) if t is None else t for t, n in zip(tensors, rows)]
 
 
+def _only(tensors: Given) -> torch.Tensor:
+    (tensor,) = tensors
+    assert tensor is not None
+    return tensor
+
+
 @dataclass(frozen=True)
 class Copy:
     """Any shape, as it is."""
@@ -35,7 +41,7 @@ class Copy:
         return (tensor,)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        (tensor,) = tensors
+        tensor = _only(tensors)
         return tensor
 
 
@@ -47,7 +53,7 @@ class Transpose:
         return (tensor.t(),)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        (tensor,) = tensors
+        tensor = _only(tensors)
         return tensor.t()
 
 
@@ -61,7 +67,7 @@ class DropRows:
         return (tensor[self.rows :],)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        (tensor,) = tensors
+        tensor = _only(tensors)
         return torch.cat(_filled((None, tensor), (self.rows, tensor.shape[0])))
 
 
@@ -124,7 +130,7 @@ class DeinterleaveRotary:
         return (self._take(tensor, self._order(config), config),)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        (tensor,) = tensors
+        tensor = _only(tensors)
         return self._take(tensor, self._order(config).argsort(), config)
 
     @staticmethod

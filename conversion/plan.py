@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.modeling_mqa import MQAForCausalLM
@@ -57,7 +57,7 @@ def match(names: Iterable[str], family: Family) -> tuple[list[Step], list[str]]:
     return steps, unclaimed
 
 
-def model_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+def model_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Parameters that a checkpoint of the model holds, in order; tied ones once."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
@@ -128,7 +128,8 @@ def write_steps(
         shapes = model_shapes(AutoModelForCausalLM.from_config(config))
     steps, unclaimed = match(shapes, family)
     unfilled = [s.name for s in steps if not set(s.targets) & available and not s.name.endswith(".bias")]
-    assert not unclaimed and not unfilled, f"{config.model_type}: no canonical tensor for {unclaimed + unfilled}"
+    nameless = unclaimed + unfilled
+    assert not nameless, f"{config.model_type}: no canonical tensor for {nameless}"
     return steps, shapes
 
 

@@ -70,7 +70,7 @@ def pool_layer(
     errors = {"key_error": 0.0, "value_error": 0.0}
     for name, tensor in tensors.items():
         projection = name.rsplit(".", 2)[-2]
-        if projection not in ("k_proj", "v_proj") or kv_heads == source_heads and method != "random":
+        if projection not in ("k_proj", "v_proj") or (kv_heads == source_heads and method != "random"):
             continue
         width = tensor.shape[0] // source_heads
         heads = tensor.float().unflatten(0, (kv_heads, source_heads // kv_heads, width))

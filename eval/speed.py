@@ -63,8 +63,8 @@ def time_per_token(
 def contenders(checkpoint: Path, dtype: torch.dtype, device: str) -> dict[str, PreTrainedModel]:
     """Models of random weights: the source's class as it is, with one K/V head, and ours with one."""
     from mqa_hf import MQAConfig, MQAForCausalLM
-    from mqa_hf.conversion.convert import open_source
     from mqa_hf.conversion.families import canonical_config
+    from mqa_hf.conversion.source import open_source
 
     source = open_source(checkpoint, weights=False)
     canonical = canonical_config(source.config, source.raw)

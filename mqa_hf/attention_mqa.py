@@ -60,24 +60,26 @@ def mqa_attention_forward(
         )
         return out.reshape(B, 1, H, out.shape[-1]), None
 
-    is_causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
-    if is_causal and key.shape[2] > T:  # the prefill of a static cache: what lies beyond T is still empty
+    causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
+    if causal and key.shape[2] > T:  # the prefill of a static cache: what lies beyond T is still empty
         key, value = key[:, :, :T], value[:, :, :T]
     if g == 1 or (query.is_cuda and attention_mask is None and D == value.shape[-1] <= 256):
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=g > 1
+            query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=g > 1
         )
         return out.transpose(1, 2), None
-    per_group_mask = attention_mask is not None and attention_mask.shape[1] > 1
+    masks = [attention_mask] * G
+    if attention_mask is not None and attention_mask.shape[1] > 1:
+        masks = list(attention_mask.split(g, dim=1))
     out = torch.cat(
         [
             nn.functional.scaled_dot_product_attention(
                 query[:, i * g : (i + 1) * g],
                 key[:, i : i + 1].expand(-1, g, -1, -1),
                 value[:, i : i + 1].expand(-1, g, -1, -1),
-                attention_mask[:, i * g : (i + 1) * g] if per_group_mask else attention_mask,
+                masks[i],
                 dropout,
-                is_causal,
+                causal,
                 scale=scaling,
             )
             for i in range(G)

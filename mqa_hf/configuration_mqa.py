@@ -5,7 +5,6 @@ the weights at conversion (how positions enter, where norms stand, which biases 
 """
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
 
 POSITION_EMBEDDINGS = ("rotary", "learned", "none")
 NORM_TYPES = ("rms_norm", "layer_norm")
@@ -68,20 +67,21 @@ class MQAConfig(PreTrainedConfig):
     model_type = "mqa"
     keys_to_ignore_at_inference = ["past_key_values"]
 
+    # Where the default is `None`, `__post_init__` derives it from the other fields.
     vocab_size: int = 32000
     hidden_size: int = 512
-    embedding_size: int | None = None
+    embedding_size: int = None  # type: ignore[assignment]
     intermediate_size: int = 1408
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 1
-    head_dim: int | None = None
-    qk_head_dim: int | None = None
-    v_head_dim: int | None = None
-    attention_scale: float | None = None
+    head_dim: int = None  # type: ignore[assignment]
+    qk_head_dim: int = None  # type: ignore[assignment]
+    v_head_dim: int = None  # type: ignore[assignment]
+    attention_scale: float = None  # type: ignore[assignment]
     position_embedding: str = "rotary"
-    rope_parameters: RopeParameters | dict | None = None
-    rope_layers: list[bool] | None = None
+    rope_parameters: dict = None  # type: ignore[assignment]
+    rope_layers: list[bool] = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     positions_from_mask: bool = False
     norm_type: str = "rms_norm"
@@ -97,7 +97,7 @@ class MQAConfig(PreTrainedConfig):
     output_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
-    layer_types: list[str] | None = None
+    layer_types: list[str] = None  # type: ignore[assignment]
     sliding_window: int | None = None
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
@@ -132,7 +132,7 @@ class MQAConfig(PreTrainedConfig):
 
     def convert_rope_params_to_dict(self, **kwargs):
         if self.position_embedding != "rotary":
-            self.rope_parameters = None
+            self.rope_parameters = None  # type: ignore[assignment]
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 

@@ -6,6 +6,7 @@ Tensor names follow Llama, so that PEFT, quantisers and people find what they ex
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -37,6 +37,8 @@ class MQARotaryEmbedding(nn.Module):
     Returns `cos` and `sin`, each [B, 1, T, R] with R rotated components, for [`rotate`]; the first half of `sin` is
     negated, which saves a negation and a concatenation each time it is used.
     """
+
+    inv_freq: torch.Tensor
 
     def __init__(self, config: MQAConfig):
         super().__init__()
@@ -112,15 +114,15 @@ class MQAAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(B, T, -1, self.v_head_dim).transpose(1, 2)
-        if self.rotary:
-            query = rotate(query, *position_embeddings, self.head_dim)
-            key = rotate(key, *position_embeddings, self.head_dim)
+        if self.rotary and position_embeddings is not None:
+            cos, sin = position_embeddings
+            query, key = rotate(query, cos, sin, self.head_dim), rotate(key, cos, sin, self.head_dim)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -173,7 +175,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> torch.Tensor:
         x = hidden_states
         normed = x if self.residual == "post_norm" else self.input_layernorm(x)
@@ -242,12 +244,12 @@ class MQAModel(MQAPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """
         Args:
@@ -269,9 +271,11 @@ class MQAModel(MQAPreTrainedModel):
         if position_ids is None:
             position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
 
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            mask_arguments = {
+        masks: dict[str, Any]
+        if isinstance(attention_mask, dict):
+            masks = attention_mask
+        else:
+            mask_arguments: dict[str, Any] = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
@@ -306,8 +310,11 @@ class MQAModel(MQAPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
     def default_position_ids(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values: Cache | None
-    ) -> torch.LongTensor:
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if self.config.positions_from_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
@@ -332,13 +339,13 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments as in [`MQAModel.forward`], and
 

@@ -1,9 +1,11 @@
 """What a conversion writes, and from which forms of a source."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_the_model_card(model, tmp_path):
 PROBE = """
 import sys, json, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoConfig
-assert not any("mqa_hf" in name for name in sys.modules)
+assert "mqa_hf" not in sys.modules
 try:
     import mqa_hf
 except ImportError:
@@ -195,8 +197,9 @@ base = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
 tokens = model.eval().generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
 model.save_pretrained(sys.argv[3])
 with torch.no_grad():
-    print(json.dumps({"tokens": tokens.tolist(), "attention": model.config._attn_implementation,
-                      "logits": model(ids).logits[0, -1, :5].tolist(), "base": list(base(ids).last_hidden_state.shape)}))
+    logits, shape = model(ids).logits[0, -1, :5].tolist(), list(base(ids).last_hidden_state.shape)
+print(json.dumps({"tokens": tokens.tolist(), "attention": model.config._attn_implementation,
+                  "logits": logits, "base": shape}))
 """
 
 
@@ -253,13 +256,13 @@ def test_save_load_save_is_stable(model, tmp_path):
 def test_the_runtime_files_are_what_transformers_would_copy():
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    from mqa_hf.conversion.convert import RUNTIME_FILES
+    from mqa_hf.conversion.converter import RUNTIME_FILES
 
     model_file = sys.modules["mqa_hf.modeling_mqa"].__file__
     needed = {model_file, *get_relative_import_files(model_file)}
     assert {path.rsplit("/", 1)[-1] for path in needed} == set(RUNTIME_FILES)
     for path in needed:
-        assert "mqa_hf." not in open(path).read().replace("`mqa_hf.", "")
+        assert not re.search(r"^\s*(from|import) mqa_hf", Path(path).read_text(), re.MULTILINE)
 
 
 def test_inspect_reads_no_weights(model, tmp_path):
@@ -315,7 +318,7 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
-    monkeypatch.setattr("mqa_hf.conversion.convert.HfApi", Api)
+    monkeypatch.setattr("mqa_hf.conversion.converter.HfApi", Api)
     convert(save(model, tmp_path / "source"), tmp_path / "ours", push_to_hub="me/mqa", private=True)
     assert calls[0] == ("me/mqa", {"private": True, "exist_ok": True})
     assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= set(calls[1][1])

@@ -41,7 +41,8 @@ def test_with_all_heads_it_is_the_source(model_type, what, config, tmp_path):
     assert difference <= TOLERANCE, f"{difference} on logits up to {size}"
     for use_cache in (True, False):
         torch.testing.assert_close(
-            generate(ours, use_cache=use_cache, do_sample=False), generate(theirs, use_cache=use_cache, do_sample=False)
+            generate(ours, use_cache=use_cache, do_sample=False),
+            generate(theirs, use_cache=use_cache, do_sample=False),
         )
 
 

@@ -45,7 +45,6 @@ def prompts(rows=2, length=9):
 def test_the_tokens_are_the_source_classes(pair, options):
     if options.get("cache_implementation") == "offloaded" and not torch.cuda.is_available():
         pytest.skip("transformers offloads caches from CUDA devices only")
-    ours, theirs = pair
     generated = [m.generate(**prompts(), max_new_tokens=50, do_sample=False, **options) for m in pair]
     torch.testing.assert_close(*generated)
 

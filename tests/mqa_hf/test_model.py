@@ -11,7 +11,11 @@ from mqa_hf import MQAConfig, MQAForCausalLM, MQAModel
 CONFIGS = {
     "rotary": {},
     "grouped": {"num_key_value_heads": 2},
-    "learned, mask positions": {"position_embedding": "learned", "positions_from_mask": True, "norm_type": "layer_norm"},
+    "learned, mask positions": {
+        "position_embedding": "learned",
+        "positions_from_mask": True,
+        "norm_type": "layer_norm",
+    },
     "windows": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4},
     "all windows": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
     "wide keys, narrow values": {"qk_head_dim": 16, "v_head_dim": 4},

@@ -1,29 +1,26 @@
 """From a pretrained checkpoint to a multi-query one, a layer at a time.
 
-    plan      configuration and headers: what will be read, pooled and written, or why it cannot be
-    walk      per layer: source tensors -> canonical layer -> pooled layer -> output shard
-    finish    configuration, code, tokenizer, `conversion.json`, model card; then the directory gets its name
+plan      configuration and headers: what will be read, pooled and written, or why it cannot be
+walk      per layer: source tensors -> canonical layer -> pooled layer -> output shard
+finish    configuration, code, tokenizer, `conversion.json`, model card; then the directory gets its name
 """
 
-import errno
 import json
 import math
 import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import mqa_hf
 from mqa_hf.configuration_mqa import MQAConfig
@@ -32,103 +29,16 @@ from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError
 from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
+from .output import check_output, copy_companions, written_beside
 from .plan import Step, layer_of, match, read_steps, write_steps
 from .pooling import METHODS, check_heads, pool_layer
+from .source import Source, open_source
 
 TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
-# What stands beside the weights and stays as it is.
-COMPANIONS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 REPORT_FILE = "conversion.json"
 # What `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` imports.
 RUNTIME_FILES = ("configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint directory and what its configuration says.
-
-    Attributes:
-        name: as the user gave it: a hub id or a path.
-        directory: where the files are.
-        revision: the commit, for a hub id.
-        config: as transformers reads it.
-        raw: `config.json` as it stands.
-    """
-
-    name: str
-    directory: Path
-    revision: str | None
-    config: PreTrainedConfig
-    raw: dict[str, Any]
-
-
-def open_source(source: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Source:
-    """Find a source, fetching a hub id.
-
-    Args:
-        source: a directory or a hub id.
-        revision: branch, tag or commit of a hub id.
-        weights: whether to fetch the weights too.
-
-    Raises:
-        ConversionError: where there is no such checkpoint, or its configuration cannot be read.
-    """
-    directory, commit = Path(source), None
-    if not directory.is_dir():
-        if directory.exists():
-            raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
-        directory = _download(str(source), revision, weights)
-        commit = directory.name
-    elif revision is not None:
-        raise ConversionError(f"--revision {revision} is for hub ids; {source} is a directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
-    try:
-        raw = json.loads(path.read_text())
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConversionError(f"{path} is not a configuration: {error}") from error
-    family_of(model_type)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # whatever a configuration class raises for values that it refuses
-        raise ConversionError(f"transformers refuses {path}: {error}") from error
-    return Source(str(source), directory, commit, config, raw)
-
-
-def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
-    api = HfApi()
-    try:
-        patterns = [*COMPANIONS, "config.json", "README.md"]
-        if weights:
-            files = [] if _offline() else api.list_repo_files(repo_id, revision=revision)
-            safetensors = any(name.endswith(".safetensors") and "/" not in name for name in files)
-            patterns += WEIGHT_PATTERNS[::2] if safetensors else WEIGHT_PATTERNS
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConversionError(
-            f"{repo_id} is neither a directory nor a model that can be fetched from the Hub: {error}"
-        ) from error
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def convert(
@@ -193,12 +103,12 @@ def convert(
         "ignore_switches": list(ignore_switches),
     }
     output = Path(output)
-    _check_output(output, plan.source.directory, overwrite)
-    with _written_beside(output, sum(info.nbytes for info in plan.tensors.values())) as partial:
+    check_output(output, plan.source.directory, overwrite)
+    with written_beside(output, sum(info.nbytes for info in plan.tensors.values())) as partial:
         writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
         layers = walk(plan, writer, method, seed, progress)
         report = _report(plan, options, layers)
-        _write_companions(plan, partial)
+        copy_companions(plan.source.directory, partial)
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory)
         _write_config(plan, partial)
@@ -288,7 +198,7 @@ def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress:
     waiting: dict[str, list[Step]] = {}  # by the canonical tensor that a step is written with
     read = {target for step in plan.reads for target in step.targets}
     for step in plan.writes:
-        waiting.setdefault(next((t for t in step.targets if t in read), ""), []).append(step)
+        waiting.setdefault(next((t for t in step.targets if t and t in read), ""), []).append(step)
     layers: dict[int, list[Step]] = {}
     parts: list[tuple[int | None, list[Step]]] = []
     for step in plan.reads:
@@ -347,92 +257,6 @@ def _output_tensor(plan: Plan, step: Step, canonical: dict[str, torch.Tensor]) -
     return step.rule.operation.from_canonical(given, plan.pooled)
 
 
-# -- the output directory ----------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Raises ConversionError where writing `output` would lose something."""
-    here, there = output.resolve(), source.resolve()
-    if here == there:
-        raise ConversionError(f"source and output are the same directory: {here}")
-    if here in there.parents or there in here.parents:
-        raise ConversionError(f"source {there} and output {here} lie in each other")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ConversionError(f"{output} is a file; give a directory to write")
-    if any(output.iterdir()):
-        if not overwrite:
-            raise ConversionError(f"{output} exists and is not empty; pass --overwrite to replace it")
-        if not (output / "config.json").is_file():
-            raise ConversionError(f"{output} is not a checkpoint (no config.json), so --overwrite does not replace it")
-
-
-@contextmanager
-def _written_beside(output: Path, size: int) -> Iterator[Path]:
-    """A directory beside `output` that takes its name at the end, or vanishes.
-
-    Raises:
-        ConversionError: where the disk is too small or cannot be written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        if free < size:
-            raise ConversionError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        try:
-            partial.chmod(0o777 & ~_umask())
-            yield partial
-            _take_place(partial, output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(f"no space left for {size:,} bytes beside {output}; nothing was kept") from error
-        raise ConversionError(f"cannot write {output}: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _take_place(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; what was there goes only once the new one stands."""
-    if not output.exists():
-        partial.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent)) / output.name
-    output.rename(old)
-    try:
-        partial.rename(output)
-    except BaseException:
-        old.rename(output)
-        raise
-    finally:
-        if output.exists():
-            shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _write_companions(plan: Plan, partial: Path) -> None:
-    """Tokenizer, chat template, generation config and licence, byte for byte."""
-    directory = plan.source.directory
-    for pattern in COMPANIONS:
-        for path in directory.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, partial / path.name)
-    templates = directory / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, partial / templates.name)
-    settings = directory / "tokenizer_config.json"
-    named = settings.is_file() and "tokenizer_class" in json.loads(settings.read_text())
-    if not named and any(partial.glob("tokenizer*")) | any(partial.glob("vocab.*")):
-        # The class of an older tokenizer follows from the model type, which changes; saved again, it names itself.
-        AutoTokenizer.from_pretrained(directory).save_pretrained(partial)
-
-
 def _write_config(plan: Plan, partial: Path) -> None:
     """Code first, `config.json` last: a directory without it does not load."""
     architecture = "MQAForCausalLM"
@@ -440,7 +264,8 @@ def _write_config(plan: Plan, partial: Path) -> None:
         for name in RUNTIME_FILES:
             shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
     else:
-        architecture = AutoModelForCausalLM._model_mapping[type(plan.output)].__name__
+        with torch.device("meta"):
+            architecture = type(AutoModelForCausalLM.from_config(plan.output)).__name__
     plan.output.architectures = [architecture]
     config = plan.output.to_diff_dict()
     config.pop("_name_or_path", None)

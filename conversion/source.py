@@ -1,0 +1,102 @@
+"""A source checkpoint: a directory, or a hub id that is fetched."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from .errors import ConversionError
+from .families import family_of
+
+# What stands beside the weights and is carried over as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = ("*.bin", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint directory and what its configuration says.
+
+    Attributes:
+        name: as the user gave it: a hub id or a path.
+        directory: where the files are.
+        revision: the commit, for a hub id.
+        config: as transformers reads it.
+        raw: `config.json` as it stands.
+    """
+
+    name: str
+    directory: Path
+    revision: str | None
+    config: PreTrainedConfig
+    raw: dict[str, Any]
+
+
+def open_source(source: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Source:
+    """Find a source, fetching a hub id.
+
+    Args:
+        source: a directory or a hub id.
+        revision: branch, tag or commit of a hub id.
+        weights: whether to fetch the weights too.
+
+    Raises:
+        ConversionError: where there is no such checkpoint, or its configuration cannot be read.
+    """
+    directory, commit = Path(source), None
+    if not directory.is_dir():
+        if directory.exists():
+            raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
+        directory = _download(str(source), revision, weights)
+        commit = directory.name
+    elif revision is not None:
+        raise ConversionError(f"--revision {revision} is for hub ids; {source} is a directory")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
+    try:
+        raw = json.loads(path.read_text())
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConversionError(f"{path} is not a configuration: {error}") from error
+    family_of(model_type)
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except Exception as error:  # whatever a configuration class raises for values that it refuses
+        raise ConversionError(f"transformers refuses {path}: {error}") from error
+    return Source(str(source), directory, commit, config, raw)
+
+
+def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
+    try:
+        patterns = [*COMPANIONS, "config.json", "README.md"]
+        if weights:
+            # Offline there is no list of files; then the cache holds what there is to have.
+            names = [] if HF_HUB_OFFLINE else HfApi().list_repo_files(repo_id, revision=revision)
+            has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
+            patterns += SAFETENSORS if has_safetensors else SAFETENSORS + PICKLES
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConversionError(
+            f"{repo_id} is neither a directory nor a model that can be fetched from the Hub: {error}"
+        ) from error
