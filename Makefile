@@ -1,0 +1,41 @@
+# make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
+# make test                                                     set up and run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
+OUTPUT ?= converted
+PIP = install --quiet --disable-pip-version-check
+
+.PHONY: convert test test-oldest lint
+
+convert: $(VENV)/installed
+	$(VENV)/bin/mqa-hf convert "$(SOURCE)" "$(OUTPUT)"
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/pytest -q -n auto
+
+# The oldest transformers that is supported, and the tests that depend on it most.
+test-oldest: $(OLDEST)/installed-dev
+	$(OLDEST)/bin/pytest -q -n auto tests/mqa_hf tests/conversion
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(OLDEST)/installed-dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v transformers constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip $(PIP) --constraint $(OLDEST)/constraints.txt --editable ".[dev]" transformers==5.17.0
+	touch $@
