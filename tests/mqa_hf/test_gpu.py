@@ -1,0 +1,76 @@
+"""What only a CUDA device shows; `pytest -m gpu` there."""
+
+import pytest
+import torch
+from torch import nn
+
+from mqa_hf import MQAConfig, MQAForCausalLM
+from mqa_hf.attention_mqa import eager_attention_forward, mqa_attention_forward
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = MQAConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+    )
+    return MQAForCausalLM(config).eval().cuda()
+
+
+def prompts():
+    ids = torch.randint(1, 1000, (3, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    return {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 24}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.float16, 1e-2), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("G", [1, 2, 8])
+@pytest.mark.parametrize(("T", "S"), [(1, 300), (128, 128), (16, 300)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_against_float64(dtype, bound, G, T, S, masked):
+    layer = nn.Module()
+    layer.is_causal = True
+    shapes = ((2, 8, T, 64), (2, G, S, 64), (2, G, S, 64))
+    query, key, value = (torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes)
+    mask = None
+    if masked or T == 16:
+        mask = torch.ones(T, S, dtype=torch.bool, device="cuda").tril(S - T).repeat(2, 1, 1, 1)
+        mask[1, ..., :5] = False
+        mask[..., -1] = True
+    out, _ = mqa_attention_forward(layer, query, key, value, mask, scaling=0.125)
+    expected, _ = eager_attention_forward(layer, query.double(), key.double(), value.double(), mask, scaling=0.125)
+    assert (out - expected).norm() / expected.norm() < bound
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static", "disable_compile": True},
+        {"cache_implementation": "static"},  # transformers compiles the decoding step
+        {"cache_implementation": "offloaded"},
+        {"prefill_chunk_size": 16},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_do_not_depend_on_the_cache(model, options):
+    arguments = prompts()
+    torch.testing.assert_close(model.generate(**arguments, **options), model.generate(**arguments))
+
+
+def test_device_map_auto_takes_the_device(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = MQAForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert loaded.device.type == "cuda"
+    arguments = prompts()
+    torch.testing.assert_close(loaded.generate(**arguments), model.generate(**arguments))
