@@ -192,7 +192,7 @@ def test_device_map_auto(tmp_path):
     ids, _, _ = padded()
     with torch.no_grad():
         loaded = MQAForCausalLM.from_pretrained(tmp_path, device_map="auto")
-        torch.testing.assert_close(loaded(ids).logits.cpu(), model(ids).logits)
+        torch.testing.assert_close(loaded(ids.to(loaded.device)).logits.cpu(), model(ids).logits)
         parts = ("model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head")
         offloaded = MQAForCausalLM.from_pretrained(
             tmp_path,
