@@ -534,13 +534,16 @@ PHI_RULES = _renamed(
 # -- the table ---------------------------------------------------------------------------------------------------
 
 
-def _llama_family(config: Callable, rules: tuple[Rule, ...] = LLAMA_RULES) -> Family:
+def _llama_family(
+    config: Callable, rules: tuple[Rule, ...] = LLAMA_RULES, inert: frozenset[str] = frozenset()
+) -> Family:
     return Family(
         prefixes=("model.",),
         config=config,
         rules=rules,
         ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
-        inert=frozenset({"pretraining_tp"}),
+        # The last two stand in SmolLM2's files; the class reads neither.
+        inert=inert | {"pretraining_tp", "is_llama_config", "rope_interleaved"},
         native=native_same_class,
     )
 
@@ -581,7 +584,16 @@ FAMILIES: dict[str, Family] = {
             "layers.{}.attention.masked_bias",
             "layers.{}.attention.rotary_emb.inv_freq",
         ),
-        inert=frozenset({"classifier_dropout", "is_decoder", "rotary_pct", "rotary_emb_base"}),
+        # rotary_* are in rope_parameters; the *_prob are names that the class does not read.
+        inert=frozenset(
+            {
+                "attention_probs_dropout_prob",
+                "classifier_dropout",
+                "hidden_dropout_prob",
+                "rotary_emb_base",
+                "rotary_pct",
+            }
+        ),
     ),
     "gptj": Family(
         prefixes=("transformer.",),
@@ -602,7 +614,7 @@ FAMILIES: dict[str, Family] = {
         config=opt,
         rules=OPT_RULES,
         ignored=("version",),
-        inert=frozenset({"init_std"}),
+        inert=frozenset({"init_std", "activation_dropout"}),
         native=native_bigcode,
     ),
     "phi": Family(
@@ -612,14 +624,15 @@ FAMILIES: dict[str, Family] = {
         ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
         native=native_same_class,
     ),
-    "qwen2": _llama_family(qwen2),
+    "qwen2": _llama_family(qwen2, inert=frozenset({"use_mrope"})),
     "seed_oss": _llama_family(seed_oss),
-    "smollm3": _llama_family(smollm3),
+    "smollm3": _llama_family(smollm3, inert=frozenset({"max_window_layers"})),
 }
 
 # Switches that no decoder-only model's function depends on, wherever they stand.
 INERT = frozenset(PreTrainedConfig().to_dict()) | {
     "auto_map",
+    "custom_pipelines",
     "finetuning_task",
     "gradient_checkpointing",
     "initializer_range",
@@ -632,6 +645,7 @@ INERT = frozenset(PreTrainedConfig().to_dict()) | {
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
+    "transformers.js_config",
     "use_bfloat16",
     "use_cache",
 }

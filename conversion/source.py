@@ -67,6 +67,8 @@ def open_source(source: str | os.PathLike, revision: str | None = None, *, weigh
     if not directory.is_dir():
         if directory.exists():
             raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
+        if directory.is_absolute() or str(source).startswith((".", "~")):
+            raise ConversionError(f"there is no directory {source}")
         directory = _download(str(source), revision, weights)
         commit = directory.name
     elif revision is not None:

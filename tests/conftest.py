@@ -12,6 +12,10 @@ from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+# `with torch.device("meta")` remembers the constructors it redirects at its first use: that must see the real one of
+# the function that `empty_is_nan` replaces, or "meta" models would be allocated.
+with torch.device("meta"):
+    torch.empty(1)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -227,7 +227,9 @@ def test_no_weights(source):
 def test_no_checkpoint(tmp_path):
     (tmp_path / "source").mkdir()
     refused(tmp_path / "source", "no config.json")
-    refused(tmp_path / "nowhere", "neither a directory nor a model that can be fetched")
+    refused(tmp_path / "nowhere", "there is no directory")
+    with pytest.raises(ConversionError, match="neither a directory nor a model that can be fetched"):
+        convert("someone/nothing", tmp_path / "output")
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
