@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 
@@ -17,7 +18,7 @@ def write_card(directory: Path, report: dict[str, Any], source: Path) -> None:
     if (source / "README.md").is_file():
         try:
             known = ModelCard.load(source / "README.md").data.to_dict()
-        except (ValueError, HFValidationError):
+        except (ValueError, HFValidationError, yaml.YAMLError):
             known = {}
         inherited = {k: known[k] for k in ("license", "license_name", "license_link", "language") if k in known}
     is_id = not Path(report["source"]).exists()

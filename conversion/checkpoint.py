@@ -1,5 +1,6 @@
 """Reading and writing checkpoints tensor by tensor, so that neither side is ever whole in memory."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -118,7 +120,9 @@ class CheckpointReader:
                 if unknown:
                     raise ConversionError(f"{path.name} holds tensors of type {listing(unknown)}, which are not read")
                 return {n: TensorInfo(tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise ConversionError(f"{path} cannot be read: {error}") from error
+        except SafetensorError as error:
             raise ConversionError(
                 f"{path.name} is truncated or corrupted ({path.stat().st_size:,} bytes; {error}); fetch it again"
             ) from error
@@ -145,13 +149,29 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError as error:
         raise ConversionError(
             f"{path.name} is a pickle that holds more than tensors, or is corrupted, and was not loaded: "
-            f"it could run code ({str(error).splitlines()[0]})"
+            f"it could run code ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ConversionError(f"{path.name} is truncated or corrupted: {str(error).splitlines()[0]}") from error
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConversionError(f"{path.name} is truncated or corrupted: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ConversionError(f"{path.name} does not hold a state dict of tensors")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+def _reserve(file: BinaryIO, offset: int, size: int) -> None:
+    """Take the space now: a disk that is too small is found before the work, not in the middle of it."""
+    try:
+        os.posix_fallocate(file.fileno(), offset, size)
+    except (AttributeError, OSError) as error:  # the system or the file system has no such call
+        if getattr(error, "errno", None) not in (None, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        file.truncate(offset + size)
 
 
 class CheckpointWriter:
@@ -169,6 +189,8 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int | str):
         try:
+            if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
+                raise ValueError("it must be positive")
             split = split_state_dict_into_shards_factory(
                 dict(tensors),
                 get_storage_size=lambda info: info.nbytes,
@@ -209,8 +231,7 @@ class CheckpointWriter:
         with open(path, "wb") as file:
             file.write(struct.pack("<Q", len(encoded)) + encoded)
             if offset:
-                # Takes the space now: a disk that is too small is found before the work, not in the middle of it.
-                os.posix_fallocate(file.fileno(), 8 + len(encoded), offset)
+                _reserve(file, 8 + len(encoded), offset)
         for name in names:
             self._places[name] = (path, 8 + len(encoded) + header[name]["data_offsets"][0])
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -27,16 +26,15 @@ from mqa_hf.configuration_mqa import MQAConfig
 
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from .errors import ConversionError
+from .errors import ConversionError, listing
 from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
-from .output import check_output, copy_companions, written_beside
+from .output import copy_companions, resolve_output, written_beside
 from .plan import Step, layer_of, match, read_steps, write_steps
 from .pooling import METHODS, check_heads, pool_layer
-from .source import Source, open_source
+from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
 
 TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-REPORT_FILE = "conversion.json"
 # What `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` imports.
 RUNTIME_FILES = ("configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py")
 
@@ -86,6 +84,10 @@ def convert(
     for name, value, known in (("method", method, METHODS), ("target", target, TARGETS), ("dtype", dtype, DTYPES)):
         if value is not None and value not in known:
             raise ConversionError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+    if not 0 <= seed < 2**64:
+        raise ConversionError(f"--seed must be at least 0 and below 2**64, got {seed}")
+    if private and not push_to_hub:
+        raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
     plan = make_plan(
         open_source(source, revision),
         kv_heads=kv_heads,
@@ -102,18 +104,19 @@ def convert(
         "max_shard_size": max_shard_size,
         "ignore_switches": list(ignore_switches),
     }
-    output = Path(output)
-    check_output(output, plan.source.directory, overwrite)
-    with written_beside(output, sum(info.nbytes for info in plan.tensors.values())) as partial:
+    place = resolve_output(output, plan.source.directory, overwrite)
+    if push_to_hub:
+        _make_repository(push_to_hub, private)
+    with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
+        copy_companions(plan.source.directory, partial)
         writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
         layers = walk(plan, writer, method, seed, progress)
         report = _report(plan, options, layers)
-        copy_companions(plan.source.directory, partial)
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory)
         _write_config(plan, partial)
     if push_to_hub:
-        _push(output, push_to_hub, private)
+        _push(place, push_to_hub)
     return report
 
 
@@ -146,6 +149,8 @@ def make_plan(
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
     family = family_of(source.config.model_type)
+    if ignore - set(source.raw):
+        raise ConversionError(f"--ignore-switch {listing(ignore - set(source.raw))}: config.json has no such switch")
     config = canonical_config(source.config, source.raw, ignore)
     check_heads(config.num_attention_heads, config.num_key_value_heads, kv_heads)
     reader = CheckpointReader(source.directory)
@@ -269,6 +274,8 @@ def _write_config(plan: Plan, partial: Path) -> None:
     plan.output.architectures = [architecture]
     config = plan.output.to_diff_dict()
     config.pop("_name_or_path", None)
+    if plan.output is not plan.pooled:
+        config.pop("auto_map", None)  # of code that the source brings along and its class in transformers replaces
     config["transformers_version"] = version("transformers")
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -306,10 +313,21 @@ def _command(source: Source, options: dict[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _push(output: Path, repo_id: str, private: bool) -> None:
-    api = HfApi()
+def _make_repository(repo_id: str, private: bool) -> None:
+    """Before the work, so that a missing token or a taken name is found while nothing is lost."""
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=output, commit_message="Convert with mqa-hf")
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    except (HTTPError, OSError, ValueError) as error:
+        raise ConversionError(f"cannot push to {repo_id}: {error}") from error
+
+
+def _push(output: Path, repo_id: str) -> None:
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=output,
+            commit_message="Convert with mqa-hf",
+            delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload that this one does not have
+        )
+    except (HTTPError, OSError, ValueError) as error:
         raise ConversionError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error

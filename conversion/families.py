@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GPTBigCodeConfig, PhiConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mqa_hf.configuration_mqa import MQAConfig
 
@@ -99,6 +100,7 @@ def _shared(c: SourceConfig, **fields: Any) -> dict[str, Any]:
         "num_attention_heads": c.num_attention_heads,
         "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings,
+        "initializer_range": getattr(c, "initializer_range", 0.02),
         "bos_token_id": c.bos_token_id,
         "eos_token_id": c.eos_token_id,
         "pad_token_id": c.pad_token_id,
@@ -114,6 +116,8 @@ def _rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
     parameters = dict(c.rope_parameters)
     if "rope_type" not in parameters:
         raise ConversionError("rope_parameters differ per layer type, which no canonical model has")
+    if parameters["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ConversionError(f"transformers has no rope_type {parameters['rope_type']!r}")
     if not partial and parameters.pop("partial_rotary_factor", 1.0) != 1.0 and parameters["rope_type"] != "default":
         raise ConversionError("partial_rotary_factor with a scaled rope type: the source's class cannot run it")
     return {"position_embedding": "rotary", "rope_parameters": parameters}
@@ -260,6 +264,7 @@ def opt(c: SourceConfig) -> dict[str, Any]:
         mlp_bias=c.enable_bias,
         attention_dropout=c.attention_dropout,
         hidden_dropout=c.dropout,
+        initializer_range=c.init_std,
     )
 
 
@@ -562,7 +567,7 @@ FAMILIES: dict[str, Family] = {
         config=gpt2,
         rules=_gpt_rules(Transpose(), SplitStacked(transposed=True), SplitStacked()),
         ignored=_GPT_MASKS,
-        inert=_SUMMARY | {"reorder_and_upcast_attn", "n_ctx"},
+        inert=_SUMMARY | {"reorder_and_upcast_attn", "n_ctx", "n_special", "predict_special_tokens", "output_past"},
         query_scale=gpt2_query_scale,
         native=native_bigcode,
     ),
@@ -571,8 +576,11 @@ FAMILIES: dict[str, Family] = {
         config=gpt_bigcode,
         rules=_gpt_rules(Copy(), SplitBigCode(), SplitBigCode()),
         ignored=_GPT_MASKS,
+        # The last two lines stand in the files of SantaCoder and StarCoder; the class reads none of them.
         inert=_SUMMARY
-        | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads", "n_ctx"},
+        | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads", "n_ctx"}
+        | {"inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length", "pre_allocate_kv_cache"}
+        | {"validate_runner_input"},
         native=native_bigcode,
     ),
     "gpt_neox": Family(
@@ -614,7 +622,7 @@ FAMILIES: dict[str, Family] = {
         config=opt,
         rules=OPT_RULES,
         ignored=("version",),
-        inert=frozenset({"init_std", "activation_dropout"}),
+        inert=frozenset({"activation_dropout"}),
         native=native_bigcode,
     ),
     "phi": Family(
@@ -635,7 +643,6 @@ INERT = frozenset(PreTrainedConfig().to_dict()) | {
     "custom_pipelines",
     "finetuning_task",
     "gradient_checkpointing",
-    "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
     "label2id",
@@ -652,8 +659,9 @@ INERT = frozenset(PreTrainedConfig().to_dict()) | {
 _ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
-def family_of(model_type: str) -> Family:
-    if model_type not in FAMILIES:
+def family_of(model_type: Any) -> Family:
+    """The row of a model type; raises ConversionError where there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type == MQAConfig.model_type:
             raise ConversionError("the source is a converted checkpoint already; convert the original instead")
         raise ConversionError(
@@ -680,7 +688,12 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
             "the source's weights are quantised (quantization_config); dequantise them or convert the original"
         )
     recorder = SourceConfig(source)
-    fields = family.config(recorder)
+    try:
+        config = MQAConfig(**family.config(recorder), dtype=source.dtype)
+    except ConversionError:
+        raise
+    except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError) as error:
+        raise ConversionError(f"{source.model_type}: config.json describes no model: {error}") from error
     aliases = dict(source.attribute_map)
     read = recorder._read | {aliases.get(name, name) for name in recorder._read}
     if "rope_parameters" in read:
@@ -695,10 +708,7 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
             f"{source.model_type}: nothing is known of these switches in config.json: {switches}. If they do not "
             "change what the model computes, name them with --ignore-switch"
         )
-    try:
-        return MQAConfig(**fields, dtype=source.dtype)
-    except ValueError as error:
-        raise ConversionError(f"{source.model_type}: {error}") from error
+    return config
 
 
 def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -1,50 +1,55 @@
 """What a checkpoint is and what a conversion would make of it, from its configuration alone."""
 
-import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mqa_hf.configuration_mqa import MQAConfig
 
-from .converter import REPORT_FILE
 from .errors import ConversionError
 from .families import canonical_config, family_of
 from .plan import canonical_shapes
-from .source import open_source
+from .source import REPORT_FILE, locate, open_source, read_json
 
 
-def inspect(source: str | os.PathLike, *, kv_heads: int = 1, revision: str | None = None) -> dict[str, Any]:
+def inspect(
+    source: str | os.PathLike,
+    *,
+    kv_heads: int = 1,
+    revision: str | None = None,
+    ignore_switches: Sequence[str] = (),
+) -> dict[str, Any]:
     """Describe a checkpoint without reading its weights.
 
     Args:
         source: directory or hub id, of an original or of a converted checkpoint.
         kv_heads: key/value heads of the conversion to describe.
         revision: branch, tag or commit of a hub id.
+        ignore_switches: as in [`convert`].
 
     Returns:
-        `family`, `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters`,
-        `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`), `convertible`, `reason` (why it
-        cannot), `native` (whether a class of transformers holds the result), and `conversion` (the content of
-        `conversion.json` of a converted checkpoint, else `None`).
+        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, else `None`) and `conversion`
+        (the content of `conversion.json` of a converted checkpoint, else `None`). Where the configuration is
+        understood: `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters` and
+        `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`); of a native conversion only what
+        its `conversion.json` says. Where it can be converted: `native`, the model type of the class of transformers
+        that holds the result, or `False`.
 
     Raises:
         ConversionError: where there is no checkpoint at all.
     """
-    path = Path(source)
-    if (path / REPORT_FILE).is_file() and (path / "config.json").is_file():
-        return _converted(path)
-    result: dict[str, Any] = {"source": str(source), "convertible": True, "reason": None, "conversion": None}
-    if path.is_dir() and (path / "config.json").is_file():
-        result["family"] = _raw(path).get("model_type")
+    directory, _ = locate(source, revision, weights=False)
+    raw = read_json(directory / "config.json")
+    result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
+    if (directory / REPORT_FILE).is_file() or result["family"] == MQAConfig.model_type:
+        return result | _converted(directory)
+    result |= {"convertible": True, "reason": None}
     try:
         checkpoint = open_source(source, revision, weights=False)
-        result["family"] = checkpoint.config.model_type
-        config = canonical_config(checkpoint.config, checkpoint.raw)
+        config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(ignore_switches))
     except ConversionError as error:
-        if "family" not in result:
-            raise
         return {**result, "convertible": False, "reason": str(error)}
     result |= _describe(config)
     if kv_heads < 1 or config.num_key_value_heads % kv_heads:
@@ -60,29 +65,28 @@ def inspect(source: str | os.PathLike, *, kv_heads: int = 1, revision: str | Non
     return result
 
 
-def _converted(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads((path / REPORT_FILE).read_text())
-        return {
-            "source": str(path),
-            "family": _raw(path).get("model_type"),
-            "num_attention_heads": report["num_attention_heads"],
-            "num_key_value_heads": report["num_key_value_heads"]["after"],
-            "parameters": report["parameters"],
-            "kv_bytes_per_token": {"now": report["kv_bytes_per_token"]["after"]},
-            "convertible": False,
-            "reason": f"it is a conversion of {report['source']}",
-            "conversion": report,
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path / REPORT_FILE} cannot be read: {error}") from error
-
-
-def _raw(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((path / "config.json").read_text()))
-    except ValueError as error:
-        raise ConversionError(f"{path / 'config.json'} is not a configuration: {error}") from error
+def _converted(directory: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {"convertible": False, "reason": "it is a converted checkpoint already"}
+    if (directory / REPORT_FILE).is_file():
+        report = read_json(directory / REPORT_FILE)
+        try:
+            _ = report["command"], [(layer["key_error"], layer["value_error"]) for layer in report["layers"]]
+            result |= {
+                "num_attention_heads": report["num_attention_heads"],
+                "num_key_value_heads": report["num_key_value_heads"]["after"],
+                "parameters": report["parameters"],
+                "kv_bytes_per_token": {"now": report["kv_bytes_per_token"]["after"]},
+                "reason": f"it is a conversion of {report['source']}",
+                "conversion": report,
+            }
+        except (KeyError, TypeError) as error:
+            raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
+    if read_json(directory / "config.json").get("model_type") == MQAConfig.model_type:
+        try:
+            result |= _describe(MQAConfig.from_pretrained(directory))
+        except (ValueError, TypeError) as error:
+            raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
+    return result
 
 
 def _describe(config: MQAConfig) -> dict[str, Any]:

@@ -82,6 +82,9 @@ def read_steps(tensors: Mapping[str, TensorInfo], family: Family, config: MQACon
     produced: dict[str, str] = {}
     for step in steps:
         info = tensors[step.name]
+        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+            problems.append(f"{step.name} is stored as {info.dtype}; convert from 16-, 32- or 64-bit floats")
+            continue
         wanted = [expected.get(target) if target else None for target in step.targets]
         if all(shape is None for shape, target in zip(wanted, step.targets) if target) and any(step.targets):
             unclaimed.append(step.name)

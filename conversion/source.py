@@ -8,12 +8,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConversionError
 from .families import family_of
 
+REPORT_FILE = "conversion.json"
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",
@@ -31,6 +32,8 @@ COMPANIONS = (
 )
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 PICKLES = ("*.bin", "*.bin.index.json")
+# Of the HTTP library, which is not the same in every huggingface_hub: an answer that is an error, or none at all.
+HTTPError: type[Exception] = HfHubHTTPError.__base__  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -63,42 +66,68 @@ def open_source(source: str | os.PathLike, revision: str | None = None, *, weigh
     Raises:
         ConversionError: where there is no such checkpoint, or its configuration cannot be read.
     """
-    directory, commit = Path(source), None
-    if not directory.is_dir():
-        if directory.exists():
-            raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
-        if directory.is_absolute() or str(source).startswith((".", "~")):
-            raise ConversionError(f"there is no directory {source}")
-        directory = _download(str(source), revision, weights)
-        commit = directory.name
-    elif revision is not None:
-        raise ConversionError(f"--revision {revision} is for hub ids; {source} is a directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
-    try:
-        raw = json.loads(path.read_text())
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConversionError(f"{path} is not a configuration: {error}") from error
-    family_of(model_type)
+    directory, commit = locate(source, revision, weights=weights)
+    raw = read_json(directory / "config.json")
+    family_of(raw.get("model_type"))
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever a configuration class raises for values that it refuses
-        raise ConversionError(f"transformers refuses {path}: {error}") from error
+        raise ConversionError(f"transformers refuses {directory / 'config.json'}: {error}") from error
     return Source(str(source), directory, commit, config, raw)
+
+
+def locate(source: str | os.PathLike, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
+    """The directory of a checkpoint, and its commit where it is a hub id; arguments as in [`open_source`]."""
+    directory, commit = Path(source), None
+    try:
+        if not directory.is_dir():
+            if directory.exists():
+                raise ConversionError(f"{source} is a file; give the directory of a checkpoint")
+            if directory.is_absolute() or str(source).startswith((".", "~")):
+                raise ConversionError(f"there is no directory {source}")
+            directory = _download(str(source), revision, weights)
+            commit = directory.name
+        elif revision is not None:
+            raise ConversionError(f"--revision {revision} is for hub ids; {source} is a directory")
+        if not (directory / "config.json").is_file():
+            raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
+    except OSError as error:
+        raise ConversionError(f"{source} cannot be read: {error}") from error
+    return directory, commit
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises ConversionError for a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not an object with fields")
+    return content
 
 
 def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
     try:
-        patterns = [*COMPANIONS, "config.json", "README.md"]
+        patterns = [*COMPANIONS, "config.json", "README.md", "*.py", REPORT_FILE]
         if weights:
-            # Offline there is no list of files; then the cache holds what there is to have.
-            names = [] if HF_HUB_OFFLINE else HfApi().list_repo_files(repo_id, revision=revision)
+            names = _files_on_hub(repo_id, revision)
             has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
             patterns += SAFETENSORS if has_safetensors else SAFETENSORS + PICKLES
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HFValidationError, HTTPError, OSError, ValueError) as error:
         raise ConversionError(
             f"{repo_id} is neither a directory nor a model that can be fetched from the Hub: {error}"
         ) from error
+
+
+def _files_on_hub(repo_id: str, revision: str | None) -> list[str]:
+    """The names of a repository's files; none without a network, where the cache holds what there is to have."""
+    if HF_HUB_OFFLINE:
+        return []
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError):
+        return []

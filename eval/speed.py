@@ -10,6 +10,7 @@ pass a token over a growing cache. The models take turns, so that a machine whos
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mqa_hf import MQAConfig, MQAForCausalLM
+from mqa_hf.cli import main as run
+from mqa_hf.conversion import ConversionError
+from mqa_hf.conversion.converter import DTYPES
+from mqa_hf.conversion.families import canonical_config, family_of
+from mqa_hf.conversion.source import open_source
 
 
 def make_step(model: PreTrainedModel, batch: int, context: int) -> Callable[[], None]:
@@ -62,25 +70,23 @@ def time_per_token(
 
 def contenders(checkpoint: Path, dtype: torch.dtype, device: str) -> dict[str, PreTrainedModel]:
     """Models of random weights: the source's class as it is, with one K/V head, and ours with one."""
-    from mqa_hf import MQAConfig, MQAForCausalLM
-    from mqa_hf.conversion.families import canonical_config
-    from mqa_hf.conversion.source import open_source
-
     source = open_source(checkpoint, weights=False)
     canonical = canonical_config(source.config, source.raw)
-    pooled = AutoConfig.from_pretrained(checkpoint)
-    pooled.num_key_value_heads = 1
     ours = MQAConfig(**{**canonical.to_dict(), "num_key_value_heads": 1})
     heads, kv_heads = canonical.num_attention_heads, canonical.num_key_value_heads
-    name = type(source.config).__name__.removesuffix("Config")
+    configs = {f"{_name(source.config)}, {heads} query and {kv_heads} K/V heads": source.config}
+    native = family_of(source.config.model_type).native
+    with suppress(ConversionError):  # the class has no place for this model with one head
+        if native is not None:
+            pooled = native(source.config, ours)
+            configs[f"{_name(pooled)}, 1 K/V head"] = pooled
     with torch.device(device):
-        return {
-            f"{name}, {heads} query and {kv_heads} K/V heads": AutoModelForCausalLM.from_config(
-                source.config, dtype=dtype
-            ).eval(),
-            f"{name}, 1 K/V head": AutoModelForCausalLM.from_config(pooled, dtype=dtype).eval(),
-            "mqa-hf, 1 K/V head": MQAForCausalLM._from_config(ours, dtype=dtype).eval(),
-        }
+        models = {name: AutoModelForCausalLM.from_config(c, dtype=dtype).eval() for name, c in configs.items()}
+        return {**models, "mqa-hf, 1 K/V head": MQAForCausalLM._from_config(ours, dtype=dtype).eval()}
+
+
+def _name(config: PreTrainedConfig) -> str:
+    return type(config).__name__.removesuffix("Config")
 
 
 def main(
@@ -92,7 +98,9 @@ def main(
     device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Time decoding of a shape with its own K/V heads, with one in the source's class, and with one in ours."""
-    seconds = time_per_token(contenders(checkpoint, getattr(torch, dtype), device), batch, context, steps)
+    if dtype not in DTYPES:
+        raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    seconds = time_per_token(contenders(checkpoint, DTYPES[dtype], device), batch, context, steps)
     fastest = min(statistics.median(times) for times in seconds.values())
     table = Table(title=f"decoding, {dtype}, batch {batch}, context {context}, {device}", title_justify="left")
     for column in ("model", "ms/token, median", "fastest", "slowest", "relative to the fastest"):
@@ -109,4 +117,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(lambda: typer.run(main))

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -81,7 +82,7 @@ def convert(
         progress=True,
     )
     heads, cache = report["num_key_value_heads"], report["kv_bytes_per_token"]
-    Console().print(
+    Console(markup=False).print(
         f"{output}: {heads['before']} -> {heads['after']} key/value heads, "
         f"{cache['before']:,} -> {cache['after']:,} cache bytes per token",
         highlight=False,
@@ -93,13 +94,14 @@ def convert(
 def inspect(
     source: Source,
     kv_heads: KVHeads = 1,
+    ignore_switch: IgnoreSwitch = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is and what a conversion would make of it, without reading weights."""
     from mqa_hf.conversion import inspect
 
-    result = inspect(source, kv_heads=kv_heads, revision=revision)
+    result = inspect(source, kv_heads=kv_heads, revision=revision, ignore_switches=ignore_switch or ())
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -121,15 +123,15 @@ def inspect(
         for name in ("key_error", "value_error"):
             errors = [layer[name] for layer in conversion["layers"]]
             table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
-def main() -> None:
+def main(command: Callable[[], None] = app) -> None:
     """Entry point: errors meant for a person are printed as one message, with exit code 1."""
     # A job that is told to stop cleans up like one that is interrupted by hand.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
+        command()
     except ValueError as error:
         from mqa_hf.conversion import ConversionError
 

@@ -4,6 +4,7 @@ One configuration describes GPT-2, OPT, GPT-NeoX, GPT-J, Phi, Llama and their re
 the weights at conversion (how positions enter, where norms stand, which biases exist) is a field here.
 """
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 POSITION_EMBEDDINGS = ("rotary", "learned", "none")
@@ -110,6 +111,7 @@ class MQAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self._check_sizes()
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         if self.head_dim is None:
@@ -136,6 +138,18 @@ class MQAConfig(PreTrainedConfig):
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 
+    def _check_sizes(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
+
     def _check(self):
         for name, allowed in (
             ("position_embedding", POSITION_EMBEDDINGS),
@@ -144,7 +158,9 @@ class MQAConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
                 f"({self.num_key_value_heads})"

@@ -144,6 +144,27 @@ def test_a_tokenizer_that_does_not_name_its_class(tmp_path):
     assert loaded("some text").input_ids == tokenizer("some text").input_ids
 
 
+def test_a_tokenizer_with_code_of_its_own_brings_it_along(model, tmp_path):
+    source = save(model, tmp_path / "source")
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokens.Mine", null]}}')
+    (source / "tokens.py").write_text("from .more import thing\n")
+    (source / "more.py").write_text("thing = 1\n")
+    (source / "unrelated.py").write_text("")
+    convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "tokens.py").read_text() == "from .more import thing\n"
+    assert (tmp_path / "ours" / "more.py").is_file()
+    assert not (tmp_path / "ours" / "unrelated.py").exists()
+
+
+def test_a_native_result_needs_no_code(model, tmp_path):
+    source = save(model, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_old.OldForCausalLM"}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "native", target="native")
+    assert "auto_map" not in json.loads((tmp_path / "native" / "config.json").read_text())
+
+
 def test_the_report(model, tmp_path):
     source = save(model, tmp_path / "source")
     returned = convert(source, tmp_path / "ours", method="first")
@@ -315,7 +336,8 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
         def create_repo(self, repo_id, **options):
             calls.append((repo_id, options))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+            assert "*.safetensors" in delete_patterns
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr("mqa_hf.conversion.converter.HfApi", Api)

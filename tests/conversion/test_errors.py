@@ -232,10 +232,70 @@ def test_no_checkpoint(tmp_path):
         convert("someone/nothing", tmp_path / "output")
 
 
-@pytest.mark.parametrize("content", ["not json", "[]", '{"model_type": "llama", "hidden_size": "wide"}'])
-def test_a_configuration_that_is_none(source, content):
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("not json", "config.json cannot be read"),
+        ("[]", "config.json holds a list"),
+        ('{"model_type": ["llama"]}', "no family"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers refuses .*config.json"),
+    ],
+)
+def test_a_configuration_that_is_none(source, content, match):
     (source / "config.json").write_text(content)
-    refused(source, "config")
+    refused(source, match)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads|zero"),
+        ({"hidden_size": -48}, "hidden_size"),
+        ({"intermediate_size": 0}, "intermediate_size must be a positive integer, got 0"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer"),
+        ({"hidden_act": "wave"}, "hidden_act must be one of .*got 'wave'"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral'"),
+        ({"num_key_value_heads": 4}, "divisible|divide"),
+    ],
+)
+def test_values_that_describe_no_model(source, fields, match):
+    edit_config(source, **fields)
+    refused(source, match)
+
+
+def test_options_about_nothing(source):
+    refused(
+        source,
+        "--ignore-switch atention_sink_size: config.json has no such switch",
+        ignore_switches=["atention_sink_size"],
+    )
+    refused(source, "--private is about", private=True)
+    refused(source, "--seed must be", seed=2**64)
+    refused(source, "--max-shard-size '-1GB' is not a size: it must be positive", max_shard_size="-1GB")
+
+
+def test_weights_that_are_no_floats(source):
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(source, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(source, f"{name} is stored as torch.int8")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser reads every file")
+def test_a_file_that_may_not_be_read(source):
+    (source / "model.safetensors").chmod(0)
+    refused(source, "cannot be read: .*ermission")
+
+
+def test_a_tokenizer_that_is_none(source):
+    (source / "tokenizer.json").write_text("{}")
+    refused(source, "the tokenizer in .* cannot be loaded")
+    (source / "tokenizer_config.json").write_text("not json")
+    refused(source, "tokenizer_config.json cannot be read")
+
+
+def test_a_tokenizer_whose_code_is_missing(source):
+    (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokens.Mine", null]}}')
+    refused(source, "needs tokens.py, which is not there")
 
 
 def test_a_revision_of_a_directory(source):
@@ -244,18 +304,74 @@ def test_a_revision_of_a_directory(source):
 
 def test_a_directory_that_is_not_empty(source, tmp_path):
     output = tmp_path / "output"
-    output.mkdir()
-    (output / "config.json").write_text("{}")
+    convert(source, output, kv_heads=2)
     refused(source, "exists and is not empty; pass --overwrite")
-    convert(source, output, overwrite=True)
-    assert (output / "model.safetensors").is_file()
+    assert convert(source, output, overwrite=True)["num_key_value_heads"]["after"] == 1
+    assert json.loads((output / "config.json").read_text())["num_key_value_heads"] == 1
 
 
-def test_overwrite_replaces_checkpoints_only(source, tmp_path):
+@pytest.mark.parametrize("name", ["thesis.tex", "config.json"])
+def test_overwrite_replaces_only_what_a_conversion_wrote(source, tmp_path, name):
     output = tmp_path / "output"
     output.mkdir()
-    (output / "thesis.tex").write_text("years of work")
-    refused(source, "not a checkpoint", overwrite=True)
+    (output / name).write_text("years of work")
+    refused(source, "was not written by a conversion", overwrite=True)
+
+
+def test_what_appears_at_the_output_meanwhile_is_kept(source, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+
+    def write_card(*arguments):
+        output.mkdir()
+        (output / "thesis.tex").write_text("years of work")
+
+    monkeypatch.setattr(converter, "write_card", write_card)
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        convert(source, output)
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
+
+
+def test_a_failed_replacement_puts_the_old_one_back(source, tmp_path, monkeypatch):
+    output = tmp_path / "output"
+    convert(source, output, kv_heads=2)
+    before = (output / "config.json").read_bytes()
+    plain, calls = Path.replace, []
+
+    def replace(self, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, output, overwrite=True)
+    assert len(calls) == 3
+    assert (output / "config.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
+
+
+def test_a_failure_leaves_no_new_parents(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "write_card", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(source, tmp_path / "new" / "parents" / "output")
+    assert not (tmp_path / "new").exists()
+
+
+def test_outputs_that_cannot_be(source, tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for output, match in (
+        (tmp_path / "loop", "cannot write"),
+        (tmp_path / ("n" * 300), "cannot write|was not written"),
+        ("nul\0", "cannot write"),
+        (".", "working directory"),
+        ("/proc/", "mount point"),
+    ):
+        with pytest.raises(ConversionError, match=match):
+            convert(source, output)
 
 
 def test_an_empty_directory_is_a_fine_output(source, tmp_path):
