@@ -1,13 +1,13 @@
-"""Configuration of the canonical decoder-only model that every converted checkpoint becomes.
+"""Configuration of a canonical stack of layers: the decoder-only model, and either side of the encoder-decoder one.
 
-One configuration describes GPT-2, OPT, GPT-NeoX, GPT-J, Phi, Llama and their relatives: what cannot be settled in
+One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and their relatives: what cannot be settled in
 the weights at conversion (how positions enter, where norms stand, which biases exist) is a field here.
 """
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-POSITION_EMBEDDINGS = ("rotary", "learned", "none")
+POSITION_EMBEDDINGS = ("rotary", "learned", "sinusoidal", "alibi", "relative", "none")
 NORM_TYPES = ("rms_norm", "layer_norm")
 AUTO_MAP = {
     "AutoConfig": "configuration_mqa.MQAConfig",
@@ -40,15 +40,33 @@ class MQAConfig(PreTrainedConfig):
             rotary frequencies repeat every `head_dim` components. Default: `head_dim`.
         v_head_dim (`int`, *optional*): Width of a stored value head. Default: `head_dim`.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
-        position_embedding (`str`): `"rotary"`, `"learned"` or `"none"`.
+        position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
+            `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
+            `"none"`.
         rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
         rope_layers (`list[bool]`, *optional*): Per layer, whether queries and keys are rotated. Default: all are.
         max_position_embeddings (`int`): Context length; the rows of a learned position embedding.
-        positions_from_mask (`bool`): Count learned positions from the first attended token of the 2D attention mask
-            (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`.
+        positions_from_mask (`bool`): Count learned or sinusoidal positions from the first attended token of the 2D
+            attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`.
+        position_offset (`int`): Sinusoidal position of the first token.
+        sinusoidal_endpoint (`bool`): Whether the lowest of the `n` sinusoidal frequencies is 1/10000 (M2M-100) instead
+            of 1/10000 to the power of (n - 1)/n (Marian, the paper).
+        alibi_slopes (`list[float]`, *optional*): Of each query head; used with `"alibi"`.
+        relative_buckets, relative_max_distance (`int`): Of the `"relative"` bias.
+        relative_per_layer (`bool`): Whether each layer has a relative bias of its own (UMT5) instead of all sharing
+            that of the first (T5).
+        causal (`bool`): `False` for an encoder.
+        cross_num_key_value_heads (`int`, *optional*): Key/value heads of the cross-attention that each layer of a
+            decoder with an encoder has. Default: no cross-attention.
+        num_mel_bins (`int`, *optional*): Channels of the log-mel spectrogram that an audio encoder reads in place of
+            tokens (Whisper).
+        embedding_scale (`float`): Factor on the token embeddings.
+        embedding_norm (`bool`): Whether a norm follows the embeddings.
+        logit_scale (`float`): Factor on the logits.
         norm_type (`str`): `"rms_norm"` or `"layer_norm"`.
         norm_eps (`float`): Epsilon of every norm.
         norm_affine (`bool`): Whether norms have learned weights.
+        norm_bias (`bool`): Whether layer norms with learned weights have biases.
         final_norm (`bool`): Whether a norm follows the last layer.
         residual (`str`): `"sequential"` (norm, attention, add; norm, MLP, add), `"post_norm"` (attention, add, norm;
             MLP, add, norm), `"parallel"` (attention and MLP of the same input, each with its own norm) or
@@ -58,8 +76,9 @@ class MQAConfig(PreTrainedConfig):
         query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
         layer_types (`list[str]`, *optional*): Per layer `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*): Positions that a sliding layer sees, the current one included.
-        attention_dropout, hidden_dropout, embedding_dropout (`float`): Dropout while training, of the attention
-            weights, of what each sub-layer adds to the residual stream, and of the embeddings.
+        attention_dropout, hidden_dropout, embedding_dropout, activation_dropout (`float`): Dropout while training, of
+            the attention weights, of what each sub-layer adds to the residual stream, of the embeddings, and inside
+            the MLP.
 
     Raises:
         ValueError: where heads do not divide, widths are not multiples, or a value is none of those listed.
@@ -85,9 +104,22 @@ class MQAConfig(PreTrainedConfig):
     rope_layers: list[bool] = None  # type: ignore[assignment]
     max_position_embeddings: int = 2048
     positions_from_mask: bool = False
+    position_offset: int = 0
+    sinusoidal_endpoint: bool = False
+    alibi_slopes: list[float] | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_per_layer: bool = False
+    causal: bool = True
+    cross_num_key_value_heads: int | None = None
+    num_mel_bins: int | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    logit_scale: float = 1.0
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
     norm_affine: bool = True
+    norm_bias: bool = True
     final_norm: bool = True
     residual: str = "sequential"
     hidden_act: str = "silu"
@@ -103,6 +135,7 @@ class MQAConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
     embedding_dropout: float = 0.0
+    activation_dropout: float = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -160,10 +193,17 @@ class MQAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        for name in ("num_key_value_heads", "cross_num_key_value_heads"):
+            if self.num_attention_heads % (getattr(self, name) or 1):
+                raise ValueError(
+                    f"num_attention_heads ({self.num_attention_heads}) must be divisible by {name} "
+                    f"({getattr(self, name)})"
+                )
+        if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
+            raise ValueError(f"cross-attention goes with sequential or post_norm residuals, not {self.residual!r}")
+        if self.position_embedding == "alibi" and len(self.alibi_slopes or ()) != self.num_attention_heads:
             raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
-                f"({self.num_key_value_heads})"
+                f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
             )
         if self.position_embedding == "rotary" and self.qk_head_dim % self.head_dim:
             raise ValueError(f"qk_head_dim ({self.qk_head_dim}) must be a multiple of head_dim ({self.head_dim})")
@@ -177,5 +217,13 @@ class MQAConfig(PreTrainedConfig):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Cache bytes that one token takes at 16 bits a value, all layers together (no layer sliding)."""
-        return 2 * self.num_hidden_layers * self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
+        """Cache bytes that one token takes at 16 bits a value, all self-attention layers together (none sliding)."""
+        return self._kv_bytes(self.num_key_value_heads)
+
+    @property
+    def cross_kv_bytes_per_token(self) -> int:
+        """Cache bytes that one token of the encoder takes at 16 bits a value, all cross-attention layers together."""
+        return self._kv_bytes(self.cross_num_key_value_heads or 0)
+
+    def _kv_bytes(self, heads: int) -> int:
+        return 2 * self.num_hidden_layers * heads * (self.qk_head_dim + self.v_head_dim)

@@ -1,34 +1,91 @@
-"""The canonical decoder-only model: one class for every converted family.
+"""The canonical stack of layers and the decoder-only model: one class for every converted family.
 
-    B batch, T tokens, H query heads, G key/value heads, D query/key head width, Dv value head width, d hidden size
+    B batch, T tokens, S tokens attended to, H query heads, G key/value heads, D query/key head width, Dv value head
+    width, d hidden size
 
 Tensor names follow Llama, so that PEFT, quantisers and people find what they expect.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
 from .configuration_mqa import MQAConfig
 
+MASKS: dict[tuple[bool, str], Callable] = {
+    (True, "full_attention"): create_causal_mask,
+    (True, "sliding_attention"): create_sliding_window_causal_mask,
+    (False, "full_attention"): create_bidirectional_mask,
+    (False, "sliding_attention"): create_bidirectional_sliding_window_mask,
+}
+
 
 def make_norm(config: MQAConfig) -> nn.Module:
-    norm_class = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
-    return norm_class(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, config.norm_affine, config.norm_bias)
+
+
+def sinusoids(position_ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5)."""
+    half = config.hidden_size // 2
+    steps = torch.arange(half, device=position_ids.device, dtype=torch.float)
+    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1 if config.sinusoidal_endpoint else half)))
+    angles = (position_ids + config.position_offset).unsqueeze(-1).float() * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def relative_bucket(distance: torch.Tensor, buckets: int, max_distance: int, causal: bool) -> torch.Tensor:
+    """The bucket of each distance (key position minus query position), as T5 has it (arXiv 1910.10683, section 2.1).
+
+    Small distances have a bucket each, larger ones share buckets that widen logarithmically up to `max_distance`.
+    Without `causal`, half of the buckets are for keys after the query.
+    """
+    offset = torch.zeros_like(distance)
+    if causal:
+        distance = -distance.clamp(max=0)
+    else:
+        buckets //= 2
+        offset = (distance > 0).long() * buckets
+        distance = distance.abs()
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    coarse = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return offset + torch.where(distance < exact, distance, coarse)
+
+
+def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """A bias [1, H, T, S] on the attention logits as an additive mask, with a mask of any form folded in.
+
+    `visible` [T, S] stands in for a mask that was left out because the attention function knows it is causal.
+    """
+    if mask is None:
+        mask = visible
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
+    return (mask + bias).clamp(min=torch.finfo(bias.dtype).min)
 
 
 class MQARotaryEmbedding(nn.Module):
@@ -88,26 +145,35 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
 
 
 class MQAAttention(nn.Module):
-    """Attention of H query heads over G shared key/value heads (G = 1: multi-query, arXiv 1911.02150)."""
+    """Attention of H query heads over G shared key/value heads (G = 1: multi-query, arXiv 1911.02150).
 
-    def __init__(self, config: MQAConfig, layer_idx: int):
+    With `cross`, keys and values come from an encoder's output; a cache keeps them after the first step.
+    """
+
+    def __init__(self, config: MQAConfig, layer_idx: int, cross: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.qk_head_dim = config.qk_head_dim
         self.v_head_dim = config.v_head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.cross = cross
+        d, H = config.hidden_size, config.num_attention_heads
+        G = config.cross_num_key_value_heads if cross else config.num_key_value_heads
+        assert G is not None
+        self.num_key_value_groups = H // G
         self.scaling = config.attention_scale
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
-        self.rotary = config.rope_layers[layer_idx]
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
-        d, H, G = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.is_causal = config.causal and not cross
+        self.rotary = config.rope_layers[layer_idx] and not cross
+        sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
+        self.sliding_window = config.sliding_window if sliding else None
         self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
         self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
+        self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
 
     def forward(
         self,
@@ -115,17 +181,28 @@ class MQAAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(B, T, -1, self.v_head_dim).transpose(1, 2)
-        if self.rotary and position_embeddings is not None:
-            cos, sin = position_embeddings
-            query, key = rotate(query, cos, sin, self.head_dim), rotate(key, cos, sin, self.head_dim)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache, known = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
+            known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
+        if known and cache is not None:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values  # type: ignore[union-attr]
+        else:
+            states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key = self.k_proj(states).view(B, states.shape[1], -1, self.qk_head_dim).transpose(1, 2)
+            value = self.v_proj(states).view(B, states.shape[1], -1, self.v_head_dim).transpose(1, 2)
+            if self.rotary and position_embeddings is not None:
+                cos, sin = position_embeddings
+                query, key = rotate(query, cos, sin, self.head_dim), rotate(key, cos, sin, self.head_dim)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                if self.cross and isinstance(past_key_values, EncoderDecoderCache):
+                    past_key_values.is_updated[self.layer_idx] = True
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -152,11 +229,16 @@ class MQAMLP(nn.Module):
         self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.activation_dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.gate_proj is None:
-            return self.down_proj(self.act_fn(self.up_proj(x)))
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            inner = self.act_fn(self.up_proj(x))
+        else:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.training and self.dropout:
+            inner = nn.functional.dropout(inner, self.dropout)
+        return self.down_proj(inner)
 
 
 class MQADecoderLayer(GradientCheckpointingLayer):
@@ -167,6 +249,9 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.self_attn = MQAAttention(config, layer_idx)
         self.mlp = MQAMLP(config)
         self.input_layernorm = make_norm(config)
+        if config.cross_num_key_value_heads:
+            self.cross_attn = MQAAttention(config, layer_idx, cross=True)
+            self.cross_attn_layernorm = make_norm(config)
         if config.residual != "parallel_shared_norm":
             self.post_attention_layernorm = make_norm(config)
 
@@ -174,6 +259,8 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
@@ -188,12 +275,23 @@ class MQADecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         attended = self.dropout(attended)
-        if self.residual == "sequential":
+        if self.residual in ("sequential", "post_norm"):
             x = x + attended
+            x = self.input_layernorm(x) if self.residual == "post_norm" else x
+            if encoder_hidden_states is not None:
+                normed = x if self.residual == "post_norm" else self.cross_attn_layernorm(x)
+                attended, _ = self.cross_attn(
+                    normed,
+                    attention_mask=encoder_attention_mask,
+                    past_key_values=past_key_values,
+                    encoder_hidden_states=encoder_hidden_states,
+                    **kwargs,
+                )
+                x = x + self.dropout(attended)
+                x = self.cross_attn_layernorm(x) if self.residual == "post_norm" else x
+            if self.residual == "post_norm":
+                return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
             return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
-        if self.residual == "post_norm":
-            x = self.input_layernorm(x + attended)
-            return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
         if self.residual == "parallel":
             normed = self.post_attention_layernorm(x)
         return x + attended + self.dropout(self.mlp(normed))
@@ -213,7 +311,11 @@ class MQAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": MQADecoderLayer, "attentions": MQAAttention}
+    _can_record_outputs = {
+        "hidden_states": MQADecoderLayer,
+        "attentions": OutputRecorder(MQAAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MQAAttention, index=1, layer_name="cross_attn"),
+    }
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Folded attention is the default of this class; any other is taken when asked for."""
@@ -221,11 +323,11 @@ class MQAPreTrainedModel(PreTrainedModel):
 
 
 class MQAModel(MQAPreTrainedModel):
-    """The decoder without its language-model head."""
+    """A stack of layers without a head: the decoder-only model, or either side of an encoder-decoder one."""
 
     def __init__(self, config: MQAConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        self.embed_tokens = None if config.num_mel_bins else nn.Embedding(config.vocab_size, config.embedding_size)
         projected = config.embedding_size != config.hidden_size
         self.project_in = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projected else None
         self.embed_positions = (
@@ -233,6 +335,7 @@ class MQAModel(MQAPreTrainedModel):
             if config.position_embedding == "learned"
             else None
         )
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList([MQADecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config) if config.final_norm else None
         self.project_out = nn.Linear(config.hidden_size, config.embedding_size, bias=False) if projected else None
@@ -249,16 +352,20 @@ class MQAModel(MQAPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, embedding_size].
+            input_ids: [B, T]; or `inputs_embeds` [B, T, embedding_size], taken as they are.
             attention_mask: [B, past + T], 1 for tokens and 0 for padding; or a ready 4D mask; or a dict of 4D masks
                 by layer type.
             position_ids: [B, T]. Default: continue from what the cache holds.
             past_key_values: the cache, which is extended in place.
+            encoder_hidden_states: [B, S, d], for the cross-attention of a decoder with an encoder.
+            encoder_attention_mask: [B, S], as `attention_mask`.
 
         Returns:
             `last_hidden_state` [B, T, embedding_size] and the cache.
@@ -266,39 +373,48 @@ class MQAModel(MQAPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
+            assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
+            if self.config.embedding_scale != 1.0:
+                inputs_embeds = inputs_embeds * self.config.embedding_scale
+        if not self.config.causal:
+            past_key_values = None
+        elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+            if encoder_hidden_states is not None:
+                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
+        cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.self_attention_cache
         if position_ids is None:
-            position_ids = self.default_position_ids(inputs_embeds, attention_mask, past_key_values)
-
-        masks: dict[str, Any]
-        if isinstance(attention_mask, dict):
-            masks = attention_mask
-        else:
-            mask_arguments: dict[str, Any] = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            mask_functions = {
-                "full_attention": create_causal_mask,
-                "sliding_attention": create_sliding_window_causal_mask,
-            }
-            masks = {name: mask_functions[name](**mask_arguments) for name in set(self.config.layer_types)}
+            position_ids = self.default_position_ids(inputs_embeds, attention_mask, cache)
+        masks = self.make_masks(inputs_embeds, attention_mask, position_ids, cache)
+        encoder_mask: Any = None
+        if encoder_hidden_states is not None:
+            encoder_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
 
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids.to(x.device))
+        elif self.config.position_embedding == "sinusoidal":
+            x = x + sinusoids(position_ids.to(x.device), self.config).to(x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         x = nn.functional.dropout(x, self.config.embedding_dropout, self.training)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
 
+        biased = self.position_bias(masks, x, cache)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
             x = layer(
                 x,
-                attention_mask=masks[layer_type],
+                biased(layer, layer_type),
+                encoder_hidden_states,
+                encoder_mask,
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
@@ -308,7 +424,57 @@ class MQAModel(MQAPreTrainedModel):
             x = self.norm(x)
         if self.project_out is not None:
             x = self.project_out(x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, past_key_values=past_key_values)
+
+    def make_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+    ) -> dict[str, Any]:
+        """The mask of each layer type, in the form that the attention implementation takes."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        arguments: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+        }
+        if self.config.causal:
+            arguments["position_ids"] = position_ids
+        return {name: MASKS[self.config.causal, name](**arguments) for name in set(self.config.layer_types)}
+
+    def position_bias(self, masks: dict[str, Any], x: torch.Tensor, cache: Cache | None) -> Callable:
+        """The function that gives a layer's mask, with the bias of ALiBi or of relative positions folded in."""
+        config, T = self.config, x.shape[1]
+        if config.position_embedding not in ("alibi", "relative"):
+            return lambda layer, layer_type: masks[layer_type]
+        distances, visible, ready = {}, {}, {}
+        past = cache.get_seq_length() if cache is not None else 0
+        queries = torch.arange(T, device=x.device) + past
+        for name in masks:
+            S, first = (T, 0) if cache is None else cache.get_mask_sizes(T, config.layer_types.index(name))
+            distances[name] = torch.arange(S, device=x.device) + first - queries[:, None]
+            visible[name] = distances[name] <= 0 if config.causal else None
+        if config.position_embedding == "alibi":
+            slopes = torch.tensor(config.alibi_slopes, device=x.device)[:, None, None]
+            for name, distance in distances.items():
+                ready[name] = add_bias(masks[name], (slopes * distance).to(x.dtype)[None], visible[name])
+
+        def biased(layer: MQADecoderLayer, layer_type: str) -> torch.Tensor:
+            table = layer.self_attn.relative_bias
+            if table is not None:
+                for name, distance in distances.items():
+                    bucket = relative_bucket(
+                        distance, config.relative_buckets, config.relative_max_distance, config.causal
+                    )
+                    bias = table(bucket).permute(2, 0, 1)[None].to(x.dtype)
+                    ready[name] = add_bias(masks[name], bias, visible[name])
+            return ready[layer_type]
+
+        return biased
 
     def default_position_ids(
         self,
@@ -368,6 +534,8 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
