@@ -18,11 +18,13 @@ def project():
 
 
 def test_the_packages_are_the_folders_with_an_init(project):
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    expected = {"mqa_hf" if name == "mqa_hf" else f"mqa_hf.{name}" for name in folders}
+    tops = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    folders = {path.parent.relative_to(ROOT) for top in tops for path in (ROOT / top).rglob("__init__.py")}
     settings = project["tool"]["setuptools"]
-    assert set(settings["packages"]) == expected
-    assert settings["package-dir"] == {name: name.rpartition(".")[2] for name in expected}
+    assert set(settings["packages"]) == {
+        ".".join(("mqa_hf", *f.parts)).replace("mqa_hf.mqa_hf", "mqa_hf") for f in folders
+    }
+    assert settings["package-dir"] == {("mqa_hf" if top == "mqa_hf" else f"mqa_hf.{top}"): top for top in tops}
 
 
 def test_the_wheel_is_complete_and_takes_no_other_names(tmp_path):
@@ -35,10 +37,10 @@ def test_the_wheel_is_complete_and_takes_no_other_names(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mqa_hf"}
     for folder in ("mqa_hf", "conversion", "eval"):
-        for path in (ROOT / folder).iterdir():
+        for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".jinja") or path.name == "py.typed":
-                place = f"mqa_hf/{path.name}" if folder == "mqa_hf" else f"mqa_hf/{folder}/{path.name}"
-                assert place in names
+                place = path.relative_to(ROOT / folder if folder == "mqa_hf" else ROOT)
+                assert f"mqa_hf/{place}" in names
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["inspect", "--help"]])

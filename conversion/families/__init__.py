@@ -1,0 +1,102 @@
+"""The table of families: where each canonical tensor lives in a source checkpoint, and what its config means.
+
+Adding a family is adding a row to one of the modules here and a line in `tests/helpers/sources.py`; CONTRIBUTING.md
+walks through it. Names in the rules are without the base model's prefix on either side; `{}` is the layer.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from mqa_hf.configuration_mqa import MQAConfig
+
+from ..errors import ConversionError
+from . import gpt, llama
+from .base import Family, Rule, SourceConfig
+
+__all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
+
+FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES}
+
+# Switches that no decoder-only model's function depends on, wherever they stand.
+INERT = frozenset(PreTrainedConfig().to_dict()) | {
+    "auto_map",
+    "custom_pipelines",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "prefix",
+    "task_specific_params",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "use_bfloat16",
+    "use_cache",
+}
+_ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+
+
+def family_of(model_type: Any) -> Family:
+    """The row of a model type; raises ConversionError where there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        if model_type == MQAConfig.model_type:
+            raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+        raise ConversionError(
+            f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
+            "CONTRIBUTING.md says how to add one"
+        )
+    return FAMILIES[model_type]
+
+
+def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: frozenset[str] = frozenset()) -> MQAConfig:
+    """The canonical configuration of a source, with all the K/V heads that the source has.
+
+    Args:
+        source: the configuration as transformers reads it.
+        raw: `config.json` as it stands.
+        ignore: switches that the caller knows to have no effect.
+
+    Raises:
+        ConversionError: for an unknown family, a switch that nothing reads, or one without a canonical equivalent.
+    """
+    family = family_of(source.model_type)
+    if raw.get("quantization_config"):
+        raise ConversionError(
+            "the source's weights are quantised (quantization_config); dequantise them or convert the original"
+        )
+    recorder = SourceConfig(source)
+    try:
+        config = MQAConfig(**family.config(recorder), dtype=source.dtype)
+    except ConversionError:
+        raise
+    except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError) as error:
+        raise ConversionError(f"{source.model_type}: config.json describes no model: {error}") from error
+    aliases = dict(source.attribute_map)
+    read = recorder._read | {aliases.get(name, name) for name in recorder._read}
+    if "rope_parameters" in read:
+        read |= _ROPE_SPELLINGS
+    # Names that start with an underscore and are no field of the class are notes of whoever wrote the file.
+    notes = {name for name in raw if name.startswith("_") and name not in type(source).__dataclass_fields__}
+    tokens = {name for name in raw if name.endswith("_token_id")}
+    unknown = set(raw) - read - family.inert - INERT - notes - tokens - ignore
+    if unknown:
+        switches = ", ".join(f"{name}={raw[name]!r}" for name in sorted(unknown))
+        raise ConversionError(
+            f"{source.model_type}: nothing is known of these switches in config.json: {switches}. If they do not "
+            "change what the model computes, name them with --ignore-switch"
+        )
+    return config
+
+
+def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Multiply a layer's query projection by what the canonical model has no switch for, in place."""
+    scale = 1.0 if family.query_scale is None else family.query_scale(source, layer)
+    if scale != 1.0:
+        for name, tensor in tensors.items():
+            if ".q_proj." in name:
+                tensors[name] = (tensor.float() * scale).to(tensor.dtype)

@@ -1,0 +1,163 @@
+"""What a row of the family table is made of, and what rows share."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mqa_hf.configuration_mqa import MQAConfig
+
+from ..errors import ConversionError
+from ..operations import Copy, Operation
+
+COPY = Copy()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A source tensor and the canonical tensors it becomes; a target of `None` is dropped (zeros on the way back)."""
+
+    source: str
+    targets: tuple[str | None, ...]
+    operation: Operation = COPY
+
+
+class SourceConfig:
+    """A source configuration that remembers which of its switches were read.
+
+    A switch in `config.json` that no one reads would change the model's function unnoticed; see
+    [`canonical_config`].
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        self._config = config
+        self._read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self._read.add(name)
+        return getattr(self._config, name)
+
+    def require(self, name: str, value: Any, reason: str) -> None:
+        """Refuse any other value of a switch that the canonical model has no place for."""
+        found = getattr(self._config, name, value)
+        self._read.add(name)
+        if found != value:
+            raise ConversionError(
+                f"{self._config.model_type}: {name}={found!r} is not supported ({reason}); only {value!r} is"
+            )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model type of transformers.
+
+    Attributes:
+        prefixes: of the base model's tensors, as checkpoints of the full model and of the base model spell it.
+        config: the canonical configuration's fields from the source's configuration.
+        rules: where the tensors are.
+        ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
+        inert: switches without effect on the function of the model in evaluation.
+        query_scale: factor on a layer's queries that the canonical model has no switch for.
+        native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
+            and the converted one, gives that class's configuration.
+    """
+
+    prefixes: tuple[str, ...]
+    config: Callable[[SourceConfig], dict[str, Any]]
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...] = ()
+    inert: frozenset[str] = frozenset()
+    query_scale: Callable[[PreTrainedConfig, int], float] | None = None
+    native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
+
+
+# -- configurations ----------------------------------------------------------------------------------------------
+
+
+def shared(c: SourceConfig, **fields: Any) -> dict[str, Any]:
+    """What every family spells alike."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "max_position_embeddings": c.max_position_embeddings,
+        "tie_word_embeddings": c.tie_word_embeddings,
+        "initializer_range": getattr(c, "initializer_range", 0.02),
+        "bos_token_id": c.bos_token_id,
+        "eos_token_id": c.eos_token_id,
+        "pad_token_id": c.pad_token_id,
+        **fields,
+    }
+
+
+def head_dim(c: SourceConfig) -> int:
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
+def rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
+    parameters = dict(c.rope_parameters)
+    if "rope_type" not in parameters:
+        raise ConversionError("rope_parameters differ per layer type, which no canonical model has")
+    if parameters["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ConversionError(f"transformers has no rope_type {parameters['rope_type']!r}")
+    if not partial and parameters.pop("partial_rotary_factor", 1.0) != 1.0 and parameters["rope_type"] != "default":
+        raise ConversionError("partial_rotary_factor with a scaled rope type: the source's class cannot run it")
+    return {"position_embedding": "rotary", "rope_parameters": parameters}
+
+
+def windows(c: SourceConfig, layer_types: list[str] | None = None) -> dict[str, Any]:
+    layer_types, window = list(layer_types or c.layer_types), c.sliding_window
+    return {"layer_types": layer_types, "sliding_window": window if "sliding_attention" in layer_types else None}
+
+
+def partial_factor(rotary_dim: int, head_dim: int) -> float:
+    """The factor of which transformers' `int(head_dim * factor)` is `rotary_dim`, whatever the rounding."""
+    factor = rotary_dim / head_dim
+    return factor if int(head_dim * factor) == rotary_dim else (rotary_dim + 0.5) / head_dim
+
+
+# -- native homes ------------------------------------------------------------------------------------------------
+
+
+def native_same_class(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
+    """The source's own class, with fewer key/value heads."""
+    native = copy.deepcopy(source)
+    native.num_key_value_heads = config.num_key_value_heads
+    return native
+
+
+def common_fields(config: MQAConfig) -> dict[str, Any]:
+    names = ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(config, name) for name in names}
+
+
+def refuse(target: str, reasons: dict[str, bool]) -> None:
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ConversionError(
+            f"--target native: {target}, the class that could hold this model, cannot: {'; '.join(found)}. "
+            "Use --target mqa"
+        )
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------
+
+
+def module_rules(source: str, *targets: str | None, operation: Operation = COPY, bias: Operation | None = None):
+    """The rules of a module's weight and bias; the bias takes the same operation unless another is given."""
+    return tuple(
+        Rule(f"{source}.{kind}", tuple(target and f"{target}.{kind}" for target in targets), op)
+        for kind, op in (("weight", operation), ("bias", bias or operation))
+    )
+
+
+def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
+    return tuple(rule for source, target in pairs for rule in module_rules(source, target))
+
+
+ATTENTION = "layers.{}.self_attn."
+QKV = tuple(f"{ATTENTION}{name}_proj" for name in "qkv")

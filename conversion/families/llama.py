@@ -1,0 +1,143 @@
+"""Llama and every family that is its layer plus biases, windows or another norm."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..operations import DeinterleaveRotary
+from .base import (
+    ATTENTION,
+    QKV,
+    Family,
+    Rule,
+    SourceConfig,
+    head_dim,
+    module_rules,
+    native_same_class,
+    renamed,
+    rope,
+    shared,
+    windows,
+)
+
+
+def _llama(c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool, **fields: Any) -> dict[str, Any]:
+    """Llama's layer: RMS norms before attention and MLP, rotary positions, a gated MLP."""
+    return shared(
+        c,
+        **{
+            "intermediate_size": c.intermediate_size,
+            "num_key_value_heads": c.num_key_value_heads,
+            "head_dim": head_dim(c),
+            "norm_eps": getattr(c, "rms_norm_eps", None),
+            "hidden_act": c.hidden_act,
+            "query_bias": qkv_bias,
+            "key_bias": qkv_bias,
+            "value_bias": qkv_bias,
+            "output_bias": output_bias,
+            "mlp_bias": mlp_bias,
+            "attention_dropout": getattr(c, "attention_dropout", None) or 0.0,
+            **rope(c),
+            **fields,
+        },
+    )
+
+
+def llama(c: SourceConfig) -> dict[str, Any]:
+    return _llama(c, qkv_bias=c.attention_bias, output_bias=c.attention_bias, mlp_bias=c.mlp_bias)
+
+
+def mistral(c: SourceConfig) -> dict[str, Any]:
+    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
+    fields = windows(c, [kind] * c.num_hidden_layers)
+    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=False, **fields)
+
+
+def ministral(c: SourceConfig) -> dict[str, Any]:
+    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=False, **windows(c))
+
+
+def qwen2(c: SourceConfig) -> dict[str, Any]:
+    _ = c.use_sliding_window, c.max_window_layers  # both are settled in layer_types
+    return _llama(c, qkv_bias=True, output_bias=False, mlp_bias=False, **windows(c))
+
+
+def cwm(c: SourceConfig) -> dict[str, Any]:
+    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=c.mlp_bias, **windows(c))
+
+
+def seed_oss(c: SourceConfig) -> dict[str, Any]:
+    return _llama(
+        c,
+        qkv_bias=c.attention_bias,
+        output_bias=c.attention_out_bias,
+        mlp_bias=c.mlp_bias,
+        hidden_dropout=c.residual_dropout,
+    )
+
+
+def smollm3(c: SourceConfig) -> dict[str, Any]:
+    _ = c.no_rope_layer_interval, c.use_sliding_window  # settled in no_rope_layers and layer_types
+    return {**llama(c), **windows(c), "rope_layers": [bool(rotary) for rotary in c.no_rope_layers]}
+
+
+def arcee(c: SourceConfig) -> dict[str, Any]:
+    return {**llama(c), "gated_mlp": False}
+
+
+def jais2(c: SourceConfig) -> dict[str, Any]:
+    return {**llama(c), "gated_mlp": False, "norm_type": "layer_norm", "norm_eps": c.layer_norm_eps}
+
+
+def ernie4_5(c: SourceConfig) -> dict[str, Any]:
+    return _llama(c, qkv_bias=c.use_bias, output_bias=c.use_bias, mlp_bias=c.use_bias)
+
+
+def helium(c: SourceConfig) -> dict[str, Any]:
+    return _llama(c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=c.mlp_bias)
+
+
+_LLAMA_MODULES = (
+    "embed_tokens",
+    "layers.{}.input_layernorm",
+    "layers.{}.post_attention_layernorm",
+    *(f"{ATTENTION}{name}_proj" for name in "qkvo"),
+    *(f"layers.{{}}.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    "norm",
+    "lm_head",
+)
+LLAMA_RULES = renamed(*((name, name) for name in _LLAMA_MODULES))
+
+INTERLEAVED_LLAMA_RULES = (
+    *(rule for rule in LLAMA_RULES if ".q_proj." not in rule.source and ".k_proj." not in rule.source),
+    *module_rules(QKV[0], QKV[0], operation=DeinterleaveRotary()),
+    *module_rules(QKV[1], QKV[1], operation=DeinterleaveRotary()),
+)
+
+
+def _llama_family(
+    config: Callable, rules: tuple[Rule, ...] = LLAMA_RULES, inert: frozenset[str] = frozenset()
+) -> Family:
+    return Family(
+        prefixes=("model.",),
+        config=config,
+        rules=rules,
+        ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
+        # The last two stand in SmolLM2's files; the class reads neither.
+        inert=inert | {"pretraining_tp", "is_llama_config", "rope_interleaved"},
+        native=native_same_class,
+    )
+
+
+FAMILIES = {
+    "arcee": _llama_family(arcee),
+    "cwm": _llama_family(cwm),
+    "ernie4_5": _llama_family(ernie4_5, INTERLEAVED_LLAMA_RULES),
+    "helium": _llama_family(helium, INTERLEAVED_LLAMA_RULES),
+    "jais2": _llama_family(jais2),
+    "llama": _llama_family(llama),
+    "ministral": _llama_family(ministral),
+    "mistral": _llama_family(mistral),
+    "qwen2": _llama_family(qwen2, inert=frozenset({"use_mrope"})),
+    "seed_oss": _llama_family(seed_oss),
+    "smollm3": _llama_family(smollm3, inert=frozenset({"max_window_layers"})),
+}
