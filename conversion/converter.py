@@ -29,14 +29,20 @@ from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError, listing
 from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
 from .output import copy_companions, resolve_output, written_beside
-from .plan import Step, layer_of, match, read_steps, write_steps
-from .pooling import METHODS, check_heads, pool_layer
+from .plan import Step, canonical_class, decoder_of, match, read_steps, tied_weights, write_steps
+from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
 
 TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# What `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` imports.
-RUNTIME_FILES = ("configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py")
+# What `from_pretrained(..., trust_remote_code=True)` of each class imports.
+_DECODER_FILES = ("configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py")
+_SEQ2SEQ_FILES = (*_DECODER_FILES, "configuration_mqa_seq2seq.py", "modeling_mqa_seq2seq.py")
+RUNTIME_FILES = {
+    "MQAForCausalLM": _DECODER_FILES,
+    "MQAForConditionalGeneration": _SEQ2SEQ_FILES,
+    "MQAForSpeechSeq2Seq": (*_SEQ2SEQ_FILES, "modeling_mqa_speech.py"),
+}
 
 
 def convert(
@@ -45,6 +51,8 @@ def convert(
     *,
     kv_heads: int = 1,
     method: str = "mean",
+    attentions: Sequence[str] | None = None,
+    window: int | None = None,
     target: str = "mqa",
     dtype: str | None = None,
     seed: int = 0,
@@ -63,6 +71,10 @@ def convert(
         output: directory to write. It appears only when it is whole.
         kv_heads: key/value heads of the result, a divisor of the source's. The source's own number changes no weight.
         method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2).
+        attentions: of an encoder-decoder model, which attentions get fewer heads: "decoder" (self-attention), "cross",
+            "encoder". Default: decoder and cross.
+        window: let the decoder's self-attention see this many positions only, the current one included ("multi-query
+            local", arXiv 1911.02150, section 4.1, has 32), which also bounds its cache. Needs training afterwards.
         target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
             transformers, where one can hold the model.
         dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
@@ -91,6 +103,8 @@ def convert(
     plan = make_plan(
         open_source(source, revision),
         kv_heads=kv_heads,
+        attentions=attentions,
+        window=window,
         target=target,
         dtype=DTYPES[dtype] if dtype else None,
         ignore=frozenset(ignore_switches),
@@ -98,6 +112,8 @@ def convert(
     options = {
         "kv_heads": kv_heads,
         "method": method,
+        "attention": None if attentions is None else ",".join(attentions),
+        "window": window,
         "target": target,
         "dtype": dtype,
         "seed": seed,
@@ -136,8 +152,8 @@ class Plan:
     source: Source
     reader: CheckpointReader
     family: Family
-    config: MQAConfig
-    pooled: MQAConfig
+    config: CanonicalConfig
+    pooled: CanonicalConfig
     output: PreTrainedConfig
     reads: list[Step]
     writes: list[Step]
@@ -145,21 +161,29 @@ class Plan:
 
 
 def make_plan(
-    source: Source, *, kv_heads: int, target: str, dtype: torch.dtype | None, ignore: frozenset[str]
+    source: Source,
+    *,
+    kv_heads: int,
+    attentions: Sequence[str] | None,
+    window: int | None,
+    target: str,
+    dtype: torch.dtype | None,
+    ignore: frozenset[str],
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
     family = family_of(source.config.model_type)
     if ignore - set(source.raw):
         raise ConversionError(f"--ignore-switch {listing(ignore - set(source.raw))}: config.json has no such switch")
     config = canonical_config(source.config, source.raw, ignore)
-    check_heads(config.num_attention_heads, config.num_key_value_heads, kv_heads)
+    pooled = with_heads(config, kv_heads, choose_attentions(config, attentions))
     reader = CheckpointReader(source.directory)
-    if config.tie_word_embeddings and not _really_tied(reader, family):
+    if config.tie_word_embeddings and not _really_tied(reader, family, config):
         # As transformers does: both weights are there and differ, so the configuration is wrong about them.
-        config.tie_word_embeddings = False
-    reads = read_steps(reader.tensors, family, config)
+        config.tie_word_embeddings = pooled.tie_word_embeddings = False
+    reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
+    if window is not None:
+        _set_window(pooled, window, target)
 
-    pooled = MQAConfig(**{**config.to_dict(), "num_key_value_heads": kv_heads})
     output: PreTrainedConfig = pooled
     output_family: Family | None = None
     if target == "native":
@@ -168,6 +192,7 @@ def make_plan(
                 f"--target native: no class of transformers holds a {source.config.model_type} with fewer key/value "
                 "heads; use --target mqa"
             )
+        assert isinstance(pooled, MQAConfig)
         output = family.native(source.config, pooled)
         output.tie_word_embeddings = config.tie_word_embeddings
         output_family = FAMILIES[output.model_type]
@@ -182,18 +207,31 @@ def make_plan(
     return Plan(source, reader, family, config, pooled, output, reads, writes, tensors)
 
 
-def _really_tied(reader: CheckpointReader, family: Family) -> bool:
+def _really_tied(reader: CheckpointReader, family: Family, config: CanonicalConfig) -> bool:
     """Whether a checkpoint whose configuration ties the head to the embedding has no other head of its own."""
     steps, _ = match(reader.tensors, family)
-    names = {target: step.name for step in steps for target in step.targets}
-    head, embedding = names.get("lm_head.weight"), names.get("model.embed_tokens.weight")
-    if head is None or embedding is None:
-        return True
-    tensors = reader.read([head, embedding])
-    return torch.equal(tensors[head], tensors[embedding])
+    names = {target: step.name for step in reversed(steps) for target in step.targets}
+    head, embedding = names.get("lm_head.weight"), names.get(tied_weights(config)["lm_head.weight"])
+    return head is None or embedding is None or _equal(reader, (head, embedding))
 
 
-def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool) -> list[dict[str, float]]:
+def _equal(reader: CheckpointReader, names: tuple[str, ...]) -> bool:
+    one, other = reader.read(names).values()
+    return torch.equal(one, other)
+
+
+def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
+    stack = decoder_of(config)
+    if target == "native":
+        raise ConversionError("--window is for --target mqa: the classes of transformers keep the source's windows")
+    if window < 1:
+        raise ConversionError(f"--window must be at least 1 position, the current one; got {window}")
+    if stack.sliding_window and stack.sliding_window < window:
+        raise ConversionError(f"--window {window} is wider than the source's own of {stack.sliding_window}")
+    stack.layer_types, stack.sliding_window = ["sliding_attention"] * stack.num_hidden_layers, window
+
+
+def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool) -> list[dict[str, Any]]:
     """Read, pool and write one layer after the other, and each tensor outside the layers by itself.
 
     Returns:
@@ -204,17 +242,17 @@ def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress:
     read = {target for step in plan.reads for target in step.targets}
     for step in plan.writes:
         waiting.setdefault(next((t for t in step.targets if t and t in read), ""), []).append(step)
-    layers: dict[int, list[Step]] = {}
-    parts: list[tuple[int | None, list[Step]]] = []
+    layers: dict[tuple[str, int], list[Step]] = {}
+    parts: list[tuple[tuple[str, int] | None, list[Step]]] = []
     for step in plan.reads:
-        layer = layer_of(step)
-        if layer is None:
+        if step.layer is None:
             parts.append((None, [step]))
         else:
-            layers.setdefault(layer, []).append(step)
+            layers.setdefault(step.layer, []).append(step)
     parts.extend(sorted(layers.items()))
+    before, after = heads_of(plan.config), heads_of(plan.pooled)
 
-    reports = []
+    reports: list[dict[str, Any]] = []
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -228,17 +266,18 @@ def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress:
         for layer, steps in parts:
             canonical = _read(plan, steps)
             if layer is not None:
-                bar.update(task, description=f"layer {layer + 1}/{len(layers)}")
-                fold_query_scale(plan.family, plan.source.config, layer, canonical)
+                stack, number = layer
+                bar.update(task, description=f"layer {len(reports) + 1}/{len(layers)}")
+                fold_query_scale(plan.family, plan.source.config, number, canonical)
                 errors = pool_layer(
                     canonical,
-                    source_heads=plan.config.num_key_value_heads,
-                    kv_heads=plan.pooled.num_key_value_heads,
+                    before=before,
+                    after=after,
                     method=method,
                     generator=generator,
                     std=plan.config.initializer_range,
                 )
-                reports.append({"layer": layer, **errors})
+                reports.append({"layer": number, **({"stack": stack} if stack else {}), **errors})
             ready = [step for name in canonical for step in waiting.pop(name, ())]
             bar.advance(task, writer.write({step.name: _output_tensor(plan, step, canonical) for step in ready}))
         bar.advance(task, writer.write({s.name: torch.zeros(plan.tensors[s.name].shape) for s in waiting.pop("", ())}))
@@ -251,7 +290,9 @@ def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
     tensors = plan.reader.read(step.name for step in steps)
     canonical = {}
     for step in steps:
-        for target, tensor in zip(step.targets, step.rule.operation.to_canonical(tensors[step.name], plan.config)):
+        for target, tensor in zip(
+            step.targets, step.rule.operation.to_canonical(tensors[step.name], decoder_of(plan.config))
+        ):
             if target is not None:
                 canonical[target] = tensor
     return canonical
@@ -259,14 +300,14 @@ def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
 
 def _output_tensor(plan: Plan, step: Step, canonical: dict[str, torch.Tensor]) -> torch.Tensor:
     given = tuple(canonical.get(target) if target else None for target in step.targets)
-    return step.rule.operation.from_canonical(given, plan.pooled)
+    return step.rule.operation.from_canonical(given, decoder_of(plan.pooled))
 
 
 def _write_config(plan: Plan, partial: Path) -> None:
     """Code first, `config.json` last: a directory without it does not load."""
-    architecture = "MQAForCausalLM"
     if plan.output is plan.pooled:
-        for name in RUNTIME_FILES:
+        architecture = canonical_class(plan.pooled).__name__
+        for name in RUNTIME_FILES[architecture]:
             shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
     else:
         with torch.device("meta"):
@@ -282,15 +323,21 @@ def _write_config(plan: Plan, partial: Path) -> None:
 
 def _report(plan: Plan, options: dict[str, Any], layers: list[dict[str, float]]) -> dict[str, Any]:
     before, after = plan.config, plan.pooled
+    heads_before, heads_after = heads_of(before), heads_of(after)
     return {
         "source": plan.source.name,
         "revision": plan.source.revision,
         "family": plan.source.config.model_type,
         "output": plan.output.model_type,
         "options": options,
-        "num_attention_heads": before.num_attention_heads,
-        "num_key_value_heads": {"before": before.num_key_value_heads, "after": after.num_key_value_heads},
+        "num_attention_heads": decoder_of(before).num_attention_heads,
+        "num_key_value_heads": {"before": heads_before["decoder"], "after": heads_after["decoder"]},
+        "attentions": {name: {"before": n, "after": heads_after[name]} for name, n in heads_before.items()},
         "kv_bytes_per_token": {"before": before.kv_bytes_per_token, "after": after.kv_bytes_per_token},
+        "cross_kv_bytes_per_token": {
+            "before": before.cross_kv_bytes_per_token,
+            "after": after.cross_kv_bytes_per_token,
+        },
         "parameters": sum(math.prod(info.shape) for info in plan.tensors.values()),
         "layers": layers,
         "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "safetensors")},

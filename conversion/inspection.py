@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .errors import ConversionError
 from .families import canonical_config, family_of
-from .plan import canonical_shapes
+from .plan import canonical_shapes, decoder_of
+from .pooling import CanonicalConfig, choose_attentions, with_heads
 from .source import REPORT_FILE, locate, open_source, read_json
 
 
@@ -43,7 +45,7 @@ def inspect(
     directory, _ = locate(source, revision, weights=False)
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
-    if (directory / REPORT_FILE).is_file() or result["family"] == MQAConfig.model_type:
+    if (directory / REPORT_FILE).is_file() or result["family"] in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
         return result | _converted(directory)
     result |= {"convertible": True, "reason": None}
     try:
@@ -52,14 +54,16 @@ def inspect(
     except ConversionError as error:
         return {**result, "convertible": False, "reason": str(error)}
     result |= _describe(config)
-    if kv_heads < 1 or config.num_key_value_heads % kv_heads:
-        reason = f"{kv_heads} does not divide its {config.num_key_value_heads} key/value heads"
-        return {**result, "convertible": False, "reason": reason}
-    pooled = MQAConfig(**{**config.to_dict(), "num_key_value_heads": kv_heads})
-    result["kv_bytes_per_token"]["after"] = pooled.kv_bytes_per_token
+    try:
+        pooled = with_heads(config, kv_heads, choose_attentions(config, None))
+    except ConversionError as error:
+        return {**result, "convertible": False, "reason": str(error)}
+    for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
+        if name in result:
+            result[name]["after"] = getattr(pooled, name)
     native = family_of(checkpoint.config.model_type).native
     try:
-        result["native"] = native is not None and native(checkpoint.config, pooled).model_type
+        result["native"] = native is not None and native(checkpoint.config, decoder_of(pooled)).model_type
     except ConversionError:
         result["native"] = False
     return result
@@ -81,20 +85,29 @@ def _converted(directory: Path) -> dict[str, Any]:
             }
         except (KeyError, TypeError) as error:
             raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
-    if read_json(directory / "config.json").get("model_type") == MQAConfig.model_type:
+    canonical: dict[str, Any] = {config.model_type: config for config in (MQAConfig, MQASeq2SeqConfig)}
+    model_type = read_json(directory / "config.json").get("model_type")
+    if model_type in canonical:
         try:
-            result |= _describe(MQAConfig.from_pretrained(directory))
+            result |= _describe(canonical[model_type].from_pretrained(directory))
         except (ValueError, TypeError) as error:
             raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
     return result
 
 
-def _describe(config: MQAConfig) -> dict[str, Any]:
-    return {
-        "layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
+def _describe(config: CanonicalConfig) -> dict[str, Any]:
+    stack = decoder_of(config)
+    description = {
+        "layers": stack.num_hidden_layers,
+        "num_attention_heads": stack.num_attention_heads,
+        "num_key_value_heads": stack.num_key_value_heads,
+        "head_dim": stack.head_dim,
         "parameters": sum(math.prod(shape) for shape in canonical_shapes(config).values()),
         "kv_bytes_per_token": {"now": config.kv_bytes_per_token},
     }
+    if isinstance(config, MQASeq2SeqConfig):
+        description |= {
+            "encoder_layers": config.encoder.num_hidden_layers,
+            "cross_kv_bytes_per_token": {"now": config.cross_kv_bytes_per_token},
+        }
+    return description

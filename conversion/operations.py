@@ -58,6 +58,17 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class Flatten:
+    """[1, n] <-> [n]."""
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        return (tensor.flatten(),)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        return _only(tensors).unsqueeze(0)
+
+
+@dataclass(frozen=True)
 class DropRows:
     """[rows + n, d] -> [rows, d]: the first n rows are never looked up (OPT starts its positions at 2)."""
 
@@ -145,4 +156,4 @@ class DeinterleaveRotary:
         return heads[:, order.to(tensor.device)].flatten(0, 1)
 
 
-Operation = Copy | Transpose | DropRows | SplitStacked | SplitPerHead | SplitBigCode | DeinterleaveRotary
+Operation = Copy | Transpose | Flatten | DropRows | SplitStacked | SplitPerHead | SplitBigCode | DeinterleaveRotary

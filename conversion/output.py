@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import ConversionError
@@ -120,6 +120,12 @@ def copy_companions(directory: Path, partial: Path) -> None:
         for path in directory.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, partial / path.name)
+    if not (partial / "generation_config.json").is_file():
+        # Older checkpoints say in config.json how to generate, where transformers looks for it next.
+        generation = GenerationConfig.from_pretrained(
+            directory, config_file_name="config.json", _from_model_config=True
+        )
+        (partial / "generation_config.json").write_text(generation.to_json_string())
     templates = directory / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, partial / templates.name)

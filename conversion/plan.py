@@ -6,20 +6,25 @@ here, before a weight is read or a byte written.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.modeling_mqa import MQAForCausalLM
+from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
+from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
 from .checkpoint import TensorInfo
 from .errors import ConversionError, listing
 from .families import Family, Rule
+from .pooling import CanonicalConfig
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_CANONICAL_LAYER = re.compile(r"model\.(?:(encoder|decoder)\.)?layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,14 @@ class Step:
     name: str
     rule: Rule
     targets: tuple[str | None, ...]
+
+    @property
+    def layer(self) -> tuple[str, int] | None:
+        """The stack ("" in a decoder-only model) and the layer of the targets; `None` outside the layers."""
+        for target in filter(None, self.targets):
+            found = _CANONICAL_LAYER.match(target)
+            return (found.group(1) or "", int(found.group(2))) if found else None
+        return None
 
 
 def template(name: str) -> tuple[str, int | None]:
@@ -49,10 +62,12 @@ def match(names: Iterable[str], family: Family) -> tuple[list[Step], list[str]]:
     for name in names:
         prefix = next((p for p in family.prefixes if name.startswith(p)), "")
         source, layer = template(name.removeprefix(prefix))
+        if source in family.ignored:
+            continue
         if source in rules:
             rule = rules[source]
             steps.append(Step(name, rule, tuple(t and canonical_name(t, layer) for t in rule.targets)))
-        elif source not in family.ignored:
+        else:
             unclaimed.append(name)
     return steps, unclaimed
 
@@ -63,24 +78,53 @@ def model_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 
 
-def canonical_shapes(config: MQAConfig) -> dict[str, tuple[int, ...]]:
+def decoder_of(config: CanonicalConfig) -> MQAConfig:
+    """The configuration of the stack that writes."""
+    return config if isinstance(config, MQAConfig) else config.decoder
+
+
+def canonical_class(config: CanonicalConfig) -> Any:
+    """The class that holds a canonical model with its head."""
+    if isinstance(config, MQAConfig):
+        return MQAForCausalLM
+    return MQAForConditionalGeneration if config.num_mel_bins is None else MQAForSpeechSeq2Seq
+
+
+def canonical_shapes(config: CanonicalConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        return model_shapes(MQAForCausalLM(config))
+        return model_shapes(canonical_class(config)(config))
 
 
-def read_steps(tensors: Mapping[str, TensorInfo], family: Family, config: MQAConfig) -> list[Step]:
+def tied_weights(config: CanonicalConfig) -> dict[str, str]:
+    """The parameters of the canonical model that are another one: name -> name."""
+    with torch.device("meta"):
+        return dict(canonical_class(config)(config).all_tied_weights_keys)
+
+
+def read_steps(
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    config: CanonicalConfig,
+    equal: Callable[[str, str], bool] = lambda one, other: False,
+) -> list[Step]:
     """How a source's tensors become the canonical model's, all its K/V heads still there.
+
+    Args:
+        tensors: what the source's headers say.
+        family, config: its row, and its canonical configuration.
+        equal: whether two source tensors have the same values; a second copy of a weight is left out.
 
     Raises:
         ConversionError: naming the tensors that are missing, that no rule claims, or whose shape does not fit.
     """
-    steps, unclaimed = match(tensors, family)
-    if config.tie_word_embeddings:
-        steps = [step for step in steps if "lm_head.weight" not in step.targets]
-    expected = canonical_shapes(config)
+    matched, unclaimed = match(tensors, family)
+    expected, tied = canonical_shapes(config), tied_weights(config)
+    matched = [replace(step, targets=tuple(t and tied.get(t, t) for t in step.targets)) for step in matched]
+    steps: list[Step] = []
+    decoder = decoder_of(config)
     problems = []
     produced: dict[str, str] = {}
-    for step in steps:
+    for step in matched:
         info = tensors[step.name]
         if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
             problems.append(f"{step.name} is stored as {info.dtype}; convert from 16-, 32- or 64-bit floats")
@@ -90,7 +134,7 @@ def read_steps(tensors: Mapping[str, TensorInfo], family: Family, config: MQACon
             unclaimed.append(step.name)
             continue
         try:
-            results = step.rule.operation.to_canonical(torch.empty(info.shape, device="meta"), config)
+            results = step.rule.operation.to_canonical(torch.empty(info.shape, device="meta"), decoder)
         except (RuntimeError, IndexError):
             results = ()
         shapes = [tuple(result.shape) for result in results]
@@ -98,19 +142,21 @@ def read_steps(tensors: Mapping[str, TensorInfo], family: Family, config: MQACon
             fit = ", ".join(f"{target} {list(w)}" for target, w in zip(step.targets, wanted) if w is not None)
             problems.append(f"{step.name} has the shape {list(info.shape)}, which does not give {fit}")
             continue
-        for target in filter(None, step.targets):
-            if target in produced:
-                problems.append(f"{step.name} and {produced[target]} both stand for {target}")
-            produced[target] = step.name
+        twice = [target for target in step.targets if target in produced]
+        if not twice:
+            produced.update({target: step.name for target in step.targets if target})
+            steps.append(step)
+        elif not equal(step.name, produced[twice[0]]):
+            problems.append(f"{step.name} and {produced[twice[0]]} both stand for {twice[0]}, and differ")
     if unclaimed:
         problems.append(f"tensors that this configuration has no place for: {listing(unclaimed)}")
-    attempted = {target for step in steps for target in step.targets}
+    attempted = {target for step in matched for target in step.targets}
     missing = [name for name in expected if name not in attempted]
     if missing:
         problems.append(f"tensors missing for: {listing(missing)}")
     if problems:
         raise ConversionError("the weights do not fit config.json: " + "; ".join(problems[:8]))
-    return steps
+    return [step for step in steps if any(step.targets)]
 
 
 def write_steps(
@@ -124,7 +170,7 @@ def write_steps(
         available: the canonical tensors that there are. A bias of the output that has none of its own is zero.
     """
     if family is None:
-        assert isinstance(config, MQAConfig)
+        assert isinstance(config, CanonicalConfig)
         shapes = canonical_shapes(config)
         return [Step(name, Rule(name, (name,)), (name,)) for name in shapes], shapes
     with torch.device("meta"):
@@ -134,8 +180,3 @@ def write_steps(
     nameless = unclaimed + unfilled
     assert not nameless, f"{config.model_type}: no canonical tensor for {nameless}"
     return steps, shapes
-
-
-def layer_of(step: Step) -> int | None:
-    """The layer of a step, `None` for embeddings, final norm and head."""
-    return template(step.name)[1]

@@ -5,12 +5,18 @@ figure 4). A projection of G heads of width D has the shape [G·D, d] (its bias 
 one, as the query heads of a group are neighbours.
 """
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+
 from .errors import ConversionError
+
+CanonicalConfig = MQAConfig | MQASeq2SeqConfig
 
 Pool = Callable[[torch.Tensor, torch.Generator, float], torch.Tensor]
 
@@ -36,21 +42,69 @@ def random(heads: torch.Tensor, generator: torch.Generator, std: float) -> torch
 METHODS: dict[str, Pool] = {"mean": mean, "first": first, "random": random}
 
 
-def check_heads(num_attention_heads: int, source_heads: int, kv_heads: int) -> None:
-    """Raises ConversionError where `kv_heads` does not divide what the source has."""
-    if kv_heads < 1 or source_heads % kv_heads:
-        divisors = [str(n) for n in range(1, source_heads + 1) if source_heads % n == 0]
-        raise ConversionError(
-            f"--kv-heads {kv_heads} does not divide the source's {source_heads} key/value heads "
-            f"({num_attention_heads} query heads); possible: {', '.join(divisors)}"
-        )
+def attention_of(name: str) -> str:
+    """Which attention a canonical tensor belongs to: a decoder's over its own tokens, cross, or an encoder's."""
+    if ".cross_attn." in name:
+        return "cross"
+    return "encoder" if name.startswith("model.encoder.") else "decoder"
+
+
+def heads_of(config: CanonicalConfig) -> dict[str, int]:
+    """Key/value heads of each attention that the model has."""
+    if isinstance(config, MQAConfig):
+        return {"decoder": config.num_key_value_heads}
+    return {
+        "decoder": config.decoder.num_key_value_heads,
+        "cross": config.decoder.cross_num_key_value_heads,
+        "encoder": config.encoder.num_key_value_heads,
+    }
+
+
+def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None) -> list[str]:
+    """The attentions to pool: those that are asked for, else the ones that a decoding step reads.
+
+    Those are the decoder's own and, with an encoder, the cross-attention (arXiv 2305.13245, section 2.1; the encoder
+    runs once, in parallel). The first paper pooled all three (arXiv 1911.02150, section 4).
+
+    Raises:
+        ConversionError: for an attention that the model does not have.
+    """
+    known = heads_of(config)
+    if attentions is None:
+        return [name for name in known if name != "encoder"]
+    unknown = [name for name in attentions if name not in known]
+    if unknown or not attentions:
+        raise ConversionError(f"--attention {','.join(attentions)}: this model's attentions are {', '.join(known)}")
+    return list(dict.fromkeys(attentions))
+
+
+def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]) -> CanonicalConfig:
+    """The same configuration with `kv_heads` key/value heads in the named attentions.
+
+    Raises:
+        ConversionError: where `kv_heads` does not divide what the source has.
+    """
+    for name in attentions:
+        heads = heads_of(config)[name]
+        if kv_heads < 1 or heads % kv_heads:
+            divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+            where = "" if isinstance(config, MQAConfig) else f" of the {name} attention"
+            raise ConversionError(
+                f"--kv-heads {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
+                f"{', '.join(divisors)}"
+            )
+    config = copy.deepcopy(config)
+    for name in attentions:
+        stack = config if isinstance(config, MQAConfig) else config.encoder if name == "encoder" else config.decoder
+        setattr(stack, "cross_num_key_value_heads" if name == "cross" else "num_key_value_heads", kv_heads)
+    return config
 
 
 def pool_layer(
     tensors: dict[str, torch.Tensor],
     *,
-    source_heads: int,
-    kv_heads: int,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
     method: str,
     generator: torch.Generator,
     std: float,
@@ -59,26 +113,31 @@ def pool_layer(
 
     Args:
         tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced.
-        source_heads, kv_heads: K/V heads before and after.
+        before, after: K/V heads of each attention, as [`heads_of`] gives them.
         method: a key of `METHODS`.
         generator, std: for `random`.
 
     Returns:
-        `key_error` and `value_error`: the Frobenius norm of what the new heads differ by from the heads they stand
-        for, relative to the norm of those heads.
+        `key_error` and `value_error`, and with cross-attention `cross_key_error` and `cross_value_error`: the
+        Frobenius norm of what the new heads differ by from the heads they stand for, relative to the norm of those
+        heads.
     """
-    errors = {"key_error": 0.0, "value_error": 0.0}
+    errors: dict[str, float] = {}
     for name, tensor in tensors.items():
         projection = name.rsplit(".", 2)[-2]
-        if projection not in ("k_proj", "v_proj") or (kv_heads == source_heads and method != "random"):
+        if projection not in ("k_proj", "v_proj"):
+            continue
+        attention = attention_of(name)
+        source_heads, kv_heads = before[attention], after[attention]
+        error = ("cross_" if attention == "cross" else "") + ("key" if projection == "k_proj" else "value") + "_error"
+        errors.setdefault(error, 0.0)
+        if kv_heads == source_heads and method != "random":
             continue
         width = tensor.shape[0] // source_heads
         heads = tensor.float().unflatten(0, (kv_heads, source_heads // kv_heads, width))
         pooled = METHODS[method](heads, generator, std)
         if name.endswith(".weight"):
             distance = (heads - pooled.unsqueeze(1)).norm() / heads.norm()
-            errors["key_error" if projection == "k_proj" else "value_error"] = (
-                float(distance) if math.isfinite(distance) else 0.0
-            )
+            errors[error] = float(distance) if math.isfinite(distance) else 0.0
         tensors[name] = pooled.flatten(0, 1).to(tensor.dtype)
     return errors

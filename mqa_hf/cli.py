@@ -36,6 +36,18 @@ def convert(
     kv_heads: KVHeads = 1,
     method: Annotated[str, typer.Option(help="How heads become one: mean, first or random.")] = "mean",
     seed: Annotated[int, typer.Option(help="Seed of --method random.")] = 0,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an encoder-decoder model, the attentions to convert: any of decoder,cross,encoder. "
+            "Default: decoder,cross.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Positions that the decoder's self-attention sees, the current one included. Default: all."),
+    ] = None,
     ignore_switch: IgnoreSwitch = None,
     target: Annotated[
         str,
@@ -70,6 +82,8 @@ def convert(
         output,
         kv_heads=kv_heads,
         method=method,
+        attentions=None if attention is None else [name.strip() for name in attention.split(",")],
+        window=window,
         target=target,
         dtype=dtype,
         seed=seed,
@@ -81,10 +95,15 @@ def convert(
         private=private,
         progress=True,
     )
-    heads, cache = report["num_key_value_heads"], report["kv_bytes_per_token"]
+    cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
+    attentions = report["attentions"]
+    heads = ", ".join(
+        f"{n['before']} -> {n['after']} key/value heads" + (f" ({name})" if len(attentions) > 1 else "")
+        for name, n in attentions.items()
+    )
+    source_tokens = f", {cross['before']:,} -> {cross['after']:,} per source token" if cross["before"] else ""
     Console(markup=False).print(
-        f"{output}: {heads['before']} -> {heads['after']} key/value heads, "
-        f"{cache['before']:,} -> {cache['after']:,} cache bytes per token",
+        f"{output}: {heads}; {cache['before']:,} -> {cache['after']:,} cache bytes per token{source_tokens}",
         highlight=False,
         soft_wrap=True,
     )
@@ -106,22 +125,35 @@ def inspect(
         typer.echo(json.dumps(result, indent=2))
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name in ("source", "family", "layers", "num_attention_heads", "num_key_value_heads", "head_dim"):
+    for name in (
+        "source",
+        "family",
+        "encoder_layers",
+        "layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
         if name in result:
             table.add_row(name.replace("_", " "), str(result[name]))
     if "parameters" in result:
         table.add_row("parameters", f"{result['parameters']:,}")
-        cache = result["kv_bytes_per_token"]
-        after = f" -> {cache['after']:,} with {kv_heads} key/value head(s)" if "after" in cache else ""
-        table.add_row("cache bytes per token", f"{cache['now']:,}{after}")
+        for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
+            if name in result:
+                cache = result[name]
+                after = f" -> {cache['after']:,} with {kv_heads} key/value head(s)" if "after" in cache else ""
+                title = "cache bytes per token" if name.startswith("kv") else "cache bytes per source token"
+                table.add_row(title, f"{cache['now']:,}{after}")
     table.add_row("can be converted", "yes" if result["convertible"] else f"no: {result['reason']}")
     if result.get("native") is not None:
         table.add_row("native target", result["native"] or "none")
     if result["conversion"]:
         conversion = result["conversion"]
         table.add_row("made by", conversion["command"])
-        for name in ("key_error", "value_error"):
-            errors = [layer[name] for layer in conversion["layers"]]
+        for name in ("key_error", "value_error", "cross_key_error", "cross_value_error"):
+            errors = [layer[name] for layer in conversion["layers"] if name in layer]
+            if not errors:
+                continue
             table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
     Console(markup=False).print(table)
 

@@ -7,44 +7,49 @@ walks through it. Names in the rules are without the base model's prefix on eith
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..errors import ConversionError
-from . import gpt, llama
+from . import encoder_decoder, gpt, llama
 from .base import Family, Rule, SourceConfig
 
 __all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
 
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES}
+FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES, **encoder_decoder.FAMILIES}
 
-# Switches that no decoder-only model's function depends on, wherever they stand.
-INERT = frozenset(PreTrainedConfig().to_dict()) | {
-    "auto_map",
-    "custom_pipelines",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "prefix",
-    "task_specific_params",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers.js_config",
-    "use_bfloat16",
-    "use_cache",
-}
+# Switches that no model's function depends on, wherever they stand; how to generate is carried over by itself.
+INERT = (
+    frozenset(PreTrainedConfig().to_dict())
+    | frozenset(GenerationConfig().to_dict())
+    | {
+        "auto_map",
+        "custom_pipelines",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "prefix",
+        "task_specific_params",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
 _ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def family_of(model_type: Any) -> Family:
     """The row of a model type; raises ConversionError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        if model_type == MQAConfig.model_type:
+        if model_type in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
             raise ConversionError("the source is a converted checkpoint already; convert the original instead")
         raise ConversionError(
             f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
@@ -53,7 +58,9 @@ def family_of(model_type: Any) -> Family:
     return FAMILIES[model_type]
 
 
-def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: frozenset[str] = frozenset()) -> MQAConfig:
+def canonical_config(
+    source: PreTrainedConfig, raw: dict[str, Any], ignore: frozenset[str] = frozenset()
+) -> MQAConfig | MQASeq2SeqConfig:
     """The canonical configuration of a source, with all the K/V heads that the source has.
 
     Args:
@@ -71,7 +78,8 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
         )
     recorder = SourceConfig(source)
     try:
-        config = MQAConfig(**family.config(recorder), dtype=source.dtype)
+        fields = family.config(recorder)
+        config = (MQASeq2SeqConfig if "decoder" in fields else MQAConfig)(**fields, dtype=source.dtype)
     except ConversionError:
         raise
     except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError) as error:

@@ -61,6 +61,7 @@ class Family:
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches without effect on the function of the model in evaluation.
         query_scale: factor on a layer's queries that the canonical model has no switch for.
+        checkpoints: official ones, for example.
         native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
             and the converted one, gives that class's configuration.
     """
@@ -71,6 +72,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
     query_scale: Callable[[PreTrainedConfig, int], float] | None = None
+    checkpoints: str = ""
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 

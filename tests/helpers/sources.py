@@ -144,17 +144,24 @@ def make_model(model_type: str, config: dict) -> PreTrainedModel:
     fields = json.loads(json.dumps(config))  # configurations change nested dictionaries in place
     configuration = AutoConfig.for_model(model_type, **fields, dtype="float32")
     model = AutoModelForCausalLM.from_config(configuration).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                scale = 2.0 if "lm_head" in name or "embed" in name or "wte" in name else 1.5
-                parameter.normal_(0.0, scale / parameter.shape[-1] ** 0.5, generator=generator)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.3, generator=generator)
-            else:
-                parameter.normal_(1.0, 0.2, generator=generator)
+    rescale(model)
     return model
+
+
+@torch.no_grad()
+def rescale(model: PreTrainedModel) -> None:
+    """Random weights, biases and norms, large enough that logits are of order 10."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # a table of sinusoids
+        if parameter.ndim > 1:
+            scale = 2.0 if any(part in name for part in ("lm_head", "embed", "wte", "shared")) else 1.5
+            parameter.normal_(0.0, scale / parameter.shape[-1] ** 0.5, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(0.0, 0.3, generator=generator)
+        else:
+            parameter.normal_(1.0, 0.2, generator=generator)
 
 
 def save(model: PreTrainedModel, directory: Path, **kwargs) -> Path:

@@ -1,0 +1,121 @@
+"""Configuration of the canonical encoder-decoder model: one stack that reads, one that writes."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from .configuration_mqa import MQAConfig
+
+SEQ2SEQ_AUTO_MAP = {
+    "AutoConfig": "configuration_mqa_seq2seq.MQASeq2SeqConfig",
+    "AutoModel": "modeling_mqa_seq2seq.MQASeq2SeqModel",
+    "AutoModelForSeq2SeqLM": "modeling_mqa_seq2seq.MQAForConditionalGeneration",
+}
+SPEECH_AUTO_MAP = {
+    "AutoConfig": SEQ2SEQ_AUTO_MAP["AutoConfig"],
+    "AutoModel": SEQ2SEQ_AUTO_MAP["AutoModel"],
+    "AutoModelForSpeechSeq2Seq": "modeling_mqa_speech.MQAForSpeechSeq2Seq",
+}
+SPEECH_PIPELINES = {
+    "automatic-speech-recognition": {
+        "impl": "modeling_mqa_speech.MQASpeechRecognitionPipeline",
+        "pt": ["AutoModelForSpeechSeq2Seq"],
+        "type": "multimodal",
+    }
+}
+
+
+class MQASeq2SeqConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`MQASeq2SeqModel`] and [`MQAForConditionalGeneration`].
+
+    Args:
+        encoder (`MQAConfig` or `dict`): The stack that reads the source; `causal` is false there.
+        decoder (`MQAConfig` or `dict`): The stack that writes the target; it has `cross_num_key_value_heads`.
+        share_embeddings (`bool`): Whether both stacks have the same token embedding.
+        tie_word_embeddings (`bool`): Whether `lm_head` is the decoder's token embedding.
+        decoder_start_token_id (`int`, *optional*): The token that generation starts with.
+        max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): What Whisper's generation
+            asks for; the two lengths are those of the stacks.
+
+    Raises:
+        ValueError: where the two stacks do not fit each other.
+    """
+
+    model_type = "mqa_seq2seq"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs = {"encoder": MQAConfig, "decoder": MQAConfig}
+
+    encoder: Any = None
+    decoder: Any = None
+    share_embeddings: bool = True
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+    decoder_start_token_id: int | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    median_filter_width: int = 7
+
+    def __post_init__(self, **kwargs):
+        defaults: dict[str, dict] = {"encoder": {"causal": False}, "decoder": {"cross_num_key_value_heads": 1}}
+        for name, fields in defaults.items():
+            stack = getattr(self, name)
+            stack = stack if isinstance(stack, MQAConfig) else MQAConfig(**(fields if stack is None else stack))
+            stack.__dict__.pop("auto_map", None)  # the code belongs to the whole
+            setattr(self, name, stack)
+        self._check()
+        speech = self.encoder.num_mel_bins is not None
+        kwargs.setdefault("auto_map", dict(SPEECH_AUTO_MAP if speech else SEQ2SEQ_AUTO_MAP))
+        if speech:
+            kwargs.setdefault("custom_pipelines", dict(SPEECH_PIPELINES))
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        encoder, decoder = self.encoder, self.decoder
+        if encoder.causal or not decoder.causal or not decoder.cross_num_key_value_heads:
+            raise ValueError("the encoder must not be causal, and the decoder must be and have cross-attention")
+        if encoder.hidden_size != decoder.hidden_size or encoder.embedding_size != decoder.embedding_size:
+            raise ValueError(
+                f"the stacks differ in width: hidden_size {encoder.hidden_size} and {decoder.hidden_size}, "
+                f"embedding_size {encoder.embedding_size} and {decoder.embedding_size}"
+            )
+        if encoder.num_mel_bins is not None:
+            self.share_embeddings = False
+        if self.share_embeddings and encoder.vocab_size != decoder.vocab_size:
+            raise ValueError(
+                f"share_embeddings needs one vocabulary; the encoder's has {encoder.vocab_size} tokens, the decoder's "
+                f"{decoder.vocab_size}"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.decoder.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.hidden_size
+
+    @property
+    def num_mel_bins(self) -> int | None:
+        return self.encoder.num_mel_bins
+
+    @property
+    def max_source_positions(self) -> int:
+        return self.encoder.max_position_embeddings
+
+    @property
+    def max_target_positions(self) -> int:
+        return self.decoder.max_position_embeddings
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Cache bytes of one target token at 16 bits a value, the decoder's self-attention layers together."""
+        return self.decoder.kv_bytes_per_token
+
+    @property
+    def cross_kv_bytes_per_token(self) -> int:
+        """Cache bytes of one source token at 16 bits a value, the cross-attention layers together."""
+        return self.decoder.cross_kv_bytes_per_token

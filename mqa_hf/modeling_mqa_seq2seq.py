@@ -1,0 +1,250 @@
+"""The canonical encoder-decoder model: two stacks of `modeling_mqa.py`, the second with cross-attention.
+
+B batch, S source tokens, T target tokens, d hidden size
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_mqa import MQAConfig
+from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+from .modeling_mqa import MQAModel, MQAPreTrainedModel
+
+
+def shift_right(labels: torch.Tensor, start: int | None, pad: int | None) -> torch.Tensor:
+    """[B, T] labels as the decoder's input: one to the right, `start` first, padding where labels are ignored."""
+    if start is None or pad is None:
+        raise ValueError(
+            f"labels need decoder_start_token_id ({start}) and pad_token_id ({pad}) in the configuration; set both, "
+            "or pass decoder_input_ids"
+        )
+    shifted = torch.cat((labels.new_full((labels.shape[0], 1), start), labels[:, :-1]), dim=1)
+    return shifted.masked_fill(shifted == -100, pad)
+
+
+class MQAAudioEncoder(MQAModel):
+    """An encoder of log-mel spectrograms: two convolutions, the second halving the rate, then layers (Whisper)."""
+
+    main_input_name = "input_features"
+
+    def __init__(self, config: MQAConfig):
+        super().__init__(config)
+        assert config.num_mel_bins is not None
+        self.conv1 = nn.Conv1d(config.num_mel_bins, config.hidden_size, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(config.hidden_size, config.hidden_size, kernel_size=3, stride=2, padding=1)
+        self.post_init()
+
+    def forward(
+        self, input_features: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """
+        Args:
+            input_features: [B, mels, 2 · max_position_embeddings].
+            attention_mask: not used; silence stands in the features themselves.
+
+        Returns:
+            `last_hidden_state` [B, max_position_embeddings, d].
+        """
+        expected = 2 * self.config.max_position_embeddings
+        if input_features.shape[-1] != expected:
+            raise ValueError(
+                f"input_features has {input_features.shape[-1]} frames and must have {expected}; pad or cut the "
+                "audio, as the checkpoint's feature extractor does"
+            )
+        x = nn.functional.gelu(self.conv1(input_features))
+        x = nn.functional.gelu(self.conv2(x))
+        return super().forward(inputs_embeds=x.transpose(1, 2), **kwargs)
+
+
+class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):
+    config_class: Any = MQASeq2SeqConfig
+    # The attentions and hidden states of the outputs are recorded by the two stacks.
+    _can_record_outputs: dict[str, Any] = {}
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """The encoder's embedding and the head are tied to the decoder's embedding, each by a switch of its own."""
+        prefix = "" if isinstance(self, MQASeq2SeqModel) else "model."
+        embedding = f"{prefix}decoder.embed_tokens.weight"
+        tied = {f"{prefix}encoder.embed_tokens.weight": embedding} if self.config.share_embeddings else {}
+        if prefix and self.config.tie_word_embeddings:
+            tied["lm_head.weight"] = embedding
+        return tied
+
+
+class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
+    """Encoder and decoder without the language-model head."""
+
+    def __init__(self, config: MQASeq2SeqConfig):
+        super().__init__(config)
+        self.encoder = (MQAAudioEncoder if config.num_mel_bins else MQAModel)(config.encoder)
+        self.decoder = MQAModel(config.decoder)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.decoder.embed_tokens = value
+        if self.config.share_embeddings:
+            self.encoder.embed_tokens = value
+            self.config.encoder.vocab_size = value.num_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        input_features: torch.FloatTensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqModelOutput:
+        """
+        Args:
+            input_ids: [B, S]; or `inputs_embeds` [B, S, d]; for speech `input_features` [B, mels, frames].
+            attention_mask: [B, S], 1 for tokens and 0 for padding.
+            decoder_input_ids: [B, T]; or `decoder_inputs_embeds` [B, T, d]. Default: `input_ids` shifted right.
+            decoder_attention_mask: [B, past + T].
+            encoder_outputs: of an earlier call, in place of its input.
+            past_key_values: an `EncoderDecoderCache`, which is extended in place.
+            decoder_position_ids: [B, T]. Default: continue from what the cache holds.
+
+        Returns:
+            `last_hidden_state` [B, T, d], the cache, and the encoder's output.
+        """
+        speech = self.config.num_mel_bins is not None
+        if encoder_outputs is None:
+            source: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+            source = {"input_features": input_features} if speech else source
+            encoder_outputs = self.encoder(**source, attention_mask=attention_mask, **kwargs)
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
+            decoder_input_ids = shift_right(input_ids, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+        outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=None if speech else attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, GenerationMixin):
+    """Encoder and decoder with a head; what `AutoModelForSeq2SeqLM` gives for a converted checkpoint."""
+
+    _tied_weights_keys = {
+        "lm_head.weight": "model.decoder.embed_tokens.weight",
+        "model.encoder.embed_tokens.weight": "model.decoder.embed_tokens.weight",
+    }
+
+    def __init__(self, config: MQASeq2SeqConfig):
+        super().__init__(config)
+        decoder = config.decoder
+        self.model = MQASeq2SeqModel(config)
+        self.lm_head = nn.Linear(decoder.embedding_size, decoder.vocab_size, bias=decoder.lm_head_bias)
+        self.loss_type = "ForMaskedLM"  # labels are not shifted once more
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Arguments as in [`MQASeq2SeqModel.forward`], and
+
+        Args:
+            labels: [B, T], -100 is ignored; shifted right they are the decoder's input where none is given.
+            logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
+
+        Returns:
+            `logits` [B, T, vocab_size], the mean cross-entropy `loss` in nats where labels are given, the cache.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if self.config.decoder.logit_scale != 1.0:
+            logits = logits * self.config.decoder.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.decoder.vocab_size, **kwargs)
+        return Seq2SeqLMOutput(
+            loss=loss, logits=logits, **{k: v for k, v in outputs.items() if k != "last_hidden_state"}
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """What `DataCollatorForSeq2Seq` asks for."""
+        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """The windows of the decoder's self-attention are not those of its cross-attention, which sees all."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        cache, decoder = model_kwargs.get("past_key_values"), self.config.decoder
+        if not isinstance(cache, EncoderDecoderCache) or any(cache.is_updated.values()) or not decoder.sliding_window:
+            return
+        full = copy.copy(decoder)
+        full.sliding_window, full.layer_types = None, ["full_attention"] * decoder.num_hidden_layers
+        if isinstance(cache.cross_attention_cache, StaticCache):
+            length = model_kwargs["encoder_outputs"][0].shape[1]
+            cross: Cache = StaticCache(config=full, max_cache_len=length)
+        else:
+            cross = DynamicCache(config=full)
+        model_kwargs["past_key_values"] = EncoderDecoderCache(cache.self_attention_cache, cross)

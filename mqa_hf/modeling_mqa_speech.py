@@ -1,0 +1,55 @@
+"""Speech recognition with the canonical encoder-decoder model: Whisper's way of generating, and its pipeline."""
+
+from typing import Any
+
+import torch
+from transformers import AutomaticSpeechRecognitionPipeline
+from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
+
+from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+from .modeling_mqa_seq2seq import MQAForConditionalGeneration
+
+
+class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
+    """What `AutoModelForSpeechSeq2Seq` gives for a converted Whisper: languages, tasks, timestamps, long audio."""
+
+    main_input_name = "input_features"
+
+    def __init__(self, config: MQASeq2SeqConfig):
+        super().__init__(config)
+        self.max_target_positions = config.max_target_positions
+
+    def forward(
+        self,
+        input_features: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """As [`MQAForConditionalGeneration.forward`], with `input_features` [B, mels, frames] in place of tokens."""
+        return super().forward(
+            input_features=input_features,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, *args, decoder_attention_mask=None, **kwargs):
+        # Long audio: rows that are conditioned on fewer earlier tokens are padded on the left.
+        if decoder_attention_mask is not None and "decoder_position_ids" not in kwargs:
+            positions = (decoder_attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, *args, decoder_attention_mask=decoder_attention_mask, **kwargs
+        )
+
+
+class MQASpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
+    """transformers' pipeline chooses what it does by the model type's name; this is the choice for Whisper."""
+
+    type = property(lambda self: "seq2seq_whisper", lambda self, value: None)
