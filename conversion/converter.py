@@ -129,7 +129,7 @@ def convert(
         layers = walk(plan, writer, method, seed, progress)
         report = _report(plan, options, layers)
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
-        write_card(partial, report, plan.source.directory)
+        write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
     if push_to_hub:
         _push(place, push_to_hub)
@@ -301,6 +301,13 @@ def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
 def _output_tensor(plan: Plan, step: Step, canonical: dict[str, torch.Tensor]) -> torch.Tensor:
     given = tuple(canonical.get(target) if target else None for target in step.targets)
     return step.rule.operation.from_canonical(given, decoder_of(plan.pooled))
+
+
+def auto_class(plan: Plan) -> str:
+    """The name of transformers' class that loads the output with its head."""
+    if isinstance(plan.pooled, MQAConfig):
+        return "AutoModelForCausalLM"
+    return next(name for name in plan.pooled.auto_map if name.startswith("AutoModelFor"))
 
 
 def _write_config(plan: Plan, partial: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from isolated import run_without_the_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sources import LLAMA, batch, largest_difference, make_model, save
@@ -201,22 +202,16 @@ def test_the_model_card(model, tmp_path):
 
 
 PROBE = """
-import sys, json, torch
+import json, torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoConfig
-assert "mqa_hf" not in sys.modules
-try:
-    import mqa_hf
-except ImportError:
-    pass
-else:
-    raise SystemExit("mqa_hf is importable; this test proves nothing")
-directory, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+directory, ids, again = json.loads(sys.argv[1])
+ids = torch.tensor(ids)
 model, info = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, output_loading_info=True)
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 assert AutoConfig.from_pretrained(directory, trust_remote_code=True).model_type == "mqa"
 base = AutoModel.from_pretrained(directory, trust_remote_code=True).eval()
 tokens = model.eval().generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-model.save_pretrained(sys.argv[3])
+model.save_pretrained(again)
 with torch.no_grad():
     logits, shape = model(ids).logits[0, -1, :5].tolist(), list(base(ids).last_hidden_state.shape)
 print(json.dumps({"tokens": tokens.tolist(), "attention": model.config._attn_implementation,
@@ -224,29 +219,12 @@ print(json.dumps({"tokens": tokens.tolist(), "attention": model.config._attn_imp
 """
 
 
-def run_without_the_package(directory, ids, again, tmp_path):
-    """Load in a process that has transformers but not this package, from an isolated copy of the path."""
-    blocker = tmp_path / "blocker"
-    (blocker / "mqa_hf").mkdir(parents=True, exist_ok=True)
-    (blocker / "mqa_hf" / "__init__.py").write_text("raise ImportError('blocked')")
-    result = subprocess.run(
-        [sys.executable, "-c", PROBE, str(directory), json.dumps(ids.tolist()), str(again)],
-        env={"PYTHONPATH": str(blocker), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def test_it_loads_as_remote_code_where_the_package_is_not_importable(model, tmp_path):
     source = save(model, tmp_path / "source")
     convert(source, tmp_path / "ours")
     ours = load(tmp_path / "ours")
     ids = batch()[0][:1]
-    found = run_without_the_package(tmp_path / "ours", ids, tmp_path / "again", tmp_path)
+    found = run_without_the_package(PROBE, tmp_path / "ours", ids.tolist(), tmp_path / "again", scratch=tmp_path)
     expected = ours.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert found["tokens"] == expected.tolist()
     assert found["attention"] == "mqa"
@@ -254,8 +232,23 @@ def test_it_loads_as_remote_code_where_the_package_is_not_importable(model, tmp_
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(found["logits"]), ours(ids).logits[0, -1, :5])
     # Saved by the remote-code class, it is as complete as before.
-    once_more = run_without_the_package(tmp_path / "again", ids, tmp_path / "thrice", tmp_path)
+    once_more = run_without_the_package(PROBE, tmp_path / "again", ids.tolist(), tmp_path / "thrice", scratch=tmp_path)
     assert once_more == found
+
+
+def test_a_window_of_a_decoder_only_model(model, tmp_path):
+    source = save(model, tmp_path / "source")
+    convert(source, tmp_path / "ours", kv_heads=3, window=5)
+    ours = load(tmp_path / "ours")
+    ids = batch()[0]
+    distance = torch.arange(14)[:, None] - torch.arange(14)
+    mask = torch.where((distance >= 0) & (distance < 5), 0.0, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.expand(3, 1, -1, -1)).logits
+        torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-4)
+        cache = ours(ids, use_cache=True).past_key_values
+    assert {layer.keys.shape[2] for layer in cache.layers} == {4}
+    assert "sees the last 5 positions only" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_save_load_save_is_stable(model, tmp_path):
@@ -279,11 +272,12 @@ def test_the_runtime_files_are_what_transformers_would_copy():
 
     from mqa_hf.conversion.converter import RUNTIME_FILES
 
-    model_file = sys.modules["mqa_hf.modeling_mqa"].__file__
-    needed = {model_file, *get_relative_import_files(model_file)}
-    assert {path.rsplit("/", 1)[-1] for path in needed} == set(RUNTIME_FILES)
-    for path in needed:
-        assert not re.search(r"^\s*(from|import) mqa_hf", Path(path).read_text(), re.MULTILINE)
+    for name, files in RUNTIME_FILES.items():
+        model_file = sys.modules[getattr(mqa_hf, name).__module__].__file__
+        needed = {model_file, *get_relative_import_files(model_file)}
+        assert {path.rsplit("/", 1)[-1] for path in needed} == set(files)
+        for path in needed:
+            assert not re.search(r"^\s*(from|import) mqa_hf", Path(path).read_text(), re.MULTILINE)
 
 
 def test_inspect_reads_no_weights(model, tmp_path):
@@ -295,7 +289,7 @@ def test_inspect_reads_no_weights(model, tmp_path):
     assert result["native"] == "llama"
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
     assert result["kv_bytes_per_token"] == {"now": 288, "after": 96}
-    assert "2 does not divide its 3" in inspect(source, kv_heads=2)["reason"]
+    assert "2 does not divide the source's 3" in inspect(source, kv_heads=2)["reason"]
 
 
 def test_inspect_says_what_a_converted_checkpoint_is(model, tmp_path):

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from isolated import run_without_the_package
 from safetensors.torch import load_file, save_file
 from seq2seq_sources import (
     BART,
@@ -99,6 +101,79 @@ def test_the_loss_of_labels_is_the_source_s(model_type, tmp_path):
     assert all(p.grad is not None for name, p in ours.named_parameters() if "k_proj" in name)
 
 
+PROBE = """
+import json, torch, transformers
+directory, auto, arguments, again = json.loads(sys.argv[1])
+arguments = {name: torch.tensor(value) for name, value in arguments.items()}
+model, info = getattr(transformers, auto).from_pretrained(
+    directory, trust_remote_code=True, output_loading_info=True
+)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+base = transformers.AutoModel.from_pretrained(directory, trust_remote_code=True)
+assert type(base).__name__ == "MQASeq2SeqModel"
+tokens = model.eval().generate(**arguments, max_new_tokens=8, do_sample=False)
+model.save_pretrained(again)
+print(json.dumps({"class": type(model).__name__, "tokens": tokens.tolist()}))
+"""
+
+
+@pytest.mark.parametrize("model_type", ["t5", "marian", "whisper"])
+def test_it_loads_as_remote_code_where_the_package_is_not_importable(model_type, tmp_path):
+    theirs = make_seq2seq(*FIRST[model_type][::2])
+    convert(save(theirs, tmp_path / "source"), tmp_path / "ours")
+    arguments = {k: v for k, v in inputs(theirs, "left").items() if k != "decoder_input_ids"}
+    expected = load(tmp_path / "ours", model_type).generate(**arguments, max_new_tokens=8, do_sample=False)
+    given = {name: value.tolist() for name, value in arguments.items()}
+    auto = "AutoModelForSpeechSeq2Seq" if model_type == "whisper" else "AutoModelForSeq2SeqLM"
+    for directory, again in (("ours", "again"), ("again", "thrice")):
+        found = run_without_the_package(PROBE, tmp_path / directory, auto, given, tmp_path / again, scratch=tmp_path)
+        assert found["tokens"] == expected.tolist()
+        assert found["class"] == ("MQAForSpeechSeq2Seq" if model_type == "whisper" else "MQAForConditionalGeneration")
+
+
+def test_the_model_card_counts_every_attention(tmp_path):
+    convert(save(make_seq2seq("t5", T5), tmp_path / "source"), tmp_path / "ours", attentions=["decoder", "encoder"])
+    card = ModelCard.load(tmp_path / "ours" / "README.md").text
+    assert "| key/value heads, self-attention of the decoder | 6 | 1 |" in card
+    assert "| key/value heads, cross-attention | 6 | 6 |" in card
+    assert "| key/value heads, attention of the encoder | 6 | 1 |" in card
+    assert "| cache, bytes per source token (16 bit) | 384 | 384 |" in card
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+    assert "--attention decoder,encoder" in card
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_a_window_bounds_the_cache_and_sees_what_it_should(model_type, cache, tmp_path):
+    """The target is longer than the window; only the decoder's own tokens are subject to it."""
+    theirs = make_seq2seq(*FIRST[model_type][::2])
+    source = save(theirs, tmp_path / "source")
+    convert(source, tmp_path / "ours", window=4, kv_heads=6)
+    ours = load(tmp_path / "ours", model_type)
+    arguments = {k: v for k, v in inputs(theirs, "left").items() if k != "decoder_input_ids"}
+    arguments |= {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    found = ours.generate(**arguments, **cache, return_dict_in_generate=True)
+    for layer in found.past_key_values.self_attention_cache.layers:
+        assert layer.keys.shape[2] <= 4
+    for layer in found.past_key_values.cross_attention_cache.layers:
+        assert layer.keys.shape[2] == 13
+    torch.testing.assert_close(ours.generate(**arguments, use_cache=False), found.sequences)
+    # The same through the source's class, which takes a ready mask.
+    target = found.sequences[:, :-1]
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    mask = ((distance >= 0) & (distance < 4)).expand(3, 1, -1, -1)
+    expected = theirs(
+        input_ids=arguments["input_ids"],
+        attention_mask=arguments["attention_mask"],
+        decoder_input_ids=target,
+        decoder_attention_mask=torch.where(mask, 0.0, torch.finfo(torch.float32).min),
+    ).logits
+    logits = ours(
+        input_ids=arguments["input_ids"], attention_mask=arguments["attention_mask"], decoder_input_ids=target
+    ).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_copies_of_the_embedding_in_old_files_are_left_out(tmp_path):
     theirs = make_seq2seq("t5", T5)
     source = save(theirs, tmp_path / "source")
@@ -144,6 +219,7 @@ def test_inspection_counts_both_caches(tmp_path):
         ({"attentions": []}, "--attention"),
         ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of the decoder attention"),
         ({"target": "native"}, "--target native"),
+        ({"window": 0}, "--window must be at least 1"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from seq2seq_sources import SEQ2SEQ_CASES
 from sources import CASES, IDS, batch, largest_difference, make_model, overwrite_heads_with_mean, save
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,7 @@ def generate(model, **options):
 
 
 def test_every_family_has_a_case():
-    assert {family for family, _, _ in CASES} == set(FAMILIES)
+    assert {family for family, _, _ in [*CASES, *SEQ2SEQ_CASES]} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("model_type", "what", "config"), CASES, ids=IDS)
