@@ -99,6 +99,10 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         return self.decoder.hidden_size
 
     @property
+    def decoder_layers(self) -> int:
+        return self.decoder.num_hidden_layers
+
+    @property
     def num_mel_bins(self) -> int | None:
         return self.encoder.num_mel_bins
 

@@ -39,10 +39,19 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
             **kwargs,
         )
 
+    def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, *args, **kwargs):
+        """Prompts need not begin with the start token here; transformers knows that by the model type's name only."""
+        given = model_kwargs.pop("decoder_input_ids", None)
+        if given is not None:
+            return given, model_kwargs
+        return super()._prepare_decoder_input_ids_for_generation(  # type: ignore[misc]
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+
     def prepare_inputs_for_generation(self, input_ids, *args, decoder_attention_mask=None, **kwargs):
         # Long audio: rows that are conditioned on fewer earlier tokens are padded on the left.
         if decoder_attention_mask is not None and "decoder_position_ids" not in kwargs:
-            positions = (decoder_attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            positions = (decoder_attention_mask.long().cumsum(-1) - 1).masked_fill(decoder_attention_mask == 0, 0)
             kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, decoder_attention_mask=decoder_attention_mask, **kwargs

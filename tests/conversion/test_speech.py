@@ -1,0 +1,78 @@
+"""A converted Whisper transcribes, translates and marks times as the source does."""
+
+import numpy as np
+import pytest
+import torch
+from seq2seq_sources import WHISPER, make_seq2seq
+from sources import save
+from tokenizer import write_whisper_processor
+from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
+
+from mqa_hf.conversion import convert
+
+SECONDS = 2.5
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The directories of a tiny Whisper and of its conversion with all heads."""
+    root = tmp_path_factory.mktemp("speech")
+    _, generation = write_whisper_processor(root / "source", mels=16, frames=40)
+    vocabulary = generation.no_timestamps_token_id + 52
+    tokens = {name: getattr(generation, name) for name in ("eos_token_id", "pad_token_id", "decoder_start_token_id")}
+    model = make_seq2seq("whisper", {**WHISPER, "vocab_size": vocabulary, **tokens})
+    model.generation_config = generation
+    save(model, root / "source")
+    convert(root / "source", root / "ours", kv_heads=6)
+    return root / "source", root / "ours"
+
+
+@pytest.fixture(scope="module")
+def audio():
+    return np.random.default_rng(0).normal(0, 0.1, int(16000 * SECONDS)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"language": "de", "task": "translate"},
+        {"return_timestamps": True},
+        {"num_beams": 4},
+        {"return_timestamps": True, "condition_on_prev_tokens": True, "return_segments": True},
+    ],
+    ids=str,
+)
+def test_it_generates_what_the_source_does(options, pair, audio):
+    processor = AutoProcessor.from_pretrained(pair[1])
+    long = "return_timestamps" in options
+    arguments = processor(
+        audio if long else audio[:12000],
+        sampling_rate=16000,
+        return_tensors="pt",
+        truncation=not long,
+        return_attention_mask=True,
+        padding="longest" if long else "max_length",
+    )
+    if long and arguments.input_features.shape[-1] <= 40:
+        raise AssertionError("the audio is not longer than what the encoder hears at once")
+    results = []
+    for directory in pair:
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(directory).eval()
+        found = model.generate(**arguments, **{"language": "en", "max_new_tokens": 30, **options})
+        results.append(found["sequences"] if isinstance(found, dict) else found)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("options", [{}, {"return_timestamps": True}, {"return_timestamps": "word"}], ids=str)
+def test_the_pipeline_gives_what_it_gives_for_the_source(options, pair, audio):
+    if options.get("return_timestamps") == "word":
+        options = {**options, "generate_kwargs": {"language": "en", "max_new_tokens": 20}}
+    else:
+        options = {**options, "generate_kwargs": {"language": "en", "max_new_tokens": 30}}
+    texts = []
+    for directory in pair:
+        recognise = pipeline("automatic-speech-recognition", model=str(directory), trust_remote_code=True)
+        texts.append(recognise({"raw": audio[:15000], "sampling_rate": 16000}, **options))
+    assert texts[0]["text"]
+    assert texts[0] == texts[1]
