@@ -72,6 +72,8 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         if speech:
             kwargs.setdefault("custom_pipelines", dict(SPEECH_PIPELINES))
         super().__post_init__(**kwargs)
+        for stack in (self.encoder, self.decoder):
+            stack.dtype = stack.dtype or self.dtype
 
     def _check(self):
         encoder, decoder = self.encoder, self.decoder

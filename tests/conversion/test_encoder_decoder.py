@@ -26,9 +26,14 @@ TOLERANCE = 1e-4  # on logits of order 10, float32
 FIRST = {family: (family, what, config) for family, what, config in reversed(SEQ2SEQ_CASES)}
 
 
-def load(directory, model_type):
+def load(directory, model_type, **options):
     auto = AutoModelForSpeechSeq2Seq if model_type == "whisper" else AutoModelForSeq2SeqLM
-    return auto.from_pretrained(directory).eval()
+    return auto.from_pretrained(directory, **options).eval()
+
+
+def load_source(directory, model_type):
+    # Not with sdpa: transformers 5.17 loses UMT5's bias of the distance there.
+    return load(directory, model_type, attn_implementation="eager")
 
 
 def heads_of(model) -> int:
@@ -39,7 +44,7 @@ def convert_all_heads(model_type, config, tmp_path):
     theirs = make_seq2seq(model_type, config)
     source = save(theirs, tmp_path / "source")
     convert(source, tmp_path / "ours", kv_heads=heads_of(theirs))
-    return load(source, model_type), load(tmp_path / "ours", model_type)
+    return load_source(source, model_type), load(tmp_path / "ours", model_type)
 
 
 @pytest.mark.parametrize(("model_type", "what", "config"), SEQ2SEQ_CASES, ids=SEQ2SEQ_IDS)
@@ -58,7 +63,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(
     theirs = make_seq2seq(model_type, config)
     source = save(theirs, tmp_path / "source")
     report = convert(source, tmp_path / "ours", attentions=attentions)
-    theirs, ours = load(source, model_type), load(tmp_path / "ours", model_type)
+    theirs, ours = load_source(source, model_type), load(tmp_path / "ours", model_type)
     overwrite_with_mean(theirs, 1, attentions)
     difference, size = seq2seq_difference(ours, theirs)
     assert difference <= TOLERANCE, f"{difference} on logits up to {size}"
