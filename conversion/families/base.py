@@ -35,6 +35,7 @@ class SourceConfig:
     def __init__(self, config: PreTrainedConfig):
         self._config = config
         self._read: set[str] = set()
+        self.required: dict[str, tuple[Any, str]] = {}
 
     def __getattr__(self, name: str) -> Any:
         self._read.add(name)
@@ -42,6 +43,7 @@ class SourceConfig:
 
     def require(self, name: str, value: Any, reason: str) -> None:
         """Refuse any other value of a switch that the canonical model has no place for."""
+        self.required[name] = (value, reason)
         found = getattr(self._config, name, value)
         self._read.add(name)
         if found != value:
@@ -62,6 +64,7 @@ class Family:
         inert: switches without effect on the function of the model in evaluation.
         query_scale: factor on a layer's queries that the canonical model has no switch for.
         checkpoints: official ones, for example.
+        heads: what those have: multi-head, grouped or multi-query attention.
         native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
             and the converted one, gives that class's configuration.
     """
@@ -73,6 +76,7 @@ class Family:
     inert: frozenset[str] = frozenset()
     query_scale: Callable[[PreTrainedConfig, int], float] | None = None
     checkpoints: str = ""
+    heads: str = "multi-head"
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 

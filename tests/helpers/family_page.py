@@ -1,0 +1,85 @@
+"""Print the page of supported families, made from the table and from the configurations that the tests cover:
+
+python tests/helpers/family_page.py > docs/families.md
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from seq2seq_sources import SEQ2SEQ_CASES
+from sources import CASES
+from transformers import AutoConfig
+
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+from mqa_hf.conversion.families import FAMILIES
+from mqa_hf.conversion.families.base import SourceConfig
+
+HEAD = """# Families
+
+Made from the family table by `python tests/helpers/family_page.py`; a test holds this page to it.
+
+Converted with all its heads, each family gives the logits of its own class in float32, for every configuration that is
+listed; pooled with the mean, those of its own class with its heads overwritten by their mean. Largest differences:
+[exactness.md](exactness.md). What a family needs is refused otherwise, by name. Quantised checkpoints are refused, and
+so is any switch of `config.json` that the table does not know (`--ignore-switch NAME` where it has no effect).
+"""
+COLUMNS = (
+    "family",
+    "official checkpoints, for example",
+    "heads",
+    "`--target native`",
+    "needs",
+    "tested configurations",
+)
+
+
+def table(families: list[str], cases: list[tuple[str, str, dict]]) -> str:
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    lines += [f"| {' | '.join(row(name, [(w, c) for f, w, c in cases if f == name]))} |" for name in families]
+    return "\n".join(lines)
+
+
+def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
+    family, native = FAMILIES[name], "none"
+    needs: dict[str, str] = {}
+    for _, fields in cases:
+        source = AutoConfig.for_model(name, **json.loads(json.dumps(fields)))
+        recorder = SourceConfig(source)
+        canonical = family.config(recorder)
+        needs |= {f"`{switch}={value!r}`": reason for switch, (value, reason) in recorder.required.items()}
+        config = MQASeq2SeqConfig(**canonical) if "decoder" in canonical else MQAConfig(**canonical)
+        if family.native is not None and native == "none" and isinstance(config, MQAConfig):
+            pooled = copy.deepcopy(config)
+            pooled.num_key_value_heads = 1
+            native = family.native(source, pooled).model_type
+            native = "same class" if native == name else f"`{native}`"
+    return (
+        f"`{name}`",
+        family.checkpoints,
+        family.heads,
+        native,
+        "; ".join(f"{switch} ({reason})" for switch, reason in needs.items()),
+        "; ".join(what for what, _ in cases),
+    )
+
+
+def page() -> str:
+    seq2seq = sorted({family for family, _, _ in SEQ2SEQ_CASES})
+    decoders = sorted(set(FAMILIES) - set(seq2seq))
+    parts = [
+        HEAD,
+        f"## Decoder-only ({len(decoders)})\n\n{table(decoders, CASES)}\n",
+        f"## Encoder-decoder ({len(seq2seq)})\n\n{table(seq2seq, SEQ2SEQ_CASES)}\n",
+    ]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
