@@ -52,6 +52,8 @@ class MQAConfig(PreTrainedConfig):
         sinusoidal_endpoint (`bool`): Whether the lowest of the `n` sinusoidal frequencies is 1/10000 (M2M-100) instead
             of 1/10000 to the power of (n - 1)/n (Marian, the paper).
         alibi_slopes (`list[float]`, *optional*): Of each query head; used with `"alibi"`.
+        alibi_bfloat16 (`bool`): Whether slopes and their products with key positions are rounded to bfloat16 before
+            `attention_scale` is applied, as Falcon's class does.
         relative_buckets, relative_max_distance (`int`): Of the `"relative"` bias.
         relative_per_layer (`bool`): Whether each layer has a relative bias of its own (UMT5) instead of all sharing
             that of the first (T5).
@@ -107,6 +109,7 @@ class MQAConfig(PreTrainedConfig):
     position_offset: int = 0
     sinusoidal_endpoint: bool = False
     alibi_slopes: list[float] | None = None
+    alibi_bfloat16: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_per_layer: bool = False

@@ -12,12 +12,17 @@ from transformers import PreTrainedConfig
 from mqa_hf.configuration_mqa import MQAConfig
 
 from ..errors import ConversionError
-from . import gpt, llama
+from . import alibi, gpt, llama, variants
 from .base import Family, Rule, SourceConfig
 
 __all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
 
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **variants.FAMILIES,
+    **gpt.FAMILIES,
+    **alibi.FAMILIES,
+}
 
 # Switches that no decoder-only model's function depends on, wherever they stand.
 INERT = frozenset(PreTrainedConfig().to_dict()) | {
@@ -94,9 +99,9 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
 
 
 def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Multiply a layer's query projection by what the canonical model has no switch for, in place."""
-    scale = 1.0 if family.query_scale is None else family.query_scale(source, layer)
-    if scale != 1.0:
+    """Multiply a layer's projections by what the canonical model has no switch for, in place."""
+    scales = {} if family.scales is None else family.scales(source, layer)
+    for projection, scale in scales.items():
         for name, tensor in tensors.items():
-            if ".q_proj." in name:
+            if f".{projection}." in name and scale != 1.0:
                 tensors[name] = (tensor.float() * scale).to(tensor.dtype)

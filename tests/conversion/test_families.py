@@ -2,19 +2,22 @@
 
 import pytest
 import torch
-from sources import CASES, IDS, batch, largest_difference, make_model, overwrite_heads_with_mean, save
+from sources import (
+    CASES,
+    IDS,
+    batch,
+    kv_heads_of,
+    largest_difference,
+    make_model,
+    overwrite_heads_with_mean,
+    save,
+)
 from transformers import AutoModelForCausalLM
 
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.conversion.families import FAMILIES
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
-
-
-def kv_heads_of(model) -> int:
-    if model.config.model_type == "gpt_bigcode":
-        return 1 if model.config.multi_query else model.config.num_attention_heads
-    return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
 
 
 def converted(source, output, **options):
