@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import FalconConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 
 from mqa_hf.configuration_mqa import MQAConfig
@@ -130,7 +130,7 @@ def native_falcon(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConf
     heads, all_heads = config.num_key_value_heads, config.num_attention_heads
     grouped = 1 < heads < all_heads and not source.new_decoder_architecture
     refuse("falcon", {f"{heads} key/value heads without new_decoder_architecture": grouped})
-    native: FalconConfig = copy.deepcopy(source)
+    native: Any = copy.deepcopy(source)
     native.num_kv_heads = heads if source.new_decoder_architecture else all_heads
     native.multi_query = heads == 1
     return native

@@ -105,6 +105,8 @@ def glm(c: SourceConfig) -> dict[str, Any]:
 
 
 def starcoder2(c: SourceConfig) -> dict[str, Any]:
+    c.require("mlp_type", "default", "the class of transformers has a plain MLP")
+    c.require("norm_type", "layer_norm", "the class of transformers has layer norms")
     bias, kind = c.use_bias, "full_attention" if c.sliding_window is None else "sliding_attention"
     return llama_layer(
         c,
