@@ -45,6 +45,9 @@ class MQAConfig(PreTrainedConfig):
             `"none"`.
         rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
         rope_layers (`list[bool]`, *optional*): Per layer, whether queries and keys are rotated. Default: all are.
+        rope_recompute (`bool`): Whether generation computes the cache anew when a text outgrows the
+            `original_max_position_embeddings` of `"longrope"`, from where on all keys are rotated by other frequencies
+            (Phi-3).
         max_position_embeddings (`int`): Context length; the rows of a learned position embedding.
         positions_from_mask (`bool`): Count learned or sinusoidal positions from the first attended token of the 2D
             attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`.
@@ -104,6 +107,7 @@ class MQAConfig(PreTrainedConfig):
     position_embedding: str = "rotary"
     rope_parameters: dict = None  # type: ignore[assignment]
     rope_layers: list[bool] = None  # type: ignore[assignment]
+    rope_recompute: bool = False
     max_position_embeddings: int = 2048
     positions_from_mask: bool = False
     position_offset: int = 0

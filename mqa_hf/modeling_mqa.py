@@ -565,6 +565,17 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if self.config.rope_recompute and past_key_values is not None:
+            limit = self.config.rope_parameters["original_max_position_embeddings"]
+            if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+                past_key_values, kwargs["next_sequence_length"] = None, None
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+
     def init_continuous_batching(self, *args, **kwargs):
         """Continuous batching prepares its own paged cache and knows transformers' own attention names only."""
         if self.config._attn_implementation == ATTENTION_NAME:

@@ -72,6 +72,28 @@ def gpt2_scales(config: PreTrainedConfig, layer: int) -> dict[str, float]:
     return {"q_proj": 1.0 / (layer + 1)} if config.scale_attn_by_inverse_layer_idx else {}
 
 
+def openai_gpt(c: SourceConfig) -> dict[str, Any]:
+    return shared(
+        c,
+        intermediate_size=4 * c.hidden_size,
+        num_key_value_heads=c.num_attention_heads,
+        position_embedding="learned",
+        norm_type="layer_norm",
+        norm_eps=c.layer_norm_epsilon,
+        final_norm=False,
+        residual="post_norm",
+        hidden_act={"gelu": "gelu_new", "swish": "silu"}.get(c.afn, c.afn),
+        gated_mlp=False,
+        query_bias=True,
+        value_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        attention_dropout=c.attn_pdrop,
+        hidden_dropout=c.resid_pdrop,
+        embedding_dropout=c.embd_pdrop,
+    )
+
+
 def opt(c: SourceConfig) -> dict[str, Any]:
     _ = c.layerdrop  # skips whole layers while training only
     pre_norm, no_final_norm = c.do_layer_norm_before, c._remove_final_layer_norm
@@ -492,6 +514,16 @@ FAMILIES = {
         # "rotary" and "scale_attn_weights" stand in published files, and the class never reads them.
         inert=_SUMMARY | {"rotary", "scale_attn_weights"},
         native=native_phi,
+    ),
+    "openai-gpt": Family(
+        prefixes=("transformer.",),
+        config=openai_gpt,
+        rules=(
+            *_gpt_rules(Transpose(), SplitStacked(transposed=True), SplitStacked()),
+            *renamed(("tokens_embed", "embed_tokens"), ("positions_embed", "embed_positions")),
+        ),
+        ignored=(*_GPT_MASKS, "position_ids"),
+        inert=_SUMMARY | {"n_ctx", "n_special", "predict_special_tokens"},
     ),
     "opt": Family(
         prefixes=("model.decoder.", "decoder."),

@@ -70,6 +70,7 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
         output_bias=False,
         mlp_bias=False,
         hidden_dropout=c.resid_pdrop,
+        rope_recompute=c.rope_parameters["rope_type"] == "longrope",
         **windows(c, [kind] * c.num_hidden_layers),
         **rope(c, partial=True),
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sources import CASES, batch, kv_heads_of, make_model, save
+from sources import CASES, IDS, batch, kv_heads_of, make_model, save
 from transformers import AutoModelForCausalLM
 
 from mqa_hf.conversion import convert
@@ -38,3 +38,14 @@ def test_it_generates_what_the_source_does(model_type, tmp_path):
         assert tokens[0].shape == (len(ids), ids.shape[1] + TOKENS)
         for other in tokens[1:]:
             torch.testing.assert_close(other, tokens[0])
+
+
+def test_phi3_generates_across_the_limit_of_its_short_rotary_frequencies(tmp_path):
+    """Beyond it all keys are rotated anew. (5.17's own class loses the context there; without a cache it does not.)"""
+    theirs = make_model("phi3", dict(CASES[IDS.index("phi3: longrope")][2], original_max_position_embeddings=20))
+    convert(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    ids, mask = batch()
+    options = {"min_new_tokens": 20, "max_new_tokens": 20, "pad_token_id": 0, "do_sample": False}
+    expected = theirs.generate(ids, attention_mask=mask, use_cache=False, **options)
+    torch.testing.assert_close(ours.generate(ids, attention_mask=mask, **options), expected)

@@ -146,6 +146,8 @@ CASES: list[tuple[str, str, dict]] = [
     ("gpt2", "untied, n_inner", {**GPT, "tie_word_embeddings": False, "n_inner": 72}),
     ("gpt2", "scaled by layer", {**GPT, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     ("gpt2", "unscaled", {**GPT, "scale_attn_weights": False}),
+    ("openai-gpt", "as published", GPT),
+    ("openai-gpt", "untied, swish", {**GPT, "tie_word_embeddings": False, "afn": "swish"}),
     ("gpt_bigcode", "multi-query", {**GPT, "multi_query": True}),
     ("gpt_bigcode", "multi-head", {**GPT, "multi_query": False}),
     ("opt", "pre-norm", {**OPT, "word_embed_proj_dim": 48}),
@@ -296,7 +298,7 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
     index = torch.arange(rows)
     if ".k_proj." in name or ".v_proj." in name:
         return [index.view(G, -1)]
-    if family in ("gpt2", "mpt") and ("c_attn" in name or "Wqkv" in name):
+    if family in ("gpt2", "openai-gpt", "mpt") and ("c_attn" in name or "Wqkv" in name):
         return list(index.view(3, H, -1)[1:])
     if "c_attn" in name or "query_key_value" in name:
         if family == "falcon" or (family == "gpt_bigcode" and G == 1):
@@ -317,7 +319,7 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
 def overwrite_heads_with_mean(model: PreTrainedModel, kv_heads: int) -> None:
     """Give a source model's K/V heads the mean of their group, in its own layout and class."""
     for name, parameter in model.named_parameters():
-        transposed = model.config.model_type == "gpt2" and parameter.ndim == 2
+        transposed = model.config.model_type in ("gpt2", "openai-gpt") and parameter.ndim == 2
         weight = parameter.T if transposed else parameter
         for heads in key_and_value_rows(name, len(weight), model):
             for group in heads.chunk(kv_heads):
