@@ -32,7 +32,7 @@ def mpt_slopes(heads: int) -> list[float]:
 
 def bloom(c: SourceConfig) -> dict[str, Any]:
     c.require("apply_residual_connection_post_layernorm", False, "the residual stream would start at the norms")
-    _ = c.pretraining_tp
+    _ = c.pretraining_tp  # read only with slow_but_exact
     c.require("slow_but_exact", False, "its class then leaves out biases where pretraining_tp is above 1")
     return shared(
         c,
@@ -191,6 +191,7 @@ FAMILIES = {
         config=falcon,
         rules=FALCON_RULES,
         ignored=("h.{}.self_attention.rotary_emb.inv_freq",),
+        inert=frozenset({"ff_factor"}),  # stands beside ffn_hidden_size, and the class never reads it
         native=native_falcon,
     ),
     "mpt": Family(

@@ -63,6 +63,8 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
     _ = c.original_max_position_embeddings  # settled in rope_parameters
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
         c.require(name, False, "the class of transformers has no such bias")
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini
+        c.require(name, 1, "the class of transformers does not know it")
     kind = "full_attention" if c.sliding_window is None else "sliding_attention"
     return llama_layer(
         c,
@@ -207,11 +209,12 @@ def _family(config: Callable, rules: tuple[Rule, ...], inert: frozenset[str] = f
 
 
 FAMILIES = {
-    "cohere": _family(cohere, INTERLEAVED_LLAMA_RULES, frozenset({"pretraining_tp"})),
+    "cohere": _family(cohere, INTERLEAVED_LLAMA_RULES, frozenset({"model_max_length", "pretraining_tp"})),
     "cohere2": _family(
         cohere2,
         INTERLEAVED_LLAMA_RULES,
-        frozenset({"cache_implementation", "head_dim", "order_of_interleaved_layers", "position_embedding_type"}),
+        frozenset({"cache_implementation", "layer_switch", "order_of_interleaved_layers", "position_embedding_type"})
+        | {"use_embedding_sharing", "use_parallel_embedding"},
     ),
     "gemma": _family(gemma, GEMMA_RULES, frozenset({"hidden_activation"})),
     "glm": _family(glm, GLM_RULES),
