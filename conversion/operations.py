@@ -8,8 +8,8 @@ An operation is a small frozen class with two methods, inverse to each other:
 In that tuple `None` stands for a bias that the canonical model left out; it is zero.
 
 `config` is the canonical configuration of the side that is read or written: H = `num_attention_heads` query heads,
-G = `num_key_value_heads`, D = `head_dim`, d = `hidden_size`. The methods only move rows, so they also run on `meta`
-tensors, which is how shapes are checked before any weight is read.
+G = `num_key_value_heads`, D = `head_dim`, d = `hidden_size`, f = `intermediate_size`. The methods look at no values,
+so they also run on `meta` tensors, which is how shapes are checked before any weight is read.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,11 @@ Given = tuple[torch.Tensor | None, ...]
 def _filled(tensors: Given, rows: tuple[int, ...]) -> list[torch.Tensor]:
     like = next(t for t in tensors if t is not None)
     return [like.new_zeros(n, *like.shape[1:]) if t is None else t for t, n in zip(tensors, rows)]
+
+
+def _qkv_rows(config: MQAConfig) -> tuple[int, int, int]:
+    H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return H * D, G * D, G * D
 
 
 def _only(tensors: Given) -> torch.Tensor:
@@ -83,6 +88,28 @@ class DropRows:
 
 
 @dataclass(frozen=True)
+class AddOne:
+    """[d]: a norm that multiplies by 1 + weight (Gemma, Nemotron) <-> one that multiplies by its weight."""
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        return (tensor + 1,)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        return _only(tensors) - 1
+
+
+@dataclass(frozen=True)
+class SplitGateUp:
+    """[2·f, …]: all gate rows, then all up rows (Phi-3, GLM)."""
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        return tuple(tensor.chunk(2))
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        return torch.cat(_filled(tensors, (config.intermediate_size,) * 2))
+
+
+@dataclass(frozen=True)
 class SplitStacked:
     """[(H + G + G)·D, …]: all query rows, then all key rows, then all value rows; `transposed` for `Conv1D`."""
 
@@ -90,44 +117,29 @@ class SplitStacked:
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
         tensor = tensor.t() if self.transposed else tensor
-        return tuple(tensor.split(self._rows(config)))
+        return tuple(tensor.split(_qkv_rows(config)))
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        stacked = torch.cat(_filled(tensors, self._rows(config)))
+        stacked = torch.cat(_filled(tensors, _qkv_rows(config)))
         return stacked.t() if self.transposed else stacked
 
-    @staticmethod
-    def _rows(config: MQAConfig) -> tuple[int, int, int]:
+
+@dataclass(frozen=True)
+class SplitGrouped:
+    """[G·(H/G + 2)·D, …]: for each K/V head the rows of its query heads, its key and its value.
+
+    With G = H that is query, key, value of each head (GPT-NeoX, BLOOM), with G = 1 all of them stacked (GPT-BigCode,
+    Falcon-7B), between them Falcon-40B.
+    """
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
         H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        return H * D, G * D, G * D
-
-
-@dataclass(frozen=True)
-class SplitPerHead:
-    """[H·3·D, …]: for each head its query, key and value rows (GPT-NeoX)."""
-
-    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
-        per_head = tensor.unflatten(0, (config.num_attention_heads, 3, config.head_dim))
-        return tuple(per_head[:, i].flatten(0, 1) for i in range(3))
+        groups = tensor.unflatten(0, (G, H // G + 2, D))
+        return groups[:, :-2].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        shape = (config.num_attention_heads, config.head_dim)
-        filled = _filled(tensors, (shape[0] * shape[1],) * 3)
-        return torch.stack([t.unflatten(0, shape) for t in filled], dim=1).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class SplitBigCode:
-    """GPT-BigCode's fused rows: stacked with one shared head, per head with as many as query heads."""
-
-    def _operation(self, config: MQAConfig) -> SplitStacked | SplitPerHead:
-        return SplitStacked() if config.num_key_value_heads == 1 else SplitPerHead()
-
-    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
-        return self._operation(config).to_canonical(tensor, config)
-
-    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        return self._operation(config).from_canonical(tensors, config)
+        shape = (config.num_key_value_heads, -1, config.head_dim)
+        return torch.cat([t.unflatten(0, shape) for t in _filled(tensors, _qkv_rows(config))], dim=1).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -156,4 +168,34 @@ class DeinterleaveRotary:
         return heads[:, order.to(tensor.device)].flatten(0, 1)
 
 
-Operation = Copy | Transpose | Flatten | DropRows | SplitStacked | SplitPerHead | SplitBigCode | DeinterleaveRotary
+@dataclass(frozen=True)
+class SplitCodeGen:
+    """[3·H·D, …]: four blocks, each of the query, value and key rows of H/4 heads; rotary pairs in neighbouring rows.
+
+    A block is what one of the four cores held on which CodeGen was trained.
+    """
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        query, value, key = tensor.unflatten(0, (4, 3, -1)).transpose(0, 1).flatten(1, 2)
+        rotary = DeinterleaveRotary()
+        return *rotary.to_canonical(query, config), *rotary.to_canonical(key, config), value
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        query, key, value = _filled(tensors, _qkv_rows(config))
+        rotary = DeinterleaveRotary()
+        parts = rotary.from_canonical((query,), config), value, rotary.from_canonical((key,), config)
+        return torch.stack(parts).unflatten(1, (4, -1)).transpose(0, 1).flatten(0, 2)
+
+
+Operation = (
+    Copy
+    | Transpose
+    | Flatten
+    | DropRows
+    | AddOne
+    | SplitGateUp
+    | SplitStacked
+    | SplitGrouped
+    | SplitCodeGen
+    | DeinterleaveRotary
+)

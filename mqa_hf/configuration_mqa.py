@@ -45,6 +45,9 @@ class MQAConfig(PreTrainedConfig):
             `"none"`.
         rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
         rope_layers (`list[bool]`, *optional*): Per layer, whether queries and keys are rotated. Default: all are.
+        rope_recompute (`bool`): Whether generation computes the cache anew when a text outgrows the
+            `original_max_position_embeddings` of `"longrope"`, from where on all keys are rotated by other frequencies
+            (Phi-3).
         max_position_embeddings (`int`): Context length; the rows of a learned position embedding.
         positions_from_mask (`bool`): Count learned or sinusoidal positions from the first attended token of the 2D
             attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`.
@@ -52,6 +55,8 @@ class MQAConfig(PreTrainedConfig):
         sinusoidal_endpoint (`bool`): Whether the lowest of the `n` sinusoidal frequencies is 1/10000 (M2M-100) instead
             of 1/10000 to the power of (n - 1)/n (Marian, the paper).
         alibi_slopes (`list[float]`, *optional*): Of each query head; used with `"alibi"`.
+        alibi_bfloat16 (`bool`): Whether slopes and their products with key positions are rounded to bfloat16 before
+            `attention_scale` is applied, as Falcon's class does.
         relative_buckets, relative_max_distance (`int`): Of the `"relative"` bias.
         relative_per_layer (`bool`): Whether each layer has a relative bias of its own (UMT5) instead of all sharing
             that of the first (T5).
@@ -102,11 +107,13 @@ class MQAConfig(PreTrainedConfig):
     position_embedding: str = "rotary"
     rope_parameters: dict = None  # type: ignore[assignment]
     rope_layers: list[bool] = None  # type: ignore[assignment]
+    rope_recompute: bool = False
     max_position_embeddings: int = 2048
     positions_from_mask: bool = False
     position_offset: int = 0
     sinusoidal_endpoint: bool = False
     alibi_slopes: list[float] | None = None
+    alibi_bfloat16: bool = False
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_per_layer: bool = False

@@ -88,6 +88,18 @@ def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tenso
     return (mask + bias).clamp(min=torch.finfo(bias.dtype).min)
 
 
+def rounded_alibi(slopes: torch.Tensor, scale: float, attention_mask: Any, S: int) -> torch.Tensor:
+    """[1 or B, H, 1, S]: ALiBi of absolute key positions, in bfloat16 before it is scaled (Falcon).
+
+    Positions count from the first attended token of a 2D mask.
+    """
+    keys = torch.arange(S, device=slopes.device)[None]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        mask = attention_mask.long()
+        keys = nn.functional.pad((mask.cumsum(1) - 1) * mask, (0, S - mask.shape[1]))
+    return ((slopes / scale).bfloat16() * keys[:, None, None]).float() * scale
+
+
 class MQARotaryEmbedding(nn.Module):
     """Cosines and signed sines of the rotary position embedding (arXiv 2104.09864), any of transformers' rope types.
 
@@ -408,7 +420,7 @@ class MQAModel(MQAPreTrainedModel):
         x = nn.functional.dropout(x, self.config.embedding_dropout, self.training)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
 
-        biased = self.position_bias(masks, x, cache)
+        biased = self.position_bias(masks, attention_mask, x, cache)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
             x = layer(
                 x,
@@ -446,7 +458,9 @@ class MQAModel(MQAPreTrainedModel):
             arguments["position_ids"] = position_ids
         return {name: MASKS[self.config.causal, name](**arguments) for name in set(self.config.layer_types)}
 
-    def position_bias(self, masks: dict[str, Any], x: torch.Tensor, cache: Cache | None) -> Callable:
+    def position_bias(
+        self, masks: dict[str, Any], attention_mask: Any, x: torch.Tensor, cache: Cache | None
+    ) -> Callable:
         """The function that gives a layer's mask, with the bias of ALiBi or of relative positions folded in."""
         config, T = self.config, x.shape[1]
         if config.position_embedding not in ("alibi", "relative"):
@@ -461,7 +475,11 @@ class MQAModel(MQAPreTrainedModel):
         if config.position_embedding == "alibi":
             slopes = torch.tensor(config.alibi_slopes, device=x.device)[:, None, None]
             for name, distance in distances.items():
-                ready[name] = add_bias(masks[name], (slopes * distance).to(x.dtype)[None], visible[name])
+                if config.alibi_bfloat16:
+                    bias = rounded_alibi(slopes, config.attention_scale, attention_mask, distance.shape[-1])
+                else:
+                    bias = (slopes * distance)[None]
+                ready[name] = add_bias(masks[name], bias.to(x.dtype), visible[name])
 
         def biased(layer: MQADecoderLayer, layer_type: str) -> torch.Tensor:
             table = layer.self_attn.relative_bias
@@ -545,6 +563,17 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if self.config.rope_recompute and past_key_values is not None:
+            limit = self.config.rope_parameters["original_max_position_embeddings"]
+            if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
+                past_key_values, kwargs["next_sequence_length"] = None, None
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, past_key_values=past_key_values, **kwargs
         )
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -13,12 +13,18 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..errors import ConversionError
-from . import encoder_decoder, gpt, llama
+from . import alibi, encoder_decoder, gpt, llama, variants
 from .base import Family, Rule, SourceConfig
 
 __all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
 
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES, **encoder_decoder.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    **llama.FAMILIES,
+    **variants.FAMILIES,
+    **gpt.FAMILIES,
+    **alibi.FAMILIES,
+    **encoder_decoder.FAMILIES,
+}
 
 # Switches that no model's function depends on, wherever they stand; how to generate is carried over by itself.
 INERT = (
@@ -102,9 +108,9 @@ def canonical_config(
 
 
 def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Multiply a layer's query projection by what the canonical model has no switch for, in place."""
-    scale = 1.0 if family.query_scale is None else family.query_scale(source, layer)
-    if scale != 1.0:
+    """Multiply a layer's projections by what the canonical model has no switch for, in place."""
+    scales = {} if family.scales is None else family.scales(source, layer)
+    for projection, scale in scales.items():
         for name, tensor in tensors.items():
-            if ".q_proj." in name:
+            if f".{projection}." in name and scale != 1.0:
                 tensors[name] = (tensor.float() * scale).to(tensor.dtype)

@@ -42,11 +42,11 @@ class SourceConfig:
         return getattr(self._config, name)
 
     def require(self, name: str, value: Any, reason: str) -> None:
-        """Refuse any other value of a switch that the canonical model has no place for."""
+        """Refuse any other value of a switch that the canonical model has no place for; `None` is also `False`."""
         self.required[name] = (value, reason)
         found = getattr(self._config, name, value)
         self._read.add(name)
-        if found != value:
+        if found != value and not (found is None and value is False):
             raise ConversionError(
                 f"{self._config.model_type}: {name}={found!r} is not supported ({reason}); only {value!r} is"
             )
@@ -62,7 +62,7 @@ class Family:
         rules: where the tensors are.
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches without effect on the function of the model in evaluation.
-        query_scale: factor on a layer's queries that the canonical model has no switch for.
+        scales: factors on the outputs of a layer's projections that the canonical model has no switch for, by name.
         checkpoints: official ones, for example.
         heads: what those have: multi-head, grouped or multi-query attention.
         native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
@@ -74,7 +74,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
-    query_scale: Callable[[PreTrainedConfig, int], float] | None = None
+    scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
     checkpoints: str = ""
     heads: str = "multi-head"
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
@@ -90,12 +90,12 @@ def shared(c: SourceConfig, **fields: Any) -> dict[str, Any]:
         "hidden_size": c.hidden_size,
         "num_hidden_layers": c.num_hidden_layers,
         "num_attention_heads": c.num_attention_heads,
-        "max_position_embeddings": c.max_position_embeddings,
+        "max_position_embeddings": fields.get("max_position_embeddings") or c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings,
         "initializer_range": getattr(c, "initializer_range", 0.02),
         "bos_token_id": c.bos_token_id,
         "eos_token_id": c.eos_token_id,
-        "pad_token_id": c.pad_token_id,
+        "pad_token_id": getattr(c, "pad_token_id", None),
         **fields,
     }
 

@@ -20,13 +20,15 @@ from .base import (
 )
 
 
-def _llama(c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool, **fields: Any) -> dict[str, Any]:
-    """Llama's layer: RMS norms before attention and MLP, rotary positions, a gated MLP."""
+def llama_layer(
+    c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool, **fields: Any
+) -> dict[str, Any]:
+    """Llama's layer: RMS norms before attention and MLP, rotary positions, a gated MLP; `fields` where one differs."""
     return shared(
         c,
         **{
             "intermediate_size": c.intermediate_size,
-            "num_key_value_heads": c.num_key_value_heads,
+            "num_key_value_heads": fields.get("num_key_value_heads") or c.num_key_value_heads,
             "head_dim": head_dim(c),
             "norm_eps": getattr(c, "rms_norm_eps", None),
             "hidden_act": c.hidden_act,
@@ -36,37 +38,37 @@ def _llama(c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool
             "output_bias": output_bias,
             "mlp_bias": mlp_bias,
             "attention_dropout": getattr(c, "attention_dropout", None) or 0.0,
-            **rope(c),
+            **({} if "rope_parameters" in fields else rope(c)),
             **fields,
         },
     )
 
 
 def llama(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=c.attention_bias, output_bias=c.attention_bias, mlp_bias=c.mlp_bias)
+    return llama_layer(c, qkv_bias=c.attention_bias, output_bias=c.attention_bias, mlp_bias=c.mlp_bias)
 
 
 def mistral(c: SourceConfig) -> dict[str, Any]:
     kind = "full_attention" if c.sliding_window is None else "sliding_attention"
     fields = windows(c, [kind] * c.num_hidden_layers)
-    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=False, **fields)
+    return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, **fields)
 
 
 def ministral(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=False, **windows(c))
+    return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, **windows(c))
 
 
 def qwen2(c: SourceConfig) -> dict[str, Any]:
     _ = c.use_sliding_window, c.max_window_layers  # both are settled in layer_types
-    return _llama(c, qkv_bias=True, output_bias=False, mlp_bias=False, **windows(c))
+    return llama_layer(c, qkv_bias=True, output_bias=False, mlp_bias=False, **windows(c))
 
 
 def cwm(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=False, output_bias=False, mlp_bias=c.mlp_bias, **windows(c))
+    return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=c.mlp_bias, **windows(c))
 
 
 def seed_oss(c: SourceConfig) -> dict[str, Any]:
-    return _llama(
+    return llama_layer(
         c,
         qkv_bias=c.attention_bias,
         output_bias=c.attention_out_bias,
@@ -89,11 +91,11 @@ def jais2(c: SourceConfig) -> dict[str, Any]:
 
 
 def ernie4_5(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=c.use_bias, output_bias=c.use_bias, mlp_bias=c.use_bias)
+    return llama_layer(c, qkv_bias=c.use_bias, output_bias=c.use_bias, mlp_bias=c.use_bias)
 
 
 def helium(c: SourceConfig) -> dict[str, Any]:
-    return _llama(c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=c.mlp_bias)
+    return llama_layer(c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=c.mlp_bias)
 
 
 _LLAMA_MODULES = (

@@ -3,19 +3,63 @@
 import pytest
 import torch
 from seq2seq_sources import SEQ2SEQ_CASES
-from sources import CASES, IDS, batch, largest_difference, make_model, overwrite_heads_with_mean, save
-from transformers import AutoModelForCausalLM
+from sources import (
+    CASES,
+    FALCON_RW,
+    IDS,
+    batch,
+    kv_heads_of,
+    largest_difference,
+    make_model,
+    overwrite_heads_with_mean,
+    save,
+)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mqa_hf.conversion import ConversionError, convert
-from mqa_hf.conversion.families import FAMILIES
+from mqa_hf.conversion.families import FAMILIES, canonical_config
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
-
-
-def kv_heads_of(model) -> int:
-    if model.config.model_type == "gpt_bigcode":
-        return 1 if model.config.multi_query else model.config.num_attention_heads
-    return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+# What `--target native` refuses in families that have a native home.
+NOT_NATIVE = {
+    "gpt_neo: untied",
+    "gpt_neo: windows",
+    "opt: no biases, bare norms",
+    "opt: post-norm, projected",
+    "opt: projected, no final norm",
+}
+BY_FAMILY = {family: fields for family, _, fields in reversed(CASES)}  # the first case of each
+# (model type, switch, value, what the refusal says)
+REFUSED = [
+    ("bloom", "apply_residual_connection_post_layernorm", True, "residual stream"),
+    ("bloom", "slow_but_exact", True, "leaves out biases"),
+    ("codegen", "n_head", 6, "multiple of 4"),
+    ("codegen", "rotary_dim", 0, "rotary_dim=0"),
+    ("cohere", "use_qk_norm", True, "does not commute"),
+    ("falcon", "new_decoder_architecture", True, "cannot run"),  # with parallel_attn=False
+    ("falcon", "num_kv_heads", 2, "needs new_decoder_architecture"),
+    ("falcon", "num_ln_in_parallel_attn", 2, "num_ln_in_parallel_attn"),
+    ("gemma", "use_bidirectional_attention", True, "causal"),
+    ("mpt", "attn_config", {"alibi": False}, "alibi=False"),
+    ("mpt", "attn_config", {"alibi_bias_max": 16}, "alibi_bias_max=16"),
+    ("mpt", "attn_config", {"attn_type": "multiquery_attention"}, "multiquery_attention"),
+    ("mpt", "attn_config", {"clip_qkv": 6.0}, "clip_qkv=6.0"),
+    ("mpt", "attn_config", {"prefix_lm": True}, "prefix_lm"),
+    ("mpt", "attn_config", {"qk_ln": True}, "qk_ln"),
+    ("mpt", "attn_config", {"rope": True}, "nothing is known.*rope"),
+    ("mpt", "expansion_ratio", 2, "expansion_ratio=2"),
+    ("mpt", "logit_scale", 0.5, "logit_scale=0.5"),
+    ("mpt", "no_bias", False, "no_bias=False"),
+    ("mpt", "norm_type", "rmsnorm", "rmsnorm"),
+    ("olmo", "clip_qkv", 8.0, "clip_qkv=8.0"),
+    ("persimmon", "qk_layernorm", True, "does not commute"),
+    ("phi", "qk_layernorm", True, "does not commute"),
+    ("phi3", "attention_bias", True, "no such bias"),
+    ("stablelm", "qk_layernorm", True, "does not commute"),
+    ("xglm", "add_cross_attention", True, "encoder-decoder"),
+    ("xglm", "d_model", 45, "must be even"),
+    ("xglm", "pad_token_id", 5, "position 3 has no sinusoid"),
+]
 
 
 def converted(source, output, **options):
@@ -65,8 +109,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(model_t
 @pytest.mark.parametrize(("model_type", "what", "config"), CASES, ids=IDS)
 def test_the_native_target_computes_what_ours_does(model_type, what, config, tmp_path):
     source = save(make_model(model_type, config), tmp_path / "source")
-    refusals = ("post-norm, projected", "projected, no final norm", "no biases, bare norms")
-    if FAMILIES[model_type].native is None or what in refusals:
+    if FAMILIES[model_type].native is None or f"{model_type}: {what}" in NOT_NATIVE:
         with pytest.raises(ConversionError, match="--target native"):
             convert(source, tmp_path / "native", target="native")
         assert not (tmp_path / "native").exists()
@@ -81,6 +124,39 @@ def test_the_native_target_computes_what_ours_does(model_type, what, config, tmp
         difference = (ours(ids, **arguments).logits - native(ids, **arguments).logits)[mask.bool()].abs().max()
     assert difference <= TOLERANCE
     torch.testing.assert_close(generate(ours, do_sample=False), generate(native, do_sample=False))
+
+
+@pytest.mark.parametrize(("model_type", "switch", "value", "reason"), REFUSED)
+def test_what_cannot_be_expressed_is_refused_with_a_reason(model_type, switch, value, reason):
+    fields = BY_FAMILY[model_type]
+    if model_type == "falcon":
+        fields = {**fields, **FALCON_RW}
+    source = AutoConfig.for_model(model_type, **{**fields, switch: value})
+    with pytest.raises(ConversionError, match=reason):
+        canonical_config(source, {})
+
+
+def test_a_new_falcon_pools_to_a_few_heads_in_its_own_class_and_an_old_one_does_not(tmp_path):
+    new, old = (
+        make_model("falcon", CASES[IDS.index(f"falcon: {what}")][2]) for what in ("grouped, one norm", "alibi")
+    )
+    native = converted(save(new, tmp_path / "new"), tmp_path / "native", target="native", kv_heads=1)
+    assert native.config.num_kv_heads == 1
+    with pytest.raises(ConversionError, match="4 key/value heads without new_decoder_architecture"):
+        convert(save(old, tmp_path / "old"), tmp_path / "refused", target="native", kv_heads=4)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "mpt"])
+def test_alibi_over_a_long_text(model_type, tmp_path):
+    """Falcon's class rounds biases to bfloat16, which shows beyond 256 positions and with slopes of many heads."""
+    fields = dict(CASES[IDS.index("falcon: alibi")][2] if model_type == "falcon" else BY_FAMILY[model_type])
+    fields |= {name: 512 for name in ("max_position_embeddings", "max_seq_len") if name in fields}
+    theirs = make_model(model_type, fields)
+    ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
+    ids, mask = batch(length=400)
+    with torch.no_grad():
+        difference = (ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits)[mask.bool()]
+    assert difference.abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,11 +5,13 @@ import torch
 
 from mqa_hf import MQAConfig
 from mqa_hf.conversion.operations import (
+    AddOne,
     Copy,
     DeinterleaveRotary,
     DropRows,
-    SplitBigCode,
-    SplitPerHead,
+    SplitCodeGen,
+    SplitGateUp,
+    SplitGrouped,
     SplitStacked,
     Transpose,
 )
@@ -42,7 +44,61 @@ def test_per_head_rows():
             *([320], [321]),
         ]
     )
-    assert [part.tolist() for part in SplitPerHead().to_canonical(fused, config())] == [QUERY, KEY, VALUE]
+    assert [part.tolist() for part in SplitGrouped().to_canonical(fused, config())] == [QUERY, KEY, VALUE]
+
+
+def test_grouped_rows():
+    four = MQAConfig(hidden_size=4, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1)
+    fused = torch.tensor(
+        [
+            *([111], [112]),  # the two queries of the first K/V head
+            [210],  # its key
+            [310],  # its value
+            *([121], [122]),  # the two queries of the second
+            [220],
+            [320],
+        ]
+    )
+    query, key, value = SplitGrouped().to_canonical(fused, four)
+    assert query.flatten().tolist() == [111, 112, 121, 122]
+    assert key.flatten().tolist() == [210, 220]
+    assert value.flatten().tolist() == [310, 320]
+    torch.testing.assert_close(SplitGrouped().from_canonical((query, key, value), four), fused)
+
+
+def test_rows_around_one_shared_head_are_stacked():
+    one = MQAConfig(hidden_size=4, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    parts = SplitGrouped().to_canonical(torch.tensor(QUERY + KEY[:2] + VALUE[:2]), one)
+    assert [part.tolist() for part in parts] == [QUERY, KEY[:2], VALUE[:2]]
+
+
+def test_rows_of_codegen():
+    eight = MQAConfig(hidden_size=32, num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
+    fused = torch.tensor(
+        [
+            100 * part + 10 * head + i
+            for core in range(4)
+            for part in (1, 3, 2)  # query, value, key
+            for head in (2 * core, 2 * core + 1)
+            for i in range(4)
+        ]
+    )
+    query, key, value = SplitCodeGen().to_canonical(fused, eight)
+    # Rotary pairs (0, 1), (2, 3) become (0, 2), (1, 3).
+    assert query.tolist() == [100 + 10 * head + i for head in range(8) for i in (0, 2, 1, 3)]
+    assert key.tolist() == [200 + 10 * head + i for head in range(8) for i in (0, 2, 1, 3)]
+    assert value.tolist() == [300 + 10 * head + i for head in range(8) for i in range(4)]
+    torch.testing.assert_close(SplitCodeGen().from_canonical((query, key, value), eight), fused)
+
+
+def test_gate_and_up_rows():
+    gate, up = SplitGateUp().to_canonical(torch.tensor([[11], [12], [21], [22]]), config())
+    assert (gate.tolist(), up.tolist()) == ([[11], [12]], [[21], [22]])
+
+
+def test_norms_of_one_plus_weight():
+    (weight,) = AddOne().to_canonical(torch.tensor([0.5, -0.25]), config())
+    assert weight.tolist() == [1.5, 0.75]
 
 
 def test_interleaved_rotary_rows():
@@ -66,9 +122,10 @@ def test_interleaved_rotary_rows():
         (SplitStacked(), (12, 3)),
         (SplitStacked(), (12,)),
         (SplitStacked(transposed=True), (3, 12)),
-        (SplitPerHead(), (12, 3)),
-        (SplitPerHead(), (12,)),
-        (SplitBigCode(), (12, 3)),
+        (SplitGrouped(), (12, 3)),
+        (SplitGrouped(), (12,)),
+        (SplitGateUp(), (10, 3)),
+        (AddOne(), (5,)),
         (DeinterleaveRotary(), (4, 3)),
     ],
     ids=str,

@@ -40,7 +40,38 @@ OPT = {
     "num_attention_heads": 6,
     "max_position_embeddings": 64,
 }
-NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+MHA = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+NEO = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "num_layers": 3,
+    "num_heads": 6,
+    "max_position_embeddings": 64,
+    "attention_types": [[["global", "local"], 1], [["local"], 1]],
+    "window_size": 5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+XGLM = {
+    "vocab_size": VOCAB,
+    "d_model": 48,
+    "ffn_dim": 80,
+    "num_layers": 3,
+    "attention_heads": 6,
+    "max_position_embeddings": 64,
+}
+BLOOM = {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 3, "n_head": 8}
+MPT = {"vocab_size": VOCAB, "d_model": 64, "n_layers": 3, "n_heads": 8, "max_seq_len": 64}
+FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 WIDE = {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 16}  # head_dim is not hidden_size / heads
 
 
@@ -115,6 +146,8 @@ CASES: list[tuple[str, str, dict]] = [
     ("gpt2", "untied, n_inner", {**GPT, "tie_word_embeddings": False, "n_inner": 72}),
     ("gpt2", "scaled by layer", {**GPT, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     ("gpt2", "unscaled", {**GPT, "scale_attn_weights": False}),
+    ("openai-gpt", "as published", GPT),
+    ("openai-gpt", "untied, swish", {**GPT, "tie_word_embeddings": False, "afn": "swish"}),
     ("gpt_bigcode", "multi-query", {**GPT, "multi_query": True}),
     ("gpt_bigcode", "multi-head", {**GPT, "multi_query": False}),
     ("opt", "pre-norm", {**OPT, "word_embed_proj_dim": 48}),
@@ -125,16 +158,81 @@ CASES: list[tuple[str, str, dict]] = [
         "no biases, bare norms",
         {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     ),
-    ("gpt_neox", "parallel, quarter rotary", NEOX | {"hidden_size": 96}),
-    ("gpt_neox", "sequential", {**NEOX, "use_parallel_residual": False, **rope("default", partial_rotary_factor=1.0)}),
-    ("gpt_neox", "no attention bias, tied", {**NEOX, "attention_bias": False, "tie_word_embeddings": True,
+    ("gpt_neox", "parallel, quarter rotary", MHA | {"hidden_size": 96}),
+    ("gpt_neox", "sequential", {**MHA, "use_parallel_residual": False, **rope("default", partial_rotary_factor=1.0)}),
+    ("gpt_neox", "no attention bias, tied", {**MHA, "attention_bias": False, "tie_word_embeddings": True,
                                              **rope("default", partial_rotary_factor=0.5)}),
-    ("gpt_neox", "linear rope", {**NEOX, **rope("linear", factor=2.0, partial_rotary_factor=0.5)}),
+    ("gpt_neox", "linear rope", {**MHA, **rope("linear", factor=2.0, partial_rotary_factor=0.5)}),
     ("gptj", "as published", {**GPT, "rotary_dim": 4}),
     ("gptj", "odd fraction", {**GPT, "n_embd": 60, "rotary_dim": 6, "n_inner": 72}),
     ("phi", "multi-head", {**LLAMA, "hidden_size": 96}),
     ("phi", "grouped, rotary 0.4", {**LLAMA, "hidden_size": 60, "num_key_value_heads": 2,
                                     **rope("default", partial_rotary_factor=0.4)}),
+    ("gpt_neo", "windows", NEO),
+    ("gpt_neo", "untied", {**NEO, "tie_word_embeddings": False, "intermediate_size": 72}),
+    ("gpt_neo", "all global", {**NEO, "attention_types": [[["global"], 3]]}),
+    ("codegen", "as published", {**GPT, "n_embd": 64, "n_head": 8, "rotary_dim": 4}),
+    ("codegen", "twelve heads, tied", {**GPT, "n_embd": 96, "n_head": 12, "rotary_dim": 8, "n_inner": 72,
+                                       "tie_word_embeddings": True}),
+    ("xglm", "as published", XGLM),
+    ("xglm", "unscaled, untied", {**XGLM, "scale_embedding": False, "tie_word_embeddings": False,
+                                  "activation_function": "relu"}),
+    ("biogpt", "as published", {**MHA, "pad_token_id": 1}),
+    ("biogpt", "unscaled, untied", {**MHA, "pad_token_id": 1, "scale_embedding": False, "tie_word_embeddings": False}),
+    ("bloom", "eight heads", BLOOM),
+    ("bloom", "five heads", {**BLOOM, "hidden_size": 40, "n_head": 5}),
+    ("bloom", "fourteen heads, untied", {**BLOOM, "hidden_size": 56, "n_head": 14, "tie_word_embeddings": False}),
+    ("mpt", "eight heads", MPT),
+    ("mpt", "six heads", {**MPT, "d_model": 48, "n_heads": 6}),
+    ("mpt", "softmax scale, untied", {**MPT, "tie_word_embeddings": False, "attn_config": {"softmax_scale": 0.2}}),
+    ("falcon", "multi-query", FALCON),
+    ("falcon", "grouped, two norms", {**FALCON, "hidden_size": 48, "num_attention_heads": 6, "num_kv_heads": 2,
+                                      "new_decoder_architecture": True, "tie_word_embeddings": False}),
+    ("falcon", "grouped, one norm", {**FALCON, "num_kv_heads": 5, "new_decoder_architecture": True,
+                                     "num_ln_in_parallel_attn": 1, "activation": "gelu_pytorch_tanh"}),
+    ("falcon", "multi-head", {**FALCON, "multi_query": False, "bias": True, "ffn_hidden_size": 72}),
+    ("falcon", "alibi", {**FALCON, **FALCON_RW, "hidden_size": 64, "num_attention_heads": 16}),
+    ("falcon", "alibi, parallel, five heads", {**FALCON, **FALCON_RW, "parallel_attn": True}),
+    ("falcon", "alibi, multi-query, no biases", {**FALCON, **FALCON_RW, "multi_query": True, "bias": False,
+                                                 "hidden_size": 48, "num_attention_heads": 6}),
+    ("stablelm", "quarter rotary", {**LLAMA, "hidden_size": 96}),
+    ("stablelm", "qkv bias, grouped", {**LLAMA, "num_key_value_heads": 2, "use_qkv_bias": True,
+                                       **rope("default", partial_rotary_factor=0.5)}),
+    ("stablelm", "parallel, tied", {**LLAMA, "hidden_size": 96, "use_parallel_residual": True,
+                                    "tie_word_embeddings": True}),
+    ("persimmon", "no qk norm", {**MHA, "qk_layernorm": False}),
+    ("persimmon", "whole rotary, tied", {**MHA, "qk_layernorm": False, "tie_word_embeddings": True,
+                                         **rope("linear", factor=2.0, partial_rotary_factor=1.0)}),
+    ("olmo", "as published", LLAMA),
+    ("olmo", "biases, grouped, tied", {**LLAMA, "num_key_value_heads": 2, "attention_bias": True,
+                                       "tie_word_embeddings": True}),
+    ("gemma", "multi-head, wide heads", {**LLAMA, "head_dim": 16}),
+    ("gemma", "multi-query", {**LLAMA, "num_key_value_heads": 1, "head_dim": 8}),
+    ("gemma", "biases, untied", {**LLAMA, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False}),
+    ("phi3", "multi-head", LLAMA),
+    ("phi3", "window 5, grouped", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 5}),
+    ("phi3", "longrope", {**LLAMA, "original_max_position_embeddings": 10,
+                          **rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[2.0, 3.0, 4.0, 5.0])}),
+    ("phi3", "partial longrope, tied", {**LLAMA, "num_key_value_heads": 3, "tie_word_embeddings": True,
+                                        "original_max_position_embeddings": 32,
+                                        **rope("longrope", short_factor=[1.0, 1.1, 1.2], long_factor=[2.0, 3.0, 4.0],
+                                               partial_rotary_factor=0.75)}),
+    ("cohere", "multi-head", {**LLAMA, "logit_scale": 0.25}),
+    ("cohere", "grouped, biases, untied", {**LLAMA, "num_key_value_heads": 2, "logit_scale": 0.25,
+                                           "attention_bias": True, "tie_word_embeddings": False}),
+    ("cohere2", "windows and layers without rotation", {**LLAMA, "num_key_value_heads": 3, "logit_scale": 0.25,
+                                                        "sliding_window": 5, "sliding_window_pattern": 2}),
+    ("glm", "partial interleaved rotary", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}),
+    ("glm", "no bias, wide heads", {**LLAMA, "head_dim": 16, "attention_bias": False, "tie_word_embeddings": True}),
+    ("starcoder2", "window 5", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 5}),
+    ("starcoder2", "no biases, untied", {**LLAMA, "use_bias": False, "tie_word_embeddings": False}),
+    ("nemotron", "half rotary", {**LLAMA, "num_key_value_heads": 2}),
+    ("nemotron", "biases, wide heads", {**LLAMA, "head_dim": 16, "attention_bias": True, "mlp_bias": True,
+                                        "tie_word_embeddings": True}),
+    ("granite", "multipliers", {**LLAMA, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                                "residual_multiplier": 0.22, "attention_multiplier": 0.3, "attention_bias": True,
+                                "mlp_bias": True, "tie_word_embeddings": True}),
+    ("granite", "none", {**LLAMA}),
 ]  # fmt: skip
 IDS = [f"{family}: {what}" for family, what, _ in CASES]
 
@@ -192,28 +290,44 @@ def largest_difference(ours: PreTrainedModel, theirs: PreTrainedModel) -> tuple[
     return difference, size
 
 
+def kv_heads_of(model: PreTrainedModel) -> int:
+    config = model.config
+    if config.model_type == "falcon" and config.new_decoder_architecture:
+        return config.num_kv_heads
+    if config.model_type in ("falcon", "gpt_bigcode"):
+        return 1 if config.multi_query else config.num_attention_heads
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[torch.Tensor]:
+    """The rows [heads, width] of each K/V head in a weight or bias, one tensor for keys and one for values."""
+    family, H, G = model.config.model_type, model.config.num_attention_heads, kv_heads_of(model)
+    index = torch.arange(rows)
+    if ".k_proj." in name or ".v_proj." in name:
+        return [index.view(G, -1)]
+    if family in ("gpt2", "openai-gpt", "mpt") and ("c_attn" in name or "Wqkv" in name):
+        return list(index.view(3, H, -1)[1:])
+    if "c_attn" in name or "query_key_value" in name:
+        if family == "falcon" or (family == "gpt_bigcode" and G == 1):
+            blocks = index.view(G, H // G + 2, -1)
+            return [blocks[:, -2], blocks[:, -1]]
+        per_head = index.view(H, 3, -1)
+        return [per_head[:, 1], per_head[:, 2]]
+    if "qkv_proj" in name and family == "codegen":
+        _, value, key = (index.view(4, 3, H // 4, -1)[:, part].reshape(H, -1) for part in range(3))
+        return [key, value]
+    if "qkv_proj" in name:
+        key, value = index[rows * H // (H + 2 * G) :].chunk(2)
+        return [key.view(G, -1), value.view(G, -1)]
+    return []
+
+
 @torch.no_grad()
 def overwrite_heads_with_mean(model: PreTrainedModel, kv_heads: int) -> None:
     """Give a source model's K/V heads the mean of their group, in its own layout and class."""
-    config = model.config
     for name, parameter in model.named_parameters():
-        if config.model_type in ("gpt2", "gpt_bigcode", "gpt_neox"):
-            if "c_attn" not in name and "query_key_value" not in name:
-                continue
-            heads = config.num_attention_heads
-            width = config.hidden_size // heads
-            weight = parameter.T if config.model_type == "gpt2" and parameter.ndim == 2 else parameter
-            if config.model_type == "gpt2":
-                per_head = weight.view(3, heads, width, *weight.shape[1:])
-                parts = [per_head[1], per_head[2]]
-            else:
-                per_head = weight.view(heads, 3, width, *weight.shape[1:])
-                parts = [per_head[:, 1], per_head[:, 2]]
-        elif "k_proj" in name or "v_proj" in name:
-            heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            parts = [parameter.view(heads, -1, *parameter.shape[1:])]
-        else:
-            continue
-        for part in parts:
-            for group in part.chunk(kv_heads):
-                group.copy_(group.mean(0, keepdim=True).expand_as(group))
+        transposed = model.config.model_type in ("gpt2", "openai-gpt") and parameter.ndim == 2
+        weight = parameter.T if transposed else parameter
+        for heads in key_and_value_rows(name, len(weight), model):
+            for group in heads.chunk(kv_heads):
+                weight[group] = weight[group].mean(0, keepdim=True).expand(len(group), *weight[group].shape[1:])

@@ -1,0 +1,235 @@
+"""Rotary models that differ from Llama in norms, fused projections, the place of the MLP or a plain one."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mqa_hf.configuration_mqa import MQAConfig
+
+from ..operations import AddOne, SplitGateUp, SplitGrouped, SplitStacked
+from .base import ATTENTION, QKV, Family, Rule, SourceConfig, module_rules, native_same_class, renamed, rope, windows
+from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer
+
+_QK_NORM = "a norm of queries and keys does not commute with pooling"
+_CLIPPED = "clipped keys and values are no linear map of their input"
+
+
+def stablelm(c: SourceConfig) -> dict[str, Any]:
+    c.require("qk_layernorm", False, _QK_NORM)
+    return llama_layer(
+        c,
+        qkv_bias=c.use_qkv_bias,
+        output_bias=False,
+        mlp_bias=False,
+        norm_type="layer_norm",
+        norm_eps=c.layer_norm_eps,
+        residual="parallel_shared_norm" if c.use_parallel_residual else "sequential",
+        hidden_dropout=c.hidden_dropout,
+        **rope(c, partial=True),
+    )
+
+
+def persimmon(c: SourceConfig) -> dict[str, Any]:
+    c.require("qk_layernorm", False, _QK_NORM)
+    return llama_layer(
+        c,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=c.num_attention_heads,
+        norm_type="layer_norm",
+        norm_eps=c.layer_norm_eps,
+        gated_mlp=False,
+        hidden_dropout=c.hidden_dropout,
+        **rope(c, partial=True),
+    )
+
+
+def olmo(c: SourceConfig) -> dict[str, Any]:
+    c.require("clip_qkv", None, _CLIPPED)
+    bias = c.attention_bias
+    fields = {"norm_type": "layer_norm", "norm_eps": 1e-5, "norm_affine": False}
+    return llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, **fields)
+
+
+def gemma(c: SourceConfig) -> dict[str, Any]:
+    c.require("use_bidirectional_attention", False, "the canonical model is causal")
+    bias = c.attention_bias
+    return llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, embedding_scale=c.hidden_size**0.5)
+
+
+def phi3(c: SourceConfig) -> dict[str, Any]:
+    _ = c.original_max_position_embeddings  # settled in rope_parameters
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        c.require(name, False, "the class of transformers has no such bias")
+    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini
+        c.require(name, 1, "the class of transformers does not know it")
+    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
+    return llama_layer(
+        c,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        hidden_dropout=c.resid_pdrop,
+        rope_recompute=c.rope_parameters["rope_type"] == "longrope",
+        **windows(c, [kind] * c.num_hidden_layers),
+        **rope(c, partial=True),
+    )
+
+
+def cohere(c: SourceConfig) -> dict[str, Any]:
+    c.require("use_qk_norm", False, _QK_NORM)
+    c.require("use_gated_activation", True, "the class of transformers has gated MLPs")
+    c.require("use_parallel_block", True, "the class of transformers has parallel residuals")
+    c.require("rotary_pct", 1.0, "the class of transformers rotates whole heads")
+    bias = c.attention_bias
+    return llama_layer(
+        c,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=False,
+        norm_type="layer_norm",
+        norm_eps=c.layer_norm_eps,
+        norm_bias=False,
+        residual="parallel_shared_norm",
+        logit_scale=c.logit_scale,
+    )
+
+
+def cohere2(c: SourceConfig) -> dict[str, Any]:
+    _ = getattr(c, "sliding_window_pattern", None)  # settled in layer_types
+    rotated = [kind == "sliding_attention" for kind in c.layer_types]
+    return {**cohere(c), **windows(c), "rope_layers": rotated}
+
+
+def glm(c: SourceConfig) -> dict[str, Any]:
+    return llama_layer(c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=False, **rope(c, partial=True))
+
+
+def starcoder2(c: SourceConfig) -> dict[str, Any]:
+    c.require("mlp_type", "default", "the class of transformers has a plain MLP")
+    c.require("norm_type", "layer_norm", "the class of transformers has layer norms")
+    bias, kind = c.use_bias, "full_attention" if c.sliding_window is None else "sliding_attention"
+    return llama_layer(
+        c,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        norm_type="layer_norm",
+        norm_eps=c.norm_epsilon,
+        gated_mlp=False,
+        hidden_dropout=c.residual_dropout,
+        embedding_dropout=c.embedding_dropout,
+        **windows(c, [kind] * c.num_hidden_layers),
+    )
+
+
+def nemotron(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    return llama_layer(
+        c,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=c.mlp_bias,
+        norm_type="layer_norm",
+        norm_eps=c.norm_eps,
+        gated_mlp=False,
+        **rope(c, partial=True),
+    )
+
+
+def granite(c: SourceConfig) -> dict[str, Any]:
+    _ = c.residual_multiplier  # folded into what is added to the residual stream, see granite_scales
+    return llama_layer(
+        c,
+        qkv_bias=c.attention_bias,
+        output_bias=c.attention_bias,
+        mlp_bias=c.mlp_bias,
+        attention_scale=c.attention_multiplier,
+        embedding_scale=c.embedding_multiplier,
+        logit_scale=1 / c.logits_scaling,
+    )
+
+
+def granite_scales(config: PreTrainedConfig, layer: int) -> dict[str, float]:
+    return {"o_proj": config.residual_multiplier, "down_proj": config.residual_multiplier}
+
+
+def native_granite(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
+    native: Any = native_same_class(source, config)
+    native.residual_multiplier = 1.0
+    return native
+
+
+def _replaced(rules: tuple[Rule, ...], *new: Rule) -> tuple[Rule, ...]:
+    """The rules with those left out whose targets the new ones have."""
+    targets = {target for rule in new for target in rule.targets}
+    return (*(rule for rule in rules if not targets & set(rule.targets)), *new)
+
+
+_NORMS = ("layers.{}.input_layernorm", "layers.{}.post_attention_layernorm", "norm")
+_ONE_PLUS_WEIGHT = tuple(Rule(f"{name}.weight", (f"{name}.weight",), AddOne()) for name in _NORMS)
+_GATE_UP = module_rules(
+    "layers.{}.mlp.gate_up_proj", "layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj", operation=SplitGateUp()
+)
+
+GEMMA_RULES = _replaced(LLAMA_RULES, *_ONE_PLUS_WEIGHT)
+NEMOTRON_RULES = GEMMA_RULES
+PHI3_RULES = _replaced(LLAMA_RULES, *_GATE_UP, *module_rules(f"{ATTENTION}qkv_proj", *QKV, operation=SplitStacked()))
+GLM_RULES = _replaced(INTERLEAVED_LLAMA_RULES, *_GATE_UP)
+PERSIMMON_RULES = _replaced(
+    LLAMA_RULES,
+    *module_rules(f"{ATTENTION}query_key_value", *QKV, operation=SplitGrouped()),
+    *renamed(
+        (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),
+        ("layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
+        ("layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
+        ("final_layernorm", "norm"),
+    ),
+)
+STARCODER2_RULES = _replaced(
+    LLAMA_RULES,
+    *renamed(("layers.{}.mlp.c_fc", "layers.{}.mlp.up_proj"), ("layers.{}.mlp.c_proj", "layers.{}.mlp.down_proj")),
+)
+
+
+def _family(config: Callable, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset(), **fields: Any) -> Family:
+    return Family(
+        **{
+            "prefixes": ("model.",),
+            "config": config,
+            "rules": rules,
+            "ignored": ("layers.{}.self_attn.rotary_emb.inv_freq",),
+            "inert": inert,
+            "native": native_same_class,
+            **fields,
+        }
+    )
+
+
+FAMILIES = {
+    "cohere": _family(cohere, INTERLEAVED_LLAMA_RULES, frozenset({"model_max_length", "pretraining_tp"})),
+    "cohere2": _family(
+        cohere2,
+        INTERLEAVED_LLAMA_RULES,
+        frozenset({"cache_implementation", "layer_switch", "order_of_interleaved_layers", "position_embedding_type"})
+        | {"use_embedding_sharing", "use_parallel_embedding"},
+    ),
+    "gemma": _family(gemma, GEMMA_RULES, frozenset({"hidden_activation"})),
+    "glm": _family(glm, GLM_RULES),
+    "granite": _family(granite, LLAMA_RULES, scales=granite_scales, native=native_granite),
+    "nemotron": _family(nemotron, NEMOTRON_RULES),
+    "olmo": _family(olmo, LLAMA_RULES, frozenset({"pretraining_tp"})),
+    "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),
+    # "embd_pdrop" is never read.
+    "phi3": _family(phi3, PHI3_RULES, frozenset({"embd_pdrop"})),
+    "stablelm": _family(stablelm, LLAMA_RULES),
+    # The older names of GPT-BigCode, which the class never reads.
+    "starcoder2": _family(
+        starcoder2,
+        STARCODER2_RULES,
+        frozenset({"attention_softmax_in_fp32", "layer_norm_epsilon", "scale_attention_softmax_in_fp32"})
+        | {"scale_attn_weights"},
+    ),
+}
