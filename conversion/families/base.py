@@ -63,8 +63,6 @@ class Family:
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches without effect on the function of the model in evaluation.
         scales: factors on the outputs of a layer's projections that the canonical model has no switch for, by name.
-        checkpoints: official ones, for example.
-        heads: what those have: multi-head, grouped or multi-query attention.
         native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
             and the converted one, gives that class's configuration.
     """
@@ -75,8 +73,6 @@ class Family:
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
     scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
-    checkpoints: str = ""
-    heads: str = "multi-head"
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 

@@ -285,23 +285,17 @@ _SPEC_AUGMENT = frozenset(
 )
 
 FAMILIES = {
-    "bart": _bart_family(bart, DropRows(2), checkpoints="facebook/bart-base, bart-large-cnn"),
-    "blenderbot": _bart_family(blenderbot, checkpoints="facebook/blenderbot-400M-distill, blenderbot-3B"),
-    "m2m_100": _bart_family(
-        m2m_100,
-        ignored=("encoder.embed_positions.weights", "decoder.embed_positions.weights"),
-        checkpoints="facebook/m2m100_418M, nllb-200-distilled-600M",
-    ),
-    "marian": _bart_family(marian, ignored=_TABLES, checkpoints="Helsinki-NLP/opus-mt-en-de"),
-    "mbart": _bart_family(mbart, DropRows(2), checkpoints="facebook/mbart-large-cc25, mbart-large-50"),
-    "mt5": _t5_family(mt5, checkpoints="google/mt5-small to mt5-xxl"),
-    "mvp": _bart_family(
-        mvp, DropRows(2), inert=frozenset({"prompt_length", "prompt_mid_dim"}), checkpoints="RUCAIBox/mvp"
-    ),
-    "pegasus": _bart_family(pegasus, ignored=_TABLES, checkpoints="google/pegasus-xsum, pegasus-large"),
-    "plbart": _bart_family(bart, DropRows(2), checkpoints="uclanlp/plbart-base"),
-    "t5": _t5_family(t5, checkpoints="google-t5/t5-small, google/t5-v1_1-base, google/flan-t5-base"),
-    "umt5": _t5_family(umt5, checkpoints="google/umt5-small to umt5-xxl"),
+    "bart": _bart_family(bart, DropRows(2)),
+    "blenderbot": _bart_family(blenderbot),
+    "m2m_100": _bart_family(m2m_100, ignored=("encoder.embed_positions.weights", "decoder.embed_positions.weights")),
+    "marian": _bart_family(marian, ignored=_TABLES),
+    "mbart": _bart_family(mbart, DropRows(2)),
+    "mt5": _t5_family(mt5),
+    "mvp": _bart_family(mvp, DropRows(2), inert=frozenset({"prompt_length", "prompt_mid_dim"})),
+    "pegasus": _bart_family(pegasus, ignored=_TABLES),
+    "plbart": _bart_family(bart, DropRows(2)),
+    "t5": _t5_family(t5),
+    "umt5": _t5_family(umt5),
     "whisper": _bart_family(
         whisper,
         rules=(
@@ -310,6 +304,5 @@ FAMILIES = {
             *module_rules("encoder.conv2", "encoder.conv2"),
         ),
         inert=_SPEC_AUGMENT | {"apply_spec_augment", "use_weighted_layer_sum", "classifier_proj_size"},
-        checkpoints="openai/whisper-tiny to whisper-large-v3-turbo",
     ),
 }

@@ -7,6 +7,7 @@ import copy
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,8 +19,10 @@ from transformers import AutoConfig
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.families import FAMILIES
 from mqa_hf.conversion.families.base import SourceConfig
+from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
 
 HEAD = """# Families
 
@@ -58,12 +61,12 @@ def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
         if family.native is not None and native == "none" and isinstance(config, MQAConfig):
             pooled = copy.deepcopy(config)
             pooled.num_key_value_heads = 1
-            native = family.native(source, pooled).model_type
-            native = "same class" if native == name else f"`{native}`"
+            with suppress(ConversionError):  # this configuration has no native home
+                target = family.native(source, pooled).model_type
+                native = "same class" if target == name else f"`{target}`"
     return (
         f"`{name}`",
-        family.checkpoints,
-        family.heads,
+        *CHECKPOINTS[name],
         native,
         "; ".join(f"{switch} ({reason})" for switch, reason in needs.items()),
         "; ".join(what for what, _ in cases),
