@@ -177,9 +177,7 @@ def make_plan(
     config = canonical_config(source.config, source.raw, ignore)
     pooled = with_heads(config, kv_heads, choose_attentions(config, attentions))
     reader = CheckpointReader(source.directory)
-    if config.tie_word_embeddings and not _really_tied(reader, family, config):
-        # As transformers does: both weights are there and differ, so the configuration is wrong about them.
-        config.tie_word_embeddings = pooled.tie_word_embeddings = False
+    config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:
         _set_window(pooled, window, target)
@@ -207,11 +205,14 @@ def make_plan(
     return Plan(source, reader, family, config, pooled, output, reads, writes, tensors)
 
 
-def _really_tied(reader: CheckpointReader, family: Family, config: CanonicalConfig) -> bool:
-    """Whether a checkpoint whose configuration ties the head to the embedding has no other head of its own."""
+def _really_tied(source: Source, reader: CheckpointReader, family: Family, config: CanonicalConfig) -> bool:
+    """Whether the head is the embedding; files that contradict `config.json` decide, as they do in transformers."""
     steps, _ = match(reader.tensors, family)
     names = {target: step.name for step in reversed(steps) for target in step.targets}
-    head, embedding = names.get("lm_head.weight"), names.get(tied_weights(config)["lm_head.weight"])
+    head = names.get("lm_head.weight")
+    if not config.tie_word_embeddings:
+        return head is None and source.config.tie_word_embeddings
+    embedding = names.get(tied_weights(config)["lm_head.weight"])
     return head is None or embedding is None or _equal(reader, (head, embedding))
 
 

@@ -34,6 +34,7 @@ INERT = (
         "auto_map",
         "custom_pipelines",
         "finetuning_task",
+        "forced_decoder_ids",
         "gradient_checkpointing",
         "is_decoder",
         "is_encoder_decoder",
@@ -85,6 +86,8 @@ def canonical_config(
     recorder = SourceConfig(source)
     try:
         fields = family.config(recorder)
+        # T5's classes tie whatever the file says; a file that denies it has a head of its own.
+        fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", fields["tie_word_embeddings"]))
         config = (MQASeq2SeqConfig if "decoder" in fields else MQAConfig)(**fields, dtype=source.dtype)
     except ConversionError:
         raise
