@@ -203,7 +203,8 @@ class MQAAttention(nn.Module):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
             known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
         if known and cache is not None:
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values  # type: ignore[union-attr]
+            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+            key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key = self.k_proj(states).view(B, states.shape[1], -1, self.qk_head_dim).transpose(1, 2)
