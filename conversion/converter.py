@@ -27,8 +27,9 @@ from mqa_hf.configuration_mqa import MQAConfig
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError, listing
-from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
+from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_query_scale
 from .output import copy_companions, resolve_output, written_beside
+from .passthrough import own_class_plan
 from .plan import Step, layer_of, match, read_steps, write_steps
 from .pooling import METHODS, check_heads, pool_layer
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
@@ -148,9 +149,11 @@ def make_plan(
     source: Source, *, kv_heads: int, target: str, dtype: torch.dtype | None, ignore: frozenset[str]
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
-    family = family_of(source.config.model_type)
     if ignore - set(source.raw):
         raise ConversionError(f"--ignore-switch {listing(ignore - set(source.raw))}: config.json has no such switch")
+    if target == "native" and source.config.model_type in NATIVE_ONLY:
+        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
+    family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
     check_heads(config.num_attention_heads, config.num_key_value_heads, kv_heads)
     reader = CheckpointReader(source.directory)

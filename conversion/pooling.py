@@ -80,5 +80,7 @@ def pool_layer(
             errors["key_error" if projection == "k_proj" else "value_error"] = (
                 float(distance) if math.isfinite(distance) else 0.0
             )
+        elif method == "random" and name.endswith(".scale"):  # of a norm over the keys
+            pooled = torch.ones_like(pooled)
         tensors[name] = pooled.flatten(0, 1).to(tensor.dtype)
     return errors

@@ -14,8 +14,22 @@ from mqa_hf.configuration_mqa import MQAConfig
 from ..errors import ConversionError
 from . import gpt, llama
 from .base import Family, Rule, SourceConfig
+from .native_only import NATIVE_ONLY, NativeOnly
+from .refused import REFUSED
 
-__all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
+__all__ = [
+    "FAMILIES",
+    "NATIVE_ONLY",
+    "REFUSED",
+    "Family",
+    "NativeOnly",
+    "Rule",
+    "canonical_config",
+    "check_known",
+    "check_not_quantised",
+    "family_of",
+    "fold_query_scale",
+]
 
 FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gpt.FAMILIES}
 
@@ -46,11 +60,32 @@ def family_of(model_type: Any) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type == MQAConfig.model_type:
             raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+        if isinstance(model_type, str) and model_type in NATIVE_ONLY:
+            raise ConversionError(
+                f"{model_type} has no canonical form: {NATIVE_ONLY[model_type].why}. Its own class takes fewer "
+                "key/value heads; use --target native"
+            )
+        if isinstance(model_type, str) and model_type in REFUSED:
+            raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")
         raise ConversionError(
             f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
             "CONTRIBUTING.md says how to add one"
         )
     return FAMILIES[model_type]
+
+
+def check_known(model_type: Any) -> None:
+    """Raises ConversionError for a model type that cannot be converted at all."""
+    if not isinstance(model_type, str) or model_type not in NATIVE_ONLY:
+        family_of(model_type)
+
+
+def check_not_quantised(raw: dict[str, Any]) -> None:
+    """Raises ConversionError for a `config.json` of quantised weights."""
+    if raw.get("quantization_config"):
+        raise ConversionError(
+            "the source's weights are quantised (quantization_config); dequantise them or convert the original"
+        )
 
 
 def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: frozenset[str] = frozenset()) -> MQAConfig:
@@ -65,10 +100,7 @@ def canonical_config(source: PreTrainedConfig, raw: dict[str, Any], ignore: froz
         ConversionError: for an unknown family, a switch that nothing reads, or one without a canonical equivalent.
     """
     family = family_of(source.model_type)
-    if raw.get("quantization_config"):
-        raise ConversionError(
-            "the source's weights are quantised (quantization_config); dequantise them or convert the original"
-        )
+    check_not_quantised(raw)
     recorder = SourceConfig(source)
     try:
         config = MQAConfig(**family.config(recorder), dtype=source.dtype)

@@ -374,3 +374,4 @@ FAMILIES = {
         native=native_same_class,
     ),
 }
+FAMILIES["gpt-sw3"] = FAMILIES["gpt2"]  # another name that transformers knows it by

@@ -115,6 +115,7 @@ CASES: list[tuple[str, str, dict]] = [
     ("gpt2", "untied, n_inner", {**GPT, "tie_word_embeddings": False, "n_inner": 72}),
     ("gpt2", "scaled by layer", {**GPT, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     ("gpt2", "unscaled", {**GPT, "scale_attn_weights": False}),
+    ("gpt-sw3", "another name of gpt2", GPT),
     ("gpt_bigcode", "multi-query", {**GPT, "multi_query": True}),
     ("gpt_bigcode", "multi-head", {**GPT, "multi_query": False}),
     ("opt", "pre-norm", {**OPT, "word_embed_proj_dim": 48}),
