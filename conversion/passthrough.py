@@ -55,15 +55,17 @@ def own_class(source: Source, kv_heads: int) -> OwnClass:
     for switch, reason in row.off:
         if getattr(before, switch):
             raise ConversionError(f"{before.model_type}: {switch}=True is not supported: {reason}")
+    model = _build(before)
     heads = before.num_key_value_heads
     check_heads(before.num_attention_heads, heads, kv_heads)
     output = _with_heads(before, row, kv_heads)
-    model = _build(before)
     shapes, after = _shapes(model), _shapes(_build(output))
     widths = {name: _head_dim(row, name, shape, before) for name, shape in shapes.items() if _pooled(row, name)}
     if len(set(widths.values())) != 1:
         raise ConversionError(f"{before.model_type}: the heads of its layers are of different widths: {widths}")
-    layers = sum(name.endswith(".weight") and _pooled(row, name) in (VALUE, FUSED) for name in widths)
+    # Layers may share their weights, but each has a cache of its own.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")]
+    layers = sum(_pooled(row, name) in (VALUE, FUSED) for name in names)
     config, pooled = (
         MQAConfig(
             vocab_size=before.vocab_size,
@@ -189,16 +191,14 @@ def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: Na
         return _pooled(row, name), name.rpartition(".")[2]
 
     shapes = {name: shape for name, shape in _shapes(own.model).items() if _pooled(row, name)}
-    expected = {place(name): shape for name, shape in shapes.items()}
+    expected = {place(name): name for name in shapes}
     of_kind = {kind(name): shape for name, shape in shapes.items()}
     found = {name: info for name, info in tensors.items() if _pooled(row, name)}
-    problems = []
-    missing = sorted(set(expected) - {place(name) for name in found})
-    if missing:
-        problems.append(f"tensors missing for: {listing(missing)}")
+    missing = [expected[key] for key in expected.keys() - {place(name) for name in found}]
+    problems = [f"tensors missing for: {listing(missing)}"] if missing else []
     for name, info in found.items():
         # What the class leaves out, such as layers that predict further tokens, has the heads of the others.
-        shape = expected.get(place(name), of_kind.get(kind(name)))
+        shape = shapes[expected[place(name)]] if place(name) in expected else of_kind.get(kind(name))
         if shape is None:
             problems.append(f"{name} has no place in this configuration")
         elif info.shape != shape:

@@ -58,7 +58,8 @@ def pool_layer(
     """Pool the key and value projections of one canonical layer, in place.
 
     Args:
-        tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced.
+        tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced (`weight`, `bias`, and
+            `scale`, the weight of a norm over the keys).
         source_heads, kv_heads: K/V heads before and after.
         method: a key of `METHODS`.
         generator, std: for `random`.

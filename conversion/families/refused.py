@@ -5,7 +5,7 @@ A reason completes the sentence "... cannot be converted: ".
 
 ENCODER = (
     "it is an encoder of BERT's kind, which the mapping lets run with a causal mask; its class has as many key/value "
-    "heads as query heads, and the canonical model has no form for its layers"
+    "heads as query heads, and the family table has no row for encoders"
 )
 NO_ATTENTION = "its layers are recurrent or state-space models and have no keys and values to share"
 LATENT = (

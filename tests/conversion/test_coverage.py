@@ -6,7 +6,7 @@ import pytest
 import torch
 from native_sources import CONFIGS, installed_types, make_native, overwrite_with_mean
 from safetensors.torch import load_file, save_file
-from sources import LLAMA, batch, make_model, save
+from sources import GPT, LLAMA, batch, make_model, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mqa_hf.conversion import ConversionError, convert, inspect
@@ -132,6 +132,14 @@ def edit_config(source, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def test_another_name_of_a_family(tmp_path):
+    source = save(make_model("gpt2", GPT), tmp_path / "source")
+    edit_config(source, model_type="gpt-sw3")
+    report = convert(source, tmp_path / "output")
+    assert report["num_key_value_heads"] == {"before": 6, "after": 1}
+    assert inspect(source)["native"] == "gpt_bigcode"
+
+
 def test_the_canonical_target_is_refused_with_the_way_out(qwen3):
     refused_with(qwen3, "qwen3 has no canonical form: its queries and keys are normalised by head.*--target native")
 
@@ -153,7 +161,7 @@ def test_rows_that_do_not_fit(qwen3):
 
 def test_a_projection_that_is_missing(qwen3):
     edit(qwen3, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
-    refused_with(qwen3, r"tensors missing for: layers\.1\.self_attn\.v_proj\.weight", target="native")
+    refused_with(qwen3, r"tensors missing for: model\.layers\.1\.self_attn\.v_proj\.weight", target="native")
 
 
 def test_heads_that_do_not_divide(qwen3):
@@ -196,6 +204,11 @@ def test_random_heads_keep_a_norm_over_the_keys_alive(tmp_path):
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     assert torch.equal(tensors["model.layers.0.self_attn.k_norm.weight"], torch.ones(8))
     assert 0.015 < tensors["model.layers.0.self_attn.k_proj.weight"].std() < 0.025
+
+
+def test_layers_that_share_their_weights_have_a_cache_each(tmp_path):
+    source = save(make_native("zamba"), tmp_path / "source")  # two of its four layers attend, with the same weights
+    assert inspect(source)["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
 
 
 def test_inspection_says_the_same(qwen3):
