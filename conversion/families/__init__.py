@@ -62,8 +62,7 @@ def family_of(model_type: Any) -> Family:
             raise ConversionError("the source is a converted checkpoint already; convert the original instead")
         if isinstance(model_type, str) and model_type in NATIVE_ONLY:
             raise ConversionError(
-                f"{model_type} has no canonical form: {NATIVE_ONLY[model_type].why}. Its own class takes fewer "
-                "key/value heads; use --target native"
+                f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use --target native"
             )
         if isinstance(model_type, str) and model_type in REFUSED:
             raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")

@@ -48,7 +48,7 @@ MULTIPLIERS_EXPERTS = NativeOnly("it multiplies embeddings and residuals by cons
 STATE_SPACE = NativeOnly("some of its layers are state-space models")
 CONVOLUTIONS = NativeOnly("some of its layers are convolutions")
 LINEAR = NativeOnly("some of its layers are linear attention")
-LLAMA_CLASS = NativeOnly("the family table has no row for its configuration, though its class is Llama's")
+NO_ROW = NativeOnly("the family table has no row for it")
 
 NATIVE_ONLY: dict[str, NativeOnly] = {
     "afmoe": GATED,
@@ -57,7 +57,7 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "bamba": STATE_SPACE,
     "beam": GATED,
     "bitnet": NativeOnly("it normalises between attention and its output projection, and in its feed-forward layers"),
-    "cohere2": NativeOnly("the family table has no row for it (layers without rotation between sliding ones)"),
+    "cohere2": NO_ROW,
     "cohere2_moe": EXPERTS,
     "cohere_compass_text": NativeOnly("its rotary positions are multimodal, of several axes"),
     "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
@@ -71,7 +71,7 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "gemma3n_text": NativeOnly("its layers have several residual streams and share keys and values"),
-    "glm": NativeOnly("no rule of the family table splits its fused feed-forward projection"),
+    "glm": NO_ROW,
     "glm4": SANDWICH,
     "glm4_moe": EXPERTS,
     "gpt_oss": SINKS_EXPERTS,
@@ -85,8 +85,8 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "hunyuan_v1_moe": HEAD_NORM_EXPERTS,
     "hy_v3": HEAD_NORM_EXPERTS,
     "hyperclovax": MULTIPLIERS,
-    "internlm3": LLAMA_CLASS,
-    "iquestcoder": LLAMA_CLASS,
+    "internlm3": NO_ROW,
+    "iquestcoder": NO_ROW,
     "jamba": STATE_SPACE,
     "kolibri1": HEAD_NORM_EXPERTS,
     "laguna": GATED,
@@ -100,7 +100,7 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "ministral3": NativeOnly("it scales queries by their position"),
     "mixtral": EXPERTS,
     "nanochat": HEAD_NORM,
-    "nemotron": NativeOnly("no rule of the family table folds its layer norms of weight 1 + w"),
+    "nemotron": NO_ROW,
     "nemotron_h": NativeOnly(STATE_SPACE.why, key="layers.{}.mixer.k_proj", value="layers.{}.mixer.v_proj"),
     "olmo2": JOINT_NORM,
     "olmo3": JOINT_NORM,
