@@ -27,8 +27,9 @@ from mqa_hf.configuration_mqa import MQAConfig
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError, listing
-from .families import FAMILIES, Family, canonical_config, family_of, fold_query_scale
+from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_query_scale
 from .output import copy_companions, resolve_output, written_beside
+from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, tied_weights, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
@@ -171,9 +172,13 @@ def make_plan(
     ignore: frozenset[str],
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
-    family = family_of(source.config.model_type)
     if ignore - set(source.raw):
         raise ConversionError(f"--ignore-switch {listing(ignore - set(source.raw))}: config.json has no such switch")
+    if target == "native" and source.config.model_type in NATIVE_ONLY:
+        if window is not None or attentions not in (None, ["decoder"], ("decoder",)):
+            raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
+        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
+    family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
     pooled = with_heads(config, kv_heads, choose_attentions(config, attentions))
     reader = CheckpointReader(source.directory)

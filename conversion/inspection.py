@@ -10,10 +10,11 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .errors import ConversionError
-from .families import canonical_config, family_of
+from .families import NATIVE_ONLY, canonical_config, family_of
+from .passthrough import own_class
 from .plan import canonical_shapes, decoder_of
 from .pooling import CanonicalConfig, choose_attentions, with_heads
-from .source import REPORT_FILE, locate, open_source, read_json
+from .source import REPORT_FILE, Source, locate, open_source, read_json
 
 
 def inspect(
@@ -32,12 +33,12 @@ def inspect(
         ignore_switches: as in [`convert`].
 
     Returns:
-        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, else `None`) and `conversion`
-        (the content of `conversion.json` of a converted checkpoint, else `None`). Where the configuration is
-        understood: `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters` and
-        `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`); of a native conversion only what
-        its `conversion.json` says. Where it can be converted: `native`, the model type of the class of transformers
-        that holds the result, or `False`.
+        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else `None`)
+        and `conversion` (the content of `conversion.json` of a converted checkpoint, else `None`). Where the
+        configuration is understood: `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters`
+        and `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`); of a native conversion only
+        what its `conversion.json` says. Where it can be converted: `native`, the model type of the class of
+        transformers that holds the result, or `False`.
 
     Raises:
         ConversionError: where there is no checkpoint at all.
@@ -50,6 +51,8 @@ def inspect(
     result |= {"convertible": True, "reason": None}
     try:
         checkpoint = open_source(source, revision, weights=False)
+        if checkpoint.config.model_type in NATIVE_ONLY:
+            return result | _describe_own_class(checkpoint, kv_heads)
         config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(ignore_switches))
     except ConversionError as error:
         return {**result, "convertible": False, "reason": str(error)}
@@ -74,7 +77,7 @@ def _converted(directory: Path) -> dict[str, Any]:
     if (directory / REPORT_FILE).is_file():
         report = read_json(directory / REPORT_FILE)
         try:
-            _ = report["command"], [(layer["key_error"], layer["value_error"]) for layer in report["layers"]]
+            _ = report["command"], [layer["layer"] for layer in report["layers"]]
             result |= {
                 "num_attention_heads": report["num_attention_heads"],
                 "num_key_value_heads": report["num_key_value_heads"]["after"],
@@ -111,3 +114,18 @@ def _describe(config: CanonicalConfig) -> dict[str, Any]:
             "cross_kv_bytes_per_token": {"now": config.cross_kv_bytes_per_token},
         }
     return description
+
+
+def _describe_own_class(source: Source, kv_heads: int) -> dict[str, Any]:
+    own = own_class(source, kv_heads)
+    cache = {"now": own.config.kv_bytes_per_token, "after": own.pooled.kv_bytes_per_token}
+    return {
+        "reason": f"only with --target native: {NATIVE_ONLY[source.config.model_type].why}",
+        "layers": source.config.num_hidden_layers,
+        "num_attention_heads": own.config.num_attention_heads,
+        "num_key_value_heads": own.config.num_key_value_heads,
+        "head_dim": own.config.head_dim,
+        "parameters": sum(parameter.numel() for parameter in own.model.parameters()),
+        "kv_bytes_per_token": cache,
+        "native": source.config.model_type,
+    }

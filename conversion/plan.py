@@ -29,19 +29,15 @@ _CANONICAL_LAYER = re.compile(r"model\.(?:(encoder|decoder)\.)?layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Step:
-    """A rule applied to one tensor: `name` on the checkpoint's side, `targets` in canonical names."""
+    """A rule applied to one tensor: `name` on the checkpoint's side, `targets` in canonical names.
+
+    `layer` is the stack ("" in a decoder-only model) and the layer of the targets; `None` outside the layers.
+    """
 
     name: str
     rule: Rule
     targets: tuple[str | None, ...]
-
-    @property
-    def layer(self) -> tuple[str, int] | None:
-        """The stack ("" in a decoder-only model) and the layer of the targets; `None` outside the layers."""
-        for target in filter(None, self.targets):
-            found = _CANONICAL_LAYER.match(target)
-            return (found.group(1) or "", int(found.group(2))) if found else None
-        return None
+    layer: tuple[str, int] | None = None
 
 
 def template(name: str) -> tuple[str, int | None]:
@@ -66,7 +62,9 @@ def match(names: Iterable[str], family: Family) -> tuple[list[Step], list[str]]:
             continue
         if source in rules:
             rule = rules[source]
-            steps.append(Step(name, rule, tuple(t and canonical_name(t, layer) for t in rule.targets)))
+            targets = tuple(t and canonical_name(t, layer) for t in rule.targets)
+            found = next((_CANONICAL_LAYER.match(t) for t in targets if t), None)
+            steps.append(Step(name, rule, targets, found and (found.group(1) or "", int(found.group(2)))))
         else:
             unclaimed.append(name)
     return steps, unclaimed

@@ -78,6 +78,16 @@ def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None)
     return list(dict.fromkeys(attentions))
 
 
+def check_divides(heads: int, kv_heads: int, where: str = "") -> None:
+    """Raises ConversionError where `kv_heads` does not divide the heads that the source has."""
+    if kv_heads < 1 or heads % kv_heads:
+        divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        raise ConversionError(
+            f"--kv-heads {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
+            f"{', '.join(divisors)}"
+        )
+
+
 def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]) -> CanonicalConfig:
     """The same configuration with `kv_heads` key/value heads in the named attentions.
 
@@ -85,14 +95,9 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
         ConversionError: where `kv_heads` does not divide what the source has.
     """
     for name in attentions:
-        heads = heads_of(config)[name]
-        if kv_heads < 1 or heads % kv_heads:
-            divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
-            where = "" if isinstance(config, MQAConfig) else f" of the {name} attention"
-            raise ConversionError(
-                f"--kv-heads {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
-                f"{', '.join(divisors)}"
-            )
+        check_divides(
+            heads_of(config)[name], kv_heads, "" if isinstance(config, MQAConfig) else f" of {name} attention"
+        )
     config = copy.deepcopy(config)
     for name in attentions:
         stack = config if isinstance(config, MQAConfig) else config.encoder if name == "encoder" else config.decoder
@@ -112,7 +117,8 @@ def pool_layer(
     """Pool the key and value projections of one canonical layer, in place.
 
     Args:
-        tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced.
+        tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced (`weight`, `bias`, and
+            `scale`, the weight of a norm over the keys).
         before, after: K/V heads of each attention, as [`heads_of`] gives them.
         method: a key of `METHODS`.
         generator, std: for `random`.
@@ -139,5 +145,7 @@ def pool_layer(
         if name.endswith(".weight"):
             distance = (heads - pooled.unsqueeze(1)).norm() / heads.norm()
             errors[error] = float(distance) if math.isfinite(distance) else 0.0
+        elif method == "random" and name.endswith(".scale"):  # of a norm over the keys
+            pooled = torch.ones_like(pooled)
         tensors[name] = pooled.flatten(0, 1).to(tensor.dtype)
     return errors

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from .errors import ConversionError
-from .families import family_of
+from .families import check_known
 
 REPORT_FILE = "conversion.json"
 # What stands beside the weights and is carried over as it is.
@@ -73,7 +73,7 @@ def open_source(source: str | os.PathLike, revision: str | None = None, *, weigh
     """
     directory, commit = locate(source, revision, weights=weights)
     raw = read_json(directory / "config.json")
-    family_of(raw.get("model_type"))
+    check_known(raw.get("model_type"))
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever a configuration class raises for values that it refuses

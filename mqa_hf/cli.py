@@ -144,7 +144,8 @@ def inspect(
                 after = f" -> {cache['after']:,} with {kv_heads} key/value head(s)" if "after" in cache else ""
                 title = "cache bytes per token" if name.startswith("kv") else "cache bytes per source token"
                 table.add_row(title, f"{cache['now']:,}{after}")
-    table.add_row("can be converted", "yes" if result["convertible"] else f"no: {result['reason']}")
+    answer = "yes" if result["convertible"] else "no"
+    table.add_row("can be converted", f"{answer}: {result['reason']}" if result["reason"] else answer)
     if result.get("native") is not None:
         table.add_row("native target", result["native"] or "none")
     if result["conversion"]:

@@ -15,8 +15,22 @@ from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from ..errors import ConversionError
 from . import alibi, encoder_decoder, gpt, llama, variants
 from .base import Family, Rule, SourceConfig
+from .native_only import NATIVE_ONLY, NativeOnly
+from .refused import REFUSED
 
-__all__ = ["FAMILIES", "Family", "Rule", "canonical_config", "family_of", "fold_query_scale"]
+__all__ = [
+    "FAMILIES",
+    "NATIVE_ONLY",
+    "REFUSED",
+    "Family",
+    "NativeOnly",
+    "Rule",
+    "canonical_config",
+    "check_known",
+    "check_not_quantised",
+    "family_of",
+    "fold_query_scale",
+]
 
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
@@ -58,11 +72,31 @@ def family_of(model_type: Any) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
             raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+        if isinstance(model_type, str) and model_type in NATIVE_ONLY:
+            raise ConversionError(
+                f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use --target native"
+            )
+        if isinstance(model_type, str) and model_type in REFUSED:
+            raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")
         raise ConversionError(
             f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
             "CONTRIBUTING.md says how to add one"
         )
     return FAMILIES[model_type]
+
+
+def check_known(model_type: Any) -> None:
+    """Raises ConversionError for a model type that cannot be converted at all."""
+    if not isinstance(model_type, str) or model_type not in NATIVE_ONLY:
+        family_of(model_type)
+
+
+def check_not_quantised(raw: dict[str, Any]) -> None:
+    """Raises ConversionError for a `config.json` of quantised weights."""
+    if raw.get("quantization_config"):
+        raise ConversionError(
+            "the source's weights are quantised (quantization_config); dequantise them or convert the original"
+        )
 
 
 def canonical_config(
@@ -79,10 +113,7 @@ def canonical_config(
         ConversionError: for an unknown family, a switch that nothing reads, or one without a canonical equivalent.
     """
     family = family_of(source.model_type)
-    if raw.get("quantization_config"):
-        raise ConversionError(
-            "the source's weights are quantised (quantization_config); dequantise them or convert the original"
-        )
+    check_not_quantised(raw)
     recorder = SourceConfig(source)
     try:
         fields = family.config(recorder)

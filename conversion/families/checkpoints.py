@@ -16,6 +16,7 @@ CHECKPOINTS: dict[str, tuple[str, str]] = {
     "falcon": ("tiiuae/falcon-rw-1b, falcon-7b, falcon-40b", f"{MULTI_HEAD}, {MULTI_QUERY} and {GROUPED}"),
     "gemma": ("google/gemma-2b, gemma-7b", f"{MULTI_QUERY} and {MULTI_HEAD}"),
     "glm": ("THUDM/glm-4-9b-hf", GROUPED),
+    "gpt-sw3": ("AI-Sweden-Models/gpt-sw3-126m to gpt-sw3-40b", MULTI_HEAD),
     "gpt2": ("openai-community/gpt2 to gpt2-xl, distilgpt2", MULTI_HEAD),
     "gpt_bigcode": ("bigcode/gpt_bigcode-santacoder, starcoderbase", MULTI_QUERY),
     "gpt_neo": ("EleutherAI/gpt-neo-125m to gpt-neo-2.7B, roneneldan/TinyStories-33M", MULTI_HEAD),

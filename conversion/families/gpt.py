@@ -547,3 +547,4 @@ FAMILIES = {
         ignored=("embed_positions.weights",),
     ),
 }
+FAMILIES["gpt-sw3"] = FAMILIES["gpt2"]  # another name that transformers knows it by

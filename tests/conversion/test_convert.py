@@ -303,10 +303,10 @@ def test_inspect_says_what_a_converted_checkpoint_is(model, tmp_path):
 def test_inspect_says_why_a_family_cannot_be_converted(model, tmp_path):
     source = save(model, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "lama"}))
     result = inspect(source)
     assert not result["convertible"]
-    assert "no family 'bert'" in result["reason"]
+    assert "no family 'lama'" in result["reason"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"], ["--kv-heads", "2"]])

@@ -222,7 +222,7 @@ def test_inspection_counts_both_caches(tmp_path):
     [
         ({"attentions": ["encoder", "selfish"]}, "--attention encoder,selfish: this model's attentions are decoder"),
         ({"attentions": []}, "--attention"),
-        ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of the decoder attention"),
+        ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of decoder attention"),
         ({"target": "native"}, "--target native"),
         ({"window": 0}, "--window must be at least 1"),
     ],

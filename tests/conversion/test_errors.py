@@ -81,8 +81,8 @@ def test_an_option_that_is_none_of_its_values(source, option, value):
 
 
 def test_an_unknown_family(source):
-    edit_config(source, model_type="bert")
-    refused(source, "no family 'bert' in the table; it has arcee")
+    edit_config(source, model_type="lama")
+    refused(source, "no family 'lama' in the table; it has arcee")
 
 
 def test_a_converted_checkpoint_as_the_source(source, tmp_path):

@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.families import FAMILIES
+from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, REFUSED
 from mqa_hf.conversion.families.base import SourceConfig
 from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
 
@@ -73,6 +73,14 @@ def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
     )
 
 
+def grouped(reasons: dict[str, str]) -> str:
+    """A line for each reason, with the model types it holds for."""
+    types: dict[str, list[str]] = {}
+    for model_type, reason in sorted(reasons.items()):
+        types.setdefault(reason, []).append(model_type)
+    return "\n".join(f"- {', '.join(f'`{name}`' for name in names)}: {reason}." for reason, names in types.items())
+
+
 def page() -> str:
     seq2seq = sorted({family for family, _, _ in SEQ2SEQ_CASES})
     decoders = sorted(set(FAMILIES) - set(seq2seq))
@@ -80,6 +88,11 @@ def page() -> str:
         HEAD,
         f"## Decoder-only ({len(decoders)})\n\n{table(decoders, CASES)}\n",
         f"## Encoder-decoder ({len(seq2seq)})\n\n{table(seq2seq, SEQ2SEQ_CASES)}\n",
+        f"## In their own class only ({len(NATIVE_ONLY)})\n\nThe canonical model has no form for these; `--target native` "
+        f"pools their key and value projections and copies the rest.\n\n"
+        f"{grouped({name: row.why for name, row in NATIVE_ONLY.items()})}\n",
+        f"## Refused ({len(REFUSED)})\n\nEvery other causal or sequence-to-sequence model type of transformers 5.17 to "
+        f"5.23, and why.\n\n{grouped(REFUSED)}\n",
     ]
     return "\n".join(parts)
 

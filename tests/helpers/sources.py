@@ -148,6 +148,7 @@ CASES: list[tuple[str, str, dict]] = [
     ("gpt2", "unscaled", {**GPT, "scale_attn_weights": False}),
     ("openai-gpt", "as published", GPT),
     ("openai-gpt", "untied, swish", {**GPT, "tie_word_embeddings": False, "afn": "swish"}),
+    ("gpt-sw3", "another name of gpt2", GPT),
     ("gpt_bigcode", "multi-query", {**GPT, "multi_query": True}),
     ("gpt_bigcode", "multi-head", {**GPT, "multi_query": False}),
     ("opt", "pre-norm", {**OPT, "word_embed_proj_dim": 48}),

@@ -1,0 +1,131 @@
+"""Model types whose layers the canonical model has no form for, but whose own class takes fewer key/value heads.
+
+`--target native` pools their key and value projections and copies everything else byte for byte. A row says why
+`--target mqa` is refused and where the projections are.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NativeOnly:
+    """One model type of transformers.
+
+    Attributes:
+        why: what the canonical model cannot express, as a clause.
+        key, value: the projections of a layer, as their names end; `{}` is the layer. Rows are heads.
+        key_norm: a norm over all the heads of a key together, of one weight for each row of `key`. With equal heads
+            its mean square is that of one head, so that pooling it like a bias is exact.
+        fused: instead of `key` and `value`, one projection of the rows of queries, keys and values in this order.
+        heads: the field of the configuration that says how many heads there are.
+        off: switches under which the heads cannot be pooled, and why.
+    """
+
+    why: str
+    key: str = "layers.{}.self_attn.k_proj"
+    value: str = "layers.{}.self_attn.v_proj"
+    key_norm: str | None = None
+    fused: str | None = None
+    heads: str = "num_key_value_heads"
+    off: tuple[tuple[str, str], ...] = ()
+
+
+_JOINT_NORM = "layers.{}.self_attn.k_norm"
+
+EXPERTS = NativeOnly("its feed-forward layers are mixtures of experts")
+HEAD_NORM = NativeOnly("its queries and keys are normalised by head")
+HEAD_NORM_EXPERTS = NativeOnly("its queries and keys are normalised by head and it mixes experts")
+GATED = NativeOnly("its attention output is gated, its queries and keys are normalised by head and it mixes experts")
+JOINT_NORM = NativeOnly("its queries and keys are normalised over all heads together", key_norm=_JOINT_NORM)
+JOINT_NORM_EXPERTS = NativeOnly(
+    "its queries and keys are normalised over all heads together and it mixes experts", key_norm=_JOINT_NORM
+)
+SANDWICH = NativeOnly("it normalises the outputs of attention and feed-forward layers too")
+SINKS = NativeOnly("its attention has learned sinks")
+SINKS_EXPERTS = NativeOnly("its attention has learned sinks and it mixes experts")
+MULTIPLIERS = NativeOnly("it multiplies embeddings, residuals, attention and logits by constants of its own")
+MULTIPLIERS_EXPERTS = NativeOnly("it multiplies embeddings and residuals by constants of its own and mixes experts")
+STATE_SPACE = NativeOnly("some of its layers are state-space models")
+CONVOLUTIONS = NativeOnly("some of its layers are convolutions")
+LINEAR = NativeOnly("some of its layers are linear attention")
+NO_ROW = NativeOnly("the family table has no row for it")
+
+NATIVE_ONLY: dict[str, NativeOnly] = {
+    "afmoe": GATED,
+    "apertus": HEAD_NORM,
+    "aria_text": EXPERTS,
+    "bamba": STATE_SPACE,
+    "beam": GATED,
+    "bitnet": NativeOnly("it normalises between attention and its output projection, and in its feed-forward layers"),
+    "cohere2_moe": EXPERTS,
+    "cohere_compass_text": NativeOnly("its rotary positions are multimodal, of several axes"),
+    "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
+    "dots1": HEAD_NORM_EXPERTS,
+    "ernie4_5_moe": EXPERTS,
+    "exaone4": HEAD_NORM,
+    "exaone_moe": HEAD_NORM_EXPERTS,
+    "falcon_h1": NativeOnly("its layers hold a state-space model beside attention"),
+    "flex_olmo": JOINT_NORM_EXPERTS,
+    "flint": SINKS_EXPERTS,
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "gemma3n_text": NativeOnly("its layers have several residual streams and share keys and values"),
+    "glm4": SANDWICH,
+    "glm4_moe": EXPERTS,
+    "gpt_oss": SINKS_EXPERTS,
+    "granite_swa": SINKS,
+    "granitemoe": MULTIPLIERS_EXPERTS,
+    "granitemoe_swa": SINKS_EXPERTS,
+    "granitemoehybrid": STATE_SPACE,
+    "granitemoeshared": MULTIPLIERS_EXPERTS,
+    "hunyuan_v1_dense": HEAD_NORM,
+    "hunyuan_v1_moe": HEAD_NORM_EXPERTS,
+    "hy_v3": HEAD_NORM_EXPERTS,
+    "hyperclovax": MULTIPLIERS,
+    "internlm3": NO_ROW,
+    "iquestcoder": NO_ROW,
+    "jamba": STATE_SPACE,
+    "kolibri1": HEAD_NORM_EXPERTS,
+    "laguna": GATED,
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": CONVOLUTIONS,
+    "lfm3": CONVOLUTIONS,
+    "llama4_text": NativeOnly("it attends in chunks and mixes experts"),
+    "mellum": HEAD_NORM_EXPERTS,
+    "minimax": LINEAR,
+    "minimax_m2": JOINT_NORM_EXPERTS,
+    "ministral3": NativeOnly("it scales queries by their position"),
+    "mixtral": EXPERTS,
+    "nanochat": HEAD_NORM,
+    "nemotron_h": NativeOnly(STATE_SPACE.why, key="layers.{}.mixer.k_proj", value="layers.{}.mixer.v_proj"),
+    "olmo2": JOINT_NORM,
+    "olmo3": JOINT_NORM,
+    "olmo_hybrid": NativeOnly(LINEAR.why, key_norm=_JOINT_NORM),
+    "olmoe": JOINT_NORM_EXPERTS,
+    "phimoe": EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3": HEAD_NORM,
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_moe": HEAD_NORM_EXPERTS,
+    "qwen3_next": LINEAR,
+    "qwen4_exp_text": NativeOnly("some of its layers are linear attention, others attend to what an index picks"),
+    "recurrent_gemma": NativeOnly(
+        "some of its layers are recurrent",
+        key="layers.{}.temporal_block.k_proj",
+        value="layers.{}.temporal_block.v_proj",
+    ),
+    "solar_open": EXPERTS,
+    "vaultgemma": NativeOnly("it caps attention scores and logits"),
+    "zamba": NativeOnly(
+        STATE_SPACE.why,
+        key="layers.{}.shared_transf.self_attn.k_proj",
+        value="layers.{}.shared_transf.self_attn.v_proj",
+    ),
+    "zamba2": NativeOnly(
+        STATE_SPACE.why,
+        key="layers.{}.shared_transformer.self_attn.k_proj",
+        value="layers.{}.shared_transformer.self_attn.v_proj",
+        off=(("use_shared_attention_adapter", "its adapters add to the keys and values of all heads"),),
+    ),
+}

@@ -1,0 +1,213 @@
+"""Fewer key/value heads within the source's own class; for the model types of `families/native_only.py`.
+
+Key and value projections are pooled, every other tensor is copied byte for byte under the name that it has on disk,
+which for experts is often not the name that it has in the model. So only the projections are checked against the
+class. It is built twice on `meta`, with the heads before and after, and nothing else may differ between the two.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mqa_hf.configuration_mqa import MQAConfig
+
+from .checkpoint import CheckpointReader, TensorInfo
+from .errors import ConversionError, listing
+from .families import NATIVE_ONLY, Family, NativeOnly, Rule, check_not_quantised
+from .operations import SplitStacked
+from .plan import Step, template
+from .pooling import check_divides
+from .source import Source
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OwnClass:
+    """A source and its class with fewer heads.
+
+    Attributes:
+        output: the source's configuration with the heads that are asked for.
+        config, pooled: the attention of the layers that have keys and values, before and after. They say nothing else
+            of the model.
+        model: the source's class on `meta`.
+    """
+
+    output: PreTrainedConfig
+    config: MQAConfig
+    pooled: MQAConfig
+    model: PreTrainedModel
+
+
+def own_class(source: Source, kv_heads: int) -> OwnClass:
+    """Settle what a source becomes from its configuration alone.
+
+    Raises:
+        ConversionError: for quantised weights, heads that do not divide, switches that do not fit, or a class where
+            more than keys and values depends on the number of heads.
+    """
+    check_not_quantised(source.raw)
+    row, before = NATIVE_ONLY[source.config.model_type], source.config
+    for switch, reason in row.off:
+        if getattr(before, switch):
+            raise ConversionError(f"{before.model_type}: {switch}=True is not supported: {reason}")
+    model = _build(before)
+    heads = before.num_key_value_heads
+    check_divides(heads, kv_heads)
+    output = _with_heads(before, row, kv_heads)
+    shapes, after = _shapes(model), _shapes(_build(output))
+    widths = {name: _head_dim(row, name, shape, before) for name, shape in shapes.items() if _pooled(row, name)}
+    if len(set(widths.values())) != 1:
+        raise ConversionError(f"{before.model_type}: the heads of its layers are of different widths: {widths}")
+    # Layers may share their weights, but each has a cache of its own.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")]
+    layers = sum(_pooled(row, name) in (VALUE, FUSED) for name in names)
+    config, pooled = (
+        MQAConfig(
+            vocab_size=before.vocab_size,
+            hidden_size=before.hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=before.num_attention_heads,
+            num_key_value_heads=n,
+            head_dim=next(iter(widths.values())),
+            initializer_range=getattr(before, "initializer_range", 0.02),
+        )
+        for n in (heads, kv_heads)
+    )
+    expected = {name: _pooled_shape(row, name, shape, config, pooled) for name, shape in shapes.items()}
+    changed = [name for name in {**expected, **after} if expected.get(name) != after.get(name)]
+    if changed:
+        raise ConversionError(
+            f"{before.model_type}: more than the keys and values depends on the number of key/value heads: "
+            f"{listing(changed)}"
+        )
+    return OwnClass(output, config, pooled, model)
+
+
+def own_class_plan(source: Source, *, kv_heads: int, dtype: torch.dtype | None) -> dict[str, Any]:
+    """The fields of the `Plan` of a conversion; raises ConversionError where it is impossible."""
+    own, row = own_class(source, kv_heads), NATIVE_ONLY[source.config.model_type]
+    reader = CheckpointReader(source.directory)
+    _check_projections(reader.tensors, own, row)
+    own.output.dtype = dtype or source.config.dtype
+    steps = [_step(row, name) for name in reader.tensors]
+    tensors = {
+        name: TensorInfo(
+            _pooled_shape(row, name, info.shape, own.config, own.pooled),
+            dtype if dtype and info.dtype.is_floating_point else info.dtype,
+        )
+        for name, info in reader.tensors.items()
+    }
+    return {
+        "source": source,
+        "reader": reader,
+        "family": Family(prefixes=(), config=lambda _: {}, rules=()),
+        "config": own.config,
+        "pooled": own.pooled,
+        "output": own.output,
+        "reads": steps,
+        "writes": steps,
+        "tensors": tensors,
+    }
+
+
+# What a tensor is to the pooling, which goes by the end of a name.
+KEY, VALUE, KEY_NORM, FUSED = "k_proj", "v_proj", "k_norm", "qkv"
+
+
+def _pooled(row: NativeOnly, name: str) -> str | None:
+    """Which of the pooled tensors a name is; `None` for one that is copied."""
+    module, _, kind = template(name)[0].rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    kinds: dict[str, str] = {row.fused: FUSED} if row.fused else {row.key: KEY, row.value: VALUE}
+    if row.key_norm:
+        kinds[row.key_norm] = KEY_NORM
+    return next((pooled for end, pooled in kinds.items() if f".{module}".endswith(f".{end}")), None)
+
+
+def _step(row: NativeOnly, name: str) -> Step:
+    """A tensor keeps its name; the names within the walk are those that the pooling knows, or none that it does."""
+    pooled, kind, number = _pooled(row, name), name.rpartition(".")[2], template(name)[1]
+    layer = None if number is None else ("", number)
+    place = name.replace(".", "/")
+    if pooled == FUSED:
+        targets: tuple[str, ...] = (f"copied.{place}", f"{place}.{KEY}.{kind}", f"{place}.{VALUE}.{kind}")
+        return Step(name, Rule(name, targets, SplitStacked()), targets, layer)
+    targets = (f"copied.{place}",) if pooled is None else (f"{place}.{pooled}.{kind}",)
+    if pooled == KEY_NORM:
+        targets = (f"{place}.{KEY}.scale",)
+    return Step(name, Rule(name, targets), targets, layer)
+
+
+def _head_dim(row: NativeOnly, name: str, shape: Shape, config: PreTrainedConfig) -> int:
+    heads = config.num_key_value_heads
+    return shape[0] // (config.num_attention_heads + 2 * heads if _pooled(row, name) == FUSED else heads)
+
+
+def _pooled_shape(row: NativeOnly, name: str, shape: Shape, before: MQAConfig, after: MQAConfig) -> Shape:
+    pooled = _pooled(row, name)
+    if pooled is None:
+        return shape
+    fewer = (before.num_key_value_heads - after.num_key_value_heads) * before.head_dim
+    return (shape[0] - fewer * (2 if pooled == FUSED else 1), *shape[1:])
+
+
+def _with_heads(config: PreTrainedConfig, row: NativeOnly, kv_heads: int) -> PreTrainedConfig:
+    output = copy.deepcopy(config)
+    output.num_key_value_heads = kv_heads
+    *path, field = row.heads.split(".")
+    holder = output
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, field, kv_heads)
+    return output
+
+
+def _build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The class of a configuration, on `meta`."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # whatever a class raises for a configuration that it cannot be built from
+        raise ConversionError(f"transformers builds no {config.model_type} of this config.json: {error}") from error
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, Shape]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: NativeOnly) -> None:
+    """Every layer that has keys and values in the class has its projections, with the rows of all their heads."""
+    prefixes = (f"{own.model.base_model_prefix}.", "backbone.")
+
+    def place(name: str) -> str:
+        return name.removeprefix(next((p for p in prefixes if name.startswith(p)), ""))
+
+    def kind(name: str) -> tuple[str | None, str]:
+        return _pooled(row, name), name.rpartition(".")[2]
+
+    shapes = {name: shape for name, shape in _shapes(own.model).items() if _pooled(row, name)}
+    expected = {place(name): name for name in shapes}
+    of_kind = {kind(name): shape for name, shape in shapes.items()}
+    found = {name: info for name, info in tensors.items() if _pooled(row, name)}
+    missing = [expected[key] for key in expected.keys() - {place(name) for name in found}]
+    problems = [f"tensors missing for: {listing(missing)}"] if missing else []
+    for name, info in found.items():
+        # What the class leaves out, such as layers that predict further tokens, has the heads of the others.
+        shape = shapes[expected[place(name)]] if place(name) in expected else of_kind.get(kind(name))
+        if shape is None:
+            problems.append(f"{name} has no place in this configuration")
+        elif info.shape != shape:
+            problems.append(
+                f"{name} has the shape {list(info.shape)}; {own.config.num_key_value_heads} key/value heads of width "
+                f"{own.config.head_dim} make it {list(shape)}"
+            )
+        elif not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+            problems.append(f"{name} is stored as {info.dtype}; convert from 16-, 32- or 64-bit floats")
+    if problems:
+        raise ConversionError("the weights do not fit config.json: " + "; ".join(problems[:8]))
