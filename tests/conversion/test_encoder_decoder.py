@@ -18,7 +18,8 @@ from seq2seq_sources import (
     seq2seq_difference,
 )
 from sources import save
-from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from tokenizer import write_tokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 from mqa_hf.conversion import ConversionError, convert, inspect
 
@@ -177,6 +178,24 @@ def test_a_window_bounds_the_cache_and_sees_what_it_should(model_type, cache, tm
         input_ids=arguments["input_ids"], attention_mask=arguments["attention_mask"], decoder_input_ids=target
     ).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "marian"])
+def test_text_becomes_the_same_text(model_type, tmp_path):
+    """As translation and summarisation run in transformers 5: tokenizer, `generate`, tokenizer."""
+    theirs = make_seq2seq(*FIRST[model_type][::2])
+    write_tokenizer(tmp_path / "source")
+    save(theirs, tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "ours", kv_heads=6)
+    texts = []
+    for directory in (tmp_path / "source", tmp_path / "ours"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        batch = tokenizer(["hello there", "a longer line of text"], padding=True, return_tensors="pt")
+        model = load_source(directory, model_type) if directory.name == "source" else load(directory, model_type)
+        tokens = model.generate(batch.input_ids, attention_mask=batch.attention_mask, num_beams=4, max_new_tokens=30)
+        texts.append(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+    assert texts[0] == texts[1]
+    assert all(texts[0])
 
 
 def test_copies_of_the_embedding_in_old_files_are_left_out(tmp_path):

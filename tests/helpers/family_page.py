@@ -33,6 +33,9 @@ listed; pooled with the mean, those of its own class with its heads overwritten 
 [exactness.md](exactness.md). What a family needs is refused otherwise, by name. Quantised checkpoints are refused, and
 so is any switch of `config.json` that the table does not know (`--ignore-switch NAME` where it has no effect).
 """
+OWN_CLASS = """The canonical model has no form for these; `--target native` pools their key and value projections and copies
+the rest. Each is tested as the families are: the mean rule, and its own heads byte for byte."""
+OTHERS = "Every other causal or sequence-to-sequence model type of transformers 5.17 to 5.23, and why."
 COLUMNS = (
     "family",
     "official checkpoints, for example",
@@ -88,11 +91,10 @@ def page() -> str:
         HEAD,
         f"## Decoder-only ({len(decoders)})\n\n{table(decoders, CASES)}\n",
         f"## Encoder-decoder ({len(seq2seq)})\n\n{table(seq2seq, SEQ2SEQ_CASES)}\n",
-        f"## In their own class only ({len(NATIVE_ONLY)})\n\nThe canonical model has no form for these; `--target native` "
-        f"pools their key and value projections and copies the rest.\n\n"
-        f"{grouped({name: row.why for name, row in NATIVE_ONLY.items()})}\n",
-        f"## Refused ({len(REFUSED)})\n\nEvery other causal or sequence-to-sequence model type of transformers 5.17 to "
-        f"5.23, and why.\n\n{grouped(REFUSED)}\n",
+        f"## In their own class only ({len(NATIVE_ONLY)})\n\n{OWN_CLASS}\n",
+        grouped({name: row.why for name, row in NATIVE_ONLY.items()}) + "\n",
+        f"## Refused ({len(REFUSED)})\n\n{OTHERS}\n",
+        grouped(REFUSED) + "\n",
     ]
     return "\n".join(parts)
 
