@@ -33,8 +33,8 @@ listed; pooled with the mean, those of its own class with its heads overwritten 
 [exactness.md](exactness.md). What a family needs is refused otherwise, by name. Quantised checkpoints are refused, and
 so is any switch of `config.json` that the table does not know (`--ignore-switch NAME` where it has no effect).
 """
-OWN_CLASS = """The canonical model has no form for these; `--target native` pools their key and value projections and copies
-the rest. Each is tested as the families are: the mean rule, and its own heads byte for byte."""
+OWN_CLASS = """The canonical model has no form for these; `--target native` pools their key and value projections and
+copies the rest. Each is tested as the families are: the mean rule, and its own heads byte for byte."""
 OTHERS = "Every other causal or sequence-to-sequence model type of transformers 5.17 to 5.23, and why."
 COLUMNS = (
     "family",
