@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
 from .configuration_mqa import MQAConfig
 
+BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,
     (True, "sliding_attention"): create_sliding_window_causal_mask,
@@ -331,8 +332,15 @@ class MQAPreTrainedModel(PreTrainedModel):
     }
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Folded attention is the default of this class; any other is taken when asked for."""
-        return super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
+        """Folded attention is the default of this class; any other that can run the model is taken when asked for."""
+        name = super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
+        positions = getattr(self.config, "position_embedding", None)
+        if positions in BIAS_POSITIONS and name not in (ATTENTION_NAME, "eager", "sdpa"):
+            raise ValueError(
+                f"{positions} positions are a bias of the attention logits, for which {name} has no place; use "
+                f"{ATTENTION_NAME}, eager or sdpa"
+            )
+        return name
 
 
 class MQAModel(MQAPreTrainedModel):
@@ -464,7 +472,7 @@ class MQAModel(MQAPreTrainedModel):
     ) -> Callable:
         """The function that gives a layer's mask, with the bias of ALiBi or of relative positions folded in."""
         config, T = self.config, x.shape[1]
-        if config.position_embedding not in ("alibi", "relative"):
+        if config.position_embedding not in BIAS_POSITIONS:
             return lambda layer, layer_type: masks[layer_type]
         distances, visible, ready = {}, {}, {}
         past = cache.get_seq_length() if cache is not None else 0
@@ -579,6 +587,11 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args, **kwargs):
         """Continuous batching prepares its own paged cache and knows transformers' own attention names only."""
+        if self.config.position_embedding in BIAS_POSITIONS:
+            raise ValueError(
+                f"continuous batching has no place for the bias of {self.config.position_embedding} positions; use "
+                "generate()"
+            )
         if self.config._attn_implementation == ATTENTION_NAME:
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

@@ -18,6 +18,22 @@ CONFIGS = {
     },
     "windows": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4},
     "all windows": {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
+    "alibi": {"position_embedding": "alibi", "alibi_slopes": [0.5, 0.25, 0.125, 0.06, 0.03, 0.01]},
+    "alibi, windows": {
+        "position_embedding": "alibi",
+        "alibi_slopes": [0.5, 0.25, 0.125, 0.06, 0.03, 0.01],
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 4,
+    },
+    "relative": {"position_embedding": "relative", "relative_buckets": 8, "relative_max_distance": 12},
+    "sinusoidal, scaled and normed embeddings": {
+        "position_embedding": "sinusoidal",
+        "embedding_scale": 3.0,
+        "embedding_norm": True,
+        "norm_type": "layer_norm",
+        "norm_bias": False,
+        "logit_scale": 0.3,
+    },
     "wide keys, narrow values": {"qk_head_dim": 16, "v_head_dim": 4},
     "post-norm, projected": {"residual": "post_norm", "final_norm": False, "embedding_size": 20},
     "parallel, partial rotary": {

@@ -11,7 +11,7 @@ from transformers import (
 )
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig, MQASeq2SeqModel
+from mqa_hf import MQAConfig, MQAForConditionalGeneration, MQAModel, MQASeq2SeqConfig, MQASeq2SeqModel
 from mqa_hf.modeling_mqa import relative_bucket
 
 CONFIGS = {
@@ -208,6 +208,16 @@ def test_lora_on_the_standard_module_names():
 def test_stacks_that_do_not_fit(fields, match):
     with pytest.raises(ValueError, match=match):
         make(**fields)
+
+
+@pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
+def test_implementations_without_a_place_for_a_bias_are_refused(implementation):
+    with pytest.raises((ValueError, ImportError), match=r"bias of the attention logits|flash|Flash"):
+        make(position_embedding="relative").model.decoder.set_attn_implementation(implementation)
+    with pytest.raises((ValueError, ImportError), match=r"bias of the attention logits|flash|Flash"):
+        MQAModel._from_config(
+            MQAConfig(position_embedding="alibi", alibi_slopes=[0.5] * 8), attn_implementation=implementation
+        )
 
 
 def test_labels_without_a_start_token():
