@@ -48,7 +48,7 @@ def measure(model_type, what, model, auto, difference, overwrite, options) -> No
         for kv_heads in (heads, 1):
             # The attention that is right in every version: transformers 5.17's UMT5 loses its bias with sdpa, and
             # Falcon's eager attention adds ALiBi twice.
-            implementation = "eager" if options else "sdpa"
+            implementation = "eager" if options else None
             theirs = auto.from_pretrained(source, attn_implementation=implementation).eval()
             if kv_heads != heads:
                 overwrite(theirs, kv_heads)
