@@ -26,7 +26,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from .errors import ConversionError, listing
+from .errors import ConversionError
 from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_query_scale
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
@@ -148,6 +148,7 @@ class Plan:
         output: the configuration that is written: `pooled`, or that of a class of transformers.
         reads, writes: the steps on either side.
         tensors: shape and dtype of what is written.
+        attentions: those that get fewer heads.
     """
 
     source: Source
@@ -159,6 +160,7 @@ class Plan:
     reads: list[Step]
     writes: list[Step]
     tensors: dict[str, TensorInfo]
+    attentions: Sequence[str] = ("decoder",)
 
 
 def make_plan(
@@ -172,15 +174,16 @@ def make_plan(
     ignore: frozenset[str],
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
-    if ignore - set(source.raw):
-        raise ConversionError(f"--ignore-switch {listing(ignore - set(source.raw))}: config.json has no such switch")
     if target == "native" and source.config.model_type in NATIVE_ONLY:
         if window is not None or attentions not in (None, ["decoder"], ("decoder",)):
             raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
+        if ignore:
+            raise ConversionError(f"--ignore-switch: {source.config.model_type} keeps its own class and every switch")
         return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
     family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
-    pooled = with_heads(config, kv_heads, choose_attentions(config, attentions))
+    chosen = choose_attentions(config, attentions)
+    pooled = with_heads(config, kv_heads, chosen)
     reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
@@ -199,7 +202,8 @@ def make_plan(
         output = family.native(source.config, pooled)
         output.tie_word_embeddings = config.tie_word_embeddings
         output_family = FAMILIES[output.model_type]
-    output.dtype = dtype or source.config.dtype
+    for part in (output, *(getattr(output, name) for name in output.sub_configs)):
+        part.dtype = dtype or source.config.dtype
     available = {target: step.name for step in reads for target in step.targets if target}
     writes, shapes = write_steps(output, output_family, set(available))
 
@@ -207,7 +211,7 @@ def make_plan(
     for step in writes:
         given = next((available[t] for t in step.targets if t in available), reads[0].name)
         tensors[step.name] = TensorInfo(shapes[step.name], dtype or reader.tensors[given].dtype)
-    return Plan(source, reader, family, config, pooled, output, reads, writes, tensors)
+    return Plan(source, reader, family, config, pooled, output, reads, writes, tensors, chosen)
 
 
 def _really_tied(source: Source, reader: CheckpointReader, family: Family, config: CanonicalConfig) -> bool:
@@ -230,8 +234,8 @@ def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
     stack = decoder_of(config)
     if target == "native":
         raise ConversionError("--window is for --target mqa: the classes of transformers keep the source's windows")
-    if window < 1:
-        raise ConversionError(f"--window must be at least 1 position, the current one; got {window}")
+    if not 1 <= window < 2**31:
+        raise ConversionError(f"--window must be at least 1 position, the current one, and below 2**31; got {window}")
     if stack.sliding_window and stack.sliding_window < window:
         raise ConversionError(f"--window {window} is wider than the source's own of {stack.sliding_window}")
     stack.layer_types, stack.sliding_window = ["sliding_attention"] * stack.num_hidden_layers, window
@@ -279,6 +283,7 @@ def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress:
                     canonical,
                     before=before,
                     after=after,
+                    attentions=plan.attentions,
                     method=method,
                     generator=generator,
                     std=plan.config.initializer_range,

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.modeling_mqa import sinusoids
+
+from .errors import ConversionError
 
 Tensors = tuple[torch.Tensor, ...]
 Given = tuple[torch.Tensor | None, ...]
@@ -30,6 +33,11 @@ def _filled(tensors: Given, rows: tuple[int, ...]) -> list[torch.Tensor]:
 def _qkv_rows(config: MQAConfig) -> tuple[int, int, int]:
     H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return H * D, G * D, G * D
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least, so that what is computed on the way is rounded once, when it is written."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _only(tensors: Given) -> torch.Tensor:
@@ -74,6 +82,24 @@ class Flatten:
 
 
 @dataclass(frozen=True)
+class SinusoidTable:
+    """[rows, d]: sinusoidal positions as a table, which is left out; one that is not the formula's is an error."""
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        if tensor.device.type != "meta":
+            expected = sinusoids(torch.arange(len(tensor))[None], config)[0]
+            difference = float((tensor.float() - expected).abs().max())
+            if difference > 1e-2:  # 16-bit tables are rounded
+                raise ConversionError(
+                    f"its table of sinusoidal positions is not the formula's: up to {difference:.3g} off"
+                )
+        return (tensor,)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        raise NotImplementedError("no class of transformers is written with a table of sinusoids")
+
+
+@dataclass(frozen=True)
 class DropRows:
     """[rows + n, d] -> [rows, d]: the first n rows are never looked up (OPT starts its positions at 2)."""
 
@@ -92,10 +118,10 @@ class AddOne:
     """[d]: a norm that multiplies by 1 + weight (Gemma, Nemotron) <-> one that multiplies by its weight."""
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
-        return (tensor + 1,)
+        return (widened(tensor) + 1,)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        return _only(tensors) - 1
+        return widened(_only(tensors)) - 1
 
 
 @dataclass(frozen=True)
@@ -191,6 +217,7 @@ Operation = (
     Copy
     | Transpose
     | Flatten
+    | SinusoidTable
     | DropRows
     | AddOne
     | SplitGateUp

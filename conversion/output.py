@@ -15,6 +15,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from .errors import ConversionError
 from .source import COMPANIONS, REPORT_FILE, read_json
 
+VOCABULARIES = ("tokenizer*", "vocab.*", "*.model", "*.spm", "*.tiktoken")  # one of these is a tokenizer's
+
 
 def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool) -> Path:
     """The absolute path of the output, links followed.
@@ -134,7 +136,7 @@ def copy_companions(directory: Path, partial: Path) -> None:
     )
     if "auto_map" in settings:
         _copy_code(settings["auto_map"], directory, partial)
-    elif "tokenizer_class" not in settings and any(partial.glob("tokenizer*")) | any(partial.glob("vocab.*")):
+    elif "tokenizer_class" not in settings and any(any(partial.glob(p)) for p in VOCABULARIES):
         # The class of an older tokenizer follows from the model type, which changes; saved again, it names itself.
         try:
             AutoTokenizer.from_pretrained(directory).save_pretrained(partial)

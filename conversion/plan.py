@@ -21,6 +21,7 @@ from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 from .checkpoint import TensorInfo
 from .errors import ConversionError, listing
 from .families import Family, Rule
+from .operations import SinusoidTable
 from .pooling import CanonicalConfig
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -154,7 +155,7 @@ def read_steps(
         problems.append(f"tensors missing for: {listing(missing)}")
     if problems:
         raise ConversionError("the weights do not fit config.json: " + "; ".join(problems[:8]))
-    return [step for step in steps if any(step.targets)]
+    return [step for step in steps if any(step.targets) or isinstance(step.rule.operation, SinusoidTable)]
 
 
 def write_steps(

@@ -15,6 +15,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .errors import ConversionError
+from .operations import widened
 
 CanonicalConfig = MQAConfig | MQASeq2SeqConfig
 
@@ -110,6 +111,7 @@ def pool_layer(
     *,
     before: Mapping[str, int],
     after: Mapping[str, int],
+    attentions: Sequence[str],
     method: str,
     generator: torch.Generator,
     std: float,
@@ -120,6 +122,7 @@ def pool_layer(
         tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced (`weight`, `bias`, and
             `scale`, the weight of a norm over the keys).
         before, after: K/V heads of each attention, as [`heads_of`] gives them.
+        attentions: those to pool; others are left as they are.
         method: a key of `METHODS`.
         generator, std: for `random`.
 
@@ -137,15 +140,15 @@ def pool_layer(
         source_heads, kv_heads = before[attention], after[attention]
         error = ("cross_" if attention == "cross" else "") + ("key" if projection == "k_proj" else "value") + "_error"
         errors.setdefault(error, 0.0)
-        if kv_heads == source_heads and method != "random":
+        if attention not in attentions or (kv_heads == source_heads and method != "random"):
             continue
         width = tensor.shape[0] // source_heads
-        heads = tensor.float().unflatten(0, (kv_heads, source_heads // kv_heads, width))
+        heads = widened(tensor).unflatten(0, (kv_heads, source_heads // kv_heads, width))
         pooled = METHODS[method](heads, generator, std)
         if name.endswith(".weight"):
             distance = (heads - pooled.unsqueeze(1)).norm() / heads.norm()
             errors[error] = float(distance) if math.isfinite(distance) else 0.0
         elif method == "random" and name.endswith(".scale"):  # of a norm over the keys
             pooled = torch.ones_like(pooled)
-        tensors[name] = pooled.flatten(0, 1).to(tensor.dtype)
+        tensors[name] = pooled.flatten(0, 1)
     return errors

@@ -50,7 +50,8 @@ class MQAConfig(PreTrainedConfig):
             (Phi-3).
         max_position_embeddings (`int`): Context length; the rows of a learned position embedding.
         positions_from_mask (`bool`): Count learned or sinusoidal positions from the first attended token of the 2D
-            attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`.
+            attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`;
+            with ALiBi the positions of keys (BLOOM).
         position_offset (`int`): Sinusoidal position of the first token.
         sinusoidal_endpoint (`bool`): Whether the lowest of the `n` sinusoidal frequencies is 1/10000 (M2M-100) instead
             of 1/10000 to the power of (n - 1)/n (Marian, the paper).
@@ -79,6 +80,7 @@ class MQAConfig(PreTrainedConfig):
         hidden_act (`str`): Activation of the MLP, a key of transformers' `ACT2FN`.
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
+        clamp_float16 (`bool`): Whether what a layer gives is kept within the range of float16 (T5, encoders of BART).
         layer_types (`list[str]`, *optional*): Per layer `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*): Positions that a sliding layer sees, the current one included.
         attention_dropout, hidden_dropout, embedding_dropout, activation_dropout (`float`): Dropout while training, of
@@ -137,6 +139,7 @@ class MQAConfig(PreTrainedConfig):
     output_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
+    clamp_float16: bool = False
     layer_types: list[str] = None  # type: ignore[assignment]
     sliding_window: int | None = None
     attention_dropout: float = 0.0
@@ -208,6 +211,12 @@ class MQAConfig(PreTrainedConfig):
                 )
         if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
             raise ValueError(f"cross-attention goes with sequential or post_norm residuals, not {self.residual!r}")
+        buckets = self.relative_buckets // (2 if self.causal else 4)
+        if self.position_embedding == "relative" and not 0 < buckets < self.relative_max_distance:
+            raise ValueError(
+                f"relative_max_distance ({self.relative_max_distance}) must be above the {buckets} distances that "
+                f"have a bucket each (relative_buckets={self.relative_buckets})"
+            )
         if self.position_embedding == "alibi" and len(self.alibi_slopes or ()) != self.num_attention_heads:
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"

@@ -89,16 +89,16 @@ def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tenso
     return (mask + bias).clamp(min=torch.finfo(bias.dtype).min)
 
 
-def rounded_alibi(slopes: torch.Tensor, scale: float, attention_mask: Any, S: int) -> torch.Tensor:
-    """[1 or B, H, 1, S]: ALiBi of absolute key positions, in bfloat16 before it is scaled (Falcon).
+class MQAEmbedding(nn.Embedding):
+    """Token embeddings times a constant; given as `inputs_embeds` they are taken as they come from here."""
 
-    Positions count from the first attended token of a 2D mask.
-    """
-    keys = torch.arange(S, device=slopes.device)[None]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        mask = attention_mask.long()
-        keys = nn.functional.pad((mask.cumsum(1) - 1) * mask, (0, S - mask.shape[1]))
-    return ((slopes / scale).bfloat16() * keys[:, None, None]).float() * scale
+    def __init__(self, num_embeddings: int, embedding_dim: int, scale: float):
+        super().__init__(num_embeddings, embedding_dim)
+        self.scale = scale
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        embedded = super().forward(input)
+        return embedded if self.scale == 1.0 else embedded * self.scale
 
 
 class MQARotaryEmbedding(nn.Module):
@@ -348,7 +348,8 @@ class MQAModel(MQAPreTrainedModel):
 
     def __init__(self, config: MQAConfig):
         super().__init__(config)
-        self.embed_tokens = None if config.num_mel_bins else nn.Embedding(config.vocab_size, config.embedding_size)
+        tokens = (config.vocab_size, config.embedding_size, config.embedding_scale)
+        self.embed_tokens = None if config.num_mel_bins else MQAEmbedding(*tokens)
         projected = config.embedding_size != config.hidden_size
         self.project_in = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projected else None
         self.embed_positions = (
@@ -396,8 +397,6 @@ class MQAModel(MQAPreTrainedModel):
         if inputs_embeds is None:
             assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
-            if self.config.embedding_scale != 1.0:
-                inputs_embeds = inputs_embeds * self.config.embedding_scale
         if not self.config.causal:
             past_key_values = None
         elif use_cache and past_key_values is None:
@@ -419,14 +418,7 @@ class MQAModel(MQAPreTrainedModel):
                 encoder_hidden_states=encoder_hidden_states,
             )
 
-        x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(position_ids.to(x.device))
-        elif self.config.position_embedding == "sinusoidal":
-            x = x + sinusoids(position_ids.to(x.device), self.config).to(x.dtype)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-        x = nn.functional.dropout(x, self.config.embedding_dropout, self.training)
+        x = self.enter(inputs_embeds, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
 
         biased = self.position_bias(masks, attention_mask, x, cache)
@@ -441,11 +433,28 @@ class MQAModel(MQAPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
+            if self.config.clamp_float16 and x.dtype == torch.float16:
+                x = x.clamp(-64504, 64504)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.leave(x), past_key_values=past_key_values
+        )
+
+    def enter(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """From token embeddings [B, T, embedding_size] to the input of the first layer [B, T, d]."""
+        x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(position_ids.to(x.device))
+        elif self.config.position_embedding == "sinusoidal":
+            x = x + sinusoids(position_ids.to(x.device), self.config).to(x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        return nn.functional.dropout(x, self.config.embedding_dropout, self.training)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """From the output of the last layer [B, T, d] to the input of the head [B, T, embedding_size]."""
         if self.norm is not None:
             x = self.norm(x)
-        if self.project_out is not None:
-            x = self.project_out(x)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=x, past_key_values=past_key_values)
+        return x if self.project_out is None else self.project_out(x)
 
     def make_masks(
         self,
@@ -474,31 +483,40 @@ class MQAModel(MQAPreTrainedModel):
         config, T = self.config, x.shape[1]
         if config.position_embedding not in BIAS_POSITIONS:
             return lambda layer, layer_type: masks[layer_type]
-        distances, visible, ready = {}, {}, {}
+        spans, visible, ready = {}, {}, {}
         past = cache.get_seq_length() if cache is not None else 0
         queries = torch.arange(T, device=x.device) + past
-        for name in masks:
+        for name in set(config.layer_types):
             S, first = (T, 0) if cache is None else cache.get_mask_sizes(T, config.layer_types.index(name))
-            distances[name] = torch.arange(S, device=x.device) + first - queries[:, None]
-            visible[name] = distances[name] <= 0 if config.causal else None
+            spans[name] = first, torch.arange(S, device=x.device) + first
+            visible[name] = spans[name][1] <= queries[:, None] if config.causal else None
         if config.position_embedding == "alibi":
             slopes = torch.tensor(config.alibi_slopes, device=x.device)[:, None, None]
-            for name, distance in distances.items():
+            counted = None
+            if config.positions_from_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                counted = (attention_mask.long().cumsum(1) - 1) * attention_mask.long()
+            for name, (first, span) in spans.items():
+                keys, here = span[None], queries[None]
+                if counted is not None:
+                    room = nn.functional.pad(counted, (0, len(span)))
+                    keys, here = room[:, first : first + len(span)], counted[:, -T:]
                 if config.alibi_bfloat16:
-                    bias = rounded_alibi(slopes, config.attention_scale, attention_mask, distance.shape[-1])
+                    scale = config.attention_scale
+                    bias = ((slopes / scale).bfloat16() * keys[:, None, None]).float() * scale
                 else:
-                    bias = (slopes * distance)[None]
+                    # Softmax does not see what a query's keys have in common; small numbers are exact in 16 bits.
+                    bias = slopes * (keys[:, None, None] - here[:, None, :, None])
                 ready[name] = add_bias(masks[name], bias.to(x.dtype), visible[name])
 
         def biased(layer: MQADecoderLayer, layer_type: str) -> torch.Tensor:
             table = layer.self_attn.relative_bias
             if table is not None:
-                for name, distance in distances.items():
+                for name, (_, span) in spans.items():
                     bucket = relative_bucket(
-                        distance, config.relative_buckets, config.relative_max_distance, config.causal
+                        span - queries[:, None], config.relative_buckets, config.relative_max_distance, config.causal
                     )
-                    bias = table(bucket).permute(2, 0, 1)[None].to(x.dtype)
-                    ready[name] = add_bias(masks[name], bias, visible[name])
+                    bias = table(bucket.to(table.weight.device)).permute(2, 0, 1)[None]
+                    ready[name] = add_bias(masks[name], bias.to(x.device, x.dtype), visible[name])
             return ready[layer_type]
 
         return biased

@@ -240,11 +240,13 @@ class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, GenerationMixin):
         cache, decoder = model_kwargs.get("past_key_values"), self.config.decoder
         if not isinstance(cache, EncoderDecoderCache) or any(cache.is_updated.values()) or not decoder.sliding_window:
             return
+        if getattr(cache, "_is_user_defined", False):
+            return
         full = copy.copy(decoder)
         full.sliding_window, full.layer_types = None, ["full_attention"] * decoder.num_hidden_layers
         if isinstance(cache.cross_attention_cache, StaticCache):
             length = model_kwargs["encoder_outputs"][0].shape[1]
             cross: Cache = StaticCache(config=full, max_cache_len=length)
         else:
-            cross = DynamicCache(config=full)
+            cross = DynamicCache(config=full, offloading=cache.cross_attention_cache.offloading)
         model_kwargs["past_key_values"] = EncoderDecoderCache(cache.self_attention_cache, cross)

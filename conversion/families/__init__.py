@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from ..errors import ConversionError
+from ..errors import ConversionError, listing
+from ..operations import widened
 from . import alibi, encoder_decoder, gpt, llama, variants
 from .base import Family, Rule, SourceConfig
 from .native_only import NATIVE_ONLY, NativeOnly
@@ -53,6 +54,7 @@ INERT = (
         "is_decoder",
         "is_encoder_decoder",
         "label2id",
+        "num_labels",
         "prefix",
         "task_specific_params",
         "tie_encoder_decoder",
@@ -78,6 +80,10 @@ def family_of(model_type: Any) -> Family:
             )
         if isinstance(model_type, str) and model_type in REFUSED:
             raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")
+        if model_type is None:
+            raise ConversionError(
+                'config.json has no model_type; add it, as the class in its "architectures" says (T5 is "t5")'
+            )
         raise ConversionError(
             f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
             "CONTRIBUTING.md says how to add one"
@@ -114,6 +120,8 @@ def canonical_config(
     """
     family = family_of(source.model_type)
     check_not_quantised(raw)
+    if ignore - set(raw):
+        raise ConversionError(f"--ignore-switch {listing(ignore - set(raw))}: config.json has no such switch")
     recorder = SourceConfig(source)
     try:
         fields = family.config(recorder)
@@ -147,4 +155,4 @@ def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tenso
     for projection, scale in scales.items():
         for name, tensor in tensors.items():
             if f".{projection}." in name and scale != 1.0:
-                tensors[name] = (tensor.float() * scale).to(tensor.dtype)
+                tensors[name] = widened(tensor) * scale

@@ -40,6 +40,7 @@ def bloom(c: SourceConfig) -> dict[str, Any]:
         num_key_value_heads=c.num_attention_heads,
         max_position_embeddings=getattr(c, "seq_length", None) or 2048,
         position_embedding="alibi",
+        positions_from_mask=True,
         alibi_slopes=geometric_slopes(c.num_attention_heads),
         embedding_norm=True,
         norm_type="layer_norm",
@@ -105,7 +106,8 @@ def falcon(c: SourceConfig) -> dict[str, Any]:
         # The class rounds slopes to bfloat16 and adds biases before the scale.
         slopes = torch.tensor(geometric_slopes(heads)).bfloat16().tolist()
         scaled = [slope / D**0.5 for slope in slopes]
-        fields = {"position_embedding": "alibi", "alibi_slopes": scaled, "alibi_bfloat16": True}
+        fields = {"position_embedding": "alibi", "alibi_slopes": scaled}
+        fields |= {"alibi_bfloat16": True, "positions_from_mask": True}
     return shared(
         c,
         intermediate_size=c.ffn_hidden_size,

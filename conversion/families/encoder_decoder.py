@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..operations import DropRows, Flatten, Operation
+from ..operations import DropRows, Flatten, Operation, SinusoidTable
 from .base import COPY, Family, Rule, SourceConfig, module_rules, renamed
 
 SIDES = ("encoder", "decoder")
@@ -41,6 +41,7 @@ def _t5(c: SourceConfig, scaled: bool, bias_per_layer: bool = False) -> dict[str
         "relative_max_distance": c.relative_attention_max_distance,
         "relative_per_layer": bias_per_layer,
         "norm_eps": c.layer_norm_epsilon,
+        "clamp_float16": True,
         "hidden_act": c.dense_act_fn,
         "gated_mlp": c.is_gated_act,
         "logit_scale": c.d_model**-0.5 if scaled else 1.0,
@@ -68,6 +69,7 @@ def mt5(c: SourceConfig) -> dict[str, Any]:
 
 def umt5(c: SourceConfig) -> dict[str, Any]:
     # The class scales by the switch that its configuration sets, whatever the file says of the head.
+    c.require("scalable_attention", True, "the class of transformers has no other")
     return _t5(c, scaled=c.tie_word_embeddings, bias_per_layer=True)
 
 
@@ -139,6 +141,7 @@ def _bart(c: SourceConfig, *, pre_norm: bool, embedding_norm: bool, **fields: An
             "cross_num_key_value_heads": heads[side],
             "num_hidden_layers": layers[side],
             "intermediate_size": widths[side],
+            "clamp_float16": side == "encoder",
             **own[side],
         }
         for side in SIDES
@@ -171,6 +174,9 @@ def mbart(c: SourceConfig) -> dict[str, Any]:
 
 
 def blenderbot(c: SourceConfig) -> dict[str, Any]:
+    c.require("layernorm_variant", "prelayernorm", "the class of transformers norms before each sub-layer")
+    c.require("extra_layer_norm", False, "the class of transformers has none")
+    _ = getattr(c, "do_blenderbot_90_layernorm", None)  # of the 90M model, which is another class
     return _bart(c, pre_norm=True, embedding_norm=False, **_learned(c), **HEAD_BIAS)
 
 
@@ -231,7 +237,8 @@ def _bart_rules(positions: Operation = COPY) -> tuple[Rule, ...]:
             (f"{side}.layernorm_embedding", f"{side}.embed_norm"),
             (f"{side}.layer_norm", f"{side}.norm"),
         )
-        rules.append(Rule(f"{side}.embed_positions.weight", (f"{side}.embed_positions.weight",), positions))
+        table = f"{side}.embed_positions.weight"
+        rules.append(Rule(table, (None if isinstance(positions, SinusoidTable) else table,), positions))
     return tuple(rules)
 
 
@@ -264,6 +271,7 @@ _NOTES = frozenset(
 )
 _NOTES |= {"normalize_before", "normalize_embedding", "static_position_embeddings", "num_hidden_layers", "output_past"}
 _NOTES |= {"classif_dropout", "classifier_dropout", "save_step"}
+_NOTES |= {"replacing_rate", "student_encoder_layers", "student_decoder_layers"}  # how distilbart was made
 
 
 def _bart_family(config, positions: Operation = COPY, rules: tuple[Rule, ...] = (), **fields: Any) -> Family:
@@ -279,7 +287,6 @@ def _bart_family(config, positions: Operation = COPY, rules: tuple[Rule, ...] = 
     )
 
 
-_TABLES = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
 _SPEC_AUGMENT = frozenset(
     f"mask_{kind}_{what}" for kind in ("time", "feature") for what in ("prob", "length", "min_masks")
 )
@@ -288,11 +295,11 @@ FAMILIES = {
     "bart": _bart_family(bart, DropRows(2)),
     "blenderbot": _bart_family(blenderbot),
     "m2m_100": _bart_family(m2m_100, ignored=("encoder.embed_positions.weights", "decoder.embed_positions.weights")),
-    "marian": _bart_family(marian, ignored=_TABLES),
+    "marian": _bart_family(marian, SinusoidTable()),
     "mbart": _bart_family(mbart, DropRows(2)),
     "mt5": _t5_family(mt5),
     "mvp": _bart_family(mvp, DropRows(2), inert=frozenset({"prompt_length", "prompt_mid_dim"})),
-    "pegasus": _bart_family(pegasus, ignored=_TABLES),
+    "pegasus": _bart_family(pegasus, SinusoidTable()),
     "plbart": _bart_family(bart, DropRows(2)),
     "t5": _t5_family(t5),
     "umt5": _t5_family(umt5),

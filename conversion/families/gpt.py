@@ -96,6 +96,8 @@ def openai_gpt(c: SourceConfig) -> dict[str, Any]:
 
 def opt(c: SourceConfig) -> dict[str, Any]:
     _ = c.layerdrop  # skips whole layers while training only
+    c.require("learned_embeddings", True, "the class of transformers has learned positions")
+    c.require("scale_embeddings", False, "the class of transformers does not scale embeddings")
     pre_norm, no_final_norm = c.do_layer_norm_before, c._remove_final_layer_norm
     return shared(
         c,

@@ -124,8 +124,8 @@ def _llama_family(
         config=config,
         rules=rules,
         ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
-        # The last two stand in SmolLM2's files; the class reads neither.
-        inert=inert | {"pretraining_tp", "is_llama_config", "rope_interleaved"},
+        # The last three stand in the files of SmolLM2 and Falcon 3; the class reads none.
+        inert=inert | {"pretraining_tp", "is_llama_config", "rope_interleaved", "activation"},
         native=native_same_class,
     )
 

@@ -230,6 +230,6 @@ FAMILIES = {
         starcoder2,
         STARCODER2_RULES,
         frozenset({"attention_softmax_in_fp32", "layer_norm_epsilon", "scale_attention_softmax_in_fp32"})
-        | {"scale_attn_weights"},
+        | {"scale_attn_weights", "activation_function"},
     ),
 }

@@ -84,6 +84,59 @@ def test_generation_is_that_of_the_source(model_type, what, config, options, tmp
             torch.testing.assert_close(ours.generate(**arguments, **caching), expected)
 
 
+@pytest.mark.parametrize("method", ["random", "first"])
+def test_attentions_that_are_not_chosen_are_left_alone(method, tmp_path):
+    source = save(make_seq2seq("t5", T5), tmp_path / "source")
+    convert(source, tmp_path / "all", kv_heads=6)
+    convert(source, tmp_path / "some", method=method, attentions=["decoder"])
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "some"))
+    for name, tensor in before.items():
+        pooled = ".decoder." in name and ".self_attn." in name and (".k_proj." in name or ".v_proj." in name)
+        assert pooled or torch.equal(tensor, after[name]), name
+
+
+@pytest.mark.parametrize("model_type", ["bart", "m2m_100"])
+@torch.no_grad()
+def test_embeddings_of_the_model_s_own_carry_their_scale(model_type, tmp_path):
+    scaled = {**FIRST[model_type][2], "scale_embedding": True}
+    theirs, ours = convert_all_heads(model_type, scaled, tmp_path)
+    arguments = inputs(theirs)
+    ids = arguments.pop("input_ids")
+    expected = theirs(inputs_embeds=theirs.get_input_embeddings()(ids), **arguments).logits
+    found = ours(inputs_embeds=ours.get_input_embeddings()(ids), **arguments).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["marian", "pegasus"])
+def test_a_table_of_sinusoids_that_is_another_is_refused(model_type, tmp_path):
+    theirs = make_seq2seq(*FIRST[model_type][::2])
+    source = save(theirs, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    for side in ("encoder", "decoder"):
+        table = getattr(theirs.model, side).embed_positions.weight.detach()
+        tensors[f"model.{side}.embed_positions.weight"] = table.half() + 0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "ours", kv_heads=6)
+    assert seq2seq_difference(load(tmp_path / "ours", model_type), theirs)[0] <= 10 * TOLERANCE
+    tensors["model.encoder.embed_positions.weight"] += 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="sinusoidal positions is not the formula's"):
+        convert(source, tmp_path / "other")
+
+
+def test_in_float16_large_activations_do_not_overflow_the_encoder(tmp_path):
+    theirs = make_seq2seq(*FIRST["pegasus"][::2])
+    theirs.model.encoder.layers[0].fc2.weight.data.mul_(2e4)
+    source = save(theirs, tmp_path / "source")
+    convert(source, tmp_path / "ours", kv_heads=6, dtype="float16")
+    ours = load(tmp_path / "ours", "pegasus")
+    assert not torch.isfinite(ours.model.encoder.layers[0](5 * torch.randn(8, 9, 48).half(), None)).all()
+    assert ours.dtype == torch.float16
+    assert torch.isfinite(ours(**inputs(theirs)).logits).all()
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert {config["dtype"], config["encoder"]["dtype"], config["decoder"]["dtype"]} == {"float16"}
+
+
 def test_sampling_follows_the_seed(tmp_path):
     theirs, ours = convert_all_heads(*SEQ2SEQ_CASES[0][::2], tmp_path)
     arguments = {k: v for k, v in inputs(theirs).items() if k != "decoder_input_ids"}

@@ -238,6 +238,7 @@ def test_no_checkpoint(tmp_path):
         ("not json", "config.json cannot be read"),
         ("[]", "config.json holds a list"),
         ('{"model_type": ["llama"]}', "no family"),
+        ('{"architectures": ["T5ForConditionalGeneration"]}', "config.json has no model_type"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "transformers refuses .*config.json"),
     ],
 )

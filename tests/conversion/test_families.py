@@ -172,6 +172,54 @@ def test_in_16_bits_it_is_as_close_to_the_truth_as_the_source_class(case, dtype,
     assert 0 < distances[0] <= 1.1 * distances[1]
 
 
+@torch.no_grad()
+def test_bloom_counts_positions_where_a_mask_has_holes(tmp_path):
+    theirs = make_model("bloom", BY_FAMILY["bloom"])
+    ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
+    ids, mask = batch()
+    mask[:, 8:10] = 0
+    expected = theirs(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(ours(ids, attention_mask=mask).logits[mask.bool()], expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("model_type", ["falcon", "bloom"])
+@torch.no_grad()
+def test_alibi_in_a_window_does_not_depend_on_the_cache(model_type, tmp_path):
+    fields = CASES[IDS.index("falcon: alibi")][2] if model_type == "falcon" else BY_FAMILY["bloom"]
+    source = save(make_model(model_type, fields), tmp_path / "source")
+    convert(source, tmp_path / "ours", window=4)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    ids, mask = batch()
+    arguments = {"attention_mask": mask, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    expected = ours.generate(ids, use_cache=False, **arguments)
+    torch.testing.assert_close(ours.generate(ids, **arguments), expected)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "granite", "xglm", "biogpt"])
+@torch.no_grad()
+def test_embeddings_of_the_model_s_own_carry_their_scale(model_type, tmp_path):
+    theirs = make_model(model_type, BY_FAMILY[model_type])
+    ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
+    ids = batch()[0]
+    torch.testing.assert_close(ours(inputs_embeds=ours.get_input_embeddings()(ids)).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_what_is_folded_is_rounded_once(dtype, tmp_path):
+    theirs = make_model("gemma", BY_FAMILY["gemma"]).bfloat16()
+    source = save(theirs, tmp_path / "source")
+    convert(source, tmp_path / "ours", kv_heads=kv_heads_of(theirs), dtype=dtype)
+    convert(source, tmp_path / "native", kv_heads=kv_heads_of(theirs), dtype=dtype, target="native")
+    ours, native, original = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("ours", "native", "source")
+    )
+    norm = "model.layers.1.input_layernorm.weight"
+    exact = original[norm].float() + 1
+    assert torch.equal(ours[norm].float(), exact if dtype else exact.bfloat16().float())
+    for name, tensor in original.items():
+        assert torch.equal(native[name].float(), tensor.float()), name
+
+
 def test_first_takes_the_first_head_of_each_group(tmp_path):
     theirs = make_model("llama", dict(CASES[0][2]))
     ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=2, method="first")
