@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 import mqa_hf
 from mqa_hf.configuration_mqa import MQAConfig
 
+from . import text
+from .calibration import Calibration, FitOptions, fitted_config
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError
@@ -54,6 +56,12 @@ def convert(
     method: str = "mean",
     attentions: Sequence[str] | None = None,
     window: int | None = None,
+    calibration: str | os.PathLike | None = None,
+    calibration_tokens: int = 131_072,
+    sequence_length: int = 512,
+    head_width: int = 1,
+    refit: bool = True,
+    device: str = "cpu",
     target: str = "mqa",
     dtype: str | None = None,
     seed: int = 0,
@@ -71,11 +79,18 @@ def convert(
         source: directory or hub id of a checkpoint of a family in the table.
         output: directory to write. It appears only when it is whole.
         kv_heads: key/value heads of the result, a divisor of the source's. The source's own number changes no weight.
-        method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2).
+        method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2), or "shared": heads fitted to what the
+            layers see of a calibration text; see `fitting.py`. For decoder-only models.
         attentions: of an encoder-decoder model, which attentions get fewer heads: "decoder" (self-attention), "cross",
             "encoder". Default: decoder and cross.
         window: let the decoder's self-attention see this many positions only, the current one included ("multi-query
             local", arXiv 1911.02150, section 4.1, has 32), which also bounds its cache. Needs training afterwards.
+        calibration: text for "shared": a file (text, JSON lines, parquet) or an id of the Hub's datasets. Default:
+            Python's reference manual.
+        calibration_tokens, sequence_length: how much of it, in sequences of which length.
+        head_width: of "shared", width of a new head in units of an old one.
+        refit: of "shared", whether each layer's output projection is refitted.
+        device: of "shared", where layers run.
         target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
             transformers, where one can hold the model.
         dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
@@ -94,18 +109,27 @@ def convert(
     Raises:
         ConversionError: for anything wrong with the source or the request. `output` is then as it was.
     """
-    for name, value, known in (("method", method, METHODS), ("target", target, TARGETS), ("dtype", dtype, DTYPES)):
+    for name, value, known in (
+        ("method", method, (*METHODS, "shared")),
+        ("target", target, TARGETS),
+        ("dtype", dtype, DTYPES),
+    ):
         if value is not None and value not in known:
             raise ConversionError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
     if not 0 <= seed < 2**64:
         raise ConversionError(f"--seed must be at least 0 and below 2**64, got {seed}")
     if private and not push_to_hub:
         raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
+    if method != "shared" and (calibration is not None or head_width != 1):
+        raise ConversionError(f"--calibration and --head-width are for --method shared, not {method}")
+    if head_width < 1 or sequence_length < 2 or calibration_tokens < 1:
+        raise ConversionError("--head-width and --calibration-tokens must be at least 1, --sequence-length at least 2")
     plan = make_plan(
         open_source(source, revision),
         kv_heads=kv_heads,
         attentions=attentions,
         window=window,
+        head_width=head_width if method == "shared" else None,
         target=target,
         dtype=DTYPES[dtype] if dtype else None,
         ignore=frozenset(ignore_switches),
@@ -115,6 +139,11 @@ def convert(
         "method": method,
         "attention": None if attentions is None else ",".join(attentions),
         "window": window,
+        "calibration": None if calibration is None else str(calibration),
+        "calibration_tokens": calibration_tokens if method == "shared" else None,
+        "sequence_length": sequence_length if method == "shared" else None,
+        "head_width": head_width if method == "shared" else None,
+        "no_refit": method == "shared" and not refit,
         "target": target,
         "dtype": dtype,
         "seed": seed,
@@ -122,13 +151,25 @@ def convert(
         "ignore_switches": list(ignore_switches),
     }
     place = resolve_output(output, plan.source.directory, overwrite)
+    fit = None
+    if method == "shared":
+        assert isinstance(plan.config, MQAConfig)
+        assert isinstance(plan.pooled, MQAConfig)
+        length = min(sequence_length, plan.config.max_position_embeddings)
+        tokens = text.calibration_tokens(
+            plan.source.directory, calibration, calibration_tokens, length, plan.config.vocab_size, seed
+        )
+        options_of_fit = FitOptions(refit=refit, held_out=max(1, len(tokens) // 16), device=device, seed=seed)
+        fit = Calibration(plan.config, plan.pooled, tokens, options_of_fit)
     if push_to_hub:
         _make_repository(push_to_hub, private)
     with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
         copy_companions(plan.source.directory, partial)
         writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
-        layers = walk(plan, writer, method, seed, progress)
+        layers = walk(plan, writer, method, seed, progress, fit)
         report = _report(plan, options, layers)
+        if fit is not None:
+            report["held_out_loss"] = fit.losses()
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
@@ -169,12 +210,17 @@ def make_plan(
     kv_heads: int,
     attentions: Sequence[str] | None,
     window: int | None,
+    head_width: int | None,
     target: str,
     dtype: torch.dtype | None,
     ignore: frozenset[str],
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
     if target == "native" and source.config.model_type in NATIVE_ONLY:
+        if head_width is not None:
+            raise ConversionError(
+                f"--method shared needs a canonical model, which {source.config.model_type} has none of"
+            )
         if window is not None or attentions not in (None, ["decoder"], ("decoder",)):
             raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
         if ignore:
@@ -184,10 +230,14 @@ def make_plan(
     config = canonical_config(source.config, source.raw, ignore)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
+    if head_width is not None:
+        pooled = _fitted(config, pooled, head_width, target)
     reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:
+        if head_width is not None:
+            raise ConversionError("--window and --method shared do not go together: heads are fitted to all they see")
         _set_window(pooled, window, target)
 
     output: PreTrainedConfig = pooled
@@ -230,6 +280,25 @@ def _equal(reader: CheckpointReader, names: tuple[str, ...]) -> bool:
     return torch.equal(one, other)
 
 
+def _fitted(config: CanonicalConfig, pooled: CanonicalConfig, width: int, target: str) -> MQAConfig:
+    if not isinstance(config, MQAConfig) or not isinstance(pooled, MQAConfig):
+        raise ConversionError(
+            "--method shared is for decoder-only models; an encoder-decoder takes mean, first or random"
+        )
+    most = config.num_key_value_heads // pooled.num_key_value_heads
+    if width > most:
+        raise ConversionError(
+            f"--head-width {width} is more than the {most} old heads that a new one stands for; {most} loses nothing"
+        )
+    fitted = fitted_config(pooled, width)
+    if target == "native" and (width != 1 or fitted.output_bias != config.output_bias):
+        raise ConversionError(
+            "--target native: classes of transformers have no heads wider than the source's, and where values have a "
+            "bias and the output has none, no place for the fitted one; use --target mqa"
+        )
+    return fitted
+
+
 def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
     stack = decoder_of(config)
     if target == "native":
@@ -241,15 +310,19 @@ def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
     stack.layer_types, stack.sliding_window = ["sliding_attention"] * stack.num_hidden_layers, window
 
 
-def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool) -> list[dict[str, Any]]:
-    """Read, pool and write one layer after the other, and each tensor outside the layers by itself.
+def walk(
+    plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool, fit: Calibration | None = None
+) -> list[dict[str, Any]]:
+    """Read, pool or fit, and write one layer after the other, and each tensor outside the layers by itself.
 
     Returns:
-        Per layer, the pooling errors of [`pool_layer`].
+        Per layer, the errors of [`pool_layer`] or the report of [`Calibration.fit`].
     """
     generator = torch.Generator().manual_seed(seed)
     waiting: dict[str, list[Step]] = {}  # by the canonical tensor that a step is written with
     read = {target for step in plan.reads for target in step.targets}
+    if fit is not None:  # fitted heads may have a bias of the output that the source has not
+        read |= {target for step in plan.writes for target in step.targets if target and "o_proj.bias" in target}
     for step in plan.writes:
         waiting.setdefault(next((t for t in step.targets if t and t in read), ""), []).append(step)
     layers: dict[tuple[str, int], list[Step]] = {}
@@ -279,16 +352,23 @@ def walk(plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress:
                 stack, number = layer
                 bar.update(task, description=f"layer {len(reports) + 1}/{len(layers)}")
                 fold_query_scale(plan.family, plan.source.config, number, canonical)
-                errors = pool_layer(
-                    canonical,
-                    before=before,
-                    after=after,
-                    attentions=plan.attentions,
-                    method=method,
-                    generator=generator,
-                    std=plan.config.initializer_range,
-                )
+                if fit is not None:
+                    if not reports:
+                        fit.start()
+                    canonical, errors = fit.fit(number, f"model.layers.{number}.", canonical)
+                else:
+                    errors = pool_layer(
+                        canonical,
+                        before=before,
+                        after=after,
+                        attentions=plan.attentions,
+                        method=method,
+                        generator=generator,
+                        std=plan.config.initializer_range,
+                    )
                 reports.append({"layer": number, **({"stack": stack} if stack else {}), **errors})
+            elif fit is not None:
+                fit.take(canonical)
             ready = [step for name in canonical for step in waiting.pop(name, ())]
             bar.advance(task, writer.write({step.name: _output_tensor(plan, step, canonical) for step in ready}))
         bar.advance(task, writer.write({s.name: torch.zeros(plan.tensors[s.name].shape) for s in waiting.pop("", ())}))
@@ -370,7 +450,10 @@ def _command(source: Source, options: dict[str, Any]) -> str:
         words += ["--revision", source.revision]
     for name, value in options.items():
         flag = "--" + name.removesuffix("es" if name == "ignore_switches" else "").replace("_", "-")
-        if name == "seed" and options["method"] != "random":
+        if name == "seed" and options["method"] not in ("random", "shared"):
+            continue
+        if isinstance(value, bool):
+            words += [flag] if value else []
             continue
         for item in value if isinstance(value, list) else [value]:
             if item is not None:

@@ -26,7 +26,12 @@ IgnoreSwitch = Annotated[
     typer.Option(help="An unknown switch in config.json that does not change the model; may be repeated."),
 ]
 
-OUTPUT, HUB = "Output", "Hub"
+# What `conversion.json` says of each layer, by method.
+ERRORS = (
+    *("key_error", "value_error", "cross_key_error", "cross_value_error"),
+    *("attention_error", "discarded_key_energy", "discarded_value_energy"),
+)
+OUTPUT, HUB, SHARED = "Output", "Hub", "With --method shared"
 
 
 @app.command()
@@ -34,8 +39,8 @@ def convert(
     source: Source,
     output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
     kv_heads: KVHeads = 1,
-    method: Annotated[str, typer.Option(help="How heads become one: mean, first or random.")] = "mean",
-    seed: Annotated[int, typer.Option(help="Seed of --method random.")] = 0,
+    method: Annotated[str, typer.Option(help="How heads become one: mean, first, random or shared.")] = "mean",
+    seed: Annotated[int, typer.Option(help="Seed of --method random and shared.")] = 0,
     attention: Annotated[
         str | None,
         typer.Option(
@@ -49,6 +54,24 @@ def convert(
         typer.Option(help="Positions that the decoder's self-attention sees, the current one included. Default: all."),
     ] = None,
     ignore_switch: IgnoreSwitch = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's manual.",
+            rich_help_panel=SHARED,
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens that heads are fitted on.", rich_help_panel=SHARED)
+    ] = 131_072,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", rich_help_panel=SHARED)] = 512,
+    head_width: Annotated[
+        int, typer.Option(help="Width of a new head in units of an old one.", rich_help_panel=SHARED)
+    ] = 1,
+    no_refit: Annotated[
+        bool, typer.Option("--no-refit", help="Leave the output projections unfitted.", rich_help_panel=SHARED)
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where layers run.", rich_help_panel=SHARED)] = "cpu",
     target: Annotated[
         str,
         typer.Option(
@@ -84,6 +107,12 @@ def convert(
         method=method,
         attentions=None if attention is None else [name.strip() for name in attention.split(",")],
         window=window,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        sequence_length=sequence_length,
+        head_width=head_width,
+        refit=not no_refit,
+        device=device,
         target=target,
         dtype=dtype,
         seed=seed,
@@ -151,7 +180,7 @@ def inspect(
     if result["conversion"]:
         conversion = result["conversion"]
         table.add_row("made by", conversion["command"])
-        for name in ("key_error", "value_error", "cross_key_error", "cross_value_error"):
+        for name in ERRORS:
             errors = [layer[name] for layer in conversion["layers"] if name in layer]
             if not errors:
                 continue

@@ -1,0 +1,198 @@
+"""The best shared key/value head in closed form, one function a formula; float64.
+
+One shared head has to stand for m old ones. Averaging them keeps what they have in common coordinate by coordinate,
+though nothing aligns the coordinates of two heads: any invertible map of a head's keys (per rotary frequency: any
+complex factor) can be undone in its queries, and any map of its values in the output projection. Fitted heads use
+that freedom. With the moments of what the layer really sees, the best subspace follows from an eigendecomposition.
+
+    m old heads of one new head, M its width in units of an old one, d hidden size, D key width, Dv value width
+
+    x    [d + 1] input of the attention with a 1 appended, which carries biases;  S = E[x x'] [d + 1, d + 1]
+    w_k  [m, D, d + 1], w_v [m, Dv, d]                projections of the old heads
+    w_q  [n, D, d + 1], w_o [n, d, Dv], head_of [n]   of the query heads that share the new head, and whose each was
+
+Everything takes and gives float64. Rank-deficient moments are handled by leaving out what they do not contain.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Relative to the largest: eigenvalues below are rounding, not signal.
+RANK_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Fitted keys and queries of one new head.
+
+    Attributes:
+        w_k: [M·D, d + 1].
+        w_q: [n, M·D, d + 1].
+        discarded: the share of the weighted key energy that the subspace leaves out.
+    """
+
+    w_k: torch.Tensor
+    w_q: torch.Tensor
+    discarded: float
+
+
+@dataclass(frozen=True)
+class Values:
+    """Fitted values and output projection of one new head: w_v [M·Dv, d], w_o [n, d, M·Dv]; `discarded` as above."""
+
+    w_v: torch.Tensor
+    w_o: torch.Tensor
+    discarded: float
+
+
+def root(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric square root of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+
+def shrunk(moment: torch.Tensor, amount: float = 1e-4) -> torch.Tensor:
+    """A moment with its diagonal raised by `amount` of itself.
+
+    Calibration tokens do not span what a model may meet; directions that they lack keep a small weight, and with room
+    for all of them nothing is lost. Relative to each diagonal entry, since a few are larger than the others by orders.
+    """
+    return moment + amount * torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
+
+
+def covariance(moment: torch.Tensor) -> torch.Tensor:
+    """Cov(x) [d, d] of the moment E[x x'] [d + 1, d + 1] of inputs with a 1 appended."""
+    mean = moment[:-1, -1]
+    return moment[:-1, :-1] - torch.outer(mean, mean)
+
+
+def subspace(stacked: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best rank-`rank` factors of a matrix in the Frobenius norm (Eckart and Young 1936).
+
+    Args:
+        stacked: [rows, columns].
+
+    Returns:
+        U [rows, rank] and singular values s [rank] with zero columns where the matrix has no more rank, and the share
+        of the squared norm that they leave out.
+    """
+    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
+    energy = s.square().sum()
+    kept = s[:rank]
+    kept = torch.where(kept > s[:1] * RANK_TOLERANCE**0.5, kept, torch.zeros_like(kept))
+    u = u[:, :rank] * (kept > 0)
+    missing = rank - u.shape[1]
+    if missing > 0:
+        u, kept = torch.nn.functional.pad(u, (0, missing)), torch.nn.functional.pad(kept, (0, missing))
+    discarded = 1.0 - float(kept.square().sum() / energy) if energy > 0 else 0.0
+    return u, kept, max(discarded, 0.0)
+
+
+def inverse(s: torch.Tensor) -> torch.Tensor:
+    """1 / s, zero where s is."""
+    return torch.where(s > 0, 1.0 / torch.where(s > 0, s, torch.ones_like(s)), torch.zeros_like(s))
+
+
+def rotary_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, width: int) -> Keys:
+    r"""Keys that are rotated, D = R: component j is paired with j + D/2 to the complex number w_j.
+
+    Only a complex factor per frequency commutes with the rotation, so each frequency j has a subspace of its own, of
+    the m heads. With the query energy P_aj = Σ_{h of a} E|q_hj|², the Hermitian Gram matrix
+    G_j[a, b] = √(P_aj P_bj) w_aj S w_bj^H has the top eigenvectors U (M of them), and
+
+        shared rows   α_jc = Σ_a conj(U_ac) √P_aj w_aj
+        new queries   q̂_hjc = conj(b_jc) q_hj,   b_jc = U_{a(h) c} / √P_{a(h) j}
+
+    scaled so that the mean of |b|² over the heads is 1.
+    """
+    m, D, _ = w_k.shape
+    half = D // 2
+    keys = torch.complex(w_k[:, :half], w_k[:, half:]).transpose(0, 1)  # [D/2, m, d + 1]
+    queries = torch.complex(w_q[:, :half], w_q[:, half:]).transpose(0, 1)  # [D/2, n, d + 1]
+    moment_c = moment.to(keys.dtype)
+    energy = torch.einsum("jnd,de,jne->jn", queries, moment_c, queries.conj()).real.clamp(min=0)
+    P = torch.zeros(half, m, dtype=energy.dtype, device=energy.device).index_add_(1, head_of, energy)
+    # A head without queries at a frequency has no say there, and its (zero) queries need no key.
+    weight = P.sqrt()
+    weighted = weight[..., None] * keys
+    gram = weighted @ moment_c @ weighted.mH
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    total = values.sum()
+    kept = min(width, m)
+    U = vectors[..., :kept]  # [D/2, m, M]
+    discarded = 1.0 - float(values[:, :kept].sum() / total) if total > 0 else 0.0
+    rows = U.mH @ weighted  # [D/2, M, d + 1]
+    b = U * inverse(weight)[..., None]
+    # |b|² is 1 on average over the heads; the rows take the inverse.
+    scale = b.abs().square().mean(dim=(1, 2), keepdim=True).sqrt()
+    b, rows = b * inverse(scale), rows * scale
+    mixed = b[:, head_of].conj()[..., None] * queries[:, :, None]  # [D/2, n, M, d + 1]
+
+    def real(z: torch.Tensor) -> torch.Tensor:  # [D/2, ..., M, d + 1] -> [..., M·D, d + 1]
+        z = torch.nn.functional.pad(z, (0, 0, 0, width - kept)).movedim(0, -2)  # [..., M, D/2, d + 1]
+        return torch.cat((z.real, z.imag), dim=-2).flatten(-3, -2)
+
+    return Keys(real(rows), real(mixed), max(discarded, 0.0))
+
+
+def plain_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, width: int) -> Keys:
+    """Keys that are not rotated; any invertible map of a key head can be undone in its queries.
+
+    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' and C = Cov(x) (a constant added to every key is invisible to softmax), the
+    stack of Σ_i^½ W_K,i C^½ = U s V' gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
+    Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
+    """
+    m, D, augmented = w_k.shape
+    C = covariance(moment)
+    energies = torch.einsum("nad,de,nbe->nab", w_q, moment, w_q)
+    sigma = torch.zeros(m, D, D, dtype=w_k.dtype, device=w_k.device).index_add_(0, head_of, energies)
+    weighted = torch.stack([root(s) for s in sigma]) @ w_k[..., :-1]  # [m, D, d]
+    stacked = weighted.flatten(0, 1)
+    U, s, discarded = subspace(stacked @ root(C), width * D)
+    white = inverse(s)[:, None] * (U.mT @ stacked)  # [M·D, d]
+    seen = torch.einsum("mad,de,re->mar", w_k[..., :-1], C, white)  # W_K,i C Ŵ_K'
+    scale = torch.einsum("mad,de,mae->", w_k[..., :-1], C, w_k[..., :-1]).clamp(min=0).div(m * D).sqrt()
+    scale = scale if scale > 0 else torch.ones_like(scale)
+    queries = torch.einsum("nar,nad->nrd", seen[head_of], w_q) / scale
+    keys = torch.zeros(width * D, augmented, dtype=w_k.dtype, device=w_k.device)
+    keys[:, :-1] = white * scale
+    return Keys(keys, queries, discarded)
+
+
+def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: torch.Tensor, width: int) -> Values:
+    """Values and output projection.
+
+    A head's output is W_O W_V x̄ with the attention-averaged input x̄; `mixed` = E[x̄ x̄'] [d, d] over queries and heads.
+    The stack of (Σ_{h of i} W_O,h' W_O,h)^½ W_V,i mixed^½ = U s V' gives Ŵ_V = s⁻¹ U' (…)^½ W_V and
+    Ŵ_O,h = W_O,h W_V,i(h) mixed Ŵ_V'. Values are scaled to the energy that those of an old head have on average.
+    """
+    m, Dv, _ = w_v.shape
+    grams = w_o.mT @ w_o
+    A = torch.zeros(m, Dv, Dv, dtype=w_v.dtype, device=w_v.device).index_add_(0, head_of, grams)
+    stacked = (torch.stack([root(a) for a in A]) @ w_v).flatten(0, 1)
+    U, s, discarded = subspace(stacked @ root(mixed), width * Dv)
+    white = inverse(s)[:, None] * (U.mT @ stacked)
+    seen = torch.einsum("mad,de,re->mar", w_v, mixed, white)
+    scale = torch.einsum("mad,de,mae->", w_v, mixed, w_v).clamp(min=0).div(m * Dv).sqrt()
+    scale = scale if scale > 0 else torch.ones_like(scale)
+    return Values(white * scale, torch.einsum("nda,nar->ndr", w_o, seen[head_of]) / scale, discarded)
+
+
+def refit(outputs: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+    """The output projection by ridge regression towards what it was.
+
+    Args:
+        outputs: Z'Z [r, r], of the new heads' outputs on the student's own inputs.
+        cross: Y'Z [d, r], Y the teacher layer's attention output on the same inputs.
+        weight: W_O [d, r] to start from.
+
+    Returns:
+        (Y'Z + λ W_O)(Z'Z + λ I)⁻¹ with λ = `ridge` times the mean of the diagonal of Z'Z.
+    """
+    strength = ridge * outputs.diagonal().mean()
+    eye = torch.eye(outputs.shape[0], dtype=outputs.dtype, device=outputs.device)
+    if strength <= 0:
+        return weight
+    return torch.linalg.solve(outputs + strength * eye, cross + strength * weight, left=False)

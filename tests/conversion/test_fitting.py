@@ -1,0 +1,208 @@
+"""The closed forms against brute force, and what must be lossless."""
+
+import pytest
+import torch
+
+from mqa_hf.conversion import fitting
+
+torch.set_default_dtype(torch.float32)
+d, D, m, n = 10, 6, 3, 6
+HEAD_OF = torch.arange(n) // (n // m)
+
+
+def random(*shape) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.fixture
+def moment():
+    x = torch.cat((random(400, d) @ random(d, d), torch.ones(400, 1, dtype=torch.float64)), dim=1)
+    return x.mT @ x / 400
+
+
+def complex_rows(w):
+    return torch.complex(w[..., : w.shape[-2] // 2, :], w[..., w.shape[-2] // 2 :, :])
+
+
+def rotary_objective(w_k, w_q, keys, moment):
+    """Σ over query heads and frequencies of E|q|² E|k_a − b α|², the key energy that the fit weighs."""
+    width = keys.w_k.shape[0] // D
+    old, total = complex_rows(w_k), 0.0
+    new = complex_rows(keys.w_k.unflatten(0, (width, D)))  # [M, D/2, d + 1]
+    q, q_new = complex_rows(w_q), complex_rows(keys.w_q.unflatten(1, (width, D)))
+    for h in range(n):
+        for j in range(D // 2):
+            energy = (q[h, j] @ moment.to(q.dtype) @ q[h, j].conj()).real
+            anchor = q[h, j].abs().argmax()
+            b = (q_new[h, :, j, anchor] / q[h, j, anchor]).conj()
+            rest = old[HEAD_OF[h], j] - b @ new[:, j]
+            total += energy * (rest @ moment.to(rest.dtype) @ rest.conj()).real
+    return float(total)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_rotary_keys_are_the_best_of_any(moment, width):
+    """Gradient descent over all shared rows and factors finds nothing better."""
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    keys = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, width)
+    fitted = rotary_objective(w_k, w_q, keys, moment)
+    old, q = complex_rows(w_k), complex_rows(w_q)
+    S = moment.to(old.dtype)
+    energy = torch.einsum("njd,de,nje->nj", q, S, q.conj()).real
+    alpha = torch.randn(width, D // 2, d + 1, dtype=old.dtype).requires_grad_()
+    b = torch.randn(m, D // 2, width, dtype=old.dtype).requires_grad_()
+    optimizer = torch.optim.LBFGS([alpha, b], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        rest = old - torch.einsum("ajc,cjd->ajd", b, alpha)
+        error = torch.einsum("ajd,de,aje->aj", rest, S, rest.conj()).real
+        value = (energy * error[HEAD_OF]).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    best = float(loss())
+    assert fitted == pytest.approx(best, rel=1e-5)
+    assert 0 < keys.discarded < 1
+
+
+def plain_objective(w_k, w_q, w_k_new, w_q_new, moment):
+    """Σ_h E over independent queries and centred keys of (q k − q̂ k̂)²."""
+    C, total = fitting.covariance(moment), 0.0
+    for h in range(n):
+        A = w_q[h].mT @ w_k[HEAD_OF[h]][:, :-1] - w_q_new[h].mT @ w_k_new[:, :-1]
+        total += float(torch.einsum("xa,xy,yb,ab->", A, moment, A, C))
+    return total
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_plain_keys_are_the_best_of_any(moment, width):
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    w_k[..., -1] = 0
+    small = slice(0, 2)  # so that the rank is a limit: two components of each head
+    w_k, w_q = w_k[:, small], w_q[:, small]
+    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, width)
+    fitted = plain_objective(w_k, w_q, keys.w_k, keys.w_q, moment)
+    a = random(2 * width, d).requires_grad_()
+    b = random(n, 2 * width, d + 1).requires_grad_()
+    C = fitting.covariance(moment)
+    optimizer = torch.optim.LBFGS([a, b], max_iter=4000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        A = torch.einsum("hrx,hra->hxa", w_q, w_k[HEAD_OF][..., :-1]) - torch.einsum("hrx,ra->hxa", b, a)
+        value = torch.einsum("hxa,xy,hyb,ab->", A, moment, A, C)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert fitted <= float(loss()) * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_values_are_the_best_of_any(width):
+    w_v, w_o = random(m, 2, d), random(n, d, 2)
+    mixed = random(d, 30)
+    mixed = mixed @ mixed.mT / 30
+    found = fitting.values(w_v, w_o, HEAD_OF, mixed, width)
+
+    def objective(a, b):
+        rest = w_o @ w_v[HEAD_OF] - b @ a
+        return torch.einsum("hda,ae,hde->", rest, mixed, rest)
+
+    a, b = random(2 * width, d).requires_grad_(), random(n, d, 2 * width).requires_grad_()
+    optimizer = torch.optim.LBFGS([a, b], max_iter=4000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = objective(a, b)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert float(objective(found.w_v, found.w_o)) <= float(loss()) * (1 + 1e-4)
+
+
+def test_the_fit_beats_the_mean_on_its_own_objective(moment):
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    mean = fitting.Keys(w_k.mean(0), w_q, 0.0)
+    fitted = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, 1)
+    assert rotary_objective(w_k, w_q, fitted, moment) < rotary_objective(w_k, w_q, mean, moment)
+    w_k[..., -1] = 0
+    plain = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, 1)
+    assert plain_objective(w_k, w_q, plain.w_k, plain.w_q, moment) < plain_objective(
+        w_k, w_q, w_k.mean(0), w_q, moment
+    )
+
+
+def logits(w_k, w_q, x, y):
+    return torch.einsum("nax,tx,nay,sy->nts", w_q, x, w_k, y)
+
+
+@pytest.mark.parametrize("gauge", ["equal up to a gauge", "full width"])
+def test_plain_keys_find_heads_that_are_one(gauge, moment):
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    w_k[..., -1] = 0
+    if gauge != "full width":
+        w_k = random(m, D, D) @ w_k[:1]
+    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, m if gauge == "full width" else 1)
+    x, y = random(7, d + 1), random(8, d + 1)
+    expected, found = logits(w_k[HEAD_OF], w_q, x, y), logits(keys.w_k.expand(n, -1, -1), keys.w_q, x, y)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    assert keys.discarded < 1e-9
+
+
+@pytest.mark.parametrize("gauge", ["equal up to a gauge", "full width"])
+def test_rotary_keys_find_heads_that_are_one(gauge, moment):
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    if gauge != "full width":
+        factors = torch.randn(m, D // 2, 1, dtype=torch.complex128)
+        turned = factors * complex_rows(w_k[0])
+        w_k = torch.cat((turned.real, turned.imag), dim=1)
+    width = m if gauge == "full width" else 1
+    keys = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, width)
+    x, y = random(7, d + 1), random(8, d + 1)
+    # The products of each frequency, which is what any rotation is made of.
+    q, k = complex_rows(w_q) @ x.mT.to(torch.complex128), complex_rows(w_k)[HEAD_OF] @ y.mT.to(torch.complex128)
+    new_q = complex_rows(keys.w_q.unflatten(1, (width, D))) @ x.mT.to(torch.complex128)
+    new_k = complex_rows(keys.w_k.unflatten(0, (width, D))) @ y.mT.to(torch.complex128)
+    expected = torch.einsum("njt,njs->njts", q.conj(), k)
+    found = torch.einsum("ncjt,cjs->njts", new_q.conj(), new_k)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    assert keys.discarded < 1e-9
+
+
+def test_values_find_heads_that_are_one():
+    w_v = random(m, 4, 4) @ random(1, 4, d)
+    w_o, x = random(n, d, 4), random(50, d)
+    found = fitting.values(w_v, w_o, HEAD_OF, x.mT @ x / 50, 1)
+    torch.testing.assert_close(found.w_o @ found.w_v, w_o @ w_v[HEAD_OF], rtol=1e-7, atol=1e-7)
+
+
+def test_dead_heads_and_moments_without_rank_do_no_harm():
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    w_k[1], w_q[:2] = 0, 0
+    w_k[..., -1] = 0
+    x = torch.cat((random(3, d), torch.ones(3, 1, dtype=torch.float64)), dim=1)  # three tokens for ten dimensions
+    moment = x.mT @ x / 3
+    for keys in (
+        fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, 2),
+        fitting.plain_keys(w_k, w_q, HEAD_OF, moment, 2),
+    ):
+        assert torch.isfinite(keys.w_k).all()
+        assert torch.isfinite(keys.w_q).all()
+        assert (keys.w_q[:2] == 0).all()
+    found = fitting.values(0 * w_k[..., :-1], random(n, d, D), HEAD_OF, moment[:-1, :-1], 1)
+    assert torch.isfinite(found.w_v).all()
+    assert found.discarded == 0
+
+
+def test_the_refit_is_ridge_regression_towards_the_old_projection():
+    z, y, weight = random(100, 5), random(100, 3), random(3, 5)
+    strength = 1e-3 * (z.mT @ z / 100).diagonal().mean()
+    found = fitting.refit(z.mT @ z / 100, y.mT @ z / 100, weight)
+    stacked = torch.cat((z / 10, strength.sqrt() * torch.eye(5, dtype=torch.float64)))
+    target = torch.cat((y / 10, strength.sqrt() * weight.mT))
+    torch.testing.assert_close(found, torch.linalg.lstsq(stacked, target).solution.mT)
+    torch.testing.assert_close(fitting.refit(0 * z.mT @ z, 0 * y.mT @ z, weight), weight)
