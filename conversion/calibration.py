@@ -163,10 +163,12 @@ class Calibration:
         return query, key
 
     def moments(self, teacher: MQADecoderLayer, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[x x'] [d + 1, d + 1], and E[x̄ x̄'] [H, d, d] of each query head's attention-averaged input."""
-        attention, d, H = teacher.self_attn, self.config.hidden_size, self.config.num_attention_heads
+        """E[x x'] [d + 1, d + 1], and E[x̄ x̄'] [new heads, d, d] of the attention-averaged input of the query heads
+        that share each new head."""
+        attention, d = teacher.self_attn, self.config.hidden_size
         moment = torch.zeros(d + 1, d + 1, dtype=torch.float64, device=self.device)
-        mixed = torch.zeros(H, d, d, dtype=torch.float64, device=self.device)
+        new = self.pooled.num_key_value_heads
+        mixed = torch.zeros(new, d, d, dtype=torch.float64, device=self.device)
         count = queries = 0
         T = self.tokens.shape[1]
         for rows in self.rows(0, len(self.tokens) - self.options.held_out):
@@ -181,7 +183,7 @@ class Calibration:
             _, weights = eager_attention_forward(
                 attention, query[:, :, chosen], key, zero, rows_of_mask, attention.scaling
             )
-            average = (weights.flatten(1, 2) @ h).view(len(h), H, -1, d).transpose(0, 1).flatten(1, 2)  # [H, N, d]
+            average = (weights.flatten(1, 2) @ h).view(len(h), new, -1, d).transpose(0, 1).flatten(1, 2)
             average = average.double()
             mixed += average.mT @ average
             queries += average.shape[1]
@@ -229,7 +231,7 @@ class Calibration:
             # The rotated components of a block come before its others.
             keys.append(torch.cat([p.w_k.unflatten(0, (width_k, -1)) for p in parts], dim=1).flatten(0, 1))
             queries.append(torch.cat([p.w_q.unflatten(1, (width_k, -1)) for p in parts], dim=2).flatten(1, 2))
-            fit_v = fitting.values(w_v[heads], w_o[qs], head_of, mixed[qs].mean(0), width_v)
+            fit_v = fitting.values(w_v[heads], w_o[qs], head_of, mixed[group], width_v)
             vals.append(fit_v.w_v)
             outs.append(fit_v.w_o)
             discarded_k += max(p.discarded for p in parts) / new

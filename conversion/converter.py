@@ -122,6 +122,10 @@ def convert(
         raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
     if method != "shared" and (calibration is not None or head_width != 1):
         raise ConversionError(f"--calibration and --head-width are for --method shared, not {method}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if head_width < 1 or sequence_length < 2 or calibration_tokens < 1:
         raise ConversionError("--head-width and --calibration-tokens must be at least 1, --sequence-length at least 2")
     plan = make_plan(

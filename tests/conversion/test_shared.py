@@ -127,6 +127,7 @@ def test_the_default_text_is_there_without_a_network():
         ({"head_width": 7}, "--head-width 7 is more than the 6 old heads"),
         ({"head_width": 0}, "--head-width and --calibration-tokens must be at least 1"),
         ({"window": 4}, "--window and --method shared"),
+        ({"device": "warp"}, "--device warp: "),
         ({"method": "mean", "head_width": 2}, "are for --method shared, not mean"),
         ({"calibration": "/nowhere.txt"}, "--calibration /nowhere.txt cannot be read"),
         ({"calibration_tokens": 10}, "at least two sequences of 32 are needed"),
