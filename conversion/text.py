@@ -1,6 +1,7 @@
 """Calibration text and its tokens."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ PLAIN = (".txt", ".md", ".rst")
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def documents(source: str | os.PathLike | None) -> list[str]:
+def documents(source: str | os.PathLike | None) -> Sequence[str]:
     """The documents of a calibration text.
 
     Args:
@@ -51,7 +52,7 @@ def documents(source: str | os.PathLike | None) -> list[str]:
     column = next((name for name in columns if isinstance(rows[0][name], str)), None)
     if column is None:
         raise ConversionError(f"--calibration {source} has no column of text; its columns: {', '.join(columns)}")
-    return list(rows[column])
+    return rows[column]  # read from disk row by row
 
 
 def calibration_tokens(
