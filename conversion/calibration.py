@@ -306,6 +306,7 @@ class Calibration:
 
     # -- the whole ------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def losses(self) -> dict[str, float]:
         """Mean cross-entropy in nats on the held-out tokens, before and after."""
         held = self.tokens[-self.options.held_out :].to(self.device)
