@@ -73,7 +73,6 @@ class Calibration:
         self.head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias).to(self.device)
         self.states = torch.empty(0)
         self.teacher_states = torch.empty(0)
-        self.relative_bias: nn.Embedding | None = None
 
     # -- what stands outside the layers ---------------------------------------------------------------------------
 
