@@ -16,7 +16,7 @@ from torch import nn
 
 from mqa_hf.attention_mqa import ATTENTION_NAME, eager_attention_forward
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.modeling_mqa import MQAAttention, MQADecoderLayer, MQAModel, rotate
+from mqa_hf.modeling_mqa import MQAAttention, MQADecoderLayer, MQAModel, project, rotate
 
 from . import fitting
 
@@ -123,19 +123,15 @@ class Calibration:
         teacher = self.build(self.config, number, prefix, tensors)
         mask = self.mask_of(teacher, self.config.layer_types[number])
         fitted, report = self.fit_heads(teacher.self_attn, self.moments(teacher, mask))
-        converted = {name: t for name, t in tensors.items() if ".self_attn." not in name}
-        converted |= {name: t for name, t in tensors.items() if name.endswith("self_attn.relative_bias.weight")} | {
-            f"{prefix}self_attn.{name}": t.float() for name, t in fitted.items()
-        }
-        student = self.build(self.pooled, number, prefix, converted)
+        kept = {name: t for name, t in tensors.items() if ".self_attn." not in name or ".relative_bias." in name}
+        new = {f"{prefix}self_attn.{name}": t for name, t in fitted.items()}
+        student = self.build(self.pooled, number, prefix, {**kept, **new})
         if self.options.refit:
             self.refit(teacher, student, mask)
         report |= self.compare(teacher, student, mask)
         self.advance(teacher, student, mask)
-        own = student.self_attn.state_dict()
-        return {
-            name: own.get(name.removeprefix(f"{prefix}self_attn."), t).cpu() for name, t in converted.items()
-        }, report
+        new = {f"{prefix}self_attn.{name}": t.cpu() for name, t in student.self_attn.state_dict().items()}
+        return {**kept, **new}, report
 
     def build(self, config: MQAConfig, number: int, prefix: str, tensors: Tensors) -> MQADecoderLayer:
         layer = MQADecoderLayer(config, number).float().eval()
@@ -153,9 +149,7 @@ class Calibration:
 
     def projected(self, attention: MQAAttention, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys, rotated: [B, H, T, D] and [B, G, T, D]."""
-        B, T, _ = h.shape
-        query = attention.q_proj(h).view(B, T, -1, attention.qk_head_dim).transpose(1, 2)
-        key = attention.k_proj(h).view(B, T, -1, attention.qk_head_dim).transpose(1, 2)
+        query, key = (project(linear, h, attention.qk_head_dim) for linear in (attention.q_proj, attention.k_proj))
         if attention.rotary and self.angles is not None:
             cos, sin = self.angles
             query, key = (rotate(t, cos, sin, attention.head_dim) for t in (query, key))
@@ -198,9 +192,7 @@ class Calibration:
         config, pooled = self.config, self.pooled
         H, G, new = config.num_attention_heads, config.num_key_value_heads, pooled.num_key_value_heads
         D, Dv, d = config.qk_head_dim, config.v_head_dim, config.hidden_size
-        R = 0
-        if attention.rotary:
-            R = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        R = config.rotary_dim if attention.rotary else 0
         width_k, width_v = pooled.qk_head_dim // D, pooled.v_head_dim // Dv
 
         def augmented(linear: nn.Linear) -> torch.Tensor:

@@ -46,6 +46,13 @@ class TensorInfo:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def unsuited(self) -> str | None:
+        """Why a weight cannot be computed with, said of its name; `None` where it can."""
+        if self.dtype.is_floating_point and self.dtype.itemsize >= 2:
+            return None
+        return f"is stored as {self.dtype}; convert from 16-, 32- or 64-bit floats"
+
 
 class CheckpointReader:
     """The tensors of a checkpoint directory: safetensors or `pytorch_model.bin`, one file or sharded.

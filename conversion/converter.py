@@ -29,10 +29,10 @@ from .calibration import Calibration, FitOptions, fitted_config
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError
-from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_query_scale
+from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_scales
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
-from .plan import Step, canonical_class, decoder_of, match, read_steps, tied_weights, write_steps
+from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
 
@@ -275,7 +275,7 @@ def _really_tied(source: Source, reader: CheckpointReader, family: Family, confi
     head = names.get("lm_head.weight")
     if not config.tie_word_embeddings:
         return head is None and source.config.tie_word_embeddings
-    embedding = names.get(tied_weights(config)["lm_head.weight"])
+    embedding = names.get(canonical_class(config)._tied_weights_keys["lm_head.weight"])
     return head is None or embedding is None or _equal(reader, (head, embedding))
 
 
@@ -355,7 +355,7 @@ def walk(
             if layer is not None:
                 stack, number = layer
                 bar.update(task, description=f"layer {len(reports) + 1}/{len(layers)}")
-                fold_query_scale(plan.family, plan.source.config, number, canonical)
+                fold_scales(plan.family, plan.source.config, number, canonical)
                 if fit is not None:
                     if not reports:
                         fit.start()

@@ -14,7 +14,7 @@ from .families import NATIVE_ONLY, canonical_config, family_of
 from .passthrough import own_class
 from .plan import canonical_shapes, decoder_of
 from .pooling import CanonicalConfig, choose_attentions, with_heads
-from .source import REPORT_FILE, Source, locate, open_source, read_json
+from .source import REPORT_FILE, Source, locate, read_json, read_source
 
 
 def inspect(
@@ -43,14 +43,14 @@ def inspect(
     Raises:
         ConversionError: where there is no checkpoint at all.
     """
-    directory, _ = locate(source, revision, weights=False)
+    directory, commit = locate(source, revision, weights=False)
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
     if (directory / REPORT_FILE).is_file() or result["family"] in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
         return result | _converted(directory)
     result |= {"convertible": True, "reason": None}
     try:
-        checkpoint = open_source(source, revision, weights=False)
+        checkpoint = read_source(str(source), directory, commit)
         if checkpoint.config.model_type in NATIVE_ONLY:
             return result | _describe_own_class(checkpoint, kv_heads)
         config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(ignore_switches))

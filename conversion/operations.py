@@ -184,8 +184,7 @@ class DeinterleaveRotary:
 
     @staticmethod
     def _order(config: MQAConfig) -> torch.Tensor:
-        D = config.head_dim
-        R = int(D * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        D, R = config.head_dim, config.rotary_dim
         return torch.cat([torch.arange(0, R, 2), torch.arange(1, R, 2), torch.arange(R, D)])
 
     @staticmethod

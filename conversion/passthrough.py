@@ -207,7 +207,7 @@ def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: Na
                 f"{name} has the shape {list(info.shape)}; {own.config.num_key_value_heads} key/value heads of width "
                 f"{own.config.head_dim} make it {list(shape)}"
             )
-        elif not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-            problems.append(f"{name} is stored as {info.dtype}; convert from 16-, 32- or 64-bit floats")
+        elif info.unsuited:
+            problems.append(f"{name} {info.unsuited}")
     if problems:
         raise ConversionError("the weights do not fit config.json: " + "; ".join(problems[:8]))

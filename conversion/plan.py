@@ -94,12 +94,6 @@ def canonical_shapes(config: CanonicalConfig) -> dict[str, tuple[int, ...]]:
         return model_shapes(canonical_class(config)(config))
 
 
-def tied_weights(config: CanonicalConfig) -> dict[str, str]:
-    """The parameters of the canonical model that are another one: name -> name."""
-    with torch.device("meta"):
-        return dict(canonical_class(config)(config).all_tied_weights_keys)
-
-
 def read_steps(
     tensors: Mapping[str, TensorInfo],
     family: Family,
@@ -117,7 +111,9 @@ def read_steps(
         ConversionError: naming the tensors that are missing, that no rule claims, or whose shape does not fit.
     """
     matched, unclaimed = match(tensors, family)
-    expected, tied = canonical_shapes(config), tied_weights(config)
+    with torch.device("meta"):
+        model = canonical_class(config)(config)
+    expected, tied = model_shapes(model), model.all_tied_weights_keys
     matched = [replace(step, targets=tuple(t and tied.get(t, t) for t in step.targets)) for step in matched]
     steps: list[Step] = []
     decoder = decoder_of(config)
@@ -125,8 +121,8 @@ def read_steps(
     produced: dict[str, str] = {}
     for step in matched:
         info = tensors[step.name]
-        if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
-            problems.append(f"{step.name} is stored as {info.dtype}; convert from 16-, 32- or 64-bit floats")
+        if info.unsuited:
+            problems.append(f"{step.name} {info.unsuited}")
             continue
         wanted = [expected.get(target) if target else None for target in step.targets]
         if all(shape is None for shape, target in zip(wanted, step.targets) if target) and any(step.targets):

@@ -71,14 +71,18 @@ def open_source(source: str | os.PathLike, revision: str | None = None, *, weigh
     Raises:
         ConversionError: where there is no such checkpoint, or its configuration cannot be read.
     """
-    directory, commit = locate(source, revision, weights=weights)
+    return read_source(str(source), *locate(source, revision, weights=weights))
+
+
+def read_source(name: str, directory: Path, commit: str | None) -> Source:
+    """A source that [`locate`] has found; errors as of [`open_source`]."""
     raw = read_json(directory / "config.json")
     check_known(raw.get("model_type"))
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever a configuration class raises for values that it refuses
         raise ConversionError(f"transformers refuses {directory / 'config.json'}: {error}") from error
-    return Source(str(source), directory, commit, config, raw)
+    return Source(name, directory, commit, config, raw)
 
 
 def locate(source: str | os.PathLike, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:

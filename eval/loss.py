@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mqa_hf import MQAConfig
 from mqa_hf.cli import main as run
 from mqa_hf.conversion.text import calibration_tokens
 
@@ -45,7 +44,6 @@ def main(
     device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cuda" if torch.cuda.is_available() else "cpu",
 ) -> None:
     """Mean loss of checkpoints on a text."""
-    assert MQAConfig.model_type  # registers the class that converted checkpoints have
     table = Table(
         title=f"{text or 'Python manual'}, {tokens} tokens in rows of {sequence_length}", title_justify="left"
     )

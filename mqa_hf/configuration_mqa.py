@@ -232,6 +232,11 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
 
     @property
+    def rotary_dim(self) -> int:
+        """Components of a head that are rotated where positions are rotary: the first of every `head_dim`."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Cache bytes that one token takes at 16 bits a value, all self-attention layers together (none sliding)."""
         return self._kv_bytes(self.num_key_value_heads)

@@ -126,7 +126,7 @@ class MQARotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: MQAConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         base = config.rope_parameters["rope_theta"]
-        dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        dim = config.rotary_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
         return 1.0 / base**exponents, 1.0
 
@@ -155,6 +155,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
     if passed is not None:
         rotated = torch.cat((rotated, passed), dim=-1)
     return rotated.flatten(-2) if width > head_dim else rotated
+
+
+def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, T, d] -> [B, heads, T, width]."""
+    return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
 
 
 class MQAAttention(nn.Module):
@@ -198,7 +203,7 @@ class MQAAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(B, T, -1, self.qk_head_dim).transpose(1, 2)
+        query = project(self.q_proj, hidden_states, self.qk_head_dim)
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -208,8 +213,8 @@ class MQAAttention(nn.Module):
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            key = self.k_proj(states).view(B, states.shape[1], -1, self.qk_head_dim).transpose(1, 2)
-            value = self.v_proj(states).view(B, states.shape[1], -1, self.v_head_dim).transpose(1, 2)
+            key = project(self.k_proj, states, self.qk_head_dim)
+            value = project(self.v_proj, states, self.v_head_dim)
             if self.rotary and position_embeddings is not None:
                 cos, sin = position_embeddings
                 query, key = rotate(query, cos, sin, self.head_dim), rotate(key, cos, sin, self.head_dim)

@@ -30,7 +30,7 @@ __all__ = [
     "check_known",
     "check_not_quantised",
     "family_of",
-    "fold_query_scale",
+    "fold_scales",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -149,7 +149,7 @@ def canonical_config(
     return config
 
 
-def fold_query_scale(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
     """Multiply a layer's projections by what the canonical model has no switch for, in place."""
     scales = {} if family.scales is None else family.scales(source, layer)
     for projection, scale in scales.items():

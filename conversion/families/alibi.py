@@ -12,7 +12,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 
 from ..errors import ConversionError, listing
 from ..operations import SplitGrouped, SplitStacked
-from .base import ATTENTION, QKV, Family, Rule, SourceConfig, module_rules, refuse, renamed, rope, shared
+from .base import ATTENTION, BIASED_LAYER, QKV, Family, Rule, SourceConfig, module_rules, refuse, renamed, rope, shared
 
 
 def geometric_slopes(heads: int) -> list[float]:
@@ -43,16 +43,11 @@ def bloom(c: SourceConfig) -> dict[str, Any]:
         positions_from_mask=True,
         alibi_slopes=geometric_slopes(c.num_attention_heads),
         embedding_norm=True,
-        norm_type="layer_norm",
         norm_eps=c.layer_norm_epsilon,
         hidden_act="gelu_pytorch_tanh",
-        gated_mlp=False,
-        query_bias=True,
-        value_bias=True,
-        output_bias=True,
-        mlp_bias=True,
         attention_dropout=c.attention_dropout,
         hidden_dropout=c.hidden_dropout,
+        **BIASED_LAYER,
     )
 
 

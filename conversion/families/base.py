@@ -76,6 +76,17 @@ class Family:
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 
+# The layer of GPT-2, BLOOM, BART and their relatives: layer norms, a plain MLP, biases (a key's is invisible).
+BIASED_LAYER = {
+    "norm_type": "layer_norm",
+    "gated_mlp": False,
+    "query_bias": True,
+    "value_bias": True,
+    "output_bias": True,
+    "mlp_bias": True,
+}
+
+
 # -- configurations ----------------------------------------------------------------------------------------------
 
 
@@ -114,6 +125,12 @@ def rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
 def windows(c: SourceConfig, layer_types: list[str] | None = None) -> dict[str, Any]:
     layer_types, window = list(layer_types or c.layer_types), c.sliding_window
     return {"layer_types": layer_types, "sliding_window": window if "sliding_attention" in layer_types else None}
+
+
+def one_window(c: SourceConfig) -> dict[str, Any]:
+    """Of families whose layers are alike: all sliding where there is a window."""
+    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
+    return windows(c, [kind] * c.num_hidden_layers)
 
 
 def partial_factor(rotary_dim: int, head_dim: int) -> float:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ..operations import DropRows, Flatten, Operation, SinusoidTable
-from .base import COPY, Family, Rule, SourceConfig, module_rules, renamed
+from .base import BIASED_LAYER, COPY, Family, Rule, SourceConfig, module_rules, renamed
 
 SIDES = ("encoder", "decoder")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -111,18 +111,13 @@ def _bart(c: SourceConfig, *, pre_norm: bool, embedding_norm: bool, **fields: An
     shared = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
-        "norm_type": "layer_norm",
+        **BIASED_LAYER,
         "norm_eps": 1e-5,
         "residual": "sequential" if pre_norm else "post_norm",
         "final_norm": pre_norm,
         "embedding_norm": embedding_norm,
         "embedding_scale": math.sqrt(c.d_model) if c.scale_embedding else 1.0,
         "hidden_act": c.activation_function,
-        "gated_mlp": False,
-        "query_bias": True,
-        "value_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
         "attention_dropout": c.attention_dropout,
         "hidden_dropout": c.dropout,
         "embedding_dropout": c.dropout,

@@ -19,6 +19,7 @@ from ..operations import (
 )
 from .base import (
     ATTENTION,
+    BIASED_LAYER,
     COPY,
     QKV,
     Family,
@@ -45,17 +46,12 @@ def _gpt(c: SourceConfig, key_value_heads: int) -> dict[str, Any]:
         num_key_value_heads=key_value_heads,
         attention_scale=head_dim**-0.5 if c.scale_attn_weights else 1.0,
         position_embedding="learned",
-        norm_type="layer_norm",
         norm_eps=c.layer_norm_epsilon,
         hidden_act=c.activation_function,
-        gated_mlp=False,
-        query_bias=True,
-        value_bias=True,
-        output_bias=True,
-        mlp_bias=True,
         attention_dropout=c.attn_pdrop,
         hidden_dropout=c.resid_pdrop,
         embedding_dropout=c.embd_pdrop,
+        **BIASED_LAYER,
     )
 
 
@@ -78,19 +74,14 @@ def openai_gpt(c: SourceConfig) -> dict[str, Any]:
         intermediate_size=4 * c.hidden_size,
         num_key_value_heads=c.num_attention_heads,
         position_embedding="learned",
-        norm_type="layer_norm",
         norm_eps=c.layer_norm_epsilon,
         final_norm=False,
         residual="post_norm",
         hidden_act={"gelu": "gelu_new", "swish": "silu"}.get(c.afn, c.afn),
-        gated_mlp=False,
-        query_bias=True,
-        value_bias=True,
-        output_bias=True,
-        mlp_bias=True,
         attention_dropout=c.attn_pdrop,
         hidden_dropout=c.resid_pdrop,
         embedding_dropout=c.embd_pdrop,
+        **BIASED_LAYER,
     )
 
 
@@ -156,13 +147,8 @@ def _fairseq(c: SourceConfig, **fields: Any) -> dict[str, Any]:
         **{
             "num_key_value_heads": c.num_attention_heads,
             "embedding_scale": scale,
-            "norm_type": "layer_norm",
             "norm_eps": 1e-5,
-            "gated_mlp": False,
-            "query_bias": True,
-            "value_bias": True,
-            "output_bias": True,
-            "mlp_bias": True,
+            **BIASED_LAYER,
             "activation_dropout": c.activation_dropout,
             **fields,
         },

@@ -13,6 +13,7 @@ from .base import (
     head_dim,
     module_rules,
     native_same_class,
+    one_window,
     renamed,
     rope,
     shared,
@@ -49,9 +50,7 @@ def llama(c: SourceConfig) -> dict[str, Any]:
 
 
 def mistral(c: SourceConfig) -> dict[str, Any]:
-    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
-    fields = windows(c, [kind] * c.num_hidden_layers)
-    return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, **fields)
+    return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, **one_window(c))
 
 
 def ministral(c: SourceConfig) -> dict[str, Any]:

@@ -8,7 +8,19 @@ from transformers import PreTrainedConfig
 from mqa_hf.configuration_mqa import MQAConfig
 
 from ..operations import AddOne, SplitGateUp, SplitGrouped, SplitStacked
-from .base import ATTENTION, QKV, Family, Rule, SourceConfig, module_rules, native_same_class, renamed, rope, windows
+from .base import (
+    ATTENTION,
+    QKV,
+    Family,
+    Rule,
+    SourceConfig,
+    module_rules,
+    native_same_class,
+    one_window,
+    renamed,
+    rope,
+    windows,
+)
 from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer
 
 _QK_NORM = "a norm of queries and keys does not commute with pooling"
@@ -65,7 +77,6 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
         c.require(name, False, "the class of transformers has no such bias")
     for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini
         c.require(name, 1, "the class of transformers does not know it")
-    kind = "full_attention" if c.sliding_window is None else "sliding_attention"
     return llama_layer(
         c,
         qkv_bias=False,
@@ -73,7 +84,7 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
         mlp_bias=False,
         hidden_dropout=c.resid_pdrop,
         rope_recompute=c.rope_parameters["rope_type"] == "longrope",
-        **windows(c, [kind] * c.num_hidden_layers),
+        **one_window(c),
         **rope(c, partial=True),
     )
 
@@ -110,7 +121,7 @@ def glm(c: SourceConfig) -> dict[str, Any]:
 def starcoder2(c: SourceConfig) -> dict[str, Any]:
     c.require("mlp_type", "default", "the class of transformers has a plain MLP")
     c.require("norm_type", "layer_norm", "the class of transformers has layer norms")
-    bias, kind = c.use_bias, "full_attention" if c.sliding_window is None else "sliding_attention"
+    bias = c.use_bias
     return llama_layer(
         c,
         qkv_bias=bias,
@@ -121,7 +132,7 @@ def starcoder2(c: SourceConfig) -> dict[str, Any]:
         gated_mlp=False,
         hidden_dropout=c.residual_dropout,
         embedding_dropout=c.embedding_dropout,
-        **windows(c, [kind] * c.num_hidden_layers),
+        **one_window(c),
     )
 
 
