@@ -1,7 +1,7 @@
 """Source checkpoint -> multi-query checkpoint."""
 
 from .converter import convert
-from .errors import ConversionError
+from .errors import ConversionError, ConversionWarning
 from .inspection import inspect
 
-__all__ = ["ConversionError", "convert", "inspect"]
+__all__ = ["ConversionError", "ConversionWarning", "convert", "inspect"]

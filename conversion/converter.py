@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,23 +19,32 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import mqa_hf
 from mqa_hf.configuration_mqa import MQAConfig
 
 from . import text
-from .calibration import Calibration, FitOptions, fitted_config
+from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from .errors import ConversionError
+from .errors import ConversionError, ConversionWarning
 from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_scales
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
+from .widths import Widths, budget_components, choose_widths, fitted_config
 
 TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,9 +67,13 @@ def convert(
     attentions: Sequence[str] | None = None,
     window: int | None = None,
     calibration: str | os.PathLike | None = None,
+    calibration_columns: Sequence[str] = (),
     calibration_tokens: int = 131_072,
     sequence_length: int = 512,
-    head_width: int = 1,
+    head_width: float = 1,
+    key_width: float | None = None,
+    value_width: float | None = None,
+    cache_budget: str | float | None = None,
     refit: bool = True,
     device: str = "cpu",
     target: str = "mqa",
@@ -80,21 +94,26 @@ def convert(
         output: directory to write. It appears only when it is whole.
         kv_heads: key/value heads of the result, a divisor of the source's. The source's own number changes no weight.
         method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2), or "shared": heads fitted to what the
-            layers see of a calibration text; see `fitting.py`. For decoder-only models.
+            layers see of a calibration text; see `fitting.py`.
         attentions: of an encoder-decoder model, which attentions get fewer heads: "decoder" (self-attention), "cross",
             "encoder". Default: decoder and cross.
         window: let the decoder's self-attention see this many positions only, the current one included ("multi-query
             local", arXiv 1911.02150, section 4.1, has 32), which also bounds its cache. Needs training afterwards.
         calibration: text for "shared": a file (text, JSON lines, parquet) or an id of the Hub's datasets. Default:
             Python's reference manual.
+        calibration_columns: the column of the text; of an encoder-decoder model also two, of what is read and what is
+            written. Default: "text", or a translation's two languages.
         calibration_tokens, sequence_length: how much of it, in sequences of which length.
         head_width: of "shared", width of a new head in units of an old one.
+        key_width, value_width: the same of keys and of values alone. Default: `head_width`.
+        cache_budget: of "shared", in place of widths: bytes of cache per token at 16 bits a value, or the share of the
+            source's such as "25%". The widths of each layer's keys and values are chosen so that the least is lost.
         refit: of "shared", whether each layer's output projection is refitted.
         device: of "shared", where layers run.
         target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
             transformers, where one can hold the model.
         dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
-        seed: of `method="random"`.
+        seed: of "random" and "shared".
         revision: branch, tag or commit of a hub id.
         max_shard_size: bytes, or text such as "5GB".
         overwrite: replace a checkpoint that is at `output`.
@@ -120,51 +139,75 @@ def convert(
         raise ConversionError(f"--seed must be at least 0 and below 2**64, got {seed}")
     if private and not push_to_hub:
         raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
-    if method != "shared" and (calibration is not None or head_width != 1):
-        raise ConversionError(f"--calibration and --head-width are for --method shared, not {method}")
+    widths_asked = (head_width != 1, key_width is not None, value_width is not None, cache_budget is not None)
+    if method != "shared" and (calibration is not None or calibration_columns or any(widths_asked)):
+        raise ConversionError(f"calibration text, widths and --cache-budget are for --method shared, not {method}")
+    if cache_budget is not None and any(widths_asked[:3]):
+        raise ConversionError(
+            "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if head_width < 1 or sequence_length < 2 or calibration_tokens < 1:
-        raise ConversionError("--head-width and --calibration-tokens must be at least 1, --sequence-length at least 2")
-    plan = make_plan(
-        open_source(source, revision),
-        kv_heads=kv_heads,
-        attentions=attentions,
-        window=window,
-        head_width=head_width if method == "shared" else None,
-        target=target,
-        dtype=DTYPES[dtype] if dtype else None,
-        ignore=frozenset(ignore_switches),
-    )
+    factors = (head_width if key_width is None else key_width, head_width if value_width is None else value_width)
+    if min(factors) <= 0 or sequence_length < 4 or calibration_tokens < 1:
+        raise ConversionError("widths must be above 0, --calibration-tokens at least 1, --sequence-length at least 4")
+    asked: dict[str, Any] = {
+        "kv_heads": kv_heads,
+        "attentions": attentions,
+        "window": window,
+        "factors": factors if method == "shared" else None,
+        "target": target,
+        "dtype": DTYPES[dtype] if dtype else None,
+        "ignore": frozenset(ignore_switches),
+    }
+    opened = open_source(source, revision)
+    plan = make_plan(opened, **asked)
     options = {
         "kv_heads": kv_heads,
         "method": method,
         "attention": None if attentions is None else ",".join(attentions),
         "window": window,
         "calibration": None if calibration is None else str(calibration),
+        "calibration_columns": ",".join(calibration_columns) or None,
         "calibration_tokens": calibration_tokens if method == "shared" else None,
         "sequence_length": sequence_length if method == "shared" else None,
-        "head_width": head_width if method == "shared" else None,
+        "head_width": head_width if method == "shared" and cache_budget is None else None,
+        "key_width": key_width,
+        "value_width": value_width,
+        "cache_budget": None if cache_budget is None else str(cache_budget),
         "no_refit": method == "shared" and not refit,
         "target": target,
         "dtype": dtype,
         "seed": seed,
+        "device": device if device != "cpu" else None,
         "max_shard_size": max_shard_size,
         "ignore_switches": list(ignore_switches),
     }
     place = resolve_output(output, plan.source.directory, overwrite)
     fit = None
     if method == "shared":
-        assert isinstance(plan.config, MQAConfig)
-        assert isinstance(plan.pooled, MQAConfig)
-        length = min(sequence_length, plan.config.max_position_embeddings)
-        tokens = text.calibration_tokens(
-            plan.source.directory, calibration, calibration_tokens, length, plan.config.vocab_size, seed
+        length = min(sequence_length, _longest(plan.config))
+        examples = _examples(plan, calibration, list(calibration_columns), calibration_tokens, length, seed)
+        options_of_fit = FitOptions(
+            refit=refit,
+            held_out=max(1, len(examples.tokens) // 16),
+            device=device,
+            seed=seed,
+            scratch=place.parent,
         )
-        options_of_fit = FitOptions(refit=refit, held_out=max(1, len(tokens) // 16), device=device, seed=seed)
-        fit = Calibration(plan.config, plan.pooled, tokens, options_of_fit)
+        if cache_budget is not None:
+            if target == "native":
+                raise ConversionError("--cache-budget is for --target mqa: native heads have the source's width")
+            components = {
+                name: budget_components(str(cache_budget), plan.config, kv_heads, name)
+                for name in plan.attentions
+                if name != "encoder"
+            }
+            surveyor = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
+            plan = make_plan(opened, **asked, widths=survey(plan, surveyor, components, progress))
+        fit = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
     if push_to_hub:
         _make_repository(push_to_hub, private)
     with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
@@ -174,12 +217,85 @@ def convert(
         report = _report(plan, options, layers)
         if fit is not None:
             report["held_out_loss"] = fit.losses()
+            report["warnings"] = fit.warnings()
+            _set_frequencies(plan.pooled, fit)
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
     if push_to_hub:
         _push(place, push_to_hub)
+    for message in report.get("warnings", ()):
+        warnings.warn(message, ConversionWarning, stacklevel=2)
     return report
+
+
+def _longest(config: CanonicalConfig) -> int:
+    stacks = (config,) if isinstance(config, MQAConfig) else (config.encoder, config.decoder)
+    limited = [
+        s.max_position_embeddings for s in stacks if s.position_embedding in ("learned", "sinusoidal", "rotary")
+    ]
+    return min(limited, default=2**31)
+
+
+def _examples(
+    plan: "Plan", calibration: str | os.PathLike | None, columns: list[str], count: int, length: int, seed: int
+) -> Examples:
+    directory = plan.source.directory
+    if isinstance(plan.config, MQAConfig):
+        if len(columns) > 1:
+            raise ConversionError(f"--calibration-columns {','.join(columns)}: a decoder-only model reads one column")
+        vocab_size, column = plan.config.vocab_size, (columns or [None])[0]  # type: ignore[list-item]
+        return Examples(text.calibration_tokens(directory, calibration, count, length, vocab_size, seed, column))
+    source, source_valid, tokens, valid = text.seq2seq_tokens(
+        directory, calibration, columns, count, length, plan.config, seed
+    )
+    return Examples(tokens, valid, source, source_valid)
+
+
+def _set_frequencies(pooled: CanonicalConfig, fit: Calibration) -> None:
+    """Write down the frequencies that the fit chose, where they are not simply all in their order."""
+    if not isinstance(pooled, MQAConfig) or pooled.rope_frequencies is None:
+        return
+    chosen = fit.stacks[""].pooled.rope_frequencies
+    assert chosen is not None
+    pooled.rope_frequencies = chosen
+
+
+def survey(plan: "Plan", fit: Calibration, components: dict[str, int], progress: bool) -> dict[str, Widths]:
+    """Walk over the layers without writing, and choose the widths of each attention within its components."""
+    curves: dict[str, list] = {}
+    with _progress(progress) as bar, torch.no_grad():
+        parts = _parts(plan)
+        task = bar.add_task("looking at layers", total=len(parts))
+        for layer, steps in parts:
+            canonical = _read(plan, steps)
+            if layer is None:
+                fit.take(canonical)
+            else:
+                stack, number = layer
+                fold_scales(plan.family, plan.source.config, number, canonical)
+                prefix = f"model.{stack}.layers.{number}." if stack else f"model.layers.{number}."
+                for name, found in fit.survey(stack, number, prefix, canonical).items():
+                    curves.setdefault(name, []).append(found)
+            bar.advance(task)
+    return {name: choose_widths(curves[name], count) for name, count in components.items()}
+
+
+def _progress(shown: bool, *columns: ProgressColumn) -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), disable=not shown)
+
+
+def _parts(plan: "Plan") -> list[tuple[tuple[str, int] | None, list[Step]]]:
+    """What is read together: tensors outside the layers one by one, then layers, those of an encoder first."""
+    layers: dict[tuple[str, int], list[Step]] = {}
+    parts: list[tuple[tuple[str, int] | None, list[Step]]] = []
+    for step in plan.reads:
+        if step.layer is None:
+            parts.append((None, [step]))
+        else:
+            layers.setdefault(step.layer, []).append(step)
+    parts.extend(sorted(layers.items(), key=lambda item: (item[0][0] != "encoder", item[0])))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -214,14 +330,15 @@ def make_plan(
     kv_heads: int,
     attentions: Sequence[str] | None,
     window: int | None,
-    head_width: int | None,
+    factors: tuple[float, float] | None,
     target: str,
     dtype: torch.dtype | None,
     ignore: frozenset[str],
+    widths: dict[str, Widths] | None = None,
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
     if target == "native" and source.config.model_type in NATIVE_ONLY:
-        if head_width is not None:
+        if factors is not None:
             raise ConversionError(
                 f"--method shared needs a canonical model, which {source.config.model_type} has none of"
             )
@@ -234,13 +351,13 @@ def make_plan(
     config = canonical_config(source.config, source.raw, ignore)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
-    if head_width is not None:
-        pooled = _fitted(config, pooled, head_width, target)
+    if factors is not None:
+        pooled = _fitted(config, pooled, chosen, factors, widths, target)
     reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:
-        if head_width is not None:
+        if factors is not None:
             raise ConversionError("--window and --method shared do not go together: heads are fitted to all they see")
         _set_window(pooled, window, target)
 
@@ -284,22 +401,24 @@ def _equal(reader: CheckpointReader, names: tuple[str, ...]) -> bool:
     return torch.equal(one, other)
 
 
-def _fitted(config: CanonicalConfig, pooled: CanonicalConfig, width: int, target: str) -> MQAConfig:
-    if not isinstance(config, MQAConfig) or not isinstance(pooled, MQAConfig):
-        raise ConversionError(
-            "--method shared is for decoder-only models; an encoder-decoder takes mean, first or random"
-        )
-    most = config.num_key_value_heads // pooled.num_key_value_heads
-    if width > most:
-        raise ConversionError(
-            f"--head-width {width} is more than the {most} old heads that a new one stands for; {most} loses nothing"
-        )
-    fitted = fitted_config(pooled, width)
-    if target == "native" and (width != 1 or fitted.output_bias != config.output_bias):
-        raise ConversionError(
-            "--target native: classes of transformers have no heads wider than the source's, and where values have a "
-            "bias and the output has none, no place for the fitted one; use --target mqa"
-        )
+def _fitted(
+    config: CanonicalConfig,
+    pooled: CanonicalConfig,
+    attentions: Sequence[str],
+    factors: tuple[float, float],
+    widths: dict[str, Widths] | None,
+    target: str,
+) -> CanonicalConfig:
+    if not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
+        raise ConversionError("--method shared calibrates on text, and this model hears; use mean, first or random")
+    fitted = fitted_config(config, pooled, attentions, factors, widths)
+    if target == "native" and isinstance(config, MQAConfig) and isinstance(fitted, MQAConfig):
+        if factors != (1, 1) or fitted.output_bias != config.output_bias:
+            raise ConversionError(
+                "--target native: classes of transformers have no heads wider than the source's, and where values "
+                "have a bias and the output has none, no place for the fitted one; use --target mqa"
+            )
+        fitted.rope_frequencies = None  # all alike, as those classes have them
     return fitted
 
 
@@ -329,37 +448,25 @@ def walk(
         read |= {target for step in plan.writes for target in step.targets if target and "o_proj.bias" in target}
     for step in plan.writes:
         waiting.setdefault(next((t for t in step.targets if t and t in read), ""), []).append(step)
-    layers: dict[tuple[str, int], list[Step]] = {}
-    parts: list[tuple[tuple[str, int] | None, list[Step]]] = []
-    for step in plan.reads:
-        if step.layer is None:
-            parts.append((None, [step]))
-        else:
-            layers.setdefault(step.layer, []).append(step)
-    parts.extend(sorted(layers.items()))
+    parts = _parts(plan)
+    count = sum(layer is not None for layer, _ in parts)
     before, after = heads_of(plan.config), heads_of(plan.pooled)
 
     reports: list[dict[str, Any]] = []
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        disable=not progress,
-    )
-    with bar, torch.no_grad():
+    with _progress(progress, DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
         task = bar.add_task("embeddings", total=writer.total_bytes)
         for layer, steps in parts:
             canonical = _read(plan, steps)
             if layer is not None:
                 stack, number = layer
-                bar.update(task, description=f"layer {len(reports) + 1}/{len(layers)}")
+                bar.update(task, description=f"layer {len(reports) + 1}/{count}")
                 fold_scales(plan.family, plan.source.config, number, canonical)
                 if fit is not None:
-                    if not reports:
-                        fit.start()
-                    canonical, errors = fit.fit(number, f"model.layers.{number}.", canonical)
+                    prefix = f"model.{stack}.layers.{number}." if stack else f"model.layers.{number}."
+                    canonical, errors = fit.fit(stack, number, prefix, canonical)
+                    if errors and progress:
+                        said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
+                        bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False)
                 else:
                     errors = pool_layer(
                         canonical,

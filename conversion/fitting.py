@@ -5,7 +5,7 @@ though nothing aligns the coordinates of two heads: any invertible map of a head
 complex factor) can be undone in its queries, and any map of its values in the output projection. Fitted heads use
 that freedom. With the moments of what the layer really sees, the best subspace follows from an eigendecomposition.
 
-    m old heads of one new head, M its width in units of an old one, d hidden size, D key width, Dv value width
+    m old heads of one new head, d hidden size, D key width, Dv value width, J frequencies; rank, width of the new head
 
     x    [d + 1] input of the attention with a 1 appended, which carries biases;  S = E[x x'] [d + 1, d + 1]
     w_k  [m, D, d + 1], w_v [m, Dv, d]                projections of the old heads
@@ -27,8 +27,8 @@ class Keys:
     """Fitted keys and queries of one new head.
 
     Attributes:
-        w_k: [M·D, d + 1].
-        w_q: [n, M·D, d + 1].
+        w_k: [rank, d + 1].
+        w_q: [n, rank, d + 1].
         discarded: the share of the weighted key energy that the subspace leaves out.
     """
 
@@ -39,7 +39,7 @@ class Keys:
 
 @dataclass(frozen=True)
 class Values:
-    """Fitted values and output projection of one new head: w_v [M·Dv, d], w_o [n, d, M·Dv]; `discarded` as above."""
+    """Fitted values and output projection of one new head: w_v [rank, d], w_o [n, d, rank]; `discarded` as above."""
 
     w_v: torch.Tensor
     w_o: torch.Tensor
@@ -94,74 +94,121 @@ def inverse(s: torch.Tensor) -> torch.Tensor:
     return torch.where(s > 0, 1.0 / torch.where(s > 0, s, torch.ones_like(s)), torch.zeros_like(s))
 
 
-def rotary_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, width: int) -> Keys:
-    r"""Keys that are rotated, D = R: component j is paired with j + D/2 to the complex number w_j.
+def rotary_gram(spread: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+    """G_j[a, b] = √(P_aj P_bj) F_j[a, b]: spread [J, m, m] and energy [J, m] -> [J, m, m], Hermitian.
+
+    Softmax does not see what the keys of a query have in common. So F_j is not E[k k*] but the spread of the keys that
+    a query sees about their mean, E_n[Σ_t u_nt k_t k_t* - k̄_n k̄_n*], with u_n uniform over them and keys rotated.
+    """
+    weight = energy.sqrt().to(spread.dtype)
+    return weight[..., None] * spread * weight[:, None]
+
+
+def choose_frequencies(energies: torch.Tensor, pairs: int) -> torch.Tensor:
+    """How many components each frequency gets where `pairs` of them are shared out by energy: [J].
+
+    Args:
+        energies: [J, m], of each frequency's Gram matrix, largest first.
+    """
+    J, m = energies.shape
+    best = energies.flatten().argsort(descending=True, stable=True)[:pairs]
+    return torch.bincount(best // m, minlength=J)
+
+
+def rotary_keys(
+    w_k: torch.Tensor,
+    w_q: torch.Tensor,
+    head_of: torch.Tensor,
+    spread: torch.Tensor,
+    energy: torch.Tensor,
+    counts: torch.Tensor,
+) -> Keys:
+    r"""Keys that are rotated: component j is paired with j + J to the complex number w_j, J = D/2.
 
     Only a complex factor per frequency commutes with the rotation, so each frequency j has a subspace of its own, of
-    the m heads. With the query energy P_aj = Σ_{h of a} E|q_hj|², the Hermitian Gram matrix
-    G_j[a, b] = √(P_aj P_bj) w_aj S w_bj^H has the top eigenvectors U (M of them), and
+    the m heads. With the query energy P_aj = Σ_{h of a} E|q_hj|² and the spread F_j of the keys, the Hermitian Gram
+    matrix G_j[a, b] = √(P_aj P_bj) F_j[a, b] has the top eigenvectors U (as many as the frequency has components), and
 
         shared rows   α_jc = Σ_a conj(U_ac) √P_aj w_aj
         new queries   q̂_hjc = conj(b_jc) q_hj,   b_jc = U_{a(h) c} / √P_{a(h) j}
 
     scaled so that the mean of |b|² over the heads is 1.
+
+    Args:
+        spread, energy: [J, m, m] complex and [J, m]; see [`rotary_gram`].
+        counts: [J], components of each frequency; see [`choose_frequencies`].
+
+    Returns:
+        The real parts of all components, by frequency, then the imaginary ones: w_k [2·Σ counts, d + 1].
     """
+    J = w_k.shape[1] // 2
+    keys = torch.complex(w_k[:, :J], w_k[:, J:])  # [m, J, d + 1]
+    queries = torch.complex(w_q[:, :J], w_q[:, J:])  # [n, J, d + 1]
+    energies, vectors = torch.linalg.eigh(rotary_gram(spread, energy))  # ascending
+    energies, vectors = energies.flip(-1).clamp(min=0), vectors.flip(-1)
+    kept = total = 0.0
+    shared, mixed = [], []
+    for j, count in enumerate(counts.tolist()):
+        U = vectors[j, :, :count]  # [m, c]
+        weight = energy[j].sqrt()[:, None].to(U.dtype)
+        rows = U.mH @ (weight * keys[:, j])  # [c, d + 1]
+        # A head without queries at a frequency has no say there, and its (zero) queries need no key.
+        b = U * inverse(weight.real)
+        scale = b.abs().square().mean(dim=0).sqrt()
+        shared.append(rows * scale[:, None])
+        mixed.append((b * inverse(scale))[head_of].conj()[..., None] * queries[:, j, None])  # [n, c, d + 1]
+        kept += float(energies[j, :count].sum())
+        total += float(energies[j].sum())
+    k, q = torch.cat(shared), torch.cat(mixed, dim=1)
+    discarded = 1.0 - kept / total if total > 0 else 0.0
+    return Keys(torch.cat((k.real, k.imag)), torch.cat((q.real, q.imag), dim=1), max(discarded, 0.0))
+
+
+def weighted_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The stack of Σ_i^½ W_K,i [m·D, d] with Σ_i = Σ_{h of i} W_Q,h S W_Q,h'."""
     m, D, _ = w_k.shape
-    half = D // 2
-    keys = torch.complex(w_k[:, :half], w_k[:, half:]).transpose(0, 1)  # [D/2, m, d + 1]
-    queries = torch.complex(w_q[:, :half], w_q[:, half:]).transpose(0, 1)  # [D/2, n, d + 1]
-    moment_c = moment.to(keys.dtype)
-    energy = torch.einsum("jnd,de,jne->jn", queries, moment_c, queries.conj()).real.clamp(min=0)
-    P = torch.zeros(half, m, dtype=energy.dtype, device=energy.device).index_add_(1, head_of, energy)
-    # A head without queries at a frequency has no say there, and its (zero) queries need no key.
-    weight = P.sqrt()
-    weighted = weight[..., None] * keys
-    gram = weighted @ moment_c @ weighted.mH
-    values, vectors = torch.linalg.eigh(gram)  # ascending
-    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
-    total = values.sum()
-    kept = min(width, m)
-    U = vectors[..., :kept]  # [D/2, m, M]
-    discarded = 1.0 - float(values[:, :kept].sum() / total) if total > 0 else 0.0
-    rows = U.mH @ weighted  # [D/2, M, d + 1]
-    b = U * inverse(weight)[..., None]
-    # |b|² is 1 on average over the heads; the rows take the inverse.
-    scale = b.abs().square().mean(dim=(1, 2), keepdim=True).sqrt()
-    b, rows = b * inverse(scale), rows * scale
-    mixed = b[:, head_of].conj()[..., None] * queries[:, :, None]  # [D/2, n, M, d + 1]
-
-    def real(z: torch.Tensor) -> torch.Tensor:  # [D/2, ..., M, d + 1] -> [..., M·D, d + 1]
-        z = torch.nn.functional.pad(z, (0, 0, 0, width - kept)).movedim(0, -2)  # [..., M, D/2, d + 1]
-        return torch.cat((z.real, z.imag), dim=-2).flatten(-3, -2)
-
-    return Keys(real(rows), real(mixed), max(discarded, 0.0))
+    energies = torch.einsum("nad,de,nbe->nab", w_q, moment, w_q)
+    sigma = torch.zeros(m, D, D, dtype=w_k.dtype, device=w_k.device).index_add_(0, head_of, energies)
+    return (torch.stack([root(s) for s in sigma]) @ w_k).flatten(0, 1)
 
 
-def plain_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, width: int) -> Keys:
+def plain_keys(
+    w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, seen: torch.Tensor, rank: int
+) -> Keys:
     """Keys that are not rotated; any invertible map of a key head can be undone in its queries.
 
-    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' and C = Cov(x) (a constant added to every key is invisible to softmax), the
+    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' (S `moment`, of the inputs of queries) and C = Cov(x) (of `seen`, the moment of
+    the inputs of keys; a constant added to every key is invisible to softmax), the
     stack of Σ_i^½ W_K,i C^½ = U s V' gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
     Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
     """
     m, D, augmented = w_k.shape
-    C = covariance(moment)
-    energies = torch.einsum("nad,de,nbe->nab", w_q, moment, w_q)
-    sigma = torch.zeros(m, D, D, dtype=w_k.dtype, device=w_k.device).index_add_(0, head_of, energies)
-    weighted = torch.stack([root(s) for s in sigma]) @ w_k[..., :-1]  # [m, D, d]
-    stacked = weighted.flatten(0, 1)
-    U, s, discarded = subspace(stacked @ root(C), width * D)
-    white = inverse(s)[:, None] * (U.mT @ stacked)  # [M·D, d]
-    seen = torch.einsum("mad,de,re->mar", w_k[..., :-1], C, white)  # W_K,i C Ŵ_K'
+    C = covariance(seen)
+    stacked = weighted_keys(w_k[..., :-1], w_q, head_of, moment)
+    U, s, discarded = subspace(stacked @ root(C), rank)
+    white = inverse(s)[:, None] * (U.mT @ stacked)  # [rank, d]
+    mapped = torch.einsum("mad,de,re->mar", w_k[..., :-1], C, white)  # W_K,i C Ŵ_K'
     scale = torch.einsum("mad,de,mae->", w_k[..., :-1], C, w_k[..., :-1]).clamp(min=0).div(m * D).sqrt()
     scale = scale if scale > 0 else torch.ones_like(scale)
-    queries = torch.einsum("nar,nad->nrd", seen[head_of], w_q) / scale
-    keys = torch.zeros(width * D, augmented, dtype=w_k.dtype, device=w_k.device)
+    queries = torch.einsum("nar,nad->nrd", mapped[head_of], w_q) / scale
+    keys = torch.zeros(rank, augmented, dtype=w_k.dtype, device=w_k.device)
     keys[:, :-1] = white * scale
     return Keys(keys, queries, discarded)
 
 
-def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: torch.Tensor, width: int) -> Values:
+def weighted_values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor) -> torch.Tensor:
+    """The stack of (Σ_{h of i} W_O,h' W_O,h)^½ W_V,i [m·Dv, d]."""
+    m, Dv, _ = w_v.shape
+    A = torch.zeros(m, Dv, Dv, dtype=w_v.dtype, device=w_v.device).index_add_(0, head_of, w_o.mT @ w_o)
+    return (torch.stack([root(a) for a in A]) @ w_v).flatten(0, 1)
+
+
+def spectrum(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The energies that the components of a stack carry, largest first."""
+    return torch.linalg.svdvals(stacked @ root(moment)).square()
+
+
+def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: torch.Tensor, rank: int) -> Values:
     """Values and output projection.
 
     A head's output is W_O W_V x̄ with the attention-averaged input x̄; `mixed` = E[x̄ x̄'] [d, d] over queries and heads.
@@ -169,10 +216,8 @@ def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: t
     Ŵ_O,h = W_O,h W_V,i(h) mixed Ŵ_V'. Values are scaled to the energy that those of an old head have on average.
     """
     m, Dv, _ = w_v.shape
-    grams = w_o.mT @ w_o
-    A = torch.zeros(m, Dv, Dv, dtype=w_v.dtype, device=w_v.device).index_add_(0, head_of, grams)
-    stacked = (torch.stack([root(a) for a in A]) @ w_v).flatten(0, 1)
-    U, s, discarded = subspace(stacked @ root(mixed), width * Dv)
+    stacked = weighted_values(w_v, w_o, head_of)
+    U, s, discarded = subspace(stacked @ root(mixed), rank)
     white = inverse(s)[:, None] * (U.mT @ stacked)
     seen = torch.einsum("mad,de,re->mar", w_v, mixed, white)
     scale = torch.einsum("mad,de,mae->", w_v, mixed, w_v).clamp(min=0).div(m * Dv).sqrt()

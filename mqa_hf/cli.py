@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,8 @@ IgnoreSwitch = Annotated[
 # What `conversion.json` says of each layer, by method.
 ERRORS = (
     *("key_error", "value_error", "cross_key_error", "cross_value_error"),
-    *("attention_error", "discarded_key_energy", "discarded_value_energy"),
+    *("attention_error", "attention_kl", "discarded_key_energy", "discarded_value_energy"),
+    *("cross_attention_error", "cross_attention_kl", "cross_discarded_key_energy", "cross_discarded_value_energy"),
 )
 OUTPUT, HUB, SHARED = "Output", "Hub", "With --method shared"
 
@@ -65,9 +67,30 @@ def convert(
         int, typer.Option(help="Tokens that heads are fitted on.", rich_help_panel=SHARED)
     ] = 131_072,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", rich_help_panel=SHARED)] = 512,
+    calibration_columns: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the text; for encoder-decoder models also two, such as en,de: read and written.",
+            rich_help_panel=SHARED,
+        ),
+    ] = None,
     head_width: Annotated[
-        int, typer.Option(help="Width of a new head in units of an old one.", rich_help_panel=SHARED)
+        float, typer.Option(help="Width of a new head in units of an old one.", rich_help_panel=SHARED)
     ] = 1,
+    key_width: Annotated[
+        float | None, typer.Option(help="The same, of keys alone.", rich_help_panel=SHARED, show_default=False)
+    ] = None,
+    value_width: Annotated[
+        float | None, typer.Option(help="The same, of values alone.", rich_help_panel=SHARED, show_default=False)
+    ] = None,
+    cache_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of widths: cache bytes per token at 16 bits, or a share of the source's such as 25%. "
+            "The widths of each layer are chosen so that the least is lost.",
+            rich_help_panel=SHARED,
+        ),
+    ] = None,
     no_refit: Annotated[
         bool, typer.Option("--no-refit", help="Leave the output projections unfitted.", rich_help_panel=SHARED)
     ] = False,
@@ -98,8 +121,9 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a checkpoint to fewer key/value heads."""
-    from mqa_hf.conversion import convert
+    from mqa_hf.conversion import ConversionWarning, convert
 
+    warnings.simplefilter("ignore", ConversionWarning)  # they are printed below
     report = convert(
         source,
         output,
@@ -108,9 +132,13 @@ def convert(
         attentions=None if attention is None else [name.strip() for name in attention.split(",")],
         window=window,
         calibration=calibration,
+        calibration_columns=() if calibration_columns is None else calibration_columns.split(","),
         calibration_tokens=calibration_tokens,
         sequence_length=sequence_length,
         head_width=head_width,
+        key_width=key_width,
+        value_width=value_width,
+        cache_budget=cache_budget,
         refit=not no_refit,
         device=device,
         target=target,
@@ -124,6 +152,8 @@ def convert(
         private=private,
         progress=True,
     )
+    for message in report.get("warnings", ()):
+        Console(stderr=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
     cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
     attentions = report["attentions"]
     heads = ", ".join(
@@ -180,6 +210,9 @@ def inspect(
     if result["conversion"]:
         conversion = result["conversion"]
         table.add_row("made by", conversion["command"])
+        if "held_out_loss" in conversion:
+            loss = conversion["held_out_loss"]
+            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token")
         for name in ERRORS:
             errors = [layer[name] for layer in conversion["layers"] if name in layer]
             if not errors:

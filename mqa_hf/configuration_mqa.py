@@ -4,6 +4,8 @@ One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and the
 the weights at conversion (how positions enter, where norms stand, which biases exist) is a field here.
 """
 
+from typing import Any
+
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -14,7 +16,13 @@ AUTO_MAP = {
     "AutoModel": "modeling_mqa.MQAModel",
     "AutoModelForCausalLM": "modeling_mqa.MQAForCausalLM",
 }
+WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 RESIDUALS = ("sequential", "post_norm", "parallel", "parallel_shared_norm")
+
+
+def of_layer(value: Any, layer: int) -> Any:
+    """What holds for a layer of a field that is given once for all layers or as a list of one each."""
+    return value[layer] if isinstance(value, (list, tuple)) else value
 
 
 class MQAConfig(PreTrainedConfig):
@@ -36,14 +44,18 @@ class MQAConfig(PreTrainedConfig):
             (Shazeer 2019, arXiv 1911.02150), `H` is multi-head attention.
         head_dim (`int`, *optional*): Head width of the source model. It sets the rotary frequencies and the default
             `attention_scale`. Default: `hidden_size // num_attention_heads`.
-        qk_head_dim (`int`, *optional*): Width of a query and of a stored key head, a multiple of `head_dim`: the
-            rotary frequencies repeat every `head_dim` components. Default: `head_dim`.
-        v_head_dim (`int`, *optional*): Width of a stored value head. Default: `head_dim`.
+        qk_head_dim (`int` or `list[int]`, *optional*): Width of a query and of a stored key head, one for all layers
+            or one each. Default: `head_dim`.
+        v_head_dim (`int` or `list[int]`, *optional*): Width of a stored value head, likewise. Default: `head_dim`.
+        cross_qk_head_dim, cross_v_head_dim (`int` or `list[int]`, *optional*): The same of cross-attention.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
         position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
             `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
             `"none"`.
         rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
+        rope_frequencies (`list[list[int]]`, *optional*): Per layer, which of the model's `rotary_dim / 2` frequencies
+            each rotated pair of components has: with n entries, component j < n is paired with j + n, and those after
+            2n are not rotated. Default: all frequencies in their order, repeated every `head_dim` components.
         rope_layers (`list[bool]`, *optional*): Per layer, whether queries and keys are rotated. Default: all are.
         rope_recompute (`bool`): Whether generation computes the cache anew when a text outgrows the
             `original_max_position_embeddings` of `"longrope"`, from where on all keys are rotated by other frequencies
@@ -103,11 +115,14 @@ class MQAConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     num_key_value_heads: int = 1
     head_dim: int = None  # type: ignore[assignment]
-    qk_head_dim: int = None  # type: ignore[assignment]
-    v_head_dim: int = None  # type: ignore[assignment]
+    qk_head_dim: int | list[int] = None  # type: ignore[assignment]
+    v_head_dim: int | list[int] = None  # type: ignore[assignment]
+    cross_qk_head_dim: int | list[int] = None  # type: ignore[assignment]
+    cross_v_head_dim: int | list[int] = None  # type: ignore[assignment]
     attention_scale: float = None  # type: ignore[assignment]
     position_embedding: str = "rotary"
     rope_parameters: dict = None  # type: ignore[assignment]
+    rope_frequencies: list[list[int]] | None = None
     rope_layers: list[bool] = None  # type: ignore[assignment]
     rope_recompute: bool = False
     max_position_embeddings: int = 2048
@@ -159,10 +174,9 @@ class MQAConfig(PreTrainedConfig):
             self.embedding_size = self.hidden_size
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.qk_head_dim is None:
-            self.qk_head_dim = self.head_dim
-        if self.v_head_dim is None:
-            self.v_head_dim = self.head_dim
+        for name in WIDTHS:
+            if getattr(self, name) is None:
+                setattr(self, name, self.head_dim)
         if self.attention_scale is None:
             self.attention_scale = self.head_dim**-0.5
         if self.rope_layers is None:
@@ -221,15 +235,35 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
             )
-        if self.position_embedding == "rotary" and self.qk_head_dim % self.head_dim:
-            raise ValueError(f"qk_head_dim ({self.qk_head_dim}) must be a multiple of head_dim ({self.head_dim})")
-        for name in ("rope_layers", "layer_types"):
-            if len(getattr(self, name)) != self.num_hidden_layers:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers; give one each"
-                )
+        for name in ("rope_layers", "layer_types", "rope_frequencies", *WIDTHS):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one each")
+        for i in range(self.num_hidden_layers):
+            self._check_widths(i)
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+
+    def _check_widths(self, layer: int):
+        for name in WIDTHS:
+            if of_layer(getattr(self, name), layer) < 1:
+                raise ValueError(f"{name} must be positive, got {of_layer(getattr(self, name), layer)}")
+        width = of_layer(self.qk_head_dim, layer)
+        if self.position_embedding != "rotary" or not self.rope_layers[layer]:
+            return
+        if self.rope_frequencies is None:
+            if width % self.head_dim:
+                raise ValueError(
+                    f"qk_head_dim ({width}) must be a multiple of head_dim ({self.head_dim}), or rope_frequencies say "
+                    "which frequency each pair of components has"
+                )
+        else:
+            pairs, known = self.rope_frequencies[layer], self.rotary_dim // 2
+            if 2 * len(pairs) > width or any(not 0 <= j < known for j in pairs):
+                raise ValueError(
+                    f"rope_frequencies of layer {layer} must be at most {width // 2} numbers below {known}: "
+                    f"{len(pairs)} are given, the largest {max(pairs, default=None)}"
+                )
 
     @property
     def rotary_dim(self) -> int:
@@ -239,12 +273,13 @@ class MQAConfig(PreTrainedConfig):
     @property
     def kv_bytes_per_token(self) -> int:
         """Cache bytes that one token takes at 16 bits a value, all self-attention layers together (none sliding)."""
-        return self._kv_bytes(self.num_key_value_heads)
+        return self._kv_bytes(self.num_key_value_heads, "qk_head_dim", "v_head_dim")
 
     @property
     def cross_kv_bytes_per_token(self) -> int:
         """Cache bytes that one token of the encoder takes at 16 bits a value, all cross-attention layers together."""
-        return self._kv_bytes(self.cross_num_key_value_heads or 0)
+        return self._kv_bytes(self.cross_num_key_value_heads or 0, "cross_qk_head_dim", "cross_v_head_dim")
 
-    def _kv_bytes(self, heads: int) -> int:
-        return 2 * self.num_hidden_layers * heads * (self.qk_head_dim + self.v_head_dim)
+    def _kv_bytes(self, heads: int, *widths: str) -> int:
+        layers = range(self.num_hidden_layers)
+        return 2 * heads * sum(of_layer(getattr(self, name), i) for name in widths for i in layers)

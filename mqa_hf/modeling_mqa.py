@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -30,7 +31,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
-from .configuration_mqa import MQAConfig
+from .configuration_mqa import MQAConfig, of_layer
 
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 MASKS: dict[tuple[bool, str], Callable] = {
@@ -157,6 +158,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
     return rotated.flatten(-2) if width > head_dim else rotated
 
 
+def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
+    """Where the cosine and sine of each rotated component of a layer stand among those of all frequencies."""
+    assert config.rope_frequencies is not None
+    pairs = torch.tensor(config.rope_frequencies[layer], dtype=torch.long)
+    return torch.cat((pairs, pairs + config.rotary_dim // 2))
+
+
 def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
     """[B, T, d] -> [B, heads, T, width]."""
     return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
@@ -168,13 +176,15 @@ class MQAAttention(nn.Module):
     With `cross`, keys and values come from an encoder's output; a cache keeps them after the first step.
     """
 
+    rotated: torch.Tensor | None
+
     def __init__(self, config: MQAConfig, layer_idx: int, cross: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.qk_head_dim = config.qk_head_dim
-        self.v_head_dim = config.v_head_dim
+        self.qk_head_dim = of_layer(config.cross_qk_head_dim if cross else config.qk_head_dim, layer_idx)
+        self.v_head_dim = of_layer(config.cross_v_head_dim if cross else config.v_head_dim, layer_idx)
         self.cross = cross
         d, H = config.hidden_size, config.num_attention_heads
         G = config.cross_num_key_value_heads if cross else config.num_key_value_heads
@@ -186,6 +196,8 @@ class MQAAttention(nn.Module):
         self.rotary = config.rope_layers[layer_idx] and not cross
         sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
         self.sliding_window = config.sliding_window if sliding else None
+        chosen = config.rope_frequencies is not None and self.rotary
+        self.register_buffer("rotated", rotated_components(config, layer_idx) if chosen else None, persistent=False)
         self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
@@ -216,8 +228,7 @@ class MQAAttention(nn.Module):
             key = project(self.k_proj, states, self.qk_head_dim)
             value = project(self.v_proj, states, self.v_head_dim)
             if self.rotary and position_embeddings is not None:
-                cos, sin = position_embeddings
-                query, key = rotate(query, cos, sin, self.head_dim), rotate(key, cos, sin, self.head_dim)
+                query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
                 if self.cross and isinstance(past_key_values, EncoderDecoderCache):
@@ -238,6 +249,12 @@ class MQAAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(B, T, -1)), weights
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate queries or keys [B, heads, T, qk_head_dim]; `cos` and `sin` are those of all frequencies."""
+        if self.rotated is None:
+            return rotate(x, cos, sin, self.head_dim)
+        return rotate(x, cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
 
 
 class MQAMLP(nn.Module):
@@ -335,6 +352,11 @@ class MQAPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(MQAAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(MQAAttention, index=1, layer_name="cross_attn"),
     }
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MQAAttention) and module.rotated is not None:  # not in the checkpoint
+            init.copy_(module.rotated, rotated_components(module.config, module.layer_idx))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Folded attention is the default of this class; any other that can run the model is taken when asked for."""

@@ -1,0 +1,1 @@
+"""Training: small models from scratch, to convert and to compare with."""
