@@ -27,7 +27,7 @@ from mqa_hf.modeling_mqa import MQAAttention, MQADecoderLayer, MQAModel, project
 
 from . import fitting
 from .errors import ConversionError
-from .pooling import CanonicalConfig, heads_of
+from .pooling import METHODS, CanonicalConfig, heads_of
 from .widths import Curves, rotated_pairs
 
 Tensors = dict[str, torch.Tensor]
@@ -40,6 +40,7 @@ class FitOptions:
     """How heads are fitted.
 
     Attributes:
+        method: "shared", or one of those that look at no data, whose output projection is then refitted.
         refit: whether the output projection is refitted.
         queries: positions of each sequence at which attention is looked at.
         batch: sequences that pass a layer at once.
@@ -50,6 +51,7 @@ class FitOptions:
         mapped_above: bytes of hidden states above which they lie there.
     """
 
+    method: str = "shared"
     refit: bool = True
     queries: int = 64
     batch: int = 8
@@ -240,7 +242,7 @@ class Calibration:
 
     def masks(self, stack: Stack, layer: MQADecoderLayer, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The additive masks [B or 1, H or 1, T, S] of a layer's self- and cross-attention for some sequences."""
-        x = torch.empty(stack.tokens[rows].shape + (1,), device=self.device)
+        x = torch.empty((*stack.tokens[rows].shape, 1), device=self.device)
         known = None if stack.valid is None else self.valid(stack, rows)
         position_ids = torch.arange(x.shape[1], device=self.device)[None]
         ready = stack.shell.make_masks(x, known, position_ids, None)
@@ -306,11 +308,14 @@ class Calibration:
                         old
                     )
                 continue
-            seen = self.look(stack, teacher, student, site, self.heads[attention])
-            where = f"{stack_name} {site} of layer {number}".strip()
-            self.check(old, seen, where)
             new = getattr(student, site)
-            fit = self.fit_heads(old, seen, new.qk_head_dim, new.v_head_dim, stack.pooled.rope_frequencies is not None)
+            if self.options.method == "shared":
+                seen = self.look(stack, teacher, student, site, self.heads[attention])
+                self.check(old, seen, f"{stack_name} {site} of layer {number}".strip())
+                choose = stack.pooled.rope_frequencies is not None
+                fit = self.fit_heads(old, seen, new.qk_head_dim, new.v_head_dim, choose)
+            else:
+                fit = self.pooled_heads(old, self.heads[attention])
             if site == "self_attn" and stack.pooled.rope_frequencies is not None:
                 stack.pooled.rope_frequencies[number] = fit.frequencies
             new = self.attention(stack, stack.pooled, number, site, fit.tensors, old)
@@ -319,8 +324,9 @@ class Calibration:
                 self.refit(stack, teacher, student, site)
             name = "cross_" if site == "cross_attn" else ""
             report |= {f"{name}{key}": value for key, value in self.compare(stack, teacher, student, site).items()}
-            report[f"{name}discarded_key_energy"] = fit.discarded_key_energy
-            report[f"{name}discarded_value_energy"] = fit.discarded_value_energy
+            if self.options.method == "shared":
+                report[f"{name}discarded_key_energy"] = fit.discarded_key_energy
+                report[f"{name}discarded_value_energy"] = fit.discarded_value_energy
             result = {n: t for n, t in result.items() if f".{site}." not in n or ".relative_bias." in n}
             result |= {f"{prefix}{site}.{n}": t.cpu() for n, t in new.state_dict().items() if "relative_bias" not in n}
         self.advance(stack, teacher, student)
@@ -517,6 +523,20 @@ class Calibration:
         frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
         return Fit(fitted, frequencies, discarded_k, discarded_v)
 
+    def pooled_heads(self, attention: MQAAttention, new: int) -> Fit:
+        """The heads of a method that looks at no data; the bias of values goes to the output as in `fit_heads`."""
+        fitted = {n: t for n, t in attention.state_dict().items() if n.split(".")[0] in ("q_proj", "k_proj", "o_proj")}
+        fitted["v_proj.weight"] = attention.v_proj.weight
+        heads = attention.config.num_attention_heads // attention.num_key_value_groups
+        for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight"):
+            if name in fitted:
+                old = fitted[name].detach().cpu().unflatten(0, (new, heads // new, -1))
+                pool = METHODS[self.options.method]
+                fitted[name] = pool(old, self.generator, attention.config.initializer_range).flatten(0, 1)
+        if attention.o_proj.bias is not None or attention.v_proj.bias is not None:
+            fitted["o_proj.bias"] = self.folded_bias(attention)
+        return Fit(fitted, [], 0.0, 0.0)
+
     def folded_bias(self, attention: MQAAttention) -> torch.Tensor:
         """The bias of the output [d] with that of the values in it: attention weights add up to 1."""
         output, value = attention.o_proj, attention.v_proj
@@ -694,14 +714,15 @@ class Calibration:
         return config
 
     def share(self, stack: Stack, layer: MQADecoderLayer, site: str) -> float:
-        """The energy of an attention's output relative to that of what it is added to, on held-out tokens."""
+        """The size of an attention's output relative to that of the stream it is added to and ends in, on held-out
+        tokens: what a relative error of the output means for the layers above."""
         output = stream = 0.0
         for rows in self.batches(stack, held_out=True):
             kept = self.valid(stack, rows)
-            y = self.heads_output(stack, getattr(layer, site), *self.at(stack, layer, site, rows))[1]
-            output += float(y[kept].double().square().sum())
-            stream += float(stack.states[rows].to(self.device)[kept].double().square().sum())
-        return output / stream if stream else 0.0
+            y = self.heads_output(stack, getattr(layer, site), *self.at(stack, layer, site, rows))[1][kept]
+            output += float(y.double().square().sum())
+            stream += float((stack.states[rows].to(self.device)[kept] + y).double().square().sum())
+        return (output / stream) ** 0.5 if stream else 0.0
 
     # -- the whole ------------------------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def convert(
     key_width: float | None = None,
     value_width: float | None = None,
     cache_budget: str | float | None = None,
-    refit: bool = True,
+    refit: bool | None = None,
     device: str = "cpu",
     target: str = "mqa",
     dtype: str | None = None,
@@ -108,8 +108,8 @@ def convert(
         key_width, value_width: the same of keys and of values alone. Default: `head_width`.
         cache_budget: of "shared", in place of widths: bytes of cache per token at 16 bits a value, or the share of the
             source's such as "25%". The widths of each layer's keys and values are chosen so that the least is lost.
-        refit: of "shared", whether each layer's output projection is refitted.
-        device: of "shared", where layers run.
+        refit: whether each layer's output projection is refitted on calibration text. Default: for "shared" only.
+        device: where layers run that see calibration text.
         target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
             transformers, where one can hold the model.
         dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
@@ -140,8 +140,12 @@ def convert(
     if private and not push_to_hub:
         raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
     widths_asked = (head_width != 1, key_width is not None, value_width is not None, cache_budget is not None)
-    if method != "shared" and (calibration is not None or calibration_columns or any(widths_asked)):
-        raise ConversionError(f"calibration text, widths and --cache-budget are for --method shared, not {method}")
+    refit = method == "shared" if refit is None else refit
+    calibrated = method == "shared" or refit
+    if method != "shared" and any(widths_asked):
+        raise ConversionError(f"widths and --cache-budget are for --method shared, not {method}")
+    if not calibrated and (calibration is not None or calibration_columns):
+        raise ConversionError(f"calibration text is for --method shared and for --refit; --method {method} reads none")
     if cache_budget is not None and any(widths_asked[:3]):
         raise ConversionError(
             "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
@@ -157,7 +161,8 @@ def convert(
         "kv_heads": kv_heads,
         "attentions": attentions,
         "window": window,
-        "factors": factors if method == "shared" else None,
+        "factors": factors if calibrated else None,
+        "chosen_frequencies": method == "shared",
         "target": target,
         "dtype": DTYPES[dtype] if dtype else None,
         "ignore": frozenset(ignore_switches),
@@ -171,13 +176,14 @@ def convert(
         "window": window,
         "calibration": None if calibration is None else str(calibration),
         "calibration_columns": ",".join(calibration_columns) or None,
-        "calibration_tokens": calibration_tokens if method == "shared" else None,
-        "sequence_length": sequence_length if method == "shared" else None,
+        "calibration_tokens": calibration_tokens if calibrated else None,
+        "sequence_length": sequence_length if calibrated else None,
         "head_width": head_width if method == "shared" and cache_budget is None else None,
         "key_width": key_width,
         "value_width": value_width,
         "cache_budget": None if cache_budget is None else str(cache_budget),
         "no_refit": method == "shared" and not refit,
+        "refit": method != "shared" and refit,
         "target": target,
         "dtype": dtype,
         "seed": seed,
@@ -187,10 +193,11 @@ def convert(
     }
     place = resolve_output(output, plan.source.directory, overwrite)
     fit = None
-    if method == "shared":
+    if calibrated:
         length = min(sequence_length, _longest(plan.config))
         examples = _examples(plan, calibration, list(calibration_columns), calibration_tokens, length, seed)
         options_of_fit = FitOptions(
+            method=method,
             refit=refit,
             held_out=max(1, len(examples.tokens) // 16),
             device=device,
@@ -294,8 +301,8 @@ def _parts(plan: "Plan") -> list[tuple[tuple[str, int] | None, list[Step]]]:
             parts.append((None, [step]))
         else:
             layers.setdefault(step.layer, []).append(step)
-    parts.extend(sorted(layers.items(), key=lambda item: (item[0][0] != "encoder", item[0])))
-    return parts
+    ordered = sorted(layers.items(), key=lambda item: (item[0][0] != "encoder", item[0]))
+    return [*parts, *ordered]
 
 
 @dataclass(frozen=True)
@@ -335,6 +342,7 @@ def make_plan(
     dtype: torch.dtype | None,
     ignore: frozenset[str],
     widths: dict[str, Widths] | None = None,
+    chosen_frequencies: bool = True,
 ) -> Plan:
     """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
     if target == "native" and source.config.model_type in NATIVE_ONLY:
@@ -353,6 +361,8 @@ def make_plan(
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:
         pooled = _fitted(config, pooled, chosen, factors, widths, target)
+        if isinstance(pooled, MQAConfig) and not chosen_frequencies:
+            pooled.rope_frequencies = None
     reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))

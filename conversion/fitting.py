@@ -177,9 +177,9 @@ def plain_keys(
 ) -> Keys:
     """Keys that are not rotated; any invertible map of a key head can be undone in its queries.
 
-    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' (S `moment`, of the inputs of queries) and C = Cov(x) (of `seen`, the moment of
-    the inputs of keys; a constant added to every key is invisible to softmax), the
-    stack of Σ_i^½ W_K,i C^½ = U s V' gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
+    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' (S `moment`, of the inputs of queries) and C = Cov(x) (of `seen`, the moment
+    of those of keys; a constant added to every key is invisible to softmax), the stack of Σ_i^½ W_K,i C^½ = U s V'
+    gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
     Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
     """
     m, D, augmented = w_k.shape

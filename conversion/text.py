@@ -207,8 +207,8 @@ def seq2seq_tokens(
     """Calibration tokens of an encoder-decoder model: source [N, S] and the decoder's input [N, T], each with which of
     its tokens are no padding.
 
-    Pairs of texts are taken as they are. Of one text, spans are hidden where the tokenizer has sentinels (T5), else the
-    decoder writes what the encoder reads.
+    Pairs of texts are taken as they are. Of one text, spans are hidden where the tokenizer has sentinels (T5), else
+    the decoder writes what the encoder reads.
 
     Args:
         directory, source, columns, seed: see [`calibration_tokens`] and [`pairs`].
@@ -248,8 +248,8 @@ def seq2seq_tokens(
                 break
     if len(sources) < 2:
         raise ConversionError(
-            f"the calibration text gives {len(sources)} examples; at least two are needed, with {length} tokens a side "
-            "where it is not in pairs"
+            f"the calibration text gives {len(sources)} examples; at least two are needed, of {length} tokens where "
+            "they are not pairs"
         )
     pad = config.pad_token_id or 0
     start = config.decoder_start_token_id

@@ -24,8 +24,8 @@ class Curves:
         keys, values: share of the energy that is left out with 0, 1, ... components of each new head; convex, from 1
             down to 0 at the width of all old heads.
         unit_keys, unit_values: width of an old head.
-        key_cost, value_cost: squared error of the attention's output, relative to what it is added to, with one old
-            head's width of keys (values) and all of the other.
+        key_cost, value_cost: squared relative error of the attention's output with one old head's width of keys
+            (values) and all of the other, times the output's share of the stream that it is added to.
     """
 
     keys: torch.Tensor

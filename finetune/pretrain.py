@@ -4,7 +4,7 @@
         --config '{"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, ...}' --tokens 100000000
 
 trains a byte-level BPE tokenizer on the text, then the model with transformers' `Trainer`, and leaves a checkpoint
-that loads like any other. The text is read again from the start, in another order, until it has given the tokens wanted.
+that loads like any other. The text is read again, in another order, until it has given the tokens wanted.
 """
 
 import json

@@ -33,7 +33,7 @@ ERRORS = (
     *("attention_error", "attention_kl", "discarded_key_energy", "discarded_value_energy"),
     *("cross_attention_error", "cross_attention_kl", "cross_discarded_key_energy", "cross_discarded_value_energy"),
 )
-OUTPUT, HUB, SHARED = "Output", "Hub", "With --method shared"
+OUTPUT, HUB, SHARED = "Output", "Hub", "Fitted heads (--method shared)"
 
 
 @app.command()
@@ -91,9 +91,14 @@ def convert(
             rich_help_panel=SHARED,
         ),
     ] = None,
-    no_refit: Annotated[
-        bool, typer.Option("--no-refit", help="Leave the output projections unfitted.", rich_help_panel=SHARED)
-    ] = False,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Whether output projections are refitted on the calibration text. Default: with --method shared.",
+            rich_help_panel=SHARED,
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where layers run.", rich_help_panel=SHARED)] = "cpu",
     target: Annotated[
         str,
@@ -139,7 +144,7 @@ def convert(
         key_width=key_width,
         value_width=value_width,
         cache_budget=cache_budget,
-        refit=not no_refit,
+        refit=refit,
         device=device,
         target=target,
         dtype=dtype,

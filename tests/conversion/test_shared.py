@@ -124,11 +124,11 @@ def test_the_default_text_is_there_without_a_network():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"head_width": 7}, "--head-width 7 is more than the 6 old heads"),
-        ({"head_width": 0}, "--head-width and --calibration-tokens must be at least 1"),
+        ({"head_width": 7}, "--key-width 7 is more than the 6 old heads"),
+        ({"head_width": 0}, "widths must be above 0"),
         ({"window": 4}, "--window and --method shared"),
         ({"device": "warp"}, "--device warp: "),
-        ({"method": "mean", "head_width": 2}, "are for --method shared, not mean"),
+        ({"method": "mean", "head_width": 2}, "widths and --cache-budget are for --method shared, not mean"),
         ({"calibration": "/nowhere.txt"}, "--calibration /nowhere.txt cannot be read"),
         ({"calibration_tokens": 10}, "at least two sequences of 32 are needed"),
     ],
@@ -142,7 +142,7 @@ def test_requests_that_cannot_be(options, match, tmp_path):
 
 def test_what_it_is_not_for(tmp_path):
     source = save(make_seq2seq("t5", T5), tmp_path / "t5")
-    with pytest.raises(ConversionError, match="decoder-only models"):
+    with pytest.raises(ConversionError, match="tokenizer"):
         convert(source, tmp_path / "ours", method="shared")
     bare = save(make_model("llama", LLAMA), tmp_path / "bare")
     with pytest.raises(ConversionError, match="tokenizer"):
