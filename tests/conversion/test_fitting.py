@@ -1,5 +1,7 @@
 """The closed forms against brute force, and what must be lossless."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -24,47 +26,76 @@ def complex_rows(w):
     return torch.complex(w[..., : w.shape[-2] // 2, :], w[..., w.shape[-2] // 2 :, :])
 
 
-def rotary_objective(w_k, w_q, keys, moment):
+def rotary_moments(w_k, w_q, moment):
+    """What `rotary_keys` takes, were the keys of every query spread as the inputs are."""
+    keys, queries, S = complex_rows(w_k), complex_rows(w_q), moment.to(torch.complex128)
+    spread = torch.einsum("ajx,xy,bjy->jab", keys, S, keys.conj())
+    power = torch.einsum("njx,xy,njy->nj", queries, S, queries.conj()).real
+    energy = torch.zeros(m, D // 2, dtype=torch.float64).index_add_(0, HEAD_OF, power)
+    return spread, energy.T
+
+
+def fit_rotary(w_k, w_q, moment, counts):
+    return fitting.rotary_keys(w_k, w_q, HEAD_OF, *rotary_moments(w_k, w_q, moment), torch.tensor(counts))
+
+
+def components(w, counts):
+    """Complex rows by frequency [count, ...] of fitted keys or queries."""
+    return complex_rows(w).split(counts, dim=-2)
+
+
+def rotary_objective(w_k, w_q, keys, moment, counts):
     """Σ over query heads and frequencies of E|q|² E|k_a − b α|², the key energy that the fit weighs."""
-    width = keys.w_k.shape[0] // D
     old, total = complex_rows(w_k), 0.0
-    new = complex_rows(keys.w_k.unflatten(0, (width, D)))  # [M, D/2, d + 1]
-    q, q_new = complex_rows(w_q), complex_rows(keys.w_q.unflatten(1, (width, D)))
-    for h in range(n):
-        for j in range(D // 2):
+    q = complex_rows(w_q)
+    for j, (new, q_new) in enumerate(zip(components(keys.w_k, counts), components(keys.w_q, counts))):
+        for h in range(n):
             energy = (q[h, j] @ moment.to(q.dtype) @ q[h, j].conj()).real
             anchor = q[h, j].abs().argmax()
-            b = (q_new[h, :, j, anchor] / q[h, j, anchor]).conj()
-            rest = old[HEAD_OF[h], j] - b @ new[:, j]
+            b = (q_new[h, :, anchor] / q[h, j, anchor]).conj()
+            rest = old[HEAD_OF[h], j] - b @ new
             total += energy * (rest @ moment.to(rest.dtype) @ rest.conj()).real
     return float(total)
 
 
-@pytest.mark.parametrize("width", [1, 2])
-def test_rotary_keys_are_the_best_of_any(moment, width):
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 2, 2], [1, 1, 2]])
+def test_rotary_keys_are_the_best_of_any(moment, counts):
     """Gradient descent over all shared rows and factors finds nothing better."""
     w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
-    keys = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, width)
-    fitted = rotary_objective(w_k, w_q, keys, moment)
-    old, q = complex_rows(w_k), complex_rows(w_q)
+    keys = fit_rotary(w_k, w_q, moment, counts)
+    fitted = rotary_objective(w_k, w_q, keys, moment, counts)
+    old = complex_rows(w_k)
     S = moment.to(old.dtype)
-    energy = torch.einsum("njd,de,nje->nj", q, S, q.conj()).real
-    alpha = torch.randn(width, D // 2, d + 1, dtype=old.dtype).requires_grad_()
-    b = torch.randn(m, D // 2, width, dtype=old.dtype).requires_grad_()
-    optimizer = torch.optim.LBFGS([alpha, b], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    energy = rotary_moments(w_k, w_q, moment)[1]
+    best = 0.0
+    for j, count in enumerate(counts):
+        alpha = torch.randn(count, d + 1, dtype=old.dtype).requires_grad_()
+        b = torch.randn(m, count, dtype=old.dtype).requires_grad_()
+        optimizer = torch.optim.LBFGS([alpha, b], max_iter=2000, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
 
-    def loss():
-        optimizer.zero_grad()
-        rest = old - torch.einsum("ajc,cjd->ajd", b, alpha)
-        error = torch.einsum("ajd,de,aje->aj", rest, S, rest.conj()).real
-        value = (energy * error[HEAD_OF]).sum()
-        value.backward()
-        return value
+        def loss(j=j, alpha=alpha, b=b, optimizer=optimizer):
+            optimizer.zero_grad()
+            rest = old[:, j] - b @ alpha
+            value = (energy[j] * torch.einsum("ad,de,ae->a", rest, S, rest.conj()).real).sum()
+            value.backward()
+            return value
 
-    optimizer.step(loss)
-    best = float(loss())
+        optimizer.step(loss)
+        best += float(loss())
     assert fitted == pytest.approx(best, rel=1e-5)
     assert 0 < keys.discarded < 1
+
+
+def test_the_components_are_shared_out_to_the_frequencies_as_well_as_can_be(moment):
+    w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
+    w_k[:, 0], w_k[:, D // 2] = 0.01 * w_k[:, 0], 0.01 * w_k[:, D // 2]  # a frequency of little weight
+    gram = fitting.rotary_gram(*rotary_moments(w_k, w_q, moment))
+    counts = fitting.choose_frequencies(torch.linalg.eigvalsh(gram).flip(-1), 3).tolist()
+    assert sum(counts) == 3
+    assert counts[0] == 0
+    every = [c for c in itertools.product(range(m + 1), repeat=D // 2) if sum(c) == 3]
+    left = {c: fit_rotary(w_k, w_q, moment, c).discarded for c in every}
+    assert left[tuple(counts)] == pytest.approx(min(left.values()))
 
 
 def plain_objective(w_k, w_q, w_k_new, w_q_new, moment):
@@ -82,7 +113,7 @@ def test_plain_keys_are_the_best_of_any(moment, width):
     w_k[..., -1] = 0
     small = slice(0, 2)  # so that the rank is a limit: two components of each head
     w_k, w_q = w_k[:, small], w_q[:, small]
-    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, width)
+    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, 2 * width)
     fitted = plain_objective(w_k, w_q, keys.w_k, keys.w_q, moment)
     a = random(2 * width, d).requires_grad_()
     b = random(n, 2 * width, d + 1).requires_grad_()
@@ -105,7 +136,7 @@ def test_values_are_the_best_of_any(width):
     w_v, w_o = random(m, 2, d), random(n, d, 2)
     mixed = random(d, 30)
     mixed = mixed @ mixed.mT / 30
-    found = fitting.values(w_v, w_o, HEAD_OF, mixed, width)
+    found = fitting.values(w_v, w_o, HEAD_OF, mixed, 2 * width)
 
     def objective(a, b):
         rest = w_o @ w_v[HEAD_OF] - b @ a
@@ -127,10 +158,11 @@ def test_values_are_the_best_of_any(width):
 def test_the_fit_beats_the_mean_on_its_own_objective(moment):
     w_k, w_q = random(m, D, d + 1), random(n, D, d + 1)
     mean = fitting.Keys(w_k.mean(0), w_q, 0.0)
-    fitted = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, 1)
-    assert rotary_objective(w_k, w_q, fitted, moment) < rotary_objective(w_k, w_q, mean, moment)
+    once = [1] * (D // 2)
+    fitted = fit_rotary(w_k, w_q, moment, once)
+    assert rotary_objective(w_k, w_q, fitted, moment, once) < rotary_objective(w_k, w_q, mean, moment, once)
     w_k[..., -1] = 0
-    plain = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, 1)
+    plain = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, D)
     assert plain_objective(w_k, w_q, plain.w_k, plain.w_q, moment) < plain_objective(
         w_k, w_q, w_k.mean(0), w_q, moment
     )
@@ -146,7 +178,7 @@ def test_plain_keys_find_heads_that_are_one(gauge, moment):
     w_k[..., -1] = 0
     if gauge != "full width":
         w_k = random(m, D, D) @ w_k[:1]
-    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, m if gauge == "full width" else 1)
+    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, m * D if gauge == "full width" else D)
     x, y = random(7, d + 1), random(8, d + 1)
     expected, found = logits(w_k[HEAD_OF], w_q, x, y), logits(keys.w_k.expand(n, -1, -1), keys.w_q, x, y)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
@@ -160,15 +192,15 @@ def test_rotary_keys_find_heads_that_are_one(gauge, moment):
         factors = torch.randn(m, D // 2, 1, dtype=torch.complex128)
         turned = factors * complex_rows(w_k[0])
         w_k = torch.cat((turned.real, turned.imag), dim=1)
-    width = m if gauge == "full width" else 1
-    keys = fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, width)
+    counts = [m if gauge == "full width" else 1] * (D // 2)
+    keys = fit_rotary(w_k, w_q, moment, counts)
     x, y = random(7, d + 1), random(8, d + 1)
     # The products of each frequency, which is what any rotation is made of.
     q, k = complex_rows(w_q) @ x.mT.to(torch.complex128), complex_rows(w_k)[HEAD_OF] @ y.mT.to(torch.complex128)
-    new_q = complex_rows(keys.w_q.unflatten(1, (width, D))) @ x.mT.to(torch.complex128)
-    new_k = complex_rows(keys.w_k.unflatten(0, (width, D))) @ y.mT.to(torch.complex128)
     expected = torch.einsum("njt,njs->njts", q.conj(), k)
-    found = torch.einsum("ncjt,cjs->njts", new_q.conj(), new_k)
+    pairs = zip(components(keys.w_q, counts), components(keys.w_k, counts))
+    products = [torch.einsum("nct,cs->nts", (a @ x.mT.to(a.dtype)).conj(), b @ y.mT.to(b.dtype)) for a, b in pairs]
+    found = torch.stack(products, dim=1)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
     assert keys.discarded < 1e-9
 
@@ -176,7 +208,7 @@ def test_rotary_keys_find_heads_that_are_one(gauge, moment):
 def test_values_find_heads_that_are_one():
     w_v = random(m, 4, 4) @ random(1, 4, d)
     w_o, x = random(n, d, 4), random(50, d)
-    found = fitting.values(w_v, w_o, HEAD_OF, x.mT @ x / 50, 1)
+    found = fitting.values(w_v, w_o, HEAD_OF, x.mT @ x / 50, 4)
     torch.testing.assert_close(found.w_o @ found.w_v, w_o @ w_v[HEAD_OF], rtol=1e-7, atol=1e-7)
 
 
@@ -187,13 +219,13 @@ def test_dead_heads_and_moments_without_rank_do_no_harm():
     x = torch.cat((random(3, d), torch.ones(3, 1, dtype=torch.float64)), dim=1)  # three tokens for ten dimensions
     moment = x.mT @ x / 3
     for keys in (
-        fitting.rotary_keys(w_k, w_q, HEAD_OF, moment, 2),
-        fitting.plain_keys(w_k, w_q, HEAD_OF, moment, 2),
+        fit_rotary(w_k, w_q, moment, [2] * (D // 2)),
+        fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, 2 * D),
     ):
         assert torch.isfinite(keys.w_k).all()
         assert torch.isfinite(keys.w_q).all()
         assert (keys.w_q[:2] == 0).all()
-    found = fitting.values(0 * w_k[..., :-1], random(n, d, D), HEAD_OF, moment[:-1, :-1], 1)
+    found = fitting.values(0 * w_k[..., :-1], random(n, d, D), HEAD_OF, moment[:-1, :-1], D)
     assert torch.isfinite(found.w_v).all()
     assert found.discarded == 0
 

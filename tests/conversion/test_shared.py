@@ -1,17 +1,20 @@
 """`--method shared`: fitted heads through the whole conversion."""
 
+import itertools
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from seq2seq_sources import T5, make_seq2seq
+from seq2seq_sources import SEQ2SEQ_CASES, T5, make_seq2seq, seq2seq_difference
 from sources import CASES, IDS, LLAMA, batch, largest_difference, make_model, save
 from tokenizer import write_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from mqa_hf.conversion import ConversionError, convert
-from mqa_hf.conversion.text import documents
+from mqa_hf.conversion import ConversionError, ConversionWarning, calibration, convert
+from mqa_hf.conversion.calibration import FitOptions
+from mqa_hf.conversion.text import corrupt_spans, documents
+from mqa_hf.conversion.widths import Curves, choose_widths
 
 SMALL = {"calibration_tokens": 1024, "sequence_length": 32}
 CHOSEN = [
@@ -138,6 +141,160 @@ def test_requests_that_cannot_be(options, match, tmp_path):
     with pytest.raises(ConversionError, match=match):
         convert(source, tmp_path / "ours", **{"method": "shared", **SMALL, **options})
     assert not (tmp_path / "ours").exists()
+
+
+SEQ2SEQ = ["t5", "mt5", "umt5", "bart", "marian", "pegasus", "m2m_100", "blenderbot"]
+
+
+def make_pair_source(model_type, tmp_path):
+    """A tiny encoder-decoder model with a tokenizer, and pairs of texts of different lengths."""
+    config = next(config for name, _, config in SEQ2SEQ_CASES if name == model_type)
+    theirs = make_seq2seq(model_type, config)
+    source = save(theirs, tmp_path / "source")
+    write_tokenizer(source)
+    lines = [{"en": "a dull day " * (1 + i % 5), "de": "ein Tag " * (1 + i % 3)} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return source, theirs, {"calibration": str(tmp_path / "pairs.jsonl"), "calibration_columns": ["en", "de"]}
+
+
+def load_seq2seq(directory):
+    return AutoModelForSeq2SeqLM.from_pretrained(directory, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("model_type", SEQ2SEQ)
+def test_all_attentions_of_an_encoder_decoder_model_are_fitted(model_type, tmp_path):
+    source, theirs, text = make_pair_source(model_type, tmp_path)
+    heads = convert(source, tmp_path / "probe", method="first")["num_key_value_heads"]["before"]
+    options = {"method": "shared", "attentions": ["decoder", "cross", "encoder"], **text, **SMALL}
+    report = convert(source, tmp_path / "wide", head_width=heads, **options)
+    difference, size = seq2seq_difference(load_seq2seq(tmp_path / "wide"), load_seq2seq(source))
+    assert difference <= 2e-3 * size
+    assert report["held_out_loss"]["after"] == pytest.approx(report["held_out_loss"]["before"], abs=1e-3)
+    assert {layer["stack"] for layer in report["layers"]} == {"encoder", "decoder"}
+    assert all(layer["cross_attention_error"] < 1e-3 for layer in report["layers"] if layer["stack"] == "decoder")
+    distances = []
+    for method in ("mean", "shared"):
+        wanted = options if method == "shared" else {"attentions": options["attentions"]}
+        convert(source, tmp_path / "ours", overwrite=True, **{**wanted, "method": method})
+        distances.append(seq2seq_difference(load_seq2seq(tmp_path / "ours"), load_seq2seq(source))[0])
+    assert distances[1] < distances[0]
+
+
+def test_one_attention_alone_and_a_budget_for_both_caches(tmp_path):
+    source, _, text = make_pair_source("bart", tmp_path)
+    convert(source, tmp_path / "cross", method="shared", attentions=["cross"], head_width=6, **text, **SMALL)
+    difference, size = seq2seq_difference(load_seq2seq(tmp_path / "cross"), load_seq2seq(source))
+    assert difference <= 2e-3 * size  # the biases of the other attention's values have moved with them
+    report = convert(source, tmp_path / "half", method="shared", cache_budget="50%", **text, **SMALL)
+    for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
+        assert 0.4 < report[name]["after"] / report[name]["before"] <= 0.5
+    with pytest.raises(ConversionError, match="is a share"):
+        convert(source, tmp_path / "bytes", method="shared", cache_budget="640", **text, **SMALL)
+
+
+def test_one_text_for_an_encoder_decoder_model(tmp_path):
+    source, _, _ = make_pair_source("bart", tmp_path)
+    report = convert(source, tmp_path / "ours", method="shared", **SMALL)
+    assert report["held_out_loss"]["after"] > 0
+
+
+def test_span_corruption_hides_spans_and_tells_them():
+    ids = list(range(10, 110))
+    source, target = corrupt_spans(ids, range(1000, 1100), torch.Generator().manual_seed(0))
+    hidden, told = {}, {}
+    for row, spans in ((source, hidden), (target, told)):
+        last = None
+        for token in row:
+            if token >= 1000:
+                last = token
+            spans.setdefault(last, []).append(token)
+    rebuilt = hidden.get(None, [])
+    for sentinel, rest in hidden.items():
+        if sentinel is not None:
+            rebuilt = rebuilt + told[sentinel][1:] + rest[1:]
+    assert rebuilt == ids
+    assert 5 < len(ids) - sum(token < 1000 for token in source) < 35
+
+
+def test_a_budget_goes_where_it_is_needed_and_is_kept(tmp_path):
+    source, theirs = make("llama: multi-head", tmp_path)
+    report = convert(source, tmp_path / "ours", method="shared", cache_budget="0.5", **SMALL)
+    assert 0.4 < report["kv_bytes_per_token"]["after"] / report["kv_bytes_per_token"]["before"] <= 0.5
+    ours = load(tmp_path / "ours")
+    widths = [layer.self_attn.k_proj.out_features for layer in ours.model.layers]
+    assert widths == ours.config.qk_head_dim
+    ids = batch(4)[0]
+    cache = ours(ids, use_cache=True).past_key_values
+    assert [layer.keys.shape[-1] for layer in cache.layers] == widths
+    # Token by token with the cache is the same as at once, and a static cache the same as a growing one.
+    expected = ours.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
+    for options in ({}, {"cache_implementation": "static"}):
+        found = ours.generate(ids, max_new_tokens=8, do_sample=False, **options)
+        assert torch.equal(found, expected)
+    for wrong, match in (("0", "neither"), ("lots", "neither"), ("16", "need at least")):
+        with pytest.raises(ConversionError, match=match):
+            convert(source, tmp_path / "no", method="shared", cache_budget=wrong, **SMALL)
+
+
+def test_the_greedy_choice_of_widths_is_the_best():
+    steps = torch.rand(4, 5, dtype=torch.float64).sort(1, descending=True).values
+    left = torch.cat((steps.sum(1, keepdim=True), steps.sum(1, keepdim=True) - steps.cumsum(1)), 1)
+    left = left / left[:, :1]
+    costs = [1.0, 0.2, 3.0, 0.7]
+    curves = [Curves(left[2 * i], left[2 * i + 1], 1, 1, costs[2 * i], costs[2 * i + 1]) for i in range(2)]
+
+    def error(widths):
+        return sum(cost * left[i, w] / left[i, 1] for i, (cost, w) in enumerate(zip(costs, widths)))
+
+    keys, values = choose_widths(curves, 10, step=1)
+    found = [keys[0], values[0], keys[1], values[1]]
+    best = min(error(w) for w in itertools.product(range(1, 6), repeat=4) if sum(w) <= 10)
+    assert sum(found) == 10
+    assert float(error(found)) == pytest.approx(float(best))
+
+
+def test_keys_and_values_of_different_widths(tmp_path):
+    source, _ = make("gpt_neox: parallel, quarter rotary", tmp_path)
+    convert(source, tmp_path / "ours", method="shared", key_width=1.5, value_width=0.5, **SMALL)
+    config = load(tmp_path / "ours").config
+    assert (config.qk_head_dim, config.v_head_dim) == (1.5 * config.head_dim, 0.5 * config.head_dim)
+
+
+def test_refitted_mean_heads_are_nearer_than_the_mean(tmp_path):
+    source, theirs = make("llama: biases", tmp_path)
+    ids = batch(8)[0]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        distances = []
+        for options in ({}, {"refit": True, **SMALL}):
+            report = convert(source, tmp_path / "ours", overwrite=True, method="mean", **options)
+            distances.append(float((load(tmp_path / "ours")(ids).logits - expected).norm()))
+    assert distances[1] < distances[0]
+    assert "--refit" in report["command"]
+
+
+def test_large_states_lie_in_a_file_and_change_nothing(tmp_path, monkeypatch):
+    source, _ = make("llama: grouped", tmp_path)
+    convert(source, tmp_path / "one", method="shared", **SMALL)
+    monkeypatch.setattr(calibration, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(FitOptions.__init__, "__defaults__", (*FitOptions.__init__.__defaults__[:-1], 0))
+    convert(source, tmp_path / "two", method="shared", **SMALL)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert not list(tmp_path.glob(".states-*"))
+
+
+def test_doubtful_fits_are_warned_of(tmp_path):
+    model_type, _, config = CASES[IDS.index("llama: multi-head")]
+    theirs = make_model(model_type, config)
+    width = theirs.config.head_dim
+    theirs.model.layers[0].self_attn.q_proj.weight.data[:width] = 0
+    source = save(theirs, tmp_path / "source")
+    write_tokenizer(source)
+    with pytest.warns(ConversionWarning, match="few for a hidden size") as caught:
+        report = convert(source, tmp_path / "ours", method="shared", calibration_tokens=96, sequence_length=32)
+    assert any("1 in self_attn of layer 0" in str(w.message) for w in caught)
+    assert len(report["warnings"]) == 2
 
 
 def test_what_it_is_not_for(tmp_path):
