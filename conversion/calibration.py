@@ -82,8 +82,9 @@ class Seen:
     Attributes:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
-        spread, energy: [G, G, J] blocks by new head [K, J, m, m], and [G, J]; `None` where nothing is rotated.
+        spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` where nothing is rotated.
         tokens: how many were looked at.
+        rank: directions of the keys' inputs that the tokens span.
     """
 
     queries: torch.Tensor
@@ -92,6 +93,7 @@ class Seen:
     spread: torch.Tensor | None
     energy: torch.Tensor | None
     tokens: int
+    rank: int
 
 
 @dataclass
@@ -427,6 +429,8 @@ class Calibration:
                     spread -= mean.mT @ mean.conj()
                 counts["spread"] += len(visible)
         queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
+        spectrum = torch.linalg.eigvalsh(keys[:-1, :-1])
+        rank = int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
         for moment in (queries, keys):
             moment[:-1, :-1] = fitting.shrunk(moment[:-1, :-1])
         rotated = counts["spread"] or 1
@@ -437,6 +441,7 @@ class Calibration:
             spread / rotated if J else None,
             energy / rotated if J else None,
             min(counts["queries"], counts["keys"]),
+            rank,
         )
 
     def check(self, attention: MQAAttention, seen: Seen, where: str) -> None:
@@ -445,6 +450,9 @@ class Calibration:
         if seen.tokens < ENOUGH * d:
             few = f"{seen.tokens:,} calibration tokens are few for a hidden size of {d}"
             self.notes.setdefault(f"{few}; {ENOUGH * d:,} or more are better", [])
+        elif seen.rank < d:
+            spanned = f"the calibration text does not span what an attention can see, of {d} directions"
+            self.notes.setdefault(spanned, []).append(f"{seen.rank} in {where}")
         H = attention.o_proj.in_features // attention.v_head_dim
         by_head = attention.o_proj.weight.view(-1, H, attention.v_head_dim).square().sum((0, 2))
         q = attention.q_proj.weight.view(H, attention.qk_head_dim, -1).square().sum((1, 2))
