@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from isolated import run_without_the_package
 from safetensors.torch import load_file
 from seq2seq_sources import SEQ2SEQ_CASES, T5, make_seq2seq, seq2seq_difference
 from sources import CASES, IDS, LLAMA, batch, largest_difference, make_model, save
@@ -308,3 +309,22 @@ def test_what_it_is_not_for(tmp_path):
     bare = save(make_model("llama", LLAMA), tmp_path / "bare")
     with pytest.raises(ConversionError, match="tokenizer"):
         convert(bare, tmp_path / "ours", method="shared")
+
+
+def test_widths_of_each_layer_load_as_remote_code(tmp_path):
+    source, _ = make("llama: multi-head", tmp_path)
+    convert(source, tmp_path / "ours", method="shared", cache_budget="0.5", **SMALL)
+    program = """
+import json
+import torch
+from transformers import AutoModelForCausalLM
+(directory, ids) = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+with torch.no_grad():
+    print(json.dumps(model(torch.tensor(ids)).logits[0, -1].tolist()))
+"""
+    ids = [[5, 6, 7, 8, 9]]
+    found = run_without_the_package(program, tmp_path / "ours", ids, scratch=tmp_path)
+    with torch.no_grad():
+        expected = load(tmp_path / "ours")(torch.tensor(ids)).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
