@@ -35,7 +35,11 @@ CONFIGS = {
         "logit_scale": 0.3,
     },
     "wide keys, narrow values": {"qk_head_dim": 16, "v_head_dim": 4},
-    "widths of each layer": {"qk_head_dim": [8, 14], "v_head_dim": [4, 6], "rope_frequencies": [[0, 0, 3], [1, 2]]},
+    "widths of each layer": {
+        "qk_head_dim": [8, 14, 6],
+        "v_head_dim": [4, 6, 10],
+        "rope_frequencies": [[0, 0, 3], [1, 2], []],
+    },
     "post-norm, projected": {"residual": "post_norm", "final_norm": False, "embedding_size": 20},
     "parallel, partial rotary": {
         "residual": "parallel_shared_norm",
@@ -235,7 +239,7 @@ def test_base_model_loads_from_the_full_checkpoint(tmp_path):
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be divisible by num_key_value_heads \(4\)"),
         ({"qk_head_dim": 12}, r"qk_head_dim \(12\) must be a multiple of head_dim \(8\)"),
         ({"qk_head_dim": [8]}, r"qk_head_dim has 1 entries for \d+ layers"),
-        ({"rope_frequencies": [[0, 4]] * 2}, r"numbers below 4"),
+        ({"rope_frequencies": [[0, 4]] * 3}, r"numbers below 4"),
         ({"v_head_dim": 0}, r"v_head_dim must be positive"),
         ({"residual": "none"}, "residual must be one of sequential, .* got 'none'"),
         ({"rope_layers": [True]}, "rope_layers has 1 entries for 3 layers"),
