@@ -268,7 +268,7 @@ class MQAConfig(PreTrainedConfig):
     @property
     def rotary_dim(self) -> int:
         """Components of a head that are rotated where positions are rotary: the first of every `head_dim`."""
-        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
     @property
     def kv_bytes_per_token(self) -> int:

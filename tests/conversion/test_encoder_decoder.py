@@ -24,6 +24,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoT
 from mqa_hf.conversion import ConversionError, convert, inspect
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
+# T5 does not scale its attention, which makes rounding larger, by how much depends on the processor: 1.05e-4 was seen,
+# 3.7e-5 with all but the norms, which T5 computes in float32, in float64.
+UNSCALED = {"t5": 2e-4, "mt5": 2e-4, "umt5": 2e-4}
 FIRST = {family: (family, what, config) for family, what, config in reversed(SEQ2SEQ_CASES)}
 
 
@@ -67,7 +70,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(
     theirs, ours = load_source(source, model_type), load(tmp_path / "ours", model_type)
     overwrite_with_mean(theirs, 1, attentions)
     difference, size = seq2seq_difference(ours, theirs)
-    assert difference <= TOLERANCE, f"{difference} on logits up to {size}"
+    assert difference <= UNSCALED.get(model_type, TOLERANCE), f"{difference} on logits up to {size}"
     assert {name for name, heads in report["attentions"].items() if heads["after"] == 1} == set(attentions)
 
 
