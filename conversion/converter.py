@@ -476,7 +476,7 @@ def walk(
                     canonical, errors = fit.fit(stack, number, prefix, canonical)
                     if errors and progress:
                         said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
-                        bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False)
+                        bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
                 else:
                     errors = pool_layer(
                         canonical,
