@@ -27,7 +27,7 @@ from mqa_hf.modeling_mqa import MQAAttention, MQADecoderLayer, MQAModel, project
 
 from . import fitting
 from .errors import ConversionError
-from .pooling import METHODS, CanonicalConfig, heads_of
+from .pooling import CanonicalConfig, heads_of, pool_layer
 from .widths import Curves, rotated_pairs
 
 Tensors = dict[str, torch.Tensor]
@@ -48,7 +48,6 @@ class FitOptions:
         device: where layers run.
         seed: of the choice of those positions.
         scratch: directory for hidden states that memory should not hold.
-        mapped_above: bytes of hidden states above which they lie there.
     """
 
     method: str = "shared"
@@ -59,7 +58,6 @@ class FitOptions:
     device: str = "cpu"
     seed: int = 0
     scratch: Path | None = None
-    mapped_above: int = MAPPED_ABOVE
 
 
 @dataclass(frozen=True)
@@ -110,6 +108,7 @@ class Fit:
 class Stack:
     """The calibration tokens on their way through one stack of layers."""
 
+    prefix: str  # of its tensors' canonical names
     config: MQAConfig
     pooled: MQAConfig
     tokens: torch.Tensor
@@ -126,6 +125,10 @@ def layer_config(config: MQAConfig) -> MQAConfig:
     config = copy.deepcopy(config)
     config._attn_implementation = ATTENTION_NAME
     return config
+
+
+def old_heads(attention: MQAAttention) -> int:
+    return attention.k_proj.out_features // attention.qk_head_dim
 
 
 class Calibration:
@@ -156,39 +159,43 @@ class Calibration:
         if isinstance(config, MQASeq2SeqConfig):
             assert isinstance(pooled, MQASeq2SeqConfig)
             assert examples.source is not None
-            encoder = self.stack(config.encoder, pooled.encoder, examples.source, examples.source_valid)
+            encoder = self.stack(
+                "model.encoder.", config.encoder, pooled.encoder, examples.source, examples.source_valid
+            )
             self.stacks["encoder"] = encoder
-            self.stacks["decoder"] = self.stack(config.decoder, pooled.decoder, examples.tokens, examples.valid)
-            self.stacks["decoder"].memory = encoder
+            decoder = self.stack("model.decoder.", config.decoder, pooled.decoder, examples.tokens, examples.valid)
+            self.stacks["decoder"] = decoder
+            decoder.memory = encoder
             if config.share_embeddings:
-                encoder.shell.embed_tokens = self.stacks["decoder"].shell.embed_tokens
+                encoder.shell.embed_tokens = decoder.shell.embed_tokens
         else:
             assert isinstance(pooled, MQAConfig)
-            self.stacks[""] = self.stack(config, pooled, examples.tokens, examples.valid)
+            self.stacks[""] = self.stack("model.", config, pooled, examples.tokens, examples.valid)
         self.last = list(self.stacks.values())[-1]
-        decoder = self.last.config
-        self.head = nn.Linear(decoder.embedding_size, decoder.vocab_size, bias=decoder.lm_head_bias).to(self.device)
+        last = self.last.config
+        self.head = nn.Linear(last.embedding_size, last.vocab_size, bias=last.lm_head_bias).to(self.device)
         if config.tie_word_embeddings and self.last.shell.embed_tokens is not None:
             self.head.weight = self.last.shell.embed_tokens.weight
         self.fitted_rows = len(examples.tokens) - options.held_out
         self.notes: dict[str, list[str]] = {}  # what to warn of: where it was seen
 
-    def stack(self, config: MQAConfig, pooled: MQAConfig, tokens: torch.Tensor, valid: torch.Tensor | None) -> Stack:
+    def stack(
+        self, prefix: str, config: MQAConfig, pooled: MQAConfig, tokens: torch.Tensor, valid: torch.Tensor | None
+    ) -> Stack:
         empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": []}
         shell = MQAModel(MQAConfig(**{**config.to_dict(), **empty})).float().eval().to(self.device)
         # The shell makes masks and positions for every layer; explicit ones, of which rows can be taken.
         shell.config = copy.deepcopy(config)
         shell.config._attn_implementation = "eager"
-        return Stack(layer_config(config), layer_config(pooled), tokens, valid, shell)
+        return Stack(prefix, layer_config(config), layer_config(pooled), tokens, valid, shell)
 
     # -- what stands outside the layers ---------------------------------------------------------------------------
 
     def take(self, tensors: Tensors) -> None:
         """Keep those tensors outside the layers that the tokens pass: embeddings, final norms, head."""
         own = {f"lm_head.{name}": p for name, p in self.head.named_parameters()}
-        for stack_name, stack in self.stacks.items():
-            prefix = f"model.{stack_name}." if stack_name else "model."
-            own |= {f"{prefix}{name}": p for name, p in stack.shell.named_parameters()}
+        for stack in self.stacks.values():
+            own |= {f"{stack.prefix}{name}": p for name, p in stack.shell.named_parameters()}
         for name, tensor in tensors.items():
             if name in own:
                 own[name].data.copy_(tensor)
@@ -196,7 +203,7 @@ class Calibration:
     def room(self, *shape: int) -> torch.Tensor:
         """An empty float32 tensor, in a mapped file where it is large."""
         count = torch.Size(shape).numel()
-        if 4 * count <= self.options.mapped_above or self.options.scratch is None:
+        if 4 * count <= MAPPED_ABOVE or self.options.scratch is None:
             return torch.empty(shape)
         free = shutil.disk_usage(self.options.scratch).free
         if free < 4 * count:
@@ -204,9 +211,8 @@ class Calibration:
                 f"the hidden states of the calibration tokens take {4 * count:,} bytes at {self.options.scratch}, "
                 f"where {free:,} are free; lower --calibration-tokens"
             )
-        with tempfile.NamedTemporaryFile(
-            dir=self.options.scratch, prefix=".states-"
-        ) as file:  # mapped, it needs no name
+        # Once it is mapped, it needs no name.
+        with tempfile.NamedTemporaryFile(dir=self.options.scratch, prefix=".states-") as file:
             return torch.from_file(file.name, shared=True, size=count).view(shape)
 
     @torch.no_grad()
@@ -270,8 +276,9 @@ class Calibration:
         return [("self_attn", "decoder"), *([("cross_attn", "cross")] if stack_name else [])]
 
     def build(
-        self, config: MQAConfig, stack: Stack, number: int, prefix: str, tensors: Tensors, strict: bool = True
+        self, config: MQAConfig, stack: Stack, number: int, tensors: Tensors, strict: bool = True
     ) -> MQADecoderLayer:
+        prefix = f"{stack.prefix}layers.{number}."
         layer = MQADecoderLayer(config, number).float().eval()
         known = layer.state_dict()  # a key bias that softmax does not see is among the tensors, but not in the layer
         state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
@@ -282,24 +289,28 @@ class Calibration:
             stack.first = layer
         return layer
 
+    def enter(self, stack_name: str, number: int, tensors: Tensors) -> tuple[Stack, MQADecoderLayer]:
+        """The stack of a layer, its tokens at the layer's input, and the layer with all its heads."""
+        stack = self.stacks[stack_name]
+        if number == 0:
+            self.start(stack)
+        return stack, self.build(stack.config, stack, number, tensors)
+
     @torch.no_grad()
-    def fit(self, stack_name: str, number: int, prefix: str, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
+    def fit(self, stack_name: str, number: int, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
         """The converted layer, and how far its attentions are from the teacher's on held-out tokens.
 
         Args:
             stack_name: "" in a decoder-only model, else "encoder" or "decoder".
             number: of the layer.
-            prefix: of its tensors' canonical names.
             tensors: of the canonical layer with all its heads.
 
         Returns:
             Its tensors with fewer heads, and the report.
         """
-        stack = self.stacks[stack_name]
-        if number == 0:
-            self.start(stack)
-        teacher = self.build(stack.config, stack, number, prefix, tensors)
-        student = self.build(stack.pooled, stack, number, prefix, tensors, strict=False)
+        stack, teacher = self.enter(stack_name, number, tensors)
+        student = self.build(stack.pooled, stack, number, tensors, strict=False)
+        prefix = f"{stack.prefix}layers.{number}."
         result: Tensors = dict(tensors)
         report: dict[str, float] = {}
         for site, attention in self.sites(stack_name):
@@ -317,7 +328,7 @@ class Calibration:
                 choose = stack.pooled.rope_frequencies is not None
                 fit = self.fit_heads(old, seen, new.qk_head_dim, new.v_head_dim, choose)
             else:
-                fit = self.pooled_heads(old, self.heads[attention])
+                fit = self.pooled_heads(stack, old, site, attention)
             if site == "self_attn" and stack.pooled.rope_frequencies is not None:
                 stack.pooled.rope_frequencies[number] = fit.frequencies
             new = self.attention(stack, stack.pooled, number, site, fit.tensors, old)
@@ -337,9 +348,12 @@ class Calibration:
     def attention(
         self, stack: Stack, config: MQAConfig, number: int, site: str, fitted: Tensors, old: MQAAttention
     ) -> MQAAttention:
+        """The new attention: fitted projections, the bias of the old values in that of the output."""
         new = MQAAttention(config, number, cross=site == "cross_attn").float().eval()
         state = {name: t.float() for name, t in fitted.items()}
         state |= {f"relative_bias.{n}": t for n, t in (old.relative_bias or nn.Identity()).state_dict().items()}
+        if new.o_proj.bias is not None:
+            state["o_proj.bias"] = self.folded_bias(old)
         new.load_state_dict(state)
         return new.to(self.device)
 
@@ -387,7 +401,7 @@ class Calibration:
         """Gather what the teacher's attention sees where the student's tokens stand."""
         attention: MQAAttention = getattr(teacher, site)
         d, H = stack.config.hidden_size, stack.config.num_attention_heads
-        G = H // attention.num_key_value_groups
+        G = old_heads(attention)
         J = stack.config.rotary_dim // 2 if attention.rotary else 0
         options: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
         queries, keys = (torch.zeros(d + 1, d + 1, **options) for _ in range(2))
@@ -460,6 +474,14 @@ class Calibration:
         if dead:
             self.notes.setdefault("query heads of zeros have no say in the fit", []).append(f"{dead} in {where}")
 
+    def groups(self, attention: MQAAttention, new: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Of each new head: the old heads and the query heads that share it, and whose each of the latter was."""
+        G, g = old_heads(attention), attention.num_key_value_groups
+        m = G // new
+        head_of = torch.arange(m, device=self.device).repeat_interleave(g)
+        for i in range(new):
+            yield slice(i * m, (i + 1) * m), slice(i * m * g, (i + 1) * m * g), head_of
+
     def fit_heads(self, attention: MQAAttention, seen: Seen, width_k: int, width_v: int, choose: bool) -> Fit:
         """Projections and biases of the new attention.
 
@@ -471,7 +493,7 @@ class Calibration:
         """
         config = attention.config
         d, H = config.hidden_size, config.num_attention_heads
-        G, new = H // attention.num_key_value_groups, seen.mixed.shape[0]
+        G, new = old_heads(attention), seen.mixed.shape[0]
         D, Dv, m = attention.qk_head_dim, attention.v_head_dim, G // new
         R = config.rotary_dim if attention.rotary else 0
         pairs = rotated_pairs(width_k, R, D, m)
@@ -485,7 +507,6 @@ class Calibration:
         w_k = augmented(attention.k_proj).view(G, D, d + 1)
         w_v = attention.v_proj.weight.double().view(G, Dv, d)
         w_o = attention.o_proj.weight.double().view(d, H, Dv).transpose(0, 1)
-        old_of = torch.arange(H, device=self.device) // (H // G)
         counts = torch.zeros(0, dtype=torch.long)
         if R:
             assert seen.spread is not None
@@ -498,10 +519,7 @@ class Calibration:
                 counts = fitting.choose_frequencies(spectrum, pairs)
         keys, queries, vals, outs = [], [], [], []
         discarded_k = discarded_v = 0.0
-        for group in range(new):
-            heads = slice(group * m, (group + 1) * m)
-            qs = slice(group * H // new, (group + 1) * H // new)
-            head_of = old_of[qs] - heads.start
+        for group, (heads, qs, head_of) in enumerate(self.groups(attention, new)):
             parts = []
             if R:
                 assert seen.spread is not None
@@ -526,23 +544,24 @@ class Calibration:
             fitted["q_proj.bias"] = q[:, -1]
         if attention.k_proj.bias is not None:
             fitted["k_proj.bias"] = k[:, -1]
-        if attention.o_proj.bias is not None or attention.v_proj.bias is not None:
-            fitted["o_proj.bias"] = self.folded_bias(attention)
         frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
         return Fit(fitted, frequencies, discarded_k, discarded_v)
 
-    def pooled_heads(self, attention: MQAAttention, new: int) -> Fit:
-        """The heads of a method that looks at no data; the bias of values goes to the output as in `fit_heads`."""
-        fitted = {n: t for n, t in attention.state_dict().items() if n.split(".")[0] in ("q_proj", "k_proj", "o_proj")}
-        fitted["v_proj.weight"] = attention.v_proj.weight
-        heads = attention.config.num_attention_heads // attention.num_key_value_groups
-        for name in ("k_proj.weight", "k_proj.bias", "v_proj.weight"):
-            if name in fitted:
-                old = fitted[name].detach().cpu().unflatten(0, (new, heads // new, -1))
-                pool = METHODS[self.options.method]
-                fitted[name] = pool(old, self.generator, attention.config.initializer_range).flatten(0, 1)
-        if attention.o_proj.bias is not None or attention.v_proj.bias is not None:
-            fitted["o_proj.bias"] = self.folded_bias(attention)
+    def pooled_heads(self, stack: Stack, attention: MQAAttention, site: str, name: str) -> Fit:
+        """The heads of a method that looks at no data; `name` among `heads_of`."""
+        prefix = f"{stack.prefix}{site}."
+        state = {f"{prefix}{n}": t.cpu() for n, t in attention.state_dict().items() if "relative_bias" not in n}
+        pool_layer(
+            state,
+            before={name: old_heads(attention)},
+            after=self.heads,
+            attentions=[name],
+            method=self.options.method,
+            generator=self.generator,
+            std=attention.config.initializer_range,
+        )
+        fitted = {n.removeprefix(prefix): t for n, t in state.items()}
+        fitted.pop("v_proj.bias", None)
         return Fit(fitted, [], 0.0, 0.0)
 
     def folded_bias(self, attention: MQAAttention) -> torch.Tensor:
@@ -638,23 +657,20 @@ class Calibration:
     # -- the choice of widths -------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def survey(self, stack_name: str, number: int, prefix: str, tensors: Tensors) -> dict[str, Curves]:
+    def survey(self, stack_name: str, number: int, tensors: Tensors) -> dict[str, Curves]:
         """What each width of a layer's attentions would leave out; the tokens pass the teacher.
 
         Returns:
             By name among `heads_of`.
         """
-        stack = self.stacks[stack_name]
-        if number == 0:
-            self.start(stack)
-        teacher = self.build(stack.config, stack, number, prefix, tensors)
+        stack, teacher = self.enter(stack_name, number, tensors)
         curves = {}
         for site, name in self.sites(stack_name):
             if name not in self.attentions:
                 continue
             old: MQAAttention = getattr(teacher, site)
             new = self.heads[name]
-            m = stack.config.num_attention_heads // old.num_key_value_groups // new
+            m = old_heads(old) // new
             seen = self.look(stack, teacher, teacher, site, new)
             D, Dv = old.qk_head_dim, old.v_head_dim
             keys, values = (
@@ -678,14 +694,9 @@ class Calibration:
         """[most + 1]: the share of energy that 0, 1, ... components leave out, all new heads together."""
         spectra: list[torch.Tensor] = []
         config, new = attention.config, seen.mixed.shape[0]
-        H = config.num_attention_heads
-        G = H // attention.num_key_value_groups
-        m, d = G // new, config.hidden_size
+        H, G, d = config.num_attention_heads, old_heads(attention), config.hidden_size
         R = config.rotary_dim if attention.rotary else 0
-        for group in range(new):
-            heads = slice(group * m, (group + 1) * m)
-            qs = slice(group * H // new, (group + 1) * H // new)
-            head_of = torch.arange(H // new, device=self.device) // (H // G)
+        for group, (heads, qs, head_of) in enumerate(self.groups(attention, new)):
             if what == "values":
                 w_v = attention.v_proj.weight.double().view(G, -1, d)[heads]
                 w_o = attention.o_proj.weight.double().view(d, H, -1).transpose(0, 1)[qs]

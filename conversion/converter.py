@@ -150,6 +150,8 @@ def convert(
         raise ConversionError(
             "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
         )
+    if cache_budget is not None and target == "native":
+        raise ConversionError("--cache-budget is for --target mqa: native heads have the source's width")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -192,6 +194,11 @@ def convert(
         "ignore_switches": list(ignore_switches),
     }
     place = resolve_output(output, plan.source.directory, overwrite)
+    components = {
+        name: budget_components(str(cache_budget), plan.config, kv_heads, name)
+        for name in plan.attentions
+        if name != "encoder" and cache_budget is not None
+    }
     fit = None
     if calibrated:
         length = min(sequence_length, _longest(plan.config))
@@ -204,14 +211,7 @@ def convert(
             seed=seed,
             scratch=place.parent,
         )
-        if cache_budget is not None:
-            if target == "native":
-                raise ConversionError("--cache-budget is for --target mqa: native heads have the source's width")
-            components = {
-                name: budget_components(str(cache_budget), plan.config, kv_heads, name)
-                for name in plan.attentions
-                if name != "encoder"
-            }
+        if components:
             surveyor = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
             plan = make_plan(opened, **asked, widths=survey(plan, surveyor, components, progress))
         fit = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
@@ -225,7 +225,8 @@ def convert(
         if fit is not None:
             report["held_out_loss"] = fit.losses()
             report["warnings"] = fit.warnings()
-            _set_frequencies(plan.pooled, fit)
+            if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
+                plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
@@ -251,21 +252,12 @@ def _examples(
     if isinstance(plan.config, MQAConfig):
         if len(columns) > 1:
             raise ConversionError(f"--calibration-columns {','.join(columns)}: a decoder-only model reads one column")
-        vocab_size, column = plan.config.vocab_size, (columns or [None])[0]  # type: ignore[list-item]
+        vocab_size, column = plan.config.vocab_size, columns[0] if columns else None
         return Examples(text.calibration_tokens(directory, calibration, count, length, vocab_size, seed, column))
     source, source_valid, tokens, valid = text.seq2seq_tokens(
         directory, calibration, columns, count, length, plan.config, seed
     )
     return Examples(tokens, valid, source, source_valid)
-
-
-def _set_frequencies(pooled: CanonicalConfig, fit: Calibration) -> None:
-    """Write down the frequencies that the fit chose, where they are not simply all in their order."""
-    if not isinstance(pooled, MQAConfig) or pooled.rope_frequencies is None:
-        return
-    chosen = fit.stacks[""].pooled.rope_frequencies
-    assert chosen is not None
-    pooled.rope_frequencies = chosen
 
 
 def survey(plan: "Plan", fit: Calibration, components: dict[str, int], progress: bool) -> dict[str, Widths]:
@@ -279,10 +271,7 @@ def survey(plan: "Plan", fit: Calibration, components: dict[str, int], progress:
             if layer is None:
                 fit.take(canonical)
             else:
-                stack, number = layer
-                fold_scales(plan.family, plan.source.config, number, canonical)
-                prefix = f"model.{stack}.layers.{number}." if stack else f"model.layers.{number}."
-                for name, found in fit.survey(stack, number, prefix, canonical).items():
+                for name, found in fit.survey(*layer, canonical).items():
                     curves.setdefault(name, []).append(found)
             bar.advance(task)
     return {name: choose_widths(curves[name], count) for name, count in components.items()}
@@ -360,9 +349,7 @@ def make_plan(
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:
-        pooled = _fitted(config, pooled, chosen, factors, widths, target)
-        if isinstance(pooled, MQAConfig) and not chosen_frequencies:
-            pooled.rope_frequencies = None
+        pooled = _fitted(config, pooled, chosen, factors, widths, target, chosen_frequencies)
     reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
@@ -418,17 +405,17 @@ def _fitted(
     factors: tuple[float, float],
     widths: dict[str, Widths] | None,
     target: str,
+    chosen_frequencies: bool,
 ) -> CanonicalConfig:
     if not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
         raise ConversionError("--method shared calibrates on text, and this model hears; use mean, first or random")
-    fitted = fitted_config(config, pooled, attentions, factors, widths)
-    if target == "native" and isinstance(config, MQAConfig) and isinstance(fitted, MQAConfig):
-        if factors != (1, 1) or fitted.output_bias != config.output_bias:
-            raise ConversionError(
-                "--target native: classes of transformers have no heads wider than the source's, and where values "
-                "have a bias and the output has none, no place for the fitted one; use --target mqa"
-            )
-        fitted.rope_frequencies = None  # all alike, as those classes have them
+    # Classes of transformers have all frequencies alike.
+    fitted = fitted_config(config, pooled, attentions, factors, widths, chosen_frequencies and target != "native")
+    if target == "native" and (factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias):
+        raise ConversionError(
+            "--target native: classes of transformers have no heads wider than the source's, and where values "
+            "have a bias and the output has none, no place for the fitted one; use --target mqa"
+        )
     return fitted
 
 
@@ -470,10 +457,8 @@ def walk(
             if layer is not None:
                 stack, number = layer
                 bar.update(task, description=f"layer {len(reports) + 1}/{count}")
-                fold_scales(plan.family, plan.source.config, number, canonical)
                 if fit is not None:
-                    prefix = f"model.{stack}.layers.{number}." if stack else f"model.layers.{number}."
-                    canonical, errors = fit.fit(stack, number, prefix, canonical)
+                    canonical, errors = fit.fit(stack, number, canonical)
                     if errors and progress:
                         said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
                         bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
@@ -498,7 +483,7 @@ def walk(
 
 
 def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
-    """The canonical tensors that some source tensors hold."""
+    """The canonical tensors that some source tensors of one layer, or of none, hold."""
     tensors = plan.reader.read(step.name for step in steps)
     canonical = {}
     for step in steps:
@@ -507,6 +492,8 @@ def _read(plan: Plan, steps: list[Step]) -> dict[str, torch.Tensor]:
         ):
             if target is not None:
                 canonical[target] = tensor
+    if steps[0].layer is not None:
+        fold_scales(plan.family, plan.source.config, steps[0].layer[1], canonical)
     return canonical
 
 

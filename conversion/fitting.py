@@ -146,7 +146,7 @@ def rotary_keys(
     queries = torch.complex(w_q[:, :J], w_q[:, J:])  # [n, J, d + 1]
     energies, vectors = torch.linalg.eigh(rotary_gram(spread, energy))  # ascending
     energies, vectors = energies.flip(-1).clamp(min=0), vectors.flip(-1)
-    kept = total = 0.0
+    kept, total = energies[torch.arange(energies.shape[1]) < counts.cpu()[:, None]].sum(), energies.sum()
     shared, mixed = [], []
     for j, count in enumerate(counts.tolist()):
         U = vectors[j, :, :count]  # [m, c]
@@ -157,11 +157,32 @@ def rotary_keys(
         scale = b.abs().square().mean(dim=0).sqrt()
         shared.append(rows * scale[:, None])
         mixed.append((b * inverse(scale))[head_of].conj()[..., None] * queries[:, j, None])  # [n, c, d + 1]
-        kept += float(energies[j, :count].sum())
-        total += float(energies[j].sum())
     k, q = torch.cat(shared), torch.cat(mixed, dim=1)
-    discarded = 1.0 - kept / total if total > 0 else 0.0
+    discarded = 1.0 - float(kept / total) if total > 0 else 0.0
     return Keys(torch.cat((k.real, k.imag)), torch.cat((q.real, q.imag), dim=1), max(discarded, 0.0))
+
+
+def reduced(
+    old: torch.Tensor, stacked: torch.Tensor, moment: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One projection Ŵ for those of several heads, by the best subspace of their weighted stack.
+
+    With stacked · moment^½ = U s V', Ŵ = s⁻¹ U' stacked, scaled to the energy that an old head has on average.
+
+    Args:
+        old: [m, D, d], W_i.
+        stacked: [m·D, d], the same weighted by what is made of them.
+        moment: [d, d], of the inputs.
+
+    Returns:
+        Ŵ [rank, d], the maps W_i · moment · Ŵ' [m, D, rank], and the share of energy that is left out.
+    """
+    m, D, _ = old.shape
+    U, s, discarded = subspace(stacked @ root(moment), rank)
+    white = inverse(s)[:, None] * (U.mT @ stacked)
+    scale = torch.einsum("mad,de,mae->", old, moment, old).clamp(min=0).div(m * D).sqrt()
+    scale = scale if scale > 0 else torch.ones_like(scale)
+    return white * scale, torch.einsum("mad,de,re->mar", old, moment, white) / scale, discarded
 
 
 def weighted_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -182,18 +203,10 @@ def plain_keys(
     gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
     Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
     """
-    m, D, augmented = w_k.shape
-    C = covariance(seen)
     stacked = weighted_keys(w_k[..., :-1], w_q, head_of, moment)
-    U, s, discarded = subspace(stacked @ root(C), rank)
-    white = inverse(s)[:, None] * (U.mT @ stacked)  # [rank, d]
-    mapped = torch.einsum("mad,de,re->mar", w_k[..., :-1], C, white)  # W_K,i C Ŵ_K'
-    scale = torch.einsum("mad,de,mae->", w_k[..., :-1], C, w_k[..., :-1]).clamp(min=0).div(m * D).sqrt()
-    scale = scale if scale > 0 else torch.ones_like(scale)
-    queries = torch.einsum("nar,nad->nrd", mapped[head_of], w_q) / scale
-    keys = torch.zeros(rank, augmented, dtype=w_k.dtype, device=w_k.device)
-    keys[:, :-1] = white * scale
-    return Keys(keys, queries, discarded)
+    rows, mapped, discarded = reduced(w_k[..., :-1], stacked, covariance(seen), rank)
+    queries = torch.einsum("nar,nad->nrd", mapped[head_of], w_q)
+    return Keys(torch.nn.functional.pad(rows, (0, 1)), queries, discarded)
 
 
 def weighted_values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor) -> torch.Tensor:
@@ -215,14 +228,8 @@ def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: t
     The stack of (Σ_{h of i} W_O,h' W_O,h)^½ W_V,i mixed^½ = U s V' gives Ŵ_V = s⁻¹ U' (…)^½ W_V and
     Ŵ_O,h = W_O,h W_V,i(h) mixed Ŵ_V'. Values are scaled to the energy that those of an old head have on average.
     """
-    m, Dv, _ = w_v.shape
-    stacked = weighted_values(w_v, w_o, head_of)
-    U, s, discarded = subspace(stacked @ root(mixed), rank)
-    white = inverse(s)[:, None] * (U.mT @ stacked)
-    seen = torch.einsum("mad,de,re->mar", w_v, mixed, white)
-    scale = torch.einsum("mad,de,mae->", w_v, mixed, w_v).clamp(min=0).div(m * Dv).sqrt()
-    scale = scale if scale > 0 else torch.ones_like(scale)
-    return Values(white * scale, torch.einsum("nda,nar->ndr", w_o, seen[head_of]) / scale, discarded)
+    rows, mapped, discarded = reduced(w_v, weighted_values(w_v, w_o, head_of), mixed, rank)
+    return Values(rows, torch.einsum("nda,nar->ndr", w_o, mapped[head_of]), discarded)
 
 
 def refit(outputs: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:

@@ -61,6 +61,13 @@ def heads_of(config: CanonicalConfig) -> dict[str, int]:
     }
 
 
+def stack_of(config: CanonicalConfig, attention: str) -> MQAConfig:
+    """The configuration of the stack that an attention is in."""
+    if isinstance(config, MQAConfig):
+        return config
+    return config.encoder if attention == "encoder" else config.decoder
+
+
 def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None) -> list[str]:
     """The attentions to pool: those that are asked for, else the ones that a decoding step reads.
 
@@ -101,8 +108,9 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
         )
     config = copy.deepcopy(config)
     for name in attentions:
-        stack = config if isinstance(config, MQAConfig) else config.encoder if name == "encoder" else config.decoder
-        setattr(stack, "cross_num_key_value_heads" if name == "cross" else "num_key_value_heads", kv_heads)
+        setattr(
+            stack_of(config, name), "cross_num_key_value_heads" if name == "cross" else "num_key_value_heads", kv_heads
+        )
     return config
 
 

@@ -37,6 +37,11 @@ def load(source: str | os.PathLike) -> Any:
         raise ConversionError(f"--calibration {source} cannot be read: {error}") from error
 
 
+def is_plain(source: str | os.PathLike) -> bool:
+    """Whether it is a file that is one document."""
+    return Path(source).suffix in PLAIN and Path(source).is_file()
+
+
 def documents(source: str | os.PathLike | None, column: str | None = None) -> Sequence[str]:
     """The documents of a calibration text.
 
@@ -53,9 +58,8 @@ def documents(source: str | os.PathLike | None, column: str | None = None) -> Se
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
-    path = Path(source)
-    if path.suffix in PLAIN and path.is_file():
-        return [path.read_text(encoding="utf-8", errors="replace")]
+    if is_plain(source):
+        return [Path(source).read_text(encoding="utf-8", errors="replace")]
     rows = load(source)
     candidates = [column] if column else ["text", *rows.column_names]
     found = next((c for c in candidates if c in rows.column_names and len(rows) and isinstance(rows[0][c], str)), None)
@@ -76,13 +80,13 @@ def pairs(source: str | os.PathLike | None, columns: Sequence[str]) -> tuple[Seq
     Raises:
         ConversionError: where the columns do not exist.
     """
-    if source is None or (Path(source).suffix in PLAIN and Path(source).is_file()):
+    if source is None or is_plain(source):
         if len(columns) == 2:
             raise ConversionError("--calibration-columns needs --calibration with columns")
         return None
-    rows = load(source)
     if len(columns) == 1:
         return None
+    rows = load(source)
     nested = "translation" in rows.column_names
     known = list(rows[0]["translation"]) if nested and len(rows) else rows.column_names
     if not columns and not nested:

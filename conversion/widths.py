@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa import of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .errors import ConversionError
-from .pooling import CanonicalConfig, heads_of
+from .pooling import CanonicalConfig, heads_of, stack_of
 
 STEP = 8  # components by which widths of a budget differ: what kernels like, and what 16-byte loads fit
 
@@ -120,6 +120,7 @@ def fitted_config(
     attentions: Sequence[str],
     factors: tuple[float, float],
     widths: Mapping[str, Widths] | None = None,
+    choose_frequencies: bool = True,
 ) -> CanonicalConfig:
     """The configuration of fitted heads.
 
@@ -129,17 +130,18 @@ def fitted_config(
         attentions: those that are fitted.
         factors: widths of keys and of values in units of an old head.
         widths: by attention, chosen widths instead.
+        choose_frequencies: whether the fit chooses the frequencies of rotated pairs, instead of all alike.
 
     Returns:
         `pooled` with those widths, the bias of values folded into that of the output, and a place for the frequencies
-        of rotated pairs, which the fit chooses.
+        that are chosen.
 
     Raises:
         ConversionError: where a width is more than the old heads that a new one stands for have.
     """
     fitted = copy.deepcopy(pooled)
     for name in attentions:
-        stack = fitted if isinstance(fitted, MQAConfig) else fitted.encoder if name == "encoder" else fitted.decoder
+        stack = stack_of(fitted, name)
         most = heads_of(config)[name] // heads_of(pooled)[name]
         fields = ("cross_qk_head_dim", "cross_v_head_dim") if name == "cross" else ("qk_head_dim", "v_head_dim")
         for field, factor, flag, chosen in zip(
@@ -154,11 +156,10 @@ def fitted_config(
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))
         stack.output_bias = stack.value_bias or stack.output_bias
         stack.value_bias = False
-        if name != "cross" and stack.position_embedding == "rotary":
+        if choose_frequencies and name != "cross" and stack.position_embedding == "rotary":
             stack.rope_frequencies = []
             for i in range(stack.num_hidden_layers):
-                width = stack.qk_head_dim[i] if isinstance(stack.qk_head_dim, list) else stack.qk_head_dim
                 R = stack.rotary_dim if stack.rope_layers[i] else 0
-                pairs = rotated_pairs(width, R, stack.head_dim, most)
+                pairs = rotated_pairs(of_layer(stack.qk_head_dim, i), R, stack.head_dim, most)
                 stack.rope_frequencies.append([j % (R // 2) for j in range(pairs)])
     return fitted
