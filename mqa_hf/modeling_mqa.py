@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
 from .configuration_mqa import MQAConfig, of_layer
+from .decoding_mqa import Decoding, FastDecoding
 
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 MASKS: dict[tuple[bool, str], Callable] = {
@@ -548,6 +549,13 @@ class MQAModel(MQAPreTrainedModel):
 
         return biased
 
+    def distance_bias(self, table: nn.Embedding) -> torch.Tensor:
+        """[H, n]: the relative bias of a key so many positions before the query; the last one holds for all farther."""
+        config = self.config
+        distances = torch.arange(config.relative_max_distance + 1, device=table.weight.device)
+        buckets = relative_bucket(-distances, config.relative_buckets, config.relative_max_distance, config.causal)
+        return table(buckets).t().float().contiguous()
+
     def default_position_ids(
         self,
         inputs_embeds: torch.Tensor,
@@ -562,8 +570,11 @@ class MQAModel(MQAPreTrainedModel):
         return (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
-class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head; what `AutoModelForCausalLM` gives for a converted checkpoint."""
+class MQAForCausalLM(MQAPreTrainedModel, FastDecoding, GenerationMixin):
+    """The decoder with a language-model head; what `AutoModelForCausalLM` gives for a converted checkpoint.
+
+    `decoding` says how `generate()` decodes.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -571,6 +582,7 @@ class MQAForCausalLM(MQAPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MQAModel(config)
         self.lm_head = nn.Linear(config.embedding_size, config.vocab_size, bias=config.lm_head_bias)
+        self.decoding = Decoding()
         self.post_init()
 
     @can_return_tuple

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_mqa import MQAConfig
 from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+from .decoding_mqa import Decoding, FastDecoding
 from .modeling_mqa import MQAModel, MQAPreTrainedModel
 
 
@@ -158,7 +159,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
         )
 
 
-class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, GenerationMixin):
+class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, FastDecoding, GenerationMixin):
     """Encoder and decoder with a head; what `AutoModelForSeq2SeqLM` gives for a converted checkpoint."""
 
     _tied_weights_keys = {
@@ -172,6 +173,7 @@ class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, GenerationMixin):
         self.model = MQASeq2SeqModel(config)
         self.lm_head = nn.Linear(decoder.embedding_size, decoder.vocab_size, bias=decoder.lm_head_bias)
         self.loss_type = "ForMaskedLM"  # labels are not shifted once more
+        self.decoding = Decoding()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

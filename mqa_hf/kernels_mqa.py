@@ -1,0 +1,606 @@
+"""Kernels of a decoding step: attention over shared heads, rotation with the write to the cache, small projections.
+
+    B rows decoded, R rows of the cache, S positions it has room for, H query heads, G key/value heads, g = H / G,
+    D query/key head width, Dv value head width, N outputs and K inputs of a projection
+
+A step reads every weight and every valid key and value once; what these kernels are for is to read them at the speed of
+the memory. They take lengths from device memory, so that a captured CUDA graph stays valid while a text grows. All
+accumulate in float32. Triton is optional: where it is missing, `decoding_mqa.py` runs PyTorch operations instead.
+
+- Attention splits the keys of a row among programs and merges their results (flash decoding): one row with a long
+  context fills the device.
+- The g query heads of a group, and the beams that share an encoder's output, are the rows of one matrix product: a key
+  is read once for all of them (Shazeer 2019, arXiv 1911.02150, section 3).
+- With programmatic dependent launch (Hopper and later) a kernel starts loading its weights before the one it waits for
+  has ended.
+"""
+
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:
+    triton = None
+    tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
+
+jit: Any = triton.jit if triton is not None else lambda function: function
+
+ACTIVATIONS = {
+    "silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "gelu_fast": 3, "relu": 4,
+    "quick_gelu": 5, "relu2": 6,
+}  # fmt: skip
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = 448.0
+MAX_HEAD_WIDTH = 512
+MAX_SMALL_ROWS = 32
+
+
+@jit
+def _attend_kernel(
+    query, keys, values, key_scales, value_scales, out, partial, statistics, length, start, rows, slopes, table,
+    scale, splits, S, G, g, B, key_row, key_head, value_row, value_head, query_row, rows_row, length_step, table_width,
+    D: tl.constexpr, DV: tl.constexpr, FOLD: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, FROM_START: tl.constexpr, SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: the queries of one K/V head of one cache row, over one share of that row's keys.
+
+    `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]; with `SPLIT`,
+    `partial` [splits, B, H, DV] and `statistics` [splits, B, H] (log of the sum, base 2) are written instead.
+    """
+    row, head, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # of the g · FOLD queries that share this head
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    H = G * g
+    asked = m < g * FOLD
+    q_row, q_head = row * FOLD + m // g, head * g + m % g
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    q = tl.load(
+        query + q_row[:, None] * query_row + q_head[:, None] * D + d[None, :],
+        mask=asked[:, None] & (d < D)[None, :], other=0.0,
+    )  # fmt: skip
+    last = tl.load(length + row * length_step)
+    first = 0
+    if HAS_START:
+        first = tl.load(start + row)
+    origin = first
+    if WINDOW > 0:
+        first = tl.maximum(first, last - WINDOW)
+    share = tl.cdiv(tl.cdiv(last - first, splits), BLOCK_N) * BLOCK_N
+    low = first + split * share
+    high = tl.minimum(low + share, last)
+
+    if BIAS == 1 or BIAS == 2:
+        slope = tl.load(slopes + q_head, mask=asked, other=0.0)
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    accumulated = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    log2e = 1.4426950408889634
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    for block in range(low, high, BLOCK_N):
+        n = block + tl.arange(0, BLOCK_N)
+        valid = n < high
+        at = tl.zeros([BLOCK_N], tl.int64) + row
+        if HAS_ROWS:
+            at = tl.load(rows + row * rows_row + n, mask=valid, other=0).to(tl.int64)
+        k = tl.load(
+            keys + at[:, None] * key_row + head * key_head + n[:, None] * D + d[None, :],
+            mask=valid[:, None] & (d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision) * scale
+        if SCALED:
+            s *= tl.load(key_scales + (at * G + head) * S + n, mask=valid, other=0.0)[None, :]
+        if BIAS == 1:
+            s += slope[:, None] * (n - last + 1)[None, :].to(tl.float32)
+        if BIAS == 2:
+            position = n
+            if FROM_START:
+                position = n - origin
+            rounded = (slope / scale).to(tl.bfloat16).to(tl.float32)
+            near = position.to(tl.float32).to(tl.bfloat16).to(tl.float32)
+            s += (rounded[:, None] * near[None, :]).to(tl.bfloat16).to(tl.float32) * scale
+        if BIAS == 3:
+            distance = tl.minimum(last - 1 - n, table_width - 1)
+            s += tl.load(
+                table + q_head[:, None] * table_width + distance[None, :],
+                mask=asked[:, None] & valid[None, :], other=0.0,
+            )  # fmt: skip
+        s = tl.where(valid[None, :], s * log2e, float("-inf"))
+        larger = tl.maximum(largest, tl.max(s, 1))
+        p = tl.exp2(s - larger[:, None])
+        shrink = tl.exp2(largest - larger)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(
+            values + at[:, None] * value_row + head * value_head + n[:, None] * DV + dv[None, :],
+            mask=valid[:, None] & (dv < DV)[None, :], other=0.0,
+        )  # fmt: skip
+        if SCALED:
+            p *= tl.load(value_scales + (at * G + head) * S + n, mask=valid, other=0.0)[None, :]
+        accumulated *= shrink[:, None]
+        accumulated = tl.dot(p.to(q.dtype), v.to(q.dtype), accumulated, input_precision=precision)
+        largest = larger
+
+    written = asked[:, None] & (dv < DV)[None, :]
+    place = q_row * H + q_head
+    if SPLIT:
+        place += split * B * H
+        accumulated = tl.where(total[:, None] > 0, accumulated / total[:, None], 0.0)
+        tl.store(partial + place[:, None] * DV + dv[None, :], accumulated, mask=written)
+        tl.store(statistics + place, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=asked)
+    else:
+        accumulated = accumulated / total[:, None]
+        tl.store(out + place[:, None] * DV + dv[None, :], accumulated.to(out.dtype.element_ty), mask=written)
+
+
+@jit
+def _merge_kernel(
+    partial, statistics, out, splits, places,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[place] = Σ_s 2^statistics[s, place] · partial[s, place] / Σ_s 2^statistics[s, place]; one program a place
+    and a block of its components.
+    """
+    place = tl.program_id(0)
+    s, dv = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    logs = tl.load(statistics + s * places + place, mask=s < splits, other=float("-inf"))
+    parts = tl.load(
+        partial + (s[:, None] * places + place) * DV + dv[None, :],
+        mask=(s < splits)[:, None] & (dv < DV)[None, :], other=0.0,
+    )  # fmt: skip
+    weights = tl.exp2(logs - tl.max(logs, 0))
+    merged = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+    tl.store(out + place * DV + dv, merged.to(out.dtype.element_ty), mask=dv < DV)
+
+
+@jit
+def _append_kernel(
+    projected, query, keys, values, key_scales, value_scales, cos, sin, frequency, positions, length,
+    S, H, G, projected_row, key_row, key_head, value_row, value_head, angles_row,
+    D: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, CHOSEN: tl.constexpr,
+    BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row of `projected` [B, H·D + G·D + G·DV]. Queries and keys are rotated; queries go
+    to `query` [B, H, D], keys and values to the cache at position `length` - 1, as float8 with a scale each if `SCALED`.
+
+    Components below `ROTATED` of every `HEAD` are rotated in pairs at a distance of half; `CHOSEN`: by the angles that
+    `frequency` [ROTATED] names.
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    token = tl.load(length) - 1
+    if part < H + G:
+        x = projected + row * projected_row + part * D
+        y = tl.load(x + at, mask=at < D, other=0.0).to(tl.float32)
+        if ROTATED > 0:
+            within = at % HEAD
+            turned = (within < ROTATED) & (at < D)
+            partner = tl.where(within < ROTATED // 2, at + ROTATED // 2, at - ROTATED // 2)
+            z = tl.load(x + partner, mask=turned, other=0.0).to(tl.float32)
+            angle = within
+            if CHOSEN:
+                angle = tl.load(frequency + within, mask=turned, other=0).to(tl.int32)
+            place = tl.load(positions + row) * angles_row + angle
+            c = tl.load(cos + place, mask=turned, other=1.0).to(tl.float32)
+            y = y * c + z * tl.load(sin + place, mask=turned, other=0.0).to(tl.float32)
+        if part < H:
+            tl.store(query + (row * H + part) * D + at, y.to(query.dtype.element_ty), mask=at < D)
+        else:
+            head = part - H
+            if SCALED:
+                size = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
+                tl.store(key_scales + (row * G + head) * S + token, size)
+                y = y / size
+            to = keys + row * key_row + head * key_head + token * D + at
+            tl.store(to, y.to(keys.dtype.element_ty), mask=at < D)
+    else:
+        head = part - H - G
+        x = projected + row * projected_row + (H + G) * D + head * DV
+        y = tl.load(x + at, mask=at < DV, other=0.0).to(tl.float32)
+        if SCALED:
+            size = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
+            tl.store(value_scales + (row * G + head) * S + token, size)
+            y = y / size
+        to = values + row * value_row + head * value_head + token * DV + at
+        tl.store(to, y.to(values.dtype.element_ty), mask=at < DV)
+
+
+@jit
+def _activate(x, ACT: tl.constexpr):
+    """The activation of that number in `ACTIVATIONS`, of float32."""
+    if ACT == 1:
+        x = x / (1.0 + tl.exp(-x))
+    if ACT == 2:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if ACT == 3:  # tanh(a) = 2 / (1 + exp(-2a)) - 1
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        x = x / (1.0 + tl.exp(-2.0 * inner))
+    if ACT == 4:
+        x = tl.maximum(x, 0.0)
+    if ACT == 5:
+        x = x / (1.0 + tl.exp(-1.702 * x))
+    if ACT == 6:
+        x = tl.maximum(x, 0.0)
+        x = x * x
+    return x
+
+
+@jit
+def _activation_kernel(x, out, width, x_row, out_row, GATED: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row] = act(x[row, :width]), times x[row, width:] if `GATED`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(x + row * x_row + at, mask=at < width, other=0.0).to(tl.float32)
+    a = _activate(a, ACT)
+    if GATED:
+        a *= tl.load(x + row * x_row + width + at, mask=at < width, other=0.0).to(tl.float32)
+    tl.store(out + row * out_row + at, a.to(out.dtype.element_ty), mask=at < width)
+
+
+@jit
+def _project_kernel(
+    x, weight, bias, residual, norm_weight, norm_bias, out, N, K, eps, x_row,
+    NORM: tl.constexpr, NORM_WEIGHT: tl.constexpr, NORM_BIAS: tl.constexpr, GATED: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: out [N] = act(norm(x [K]) · weight [N, K]ᵀ + bias) + residual; `GATED`: act(first N) · (next N).
+
+    `NORM`: 0 none, 1 root mean square, 2 layer norm. The row is normalised by each program for itself.
+    """
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    inside = n < N
+    rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    if PDL:  # the first weights are on their way while the kernel before still runs
+        gdc_launch_dependents()
+    w = tl.load(rows, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+    if GATED:
+        w_up = tl.load(rows + N.to(tl.int64) * K, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+    if PDL:
+        gdc_wait()
+    mean, spread = 0.0, 1.0
+    if NORM > 0:
+        wide = tl.arange(0, WIDTH)
+        all = tl.load(x + wide, mask=wide < K, other=0.0).to(tl.float32)
+        if NORM == 2:
+            mean = tl.sum(all, 0) / K
+            all = tl.where(wide < K, all - mean, 0.0)
+        spread = tl.rsqrt(tl.sum(all * all, 0) / K + eps)
+    accumulated = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    accumulated_up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        at = first + k
+        y = tl.load(x + at, mask=at < K, other=0.0).to(tl.float32)
+        if NORM > 0:
+            y = (y - mean) * spread
+            if NORM_WEIGHT:
+                y *= tl.load(norm_weight + at, mask=at < K, other=0.0).to(tl.float32)
+            if NORM_BIAS:
+                y += tl.load(norm_bias + at, mask=at < K, other=0.0).to(tl.float32)
+            y = tl.where(at < K, y, 0.0).to(x.dtype.element_ty).to(tl.float32)  # as the norm on its own would
+        accumulated += w.to(tl.float32) * y[None, :]
+        if GATED:
+            accumulated_up += w_up.to(tl.float32) * y[None, :]
+        more = inside[:, None] & (at + BLOCK_K < K)[None, :]
+        w = tl.load(rows + first + BLOCK_K, mask=more, other=0.0)
+        if GATED:
+            w_up = tl.load(rows + N.to(tl.int64) * K + first + BLOCK_K, mask=more, other=0.0)
+    result = tl.sum(accumulated, 1)
+    if BIAS:
+        result += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    result = _activate(result, ACT)
+    if GATED:
+        up = tl.sum(accumulated_up, 1)
+        if BIAS:
+            up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
+        result *= up
+    if RESIDUAL:
+        result += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, result.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _project_rows_kernel(
+    x, weight, bias, residual, out, M, N, K, x_row, out_row,
+    GATED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A few rows: as `_project_kernel` without the norm, in matrix products with the weights on the left."""
+    n, m, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    inside, asked = n < N, m < M
+    rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    columns = x + m[None, :] * x_row + k[:, None]
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    accumulated = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    accumulated_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for first in range(0, K, BLOCK_K):
+        more = (first + k) < K
+        w = tl.load(rows + first, mask=inside[:, None] & more[None, :], other=0.0)
+        y = tl.load(columns + first, mask=more[:, None] & asked[None, :], other=0.0)
+        accumulated = tl.dot(w, y, accumulated, input_precision=precision)
+        if GATED:
+            up = tl.load(rows + N.to(tl.int64) * K + first, mask=inside[:, None] & more[None, :], other=0.0)
+            accumulated_up = tl.dot(up, y, accumulated_up, input_precision=precision)
+    if BIAS:
+        accumulated += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    result = _activate(accumulated, ACT)
+    if GATED:
+        if BIAS:
+            accumulated_up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+        result *= accumulated_up
+    place = m[None, :] * out_row + n[:, None]
+    kept = inside[:, None] & asked[None, :]
+    if RESIDUAL:
+        result += tl.load(residual + place, mask=kept, other=0.0).to(tl.float32)
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=kept)
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run on a device (CUDA from compute capability 8.0 on, with Triton)."""
+    return triton is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
+def overlapping(device: torch.device) -> bool:
+    """Whether kernels may start before the one they wait for has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def launch(x: torch.Tensor, **options: int) -> dict[str, Any]:
+    """Launch options with programmatic dependent launch where the device has it."""
+    early = overlapping(x.device)
+    return {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    scale: float,
+    *,
+    capacity: int,
+    start: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    fold: int = 1,
+    window: int | None = None,
+    slopes: torch.Tensor | None = None,
+    bfloat16_from_start: bool | None = None,
+    table: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+    blocks: tuple[int, int, int] | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Attention of one new query per row to a cache of which `length` positions are in use.
+
+    Args:
+        query: [B, H, D], contiguous.
+        keys, values: [R, G, S, D] and [R, G, S, Dv], the last two dimensions contiguous; B = R · `fold`.
+        length: int32, [1] or [R]: positions in use, the new one included.
+        scale: factor on query · key.
+        capacity: the largest `length` that will be seen; how finely the work is split follows from it.
+        start: int32 [R], the first position in use (left padding).
+        rows: int32 [B, S], the cache row that holds each position of a query row (beams); default: its own.
+        fold: query rows that share a row of the cache (beams at an encoder's output).
+        window: positions that are seen, the newest included.
+        slopes: float32 [H] (ALiBi, arXiv 2108.12409).
+        bfloat16_from_start: round ALiBi as Falcon does, its positions counted from `start` or from 0.
+        table: float32 [H, n], a bias for each distance; the last one stands for all above it.
+        key_scales, value_scales: float32 [R, G, S] of a float8 cache.
+        blocks, splits: keys a program reads at once, warps, stages; programs a row is split among. Default: by size.
+
+    Returns:
+        [B, H, Dv].
+    """
+    B, H, D = query.shape
+    R, G, S, DV = values.shape
+    g = H // G
+    block_m = min(max(power(g * fold), 16), 64)
+    tiles = triton.cdiv(g * fold, block_m)
+    block_d, block_dv = max(power(D), 16), max(power(DV), 16)
+    if blocks is None:
+        blocks = attend_blocks((block_d + block_dv) * keys.element_size(), shared_memory(query.device))
+    block_n, warps, stages = blocks
+    if splits is None:
+        splits = attend_splits(R * G * tiles, min(capacity, window or capacity), block_n, processors(query.device))
+    out = query.new_empty(B, H, DV)
+    partial = statistics = out
+    if splits > 1:
+        partial = torch.empty(splits, B, H, DV, dtype=torch.float32, device=query.device)
+        statistics = torch.empty(splits, B, H, dtype=torch.float32, device=query.device)
+    bias = 3 if table is not None else 0 if slopes is None else 1 if bfloat16_from_start is None else 2
+    some: Any = length  # stands for what is not there and is not read
+    _attend_kernel[(R * G, splits, tiles)](
+        query, keys, values,
+        some if key_scales is None else key_scales, some if value_scales is None else value_scales,
+        out, partial, statistics, length, some if start is None else start, some if rows is None else rows,
+        some if slopes is None else slopes, some if table is None else table,
+        scale, splits, S, G, g, B, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        query.stride(0), 0 if rows is None else rows.stride(0), 0 if len(length) == 1 else 1,
+        0 if table is None else table.shape[1],
+        D=D, DV=DV, FOLD=fold, WINDOW=window or 0, HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
+        FROM_START=bool(bfloat16_from_start), SCALED=key_scales is not None,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLIT=splits > 1,
+        EXACT=query.dtype == torch.float32, **launch(query, num_warps=warps, num_stages=stages),
+    )  # fmt: skip
+    if splits > 1:
+        columns = min(block_dv, 32 if splits > 16 else 128)
+        _merge_kernel[(B * H, triton.cdiv(DV, columns))](
+            partial, statistics, out, splits, B * H,
+            DV=DV, BLOCK_DV=columns, BLOCK_S=power(splits), **launch(query, num_warps=4),
+        )  # fmt: skip
+    return out
+
+
+@cache
+def attend_blocks(row: int, memory: int) -> tuple[int, int, int]:
+    """Keys a program reads at once, its warps and its stages, for `row` bytes of a key and a value: 64 KiB in each of
+    three stages, if there is the shared memory for it.
+    """
+    block_n, stages = min(128, max(16, power(65536 // row + 1) // 2)), 3
+    while block_n * row * stages > memory - 32768 and (block_n > 16 or stages > 2):
+        block_n, stages = (block_n // 2, stages) if block_n > 32 or stages == 2 else (block_n, stages - 1)
+    return block_n, 4, stages
+
+
+@cache
+def attend_splits(programs: int, length: int, block_n: int, multiprocessors: int) -> int:
+    """How many programs share a row: the fewest that leave no multiprocessor idle for long, a program to each."""
+    most = max(1, min(length // (2 * block_n), 256))
+    rounds = {s: triton.cdiv(programs * s, multiprocessors) / s for s in range(1, most + 1)}
+    return min(s for s in rounds if rounds[s] <= 1.05 * min(rounds.values()))
+
+
+def append(
+    projected: torch.Tensor,
+    H: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    length: torch.Tensor,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    head: int = 1,
+    frequency: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate queries and keys, and write keys and values to the cache at position `length` - 1.
+
+    Args:
+        projected: [B, H·D + G·D + G·Dv], what the three projections gave.
+        keys, values: [B, G, S, D] and [B, G, S, Dv], written in place.
+        length: int32 [1], positions in use with the new one.
+        cos, sin: [positions, components] of all positions; the first half of `sin` is negated. None: no rotation.
+        positions: int32 [B], the position of each row's new token.
+        head: rotation is repeated every `head` components.
+        frequency: int64 [rotated], which angle each component has; default: in order.
+        key_scales, value_scales: float32 [B, G, S] of a float8 cache, written too.
+
+    Returns:
+        The queries [B, H, D].
+    """
+    B = projected.shape[0]
+    G, S, D = keys.shape[1:]
+    DV = values.shape[-1]
+    rotated = 0 if cos is None else cos.shape[-1] if frequency is None else len(frequency)
+    query = projected.new_empty(B, H, D)
+    some = projected
+    _append_kernel[(B, H + 2 * G)](
+        projected, query, keys, values,
+        some if key_scales is None else key_scales, some if value_scales is None else value_scales,
+        some if cos is None else cos, some if sin is None else sin, some if frequency is None else frequency,
+        some if positions is None else positions, length,
+        S, H, G, projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        0 if cos is None else cos.stride(0),
+        D=D, DV=DV, HEAD=D if frequency is not None else head, ROTATED=rotated, CHOSEN=frequency is not None,
+        BLOCK=power(max(D, DV)), SCALED=key_scales is not None, **launch(projected, num_warps=1 if D <= 128 else 4),
+    )  # fmt: skip
+    return query
+
+
+def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
+    """[M, 2N or N] -> [M, N]: the activation of the first N columns, times the others if `gated`."""
+    M, N = x.shape
+    width = N // 2 if gated else N
+    out = x.new_empty(M, width)
+    _activation_kernel[(M, triton.cdiv(width, 1024))](
+        x, out, width, x.stride(0), out.stride(0), GATED=gated, ACT=ACTIVATIONS[activation], BLOCK=1024
+    )
+    return out
+
+
+def project(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm: str | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    eps: float = 0.0,
+    activation: str | None = None,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    blocks: tuple[int, int, int, int] | None = None,
+) -> torch.Tensor:
+    """act(norm(x) · weightᵀ + bias) + residual for a few rows.
+
+    Args:
+        x: [M, K], M at most `MAX_SMALL_ROWS`; `norm` is for one row.
+        weight: [N, K], or [2N, K] if `gated`: the activation of the first N outputs times the others.
+        norm: "rms_norm" or "layer_norm", with `norm_weight`, `norm_bias` [K] and `eps`.
+        activation: a key of `ACTIVATIONS`.
+        residual: [M, N].
+        blocks: outputs and inputs a program takes at once, warps, stages. Default: by size.
+
+    Returns:
+        [M, N].
+    """
+    M, K = x.shape
+    N = weight.shape[0] // (2 if gated else 1)
+    out = x.new_empty(M, N)
+    act = ACTIVATIONS[activation] if activation else 0
+    if blocks is None:
+        blocks = project_blocks(M, N, K, gated)
+    block_n, block_k, warps, stages = blocks
+    some = x
+    fixed: dict[str, Any] = {
+        "GATED": gated, "ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None,
+        "BLOCK_N": block_n, "BLOCK_K": block_k, **launch(x, num_warps=warps, num_stages=stages),
+    }  # fmt: skip
+    bias, residual = some if bias is None else bias, some if residual is None else residual
+    grid = (triton.cdiv(N, block_n),)
+    if M == 1:
+        kind = {None: 0, "rms_norm": 1, "layer_norm": 2}[norm]
+        _project_kernel[grid](
+            x, weight, bias, residual, some if norm_weight is None else norm_weight,
+            some if norm_bias is None else norm_bias, out, N, K, eps, x.stride(0),
+            NORM=kind, NORM_WEIGHT=norm_weight is not None, NORM_BIAS=norm_bias is not None, WIDTH=power(K), **fixed,
+        )  # fmt: skip
+    else:
+        _project_rows_kernel[grid](
+            x, weight, bias, residual, out, M, N, K, x.stride(0), out.stride(0),
+            EXACT=x.dtype == torch.float32, BLOCK_M=max(16, power(M)), **fixed,
+        )  # fmt: skip
+    return out
+
+
+def project_blocks(M: int, N: int, K: int, gated: bool) -> tuple[int, int, int, int]:
+    """Measured on an H100 with the shapes of a 7B model, beside 24 other choices."""
+    if M == 1:
+        block_k = min(1024, power(K))
+        return 2048 // block_k, block_k, 4, 1
+    return 64, min(128, max(16, power(K))), 4, 4
