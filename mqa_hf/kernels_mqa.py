@@ -3,8 +3,8 @@
     B rows decoded, R rows of the cache, S positions it has room for, H query heads, G key/value heads, g = H / G,
     D query/key head width, Dv value head width, N outputs and K inputs of a projection
 
-A step reads every weight and every valid key and value once; what these kernels are for is to read them at the speed of
-the memory. They take lengths from device memory, so that a captured CUDA graph stays valid while a text grows. All
+A step reads every weight and every valid key and value once; what these kernels are for is to read them at the speed
+of the memory. They take lengths from device memory, so that a captured CUDA graph stays valid while a text grows. All
 accumulate in float32. Triton is optional: where it is missing, `decoding_mqa.py` runs PyTorch operations instead.
 
 - Attention splits the keys of a row among programs and merges their results (flash decoding): one row with a long
@@ -35,8 +35,6 @@ ACTIVATIONS = {
     "silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3, "gelu_fast": 3, "relu": 4,
     "quick_gelu": 5, "relu2": 6,
 }  # fmt: skip
-FLOAT8 = torch.float8_e4m3fn
-FLOAT8_MAX = 448.0
 MAX_HEAD_WIDTH = 512
 MAX_SMALL_ROWS = 32
 
@@ -172,7 +170,7 @@ def _append_kernel(
     BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row of `projected` [B, H·D + G·D + G·DV]. Queries and keys are rotated; queries go
-    to `query` [B, H, D], keys and values to the cache at position `length` - 1, as float8 with a scale each if `SCALED`.
+    to `query` [B, H, D], keys and values to the cache at position `length` - 1, as float8 with a scale if `SCALED`.
 
     Components below `ROTATED` of every `HEAD` are rotated in pairs at a distance of half; `CHOSEN`: by the angles that
     `frequency` [ROTATED] names.
@@ -368,7 +366,7 @@ def processors(device: torch.device) -> int:
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program can have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
 def power(n: int) -> int:

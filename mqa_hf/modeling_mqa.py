@@ -550,7 +550,7 @@ class MQAModel(MQAPreTrainedModel):
         return biased
 
     def distance_bias(self, table: nn.Embedding) -> torch.Tensor:
-        """[H, n]: the relative bias of a key so many positions before the query; the last one holds for all farther."""
+        """[H, n]: the relative bias of a key n positions before the query; the last one holds for all farther."""
         config = self.config
         distances = torch.arange(config.relative_max_distance + 1, device=table.weight.device)
         buckets = relative_bucket(-distances, config.relative_buckets, config.relative_max_distance, config.causal)
@@ -632,14 +632,18 @@ class MQAForCausalLM(MQAPreTrainedModel, FastDecoding, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: torch.LongTensor, past_key_values: Cache | None = None, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,  # named, because generate() looks for it here
+        **kwargs: Any,
     ) -> dict[str, Any]:
         if self.config.rope_recompute and past_key_values is not None:
             limit = self.config.rope_parameters["original_max_position_embeddings"]
             if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
                 past_key_values, kwargs["next_sequence_length"] = None, None
         return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, past_key_values=past_key_values, **kwargs
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -1,0 +1,179 @@
+"""What the fast decoding loop can do, and logits processors as functions that a captured step can hold.
+
+B rows, V vocabulary, W columns of the buffer of tokens, `cursor` how many of them are written
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import logits_process, stopping_criteria
+
+from .cache_mqa import DecodeCache
+
+KNOWN_ARGUMENTS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs",
+    "decoder_attention_mask", "decoder_position_ids", "inputs_embeds",
+}  # fmt: skip
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (scores [B, V], tokens [B, W], cursor [1])
+
+# Processors of the scores alone.
+STATELESS = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+        "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
+        "SuppressTokensLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
+    )
+)  # fmt: skip
+
+
+def columns(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """[V]: which columns of the scores are among `tokens`."""
+    return torch.isin(torch.arange(scores.shape[-1], device=scores.device), tokens)
+
+
+def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """[B, V]: which columns of each row are among those `tokens` [B, W] that are `kept`."""
+    V = scores.shape[-1]
+    columns = torch.where(kept, tokens.clamp(max=V), V)
+    return torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, columns, True)[:, :V]
+
+
+def rule_of(processor: Any) -> tuple[Any, Rule] | None:
+    """A logits processor as a function that a captured step can hold, with a key of what it does; or `None`."""
+    kind, p = type(processor), processor
+    if kind in STATELESS:
+        return as_key(p), lambda scores, tokens, cursor: p(tokens, scores)
+    if kind is logits_process.RepetitionPenaltyLogitsProcessor:
+
+        def penalise(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            first, at = p.prompt_ignore_length, torch.arange(tokens.shape[1], device=tokens.device)
+            after = at >= (first.to(at.device)[:, None] if isinstance(first, torch.Tensor) else first or 0)
+            seen = marked(scores, tokens, (after & (at < cursor)).expand_as(tokens))
+            return torch.where(seen, torch.where(scores < 0, scores * p.penalty, scores / p.penalty), scores)
+
+        return as_key(p), penalise
+    if kind is logits_process.NoRepeatNGramLogitsProcessor:
+        n = p.ngram_size
+
+        def no_repeat(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            windows = tokens.unfold(1, n, 1)
+            last = (cursor - n + 1).clamp(min=0) + torch.arange(n - 1, device=tokens.device)
+            same = (windows[..., :-1] == tokens.gather(1, last.expand(len(tokens), -1))[:, None]).all(-1)
+            same &= torch.arange(windows.shape[1], device=tokens.device) + n <= cursor
+            return scores.masked_fill(marked(scores, windows[..., -1], same), -math.inf)
+
+        return as_key(p), no_repeat
+    if kind in (logits_process.SequenceBiasLogitsProcessor, logits_process.NoBadWordsLogitsProcessor):
+        if any(len(sequence) > 1 for sequence in p.sequence_bias):
+            return None
+        return (kind.__name__, as_key(p.sequence_bias)), lambda scores, tokens, cursor: p(tokens, scores)
+    if kind in (logits_process.MinLengthLogitsProcessor, logits_process.MinNewTokensLengthLogitsProcessor):
+        least = p.min_length if hasattr(p, "min_length") else p.prompt_length_to_skip + p.min_new_tokens
+
+        def prolong(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            return scores.masked_fill((cursor < least) & columns(scores, p.eos_token_id), -math.inf)
+
+        return as_key(p), prolong
+    if kind is logits_process.SuppressTokensAtBeginLogitsProcessor:
+
+        def suppress(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            return scores.masked_fill((cursor == p.begin_index) & columns(scores, p.begin_suppress_tokens), -math.inf)
+
+        return as_key(p), suppress
+    if kind in (logits_process.ForcedBOSTokenLogitsProcessor, logits_process.ForcedEOSTokenLogitsProcessor):
+        first_token = kind is logits_process.ForcedBOSTokenLogitsProcessor
+        when = 1 if first_token else p.max_length - 1
+        which = p.bos_token_id if first_token else p.eos_token_id
+
+        def force(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            forced = torch.where(columns(scores, torch.as_tensor(which, device=scores.device)), 0.0, -math.inf)
+            return torch.where(cursor == when, forced, scores)
+
+        return as_key(p), force
+    return None
+
+
+def as_key(value: Any) -> Any:
+    """What tells two processors or settings apart, hashable."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.flatten().tolist()), value.dtype
+    if isinstance(value, dict):
+        return tuple(sorted((str(k), as_key(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return tuple(map(as_key, value))
+    if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+        return value
+    return type(value).__name__, as_key(vars(value))
+
+
+def unsupported(
+    model: Any, processors: Any, criteria: Any, config: Any, arguments: dict[str, Any], synced: bool, beams: bool
+) -> str | None:
+    """Why transformers' own loop has to be taken, or `None`."""
+    stack = decoder_of(model).config
+    if synced or config.is_assistant:
+        return "synced_gpus and assisted decoding need it"
+    if model.training:
+        return "the model is in training mode"
+    for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
+        if getattr(config, name):
+            return f"{name} is asked for"
+    if beams and config.return_dict_in_generate:
+        return "beam indices are asked for"
+    if not config.use_cache:
+        return "use_cache is off"
+    if config.cache_implementation not in (None, "dynamic"):
+        return f"cache_implementation is {config.cache_implementation!r}"
+    extra = [name for name, value in arguments.items() if name not in KNOWN_ARGUMENTS and value is not None]
+    if extra:
+        return f"the step has no place for {', '.join(extra)}"
+    cache = arguments.get("past_key_values")
+    if getattr(cache, "_is_user_defined", False) and not (isinstance(cache, DecodeCache) and not beams):
+        return f"a {type(cache).__name__} is given"
+    if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+        return "rotary frequencies depend on the length"
+    for processor in processors:
+        if rule_of(processor) is None:
+            return f"{type(processor).__name__} is in use"
+    known = (
+        stopping_criteria.MaxLengthCriteria,
+        stopping_criteria.EosTokenCriteria,
+        stopping_criteria.MaxTimeCriteria,
+    )
+    for criterion in criteria:
+        if type(criterion) not in known:
+            return f"{type(criterion).__name__} is in use"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        return "the model is spread over several devices"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "modules have hooks"
+    several = model.config.is_encoder_decoder
+    for name, fits in (
+        ("attention_mask", contiguous if several else left_padded),
+        ("decoder_attention_mask", left_padded),
+    ):
+        mask = arguments.get(name)
+        if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and fits(mask)):
+            return f"{name} is not that of padding" + (" on the left" if fits is left_padded else "")
+    return None
+
+
+def contiguous(mask: torch.Tensor) -> bool:
+    """Whether the ones of each row [B, S] are one run."""
+    padded = nn.functional.pad(mask.bool().int(), (1, 1))
+    return bool(((padded.diff(dim=1) == 1).sum(1) == 1).all())
+
+
+def left_padded(mask: torch.Tensor) -> bool:
+    """Whether the ones of each row [B, T] are one run that reaches the end."""
+    return bool(mask[:, -1].all()) and contiguous(mask)
+
+
+def decoder_of(model: Any) -> Any:
+    """The stack of layers that writes."""
+    return model.model.decoder if model.config.is_encoder_decoder else model.model
