@@ -145,7 +145,9 @@ class Decoder:
         """Launch one step: the first one as it is, which warms everything up, later ones by replaying a graph."""
         self.step.host_length += 1
         if not self.captures or not self.warm:
-            self.warm = True
+            if not self.warm:
+                self.step.compile()
+                self.warm = True
             return self.run()
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()

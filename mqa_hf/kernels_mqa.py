@@ -15,6 +15,8 @@ accumulate in float32. Triton is optional: where it is missing, `decoding_mqa.py
   has ended.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -103,9 +105,8 @@ def _attend_kernel(
             position = n
             if FROM_START:
                 position = n - origin
-            rounded = (slope / scale).to(tl.bfloat16).to(tl.float32)
             near = position.to(tl.float32).to(tl.bfloat16).to(tl.float32)
-            s += (rounded[:, None] * near[None, :]).to(tl.bfloat16).to(tl.float32) * scale
+            s += (slope[:, None] * near[None, :]).to(tl.bfloat16).to(tl.float32) * scale
         if BIAS == 3:
             distance = tl.minimum(last - 1 - n, table_width - 1)
             s += tl.load(
@@ -165,56 +166,83 @@ def _merge_kernel(
 @jit
 def _append_kernel(
     projected, query, keys, values, key_scales, value_scales, cos, sin, frequency, positions, length,
-    S, H, G, projected_row, key_row, key_head, value_row, value_head, angles_row,
+    S, H, G, tiles, projected_row, key_row, key_head, value_row, value_head, angles_row,
     D: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, CHOSEN: tl.constexpr,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one row of `projected` [B, H·D + G·D + G·DV]. Queries and keys are rotated; queries go
-    to `query` [B, H, D], keys and values to the cache at position `length` - 1, as float8 with a scale if `SCALED`.
+    """One program: `HEADS` heads of one row of `projected` [B, H·D + G·D + G·DV], the first `tiles` programs of a row
+    those of queries and keys. Both are rotated; queries go to `query` [B, H, D], keys and values to the cache at
+    position `length` - 1, as float8 with a scale if `SCALED`.
 
     Components below `ROTATED` of every `HEAD` are rotated in pairs at a distance of half; `CHOSEN`: by the angles that
     `frequency` [ROTATED] names.
     """
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.load(length) - 1
-    if part < H + G:
-        x = projected + row * projected_row + part * D
-        y = tl.load(x + at, mask=at < D, other=0.0).to(tl.float32)
+    if tile < tiles:
+        head = tile * HEADS + tl.arange(0, HEADS)
+        inside = (head < H + G)[:, None] & (at < D)[None, :]
+        x = projected + row * projected_row + head[:, None] * D
+        y = tl.load(x + at[None, :], mask=inside, other=0.0).to(tl.float32)
         if ROTATED > 0:
             within = at % HEAD
             turned = (within < ROTATED) & (at < D)
             partner = tl.where(within < ROTATED // 2, at + ROTATED // 2, at - ROTATED // 2)
-            z = tl.load(x + partner, mask=turned, other=0.0).to(tl.float32)
+            z = tl.load(x + partner[None, :], mask=inside & turned[None, :], other=0.0).to(tl.float32)
             angle = within
             if CHOSEN:
                 angle = tl.load(frequency + within, mask=turned, other=0).to(tl.int32)
             place = tl.load(positions + row) * angles_row + angle
             c = tl.load(cos + place, mask=turned, other=1.0).to(tl.float32)
-            y = y * c + z * tl.load(sin + place, mask=turned, other=0.0).to(tl.float32)
-        if part < H:
-            tl.store(query + (row * H + part) * D + at, y.to(query.dtype.element_ty), mask=at < D)
-        else:
-            head = part - H
-            if SCALED:
-                size = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
-                tl.store(key_scales + (row * G + head) * S + token, size)
-                y = y / size
-            to = keys + row * key_row + head * key_head + token * D + at
-            tl.store(to, y.to(keys.dtype.element_ty), mask=at < D)
-    else:
-        head = part - H - G
-        x = projected + row * projected_row + (H + G) * D + head * DV
-        y = tl.load(x + at, mask=at < DV, other=0.0).to(tl.float32)
+            y = y * c[None, :] + z * tl.load(sin + place, mask=turned, other=0.0).to(tl.float32)[None, :]
+        asks = inside & (head < H)[:, None]
+        to = query + row * H * D + head[:, None] * D + at[None, :]
+        tl.store(to, y.to(query.dtype.element_ty), mask=asks)
+        held, keeps = head - H, inside & (head >= H)[:, None]
         if SCALED:
-            size = tl.maximum(tl.max(tl.abs(y), 0), 1e-12) / 448.0
-            tl.store(value_scales + (row * G + head) * S + token, size)
-            y = y / size
-        to = values + row * value_row + head * value_head + token * DV + at
-        tl.store(to, y.to(values.dtype.element_ty), mask=at < DV)
+            size = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / 448.0
+            tl.store(key_scales + (row * G + held) * S + token, size, mask=(head >= H) & (head < H + G))
+            y = y / size[:, None]
+        to = keys + row * key_row + held[:, None] * key_head + token * D + at[None, :]
+        tl.store(to, y.to(keys.dtype.element_ty), mask=keeps)
+    else:
+        held = (tile - tiles) * HEADS + tl.arange(0, HEADS)
+        inside = (held < G)[:, None] & (at < DV)[None, :]
+        x = projected + row * projected_row + (H + G) * D + held[:, None] * DV + at[None, :]
+        y = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            size = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / 448.0
+            tl.store(value_scales + (row * G + held) * S + token, size, mask=held < G)
+            y = y / size[:, None]
+        to = values + row * value_row + held[:, None] * value_head + token * DV + at[None, :]
+        tl.store(to, y.to(values.dtype.element_ty), mask=inside)
+
+
+@jit
+def _norm_kernel(
+    x, weight, bias, out, K, eps, x_row,
+    LAYER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: root mean square norm of x [M, K], or layer norm if `LAYER`."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    if WEIGHT:
+        w = tl.load(weight + at, mask=at < K, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    y = tl.load(x + row * x_row + at, mask=at < K, other=0.0).to(tl.float32)
+    if LAYER:
+        y = tl.where(at < K, y - tl.sum(y, 0) / K, 0.0)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / K + eps)
+    if WEIGHT:
+        y *= w
+    if BIAS:
+        y += tl.load(bias + at, mask=at < K, other=0.0).to(tl.float32)
+    tl.store(out + row * K + at, y.to(out.dtype.element_ty), mask=at < K)
 
 
 @jit
@@ -238,9 +266,14 @@ def _activate(x, ACT: tl.constexpr):
 
 
 @jit
-def _activation_kernel(x, out, width, x_row, out_row, GATED: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def _activation_kernel(
+    x, out, width, x_row, out_row, GATED: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """out[row] = act(x[row, :width]), times x[row, width:] if `GATED`."""
     row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     a = tl.load(x + row * x_row + at, mask=at < width, other=0.0).to(tl.float32)
     a = _activate(a, ACT)
     if GATED:
@@ -262,11 +295,12 @@ def _project_kernel(
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = n < N
     rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    rows_up = weight + (n.to(tl.int64) + N)[:, None] * K + k[None, :]
     if PDL:  # the first weights are on their way while the kernel before still runs
         gdc_launch_dependents()
     w = tl.load(rows, mask=inside[:, None] & (k < K)[None, :], other=0.0)
     if GATED:
-        w_up = tl.load(rows + N.to(tl.int64) * K, mask=inside[:, None] & (k < K)[None, :], other=0.0)
+        w_up = tl.load(rows_up, mask=inside[:, None] & (k < K)[None, :], other=0.0)
     if PDL:
         gdc_wait()
     mean, spread = 0.0, 1.0
@@ -295,7 +329,7 @@ def _project_kernel(
         more = inside[:, None] & (at + BLOCK_K < K)[None, :]
         w = tl.load(rows + first + BLOCK_K, mask=more, other=0.0)
         if GATED:
-            w_up = tl.load(rows + N.to(tl.int64) * K + first + BLOCK_K, mask=more, other=0.0)
+            w_up = tl.load(rows_up + first + BLOCK_K, mask=more, other=0.0)
     result = tl.sum(accumulated, 1)
     if BIAS:
         result += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
@@ -320,6 +354,7 @@ def _project_rows_kernel(
     n, m, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     inside, asked = n < N, m < M
     rows = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    rows_up = weight + (n.to(tl.int64) + N)[:, None] * K + k[None, :]
     columns = x + m[None, :] * x_row + k[:, None]
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     if PDL:
@@ -333,7 +368,7 @@ def _project_rows_kernel(
         y = tl.load(columns + first, mask=more[:, None] & asked[None, :], other=0.0)
         accumulated = tl.dot(w, y, accumulated, input_precision=precision)
         if GATED:
-            up = tl.load(rows + N.to(tl.int64) * K + first, mask=inside[:, None] & more[None, :], other=0.0)
+            up = tl.load(rows_up + first, mask=inside[:, None] & more[None, :], other=0.0)
             accumulated_up = tl.dot(up, y, accumulated_up, input_precision=precision)
     if BIAS:
         accumulated += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
@@ -374,10 +409,36 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def launch(x: torch.Tensor, **options: int) -> dict[str, Any]:
-    """Launch options with programmatic dependent launch where the device has it."""
-    early = overlapping(x.device)
-    return {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
+_collected: list[tuple] | None = None  # while not None, launches are noted here instead of being made
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Launch a kernel, with programmatic dependent launch where the device has it."""
+    early = overlapping(arguments[0].device)
+    options = {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
+    if _collected is not None:
+        _collected.append((kernel, grid, arguments, options))
+    else:
+        kernel[grid](*arguments, **options)
+
+
+def compile_all(run: Callable[[], Any]) -> None:
+    """Compile all kernels that `run` would launch, side by side; none is launched."""
+    global _collected
+    _collected = []
+    try:
+        run()
+    finally:
+        calls, _collected = _collected, None
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return value % 16 == 0, value == 1 if isinstance(value, int) else type(value)
+
+    distinct = {(id(c[0]), *map(kind, c[2]), *sorted(c[3].items())): c for c in calls}.values()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda call: call[0].warmup(*call[2], grid=call[1], **call[3]), distinct))
 
 
 def attend(
@@ -413,7 +474,8 @@ def attend(
         fold: query rows that share a row of the cache (beams at an encoder's output).
         window: positions that are seen, the newest included.
         slopes: float32 [H] (ALiBi, arXiv 2108.12409).
-        bfloat16_from_start: round ALiBi as Falcon does, its positions counted from `start` or from 0.
+        bfloat16_from_start: round ALiBi as Falcon does, positions counted from `start` or (`False`) from 0; `slopes`
+            are then slope / `scale`, rounded to bfloat16.
         table: float32 [H, n], a bias for each distance; the last one stands for all above it.
         key_scales, value_scales: float32 [R, G, S] of a float8 cache.
         blocks, splits: keys a program reads at once, warps, stages; programs a row is split among. Default: by size.
@@ -424,11 +486,12 @@ def attend(
     B, H, D = query.shape
     R, G, S, DV = values.shape
     g = H // G
-    block_m = min(max(power(g * fold), 16), 64)
+    block_m = min(max(power(g * fold), 16), 16 if query.dtype == torch.float32 else 64)
     tiles = triton.cdiv(g * fold, block_m)
     block_d, block_dv = max(power(D), 16), max(power(DV), 16)
     if blocks is None:
-        blocks = attend_blocks((block_d + block_dv) * keys.element_size(), shared_memory(query.device))
+        exact = query.dtype == torch.float32
+        blocks = attend_blocks((block_d + block_dv) * keys.element_size(), shared_memory(query.device), exact)
     block_n, warps, stages = blocks
     if splits is None:
         splits = attend_splits(R * G * tiles, min(capacity, window or capacity), block_n, processors(query.device))
@@ -439,7 +502,7 @@ def attend(
         statistics = torch.empty(splits, B, H, dtype=torch.float32, device=query.device)
     bias = 3 if table is not None else 0 if slopes is None else 1 if bfloat16_from_start is None else 2
     some: Any = length  # stands for what is not there and is not read
-    _attend_kernel[(R * G, splits, tiles)](
+    launch(_attend_kernel, (R * G, splits, tiles),
         query, keys, values,
         some if key_scales is None else key_scales, some if value_scales is None else value_scales,
         out, partial, statistics, length, some if start is None else start, some if rows is None else rows,
@@ -450,22 +513,24 @@ def attend(
         D=D, DV=DV, FOLD=fold, WINDOW=window or 0, HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
         FROM_START=bool(bfloat16_from_start), SCALED=key_scales is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLIT=splits > 1,
-        EXACT=query.dtype == torch.float32, **launch(query, num_warps=warps, num_stages=stages),
+        EXACT=query.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         columns = min(block_dv, 32 if splits > 16 else 128)
-        _merge_kernel[(B * H, triton.cdiv(DV, columns))](
+        launch(_merge_kernel, (B * H, triton.cdiv(DV, columns)),
             partial, statistics, out, splits, B * H,
-            DV=DV, BLOCK_DV=columns, BLOCK_S=power(splits), **launch(query, num_warps=4),
+            DV=DV, BLOCK_DV=columns, BLOCK_S=power(splits), num_warps=4,
         )  # fmt: skip
     return out
 
 
 @cache
-def attend_blocks(row: int, memory: int) -> tuple[int, int, int]:
+def attend_blocks(row: int, memory: int, exact: bool) -> tuple[int, int, int]:
     """Keys a program reads at once, its warps and its stages, for `row` bytes of a key and a value: 64 KiB in each of
-    three stages, if there is the shared memory for it.
+    three stages, if there is the shared memory for it. Products in float32 (`exact`) need much of it themselves.
     """
+    if exact:
+        return 16, 4, 1
     block_n, stages = min(128, max(16, power(65536 // row + 1) // 2)), 3
     while block_n * row * stages > memory - 32768 and (block_n > 16 or stages > 2):
         block_n, stages = (block_n // 2, stages) if block_n > 32 or stages == 2 else (block_n, stages - 1)
@@ -516,17 +581,34 @@ def append(
     rotated = 0 if cos is None else cos.shape[-1] if frequency is None else len(frequency)
     query = projected.new_empty(B, H, D)
     some = projected
-    _append_kernel[(B, H + 2 * G)](
+    block = power(max(D, DV))
+    heads = max(1, min(2048 // block, power(H + G)))
+    tiles = triton.cdiv(H + G, heads)
+    launch(_append_kernel, (B, tiles + triton.cdiv(G, heads)),
         projected, query, keys, values,
         some if key_scales is None else key_scales, some if value_scales is None else value_scales,
         some if cos is None else cos, some if sin is None else sin, some if frequency is None else frequency,
         some if positions is None else positions, length,
-        S, H, G, projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        S, H, G, tiles, projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         0 if cos is None else cos.stride(0),
         D=D, DV=DV, HEAD=D if frequency is not None else head, ROTATED=rotated, CHOSEN=frequency is not None,
-        BLOCK=power(max(D, DV)), SCALED=key_scales is not None, **launch(projected, num_warps=1 if D <= 128 else 4),
+        HEADS=heads, BLOCK=block, SCALED=key_scales is not None, num_warps=4,
     )  # fmt: skip
     return query
+
+
+def normalise(
+    x: torch.Tensor, kind: str, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """The norm of each row of x [M, K]: "rms_norm" or "layer_norm"."""
+    M, K = x.shape
+    out = x.new_empty(M, K)
+    launch(
+        _norm_kernel, (M,), x, x if weight is None else weight, x if bias is None else bias, out, K, eps, x.stride(0),
+        LAYER=kind == "layer_norm", WEIGHT=weight is not None, BIAS=bias is not None, WIDTH=power(K),
+        num_warps=4 if K <= 2048 else 8,
+    )  # fmt: skip
+    return out
 
 
 def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
@@ -534,8 +616,17 @@ def activate(x: torch.Tensor, activation: str, gated: bool) -> torch.Tensor:
     M, N = x.shape
     width = N // 2 if gated else N
     out = x.new_empty(M, width)
-    _activation_kernel[(M, triton.cdiv(width, 1024))](
-        x, out, width, x.stride(0), out.stride(0), GATED=gated, ACT=ACTIVATIONS[activation], BLOCK=1024
+    launch(
+        _activation_kernel,
+        (M, triton.cdiv(width, 1024)),
+        x,
+        out,
+        width,
+        x.stride(0),
+        out.stride(0),
+        GATED=gated,
+        ACT=ACTIVATIONS[activation],
+        BLOCK=1024,
     )
     return out
 
@@ -544,11 +635,11 @@ def project(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
-    *,
     norm: str | None = None,
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     eps: float = 0.0,
+    *,
     activation: str | None = None,
     gated: bool = False,
     residual: torch.Tensor | None = None,
@@ -577,19 +668,19 @@ def project(
     some = x
     fixed: dict[str, Any] = {
         "GATED": gated, "ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None,
-        "BLOCK_N": block_n, "BLOCK_K": block_k, **launch(x, num_warps=warps, num_stages=stages),
+        "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     bias, residual = some if bias is None else bias, some if residual is None else residual
     grid = (triton.cdiv(N, block_n),)
     if M == 1:
         kind = {None: 0, "rms_norm": 1, "layer_norm": 2}[norm]
-        _project_kernel[grid](
+        launch(_project_kernel, grid,
             x, weight, bias, residual, some if norm_weight is None else norm_weight,
             some if norm_bias is None else norm_bias, out, N, K, eps, x.stride(0),
             NORM=kind, NORM_WEIGHT=norm_weight is not None, NORM_BIAS=norm_bias is not None, WIDTH=power(K), **fixed,
         )  # fmt: skip
     else:
-        _project_rows_kernel[grid](
+        launch(_project_rows_kernel, grid,
             x, weight, bias, residual, out, M, N, K, x.stride(0), out.stride(0),
             EXACT=x.dtype == torch.float32, BLOCK_M=max(16, power(M)), **fixed,
         )  # fmt: skip

@@ -15,7 +15,18 @@ import torch
 from torch import nn
 
 from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, to_float8
-from .kernels_mqa import ACTIVATIONS, MAX_HEAD_WIDTH, MAX_SMALL_ROWS, activate, append, attend, available, project
+from .kernels_mqa import (
+    ACTIVATIONS,
+    MAX_HEAD_WIDTH,
+    MAX_SMALL_ROWS,
+    activate,
+    append,
+    attend,
+    available,
+    compile_all,
+    normalise,
+    project,
+)
 from .rules_mqa import decoder_of
 
 WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
@@ -92,7 +103,9 @@ class Step:
         self.tables: dict[int, torch.Tensor] = {}
         self.slopes: torch.Tensor | None = None
         if self.config.position_embedding == "alibi":
-            self.slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
+            slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
+            rounded = self.config.alibi_bfloat16
+            self.slopes = (slopes / self.config.attention_scale).bfloat16().float() if rounded else slopes
         self.plans: dict[int, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
         self.masks: dict[Any, Any] = {}
 
@@ -154,7 +167,7 @@ class Step:
             x: [B, K].
             activation: a module, applied to all outputs; with `gated` to those of the first of two modules, which are
                 multiplied with those of the second.
-            residual: [B, N].
+            residual: [B, N]; the result may be written to it.
         """
         found, name = self.weights(modules), None
         if activation is not None:
@@ -169,18 +182,22 @@ class Step:
         weight, bias = found
         fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype
         known = norm is None or type(norm) in (nn.RMSNorm, nn.LayerNorm)
+        normal: Any = (None, None, None, 0.0)
+        if norm is not None and known:
+            rms = isinstance(norm, nn.RMSNorm)
+            normal = "rms_norm" if rms else "layer_norm", norm.weight, None if rms else norm.bias, norm.eps
         if fits and len(x) == 1 and known:
-            options: dict[str, Any] = {}
-            if norm is not None:
-                rms = isinstance(norm, nn.RMSNorm)
-                options = {"norm": "rms_norm" if rms else "layer_norm", "norm_weight": norm.weight, "eps": norm.eps}
-                options["norm_bias"] = None if rms else norm.bias
-            return project(x, weight, bias, activation=name, gated=gated, residual=residual, **options)
-        y = x if norm is None else norm(x)
+            return project(x, weight, bias, *normal, activation=name, gated=gated, residual=residual)
+        if norm is None:
+            y = x
+        elif self.triton and known:
+            y = normalise(x, *normal)
+        else:
+            y = norm(x)
         if fits and len(x) <= MAX_SMALL_ROWS and len(weight) >= WIDE and x.element_size() == 2:
             return project(y, weight, bias, activation=name, gated=gated, residual=residual)
         if residual is not None and bias is None:
-            return torch.addmm(residual, y, weight.t())
+            return torch.addmm(residual, y, weight.t(), out=residual)
         out = nn.functional.linear(y, weight, bias)
         if activation is not None and fits:
             out = activate(out, name, gated)  # type: ignore[arg-type]
@@ -188,6 +205,14 @@ class Step:
             first, *second = out.chunk(2, -1) if gated else (out,)
             out = activation(first) * second[0] if gated else activation(first)
         return out if residual is None else residual + out
+
+    def compile(self) -> None:
+        """Compile the kernels of a step side by side; the step's own buffers are left alone."""
+        if self.triton:
+            x = torch.zeros(len(self.positions), self.config.hidden_size, dtype=self.dtype, device=self.device)
+            compile_all(
+                lambda: [self.layer(layer, x, i) for i, layer in enumerate(self.stack.layers)] + [self.head(x)]
+            )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B] the newest tokens -> [B, V] logits in float32; their keys and values are written to the cache."""
@@ -203,12 +228,16 @@ class Step:
             if config.clamp_float16 and x.dtype == torch.float16:
                 x = x.clamp(-64504, 64504)
         self.positions += 1
-        if stack.project_out is None:
-            logits = self.linear(x, (self.model.lm_head,), norm=stack.norm)
+        return self.head(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, d] -> [B, V]."""
+        if self.stack.project_out is None:
+            logits = self.linear(x, (self.model.lm_head,), norm=self.stack.norm)
         else:
-            logits = self.linear(stack.leave(x), (self.model.lm_head,))
-        if config.logit_scale != 1.0:
-            logits = logits * config.logit_scale
+            logits = self.linear(self.stack.leave(x), (self.model.lm_head,))
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         return logits.float()
 
     def layer(self, layer: Any, x: torch.Tensor, i: int) -> torch.Tensor:
@@ -217,9 +246,12 @@ class Step:
         first = None if post else layer.input_layernorm
         joined = self.linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm=first)
         attended = self.self_attention(attention, joined, i)
-        before = x
-        x = self.linear(attended, (attention.o_proj,), residual=x)
-        if kind in ("sequential", "post_norm"):
+        if kind in ("parallel", "parallel_shared_norm"):
+            norm = first if kind == "parallel_shared_norm" else layer.post_attention_layernorm
+            inner = self.inner(layer.mlp, x, norm)
+            x = self.linear(attended, (attention.o_proj,), residual=x)
+        else:
+            x = self.linear(attended, (attention.o_proj,), residual=x)
             if post:
                 x = layer.input_layernorm(x)
             if self.cross is not None:
@@ -228,9 +260,6 @@ class Step:
                 x = self.linear(self.cross_attention(cross, query, i), (cross.o_proj,), residual=x)
                 x = layer.cross_attn_layernorm(x) if post else x
             inner = self.inner(layer.mlp, x, None if post else layer.post_attention_layernorm)
-        else:
-            norm = first if kind == "parallel_shared_norm" else layer.post_attention_layernorm
-            inner = self.inner(layer.mlp, before, norm)
         x = self.linear(inner, (layer.mlp.down_proj,), residual=x)
         return layer.post_attention_layernorm(x) if post else x
 
@@ -314,7 +343,7 @@ class Step:
         elif self.slopes is not None:
             place = at - self.start[:, None] if rounded else at[None]
             scale = self.config.attention_scale
-            bias = ((self.slopes / scale).bfloat16()[:, None] * place[:, None]).float()[:, :, None] * scale
+            bias = (self.slopes.bfloat16()[:, None] * place[:, None]).float()[:, :, None] * scale
         if bias is not None:
             bias = bias.to(dtype)
             mask = bias if mask is None else torch.where(mask, bias, torch.finfo(dtype).min)
