@@ -1,120 +1,473 @@
-"""Time per output token of several models side by side, in one process:
+"""How fast decoding is, through the door that people use: `mqa-hf benchmark`.
 
-    python -m mqa_hf.eval.speed CHECKPOINT --batch 4 --context 2048
+Everything is timed around `generate()`: a streamer notes when each token arrives. The cache is filled with random
+numbers instead of reading a prompt, which would take longer than all the rest; weights are random too, since speed
+does not depend on either. Beside the time stands what the step had to read, and the time that the device needs for
+that at least (`roofline.py`).
 
-compares, with weights drawn at random at the checkpoint's shape, the source's class with its own key/value heads, the
-same class with one, and the class of this package with one. Decoding is timed as `generate()` runs it: one forward
-pass a token over a growing cache. The models take turns, so that a machine whose speed drifts treats them alike.
+Engines are `mqa-hf` (this package's loop), `dynamic` (transformers' loop with its growing cache) and `static`
+(transformers' loop with a static cache, compiled), the last two with the class of transformers that can hold the
+model, or with ours where there is none.
 """
 
+import gc
+import json
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import torch
-import typer
+import transformers
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
-from mqa_hf import MQAConfig, MQAForCausalLM
-from mqa_hf.cli import main as run
+from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, __version__
+from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.converter import DTYPES
-from mqa_hf.conversion.families import canonical_config, family_of
-from mqa_hf.conversion.source import open_source
+from mqa_hf.conversion.families import family_of
+from mqa_hf.conversion.plan import decoder_of
+from mqa_hf.conversion.pooling import choose_attentions, with_heads
+
+from .roofline import Device, largest_batch, measured_device, step_cost
+from .shapes import Config, read_shape
+
+ENGINES = ("mqa-hf", "dynamic", "static")
+WARMUP = 8  # tokens that are not counted
 
 
-def make_step(model: PreTrainedModel, batch: int, context: int) -> Callable[[], None]:
-    """Fill a cache with `context` random tokens for `batch` rows; returns one greedy decoding step."""
-    token = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
-    with torch.no_grad():
-        output = model(token, use_cache=True, logits_to_keep=1)
+@dataclass(frozen=True)
+class Contender:
+    """A model to time: `config` of this package, and the configuration of the class that `engine` runs."""
 
-    def step() -> None:
-        nonlocal output
-        with torch.no_grad():
-            next_token = output.logits[:, -1:].argmax(-1)
-            output = model(next_token, past_key_values=output.past_key_values, use_cache=True)
+    engine: str
+    kv_heads: int
+    config: Config
+    run: PreTrainedConfig
 
-    return step
-
-
-def time_per_token(
-    models: dict[str, PreTrainedModel], batch: int, context: int, steps: int = 24, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Seconds of each of `steps` decoding steps, per model, the models taking turns step by step.
-
-    Args:
-        models: by the name to report.
-        batch: rows decoded at once.
-        context: tokens in the cache when timing starts.
-        steps: timed steps of each model.
-        warmup: steps before them.
-    """
-    decoders = {name: make_step(model, batch, context) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(warmup + steps):
-        for name, step in decoders.items():
-            start = time.perf_counter()
-            step()
-            if models[name].device.type == "cuda":
-                torch.cuda.synchronize()
-            if i >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+    @property
+    def name(self) -> str:
+        return f"{type(self.run).__name__.removesuffix('Config')}, {self.kv_heads} K/V heads, {self.engine}"
 
 
-def contenders(checkpoint: Path, dtype: torch.dtype, device: str) -> dict[str, PreTrainedModel]:
-    """Models of random weights: the source's class as it is, with one K/V head, and ours with one."""
-    source = open_source(checkpoint, weights=False)
-    canonical = canonical_config(source.config, source.raw)
-    ours = MQAConfig(**{**canonical.to_dict(), "num_key_value_heads": 1})
-    heads, kv_heads = canonical.num_attention_heads, canonical.num_key_value_heads
-    configs = {f"{_name(source.config)}, {heads} query and {kv_heads} K/V heads": source.config}
-    native = family_of(source.config.model_type).native
-    with suppress(ConversionError):  # the class has no place for this model with one head
-        if native is not None:
-            pooled = native(source.config, ours)
-            configs[f"{_name(pooled)}, 1 K/V head"] = pooled
+class Clock(BaseStreamer):
+    """Notes when tokens arrive; the first call is the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def contenders(source: PreTrainedConfig, config: Config, kv_heads: list[int], engines: list[str]) -> list[Contender]:
+    """Every number of heads (0: as many as the source has) with every engine."""
+    original = decoder_of(config).num_key_value_heads
+    found = []
+    for heads in dict.fromkeys(n or original for n in kv_heads):
+        if original % heads:
+            raise ConversionError(f"--kv-heads {heads} must divide the {original} key/value heads of the source")
+        ours = config if heads == original else with_heads(config, heads, choose_attentions(config, None))
+        theirs: PreTrainedConfig = ours
+        if heads == original:
+            theirs = source
+        elif not isinstance(ours, MQASeq2SeqConfig) and source.model_type != ours.model_type:
+            native = family_of(source.model_type).native
+            with suppress(ConversionError):  # the class has no place for this model with fewer heads
+                theirs = native(source, ours) if native is not None else ours
+        for engine in engines:
+            found.append(Contender(engine, heads, ours, ours if engine == "mqa-hf" else theirs))
+    return found
+
+
+def build(contender: Contender, dtype: torch.dtype, device: str) -> Any:
+    """The model, with random weights."""
+    classes: dict[bool, Any] = {False: AutoModelForCausalLM, True: AutoModelForSeq2SeqLM}
+    several = isinstance(contender.config, MQASeq2SeqConfig)
     with torch.device(device):
-        models = {name: AutoModelForCausalLM.from_config(c, dtype=dtype).eval() for name, c in configs.items()}
-        return {**models, "mqa-hf, 1 K/V head": MQAForCausalLM._from_config(ours, dtype=dtype).eval()}
+        if contender.run is contender.config:
+            cls: Any = MQAForConditionalGeneration if several else MQAForCausalLM
+            model = cls._from_config(contender.run, dtype=dtype)
+            model.decoding.enabled = contender.engine == "mqa-hf"
+        else:
+            model = classes[several].from_config(contender.run, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
 
 
-def _name(config: PreTrainedConfig) -> str:
-    return type(config).__name__.removesuffix("Config")
+def filled_cache(contender: Contender, model: Any, batch: int, context: int, capacity: int) -> Any:
+    """A cache in which `context` positions are random numbers."""
+    config, dtype, device = decoder_of(contender.config), model.dtype, model.device
+    if contender.engine == "mqa-hf":
+        cache = DecodeCache(config, batch, capacity, model.decoding.cache_dtype or dtype, device)
+        layers: Any = cache.layers
+        for layer in layers:
+            for states in layer.buffers().values():
+                for row in states:  # float8 has no random numbers of its own, and a whole copy may not fit
+                    row.copy_(torch.randn(row.shape, dtype=dtype, device=device))
+        cache.set_length(context)
+        return cache
+    text = contender.run.get_text_config(decoder=True)
+    other: Any = DynamicCache(config=text)
+    if contender.engine == "static":
+        other = StaticCache(config=text, max_cache_len=capacity)
+    for i in range(config.num_hidden_layers):
+        shapes = [(batch, contender.kv_heads, context, w) for w in (config.qk_head_dim, config.v_head_dim)]
+        other.update(*(torch.randn(shape, dtype=dtype, device=device) for shape in shapes), i)
+    return other
 
 
-def main(
-    checkpoint: Annotated[Path, typer.Argument(help="Directory with the config.json of the shape.")],
-    batch: Annotated[int, typer.Option(help="Rows decoded at once.")] = 4,
-    context: Annotated[int, typer.Option(help="Tokens in the cache.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Timed steps of each model.")] = 24,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cuda" if torch.cuda.is_available() else "cpu",
-) -> None:
-    """Time decoding of a shape with its own K/V heads, with one in the source's class, and with one in ours."""
-    if dtype not in DTYPES:
-        raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    seconds = time_per_token(contenders(checkpoint, DTYPES[dtype], device), batch, context, steps)
-    fastest = min(statistics.median(times) for times in seconds.values())
-    table = Table(title=f"decoding, {dtype}, batch {batch}, context {context}, {device}", title_justify="left")
-    for column in ("model", "ms/token, median", "fastest", "slowest", "relative to the fastest"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, times in seconds.items():
-        milliseconds = [1000 * t for t in times]
-        median = statistics.median(milliseconds)
-        table.add_row(
+def cache_bytes(cache: Any) -> int:
+    tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.ndim > 2]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def settle(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def time_tokens(contender: Contender, model: Any, batch: int, context: int, tokens: int) -> dict[str, Any]:
+    """Time `tokens` steps of `batch` rows that start with `context` positions in the cache.
+
+    Returns:
+        `step_sec` of each step, `warmup_sec` (what the first steps took longer), `cache_bytes`, `weight_bytes`,
+        `peak_memory_bytes`.
+    """
+    settle(model.device)
+    capacity = context + WARMUP + tokens + 1
+    cache = filled_cache(contender, model, batch, context - 1, capacity)
+    prompt = torch.randint(1, decoder_of(contender.config).vocab_size, (batch, context), device=model.device)
+    clock = Clock()
+    began = time.perf_counter()
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=WARMUP + tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    times = [began, *clock.times[1:]]  # the prompt itself is the first piece
+    steps = [after - before for before, after in pairwise(times)]
+    counted = steps[WARMUP:]
+    record = {
+        "step_sec": counted,
+        "warmup_sec": max(0.0, sum(steps[:WARMUP]) - WARMUP * statistics.median(counted)),
+        "cache_bytes": cache_bytes(cache),
+        "weight_bytes": sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()),
+    }
+    if model.device.type == "cuda":
+        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if contender.engine == "mqa-hf":
+        model.decoding.release()
+    return record
+
+
+def time_to_first_token(model: Any, vocab: int, batch: int, context: int) -> float:
+    """Seconds from a prompt of `context` tokens to the first new one, the better of two."""
+    prompt = torch.randint(1, vocab, (batch, context), device=model.device)
+    seconds = []
+    for _ in range(2):
+        settle(model.device)
+        began = time.perf_counter()
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    if hasattr(model, "decoding"):
+        model.decoding.release()
+    return min(seconds)
+
+
+def time_seq2seq(model: Any, batch: int, source: int, tokens: int, beams: int, repeats: int = 3) -> dict[str, Any]:
+    """Time decoding of `tokens` tokens with a source of `source`: what the last three quarters take longer."""
+    settle(model.device)
+    prompt = torch.randint(1, decoder_of_model(model).vocab_size, (batch, source), device=model.device)
+    few = max(1, tokens // 4)
+    seconds: dict[int, list[float]] = {few: [], tokens: []}
+    began = time.perf_counter()
+    for i in range(repeats + 1):
+        for n in seconds:
+            start = time.perf_counter()
+            # As many tokens as asked for, and a buffer of the same size each time.
+            model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, num_beams=beams)
+            if model.device.type == "cuda":
+                torch.cuda.synchronize()
+            if i:
+                seconds[n].append(time.perf_counter() - start)
+        if i == 0:
+            first = time.perf_counter() - began
+    steps = [(b - a) / (tokens - few) for a, b in zip(*seconds.values())]
+    usual = statistics.median(seconds[few]) + statistics.median(seconds[tokens])
+    record = {"step_sec": steps, "warmup_sec": max(0.0, first - usual)}
+    record["total_sec"] = statistics.median(seconds[tokens])
+    if model.device.type == "cuda":
+        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if hasattr(model, "decoding"):
+        model.decoding.release()
+    return record
+
+
+def decoder_of_model(model: Any) -> Any:
+    return model.config.decoder if hasattr(model.config, "decoder") else model.config
+
+
+def finish(
+    record: dict[str, Any], contender: Contender, batch: int, context: int, beams: int, source: int, device: Device
+) -> dict[str, Any]:
+    """Add what follows from the times and the shape."""
+    steps = record.pop("step_sec")
+    median = statistics.median(steps)
+    tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else steps * 9
+    itemsize = 2 if record["dtype"] != "float32" else 4
+    cost = step_cost(decoder_of(contender.config), batch * beams, context, source, itemsize)
+    floor = cost.seconds(device)
+    return {
+        "model": contender.name,
+        "engine": contender.engine,
+        "kv_heads": contender.kv_heads,
+        "batch": batch,
+        "context": context,
+        "beams": beams,
+        "time_per_token_ms": 1000 * median,
+        "time_per_token_p10_ms": 1000 * tenths[0],
+        "time_per_token_p90_ms": 1000 * tenths[-1],
+        "tokens_per_sec": batch / median,
+        "bytes_per_step": cost.weight_bytes + cost.cache_bytes,
+        "floor_ms": 1000 * floor,
+        "floor_share": floor / median,
+        "bandwidth_share": (cost.weight_bytes + cost.cache_bytes) / median / device.bandwidth,
+        **record,
+    }
+
+
+class Bench:
+    """Runs cells, holding as few models as can be."""
+
+    def __init__(self, name: str, dtype: str, device: str, tokens: int, prefill_limit: int):
+        if dtype not in DTYPES:
+            raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        self.name, self.dtype, self.device, self.tokens, self.prefill_limit = (
             name,
-            *(f"{x:.1f}" for x in (median, min(milliseconds), max(milliseconds))),
-            f"{median / 1000 / fastest:.2f}",
+            dtype,
+            device,
+            tokens,
+            prefill_limit,
         )
-    Console(width=120).print(table)
+        self.source, self.config = read_shape(name)
+        self.limits = measured_device(device)
+        self.models: dict[tuple, Any] = {}
+        self.facts = {
+            "shape": name,
+            "dtype": dtype,
+            "device": self.limits.name,
+            "copy_bandwidth": self.limits.bandwidth,
+            "matmul_rate": self.limits.rate,
+            "versions": {
+                "mqa-hf": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def model(self, contender: Contender) -> Any:
+        key = (type(contender.run), contender.kv_heads, contender.engine == "mqa-hf")
+        if key not in self.models:
+            if self.device != "cpu":
+                self.models.clear()
+                settle(torch.device(self.device))
+            self.models[key] = build(contender, DTYPES[self.dtype], self.device)
+        return self.models[key]
+
+    @torch.no_grad()
+    def cell(self, contender: Contender, batch: int, context: int, beams: int = 1) -> dict[str, Any]:
+        several = isinstance(contender.config, MQASeq2SeqConfig)
+        facts = {**self.facts}
+        try:
+            model = self.model(contender)
+            if several:
+                record = time_seq2seq(model, batch, context, self.tokens, beams)
+                return finish({**record, **facts}, contender, batch, self.tokens * 5 // 8, beams, context, self.limits)
+            record = time_tokens(contender, model, batch, context, self.tokens)
+            if batch * context <= self.prefill_limit:
+                vocab = decoder_of(contender.config).vocab_size
+                record["time_to_first_token_sec"] = time_to_first_token(model, vocab, batch, context)
+            return finish({**record, **facts}, contender, batch, context, beams, 0, self.limits)
+        except torch.OutOfMemoryError as error:
+            self.models.clear()
+            gone = str(error).split(". ")[0]
+        settle(torch.device(self.device))
+        return {"model": contender.name, "engine": contender.engine, "kv_heads": contender.kv_heads, "batch": batch,
+                "context": context, "beams": beams, "error": gone, **facts}  # fmt: skip
+
+    def largest(self, contender: Contender, context: int) -> dict[str, Any]:
+        """The cell with the largest batch that fits."""
+        config = decoder_of(contender.config)
+        itemsize = 2 if self.dtype != "float32" else 4
+        batch = largest_batch(config, context + WARMUP + self.tokens + 1, self.limits.memory, 0, itemsize)
+        record: dict[str, Any] = {"error": "it does not fit at all"}
+        while batch > 0:
+            record = self.cell(contender, batch, context)
+            if "error" not in record:
+                break
+            batch = min(batch - 1, int(batch * 0.94))
+        return {**record, "largest_batch": True}
 
 
-if __name__ == "__main__":
-    run(lambda: typer.run(main))
+def run(
+    bench: Bench, found: list[Contender], batches: list[int], contexts: list[int], beams: list[int], rounds: int,
+    with_largest: bool,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """All cells, one record each. With several rounds the contenders take turns and the times are put together."""
+    cells = [(b, n, k) for b in batches for n in contexts for k in beams]
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task("timing", total=len(cells) * len(found) * rounds + with_largest * len(found))
+        if rounds == 1:
+            for contender in found:
+                for cell in cells:
+                    progress.update(task, description=f"{contender.name}, batch {cell[0]}, context {cell[1]}")
+                    yield bench.cell(contender, *cell)
+                    progress.advance(task)
+                for n in contexts if with_largest else ():
+                    yield bench.largest(contender, n)
+                progress.advance(task, int(with_largest))
+            return
+        for cell in cells:
+            turns: dict[str, list[dict]] = {contender.name: [] for contender in found}
+            for _ in range(rounds):
+                for contender in found:
+                    progress.update(task, description=f"{contender.name}, batch {cell[0]}, context {cell[1]}")
+                    turns[contender.name].append(bench.cell(contender, *cell))
+                    progress.advance(task)
+            for records in turns.values():
+                middle = sorted(records, key=lambda r: r.get("time_per_token_ms", 0.0))[len(records) // 2]
+                yield middle
+
+
+def table(records: list[dict[str, Any]], title: str) -> Table:
+    shown = Table(title=title, title_justify="left")
+    columns = ("model", "batch", "context", "beams", "ms/token", "p10 to p90", "tokens/s", "first token, s", "warm-up, s",
+               "cache, GB", "peak, GB", "floor, ms", "of the floor", "of copy")  # fmt: skip
+    for column in columns:
+        shown.add_column(column, justify="left" if column == "model" else "right")
+    for r in records:
+        size = f"{r['batch']}{' (largest)' if r.get('largest_batch') else ''}" if "batch" in r else "-"
+        start = (r.get("model", "-"), size, str(r.get("context", "-")), str(r.get("beams", "-")))
+        if "error" in r:
+            shown.add_row(*start, r["error"][:40])
+            continue
+        gigabytes = [f"{r[name] / 1e9:.2f}" if name in r else "-" for name in ("cache_bytes", "peak_memory_bytes")]
+        first = f"{r['time_to_first_token_sec']:.3f}" if "time_to_first_token_sec" in r else "-"
+        shown.add_row(
+            *start, f"{r['time_per_token_ms']:.2f}",
+            f"{r['time_per_token_p10_ms']:.2f} to {r['time_per_token_p90_ms']:.2f}", f"{r['tokens_per_sec']:,.0f}",
+            first, f"{r['warmup_sec']:.1f}", *gigabytes, f"{r['floor_ms']:.2f}", f"{100 * r['floor_share']:.0f}%",
+            f"{100 * r['bandwidth_share']:.0f}%",
+        )  # fmt: skip
+    return shown
+
+
+def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
+    """Time per token over the context for each batch, and tokens per second over the batch for each context."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConversionError("--plots needs matplotlib; pip install 'mqa-hf[benchmark]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    directory.mkdir(parents=True, exist_ok=True)
+    good = [r for r in records if "error" not in r]
+    written = []
+    for over, per, quantity, label in (
+        ("context", "batch", "time_per_token_ms", "ms per token"),
+        ("batch", "context", "tokens_per_sec", "tokens per second"),
+    ):
+        for fixed in sorted({r[per] for r in good if not r.get("largest_batch")}):
+            figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+            for model in dict.fromkeys(r["model"] for r in good):
+                some = [r for r in good if r["model"] == model and r[per] == fixed and not r.get("largest_batch")]
+                some = sorted(some, key=lambda r: r[over])
+                if some:
+                    axes.plot([r[over] for r in some], [r[quantity] for r in some], marker="o", label=model)
+            axes.set(xlabel=over, ylabel=label, title=f"{good[0]['shape']}, {good[0]['device']}, {per} {fixed}")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.grid(True, which="both", alpha=0.3)
+            axes.legend(fontsize=8)
+            path = directory / f"{quantity}_{per}_{fixed}.png"
+            figure.savefig(path, dpi=150)
+            pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def benchmark(
+    name: str,
+    kv_heads: list[int],
+    engines: list[str],
+    batches: list[int],
+    contexts: list[int],
+    beams: list[int],
+    tokens: int,
+    dtype: str,
+    device: str,
+    window: int | None,
+    with_largest: bool,
+    prefill_limit: int,
+    rounds: int | None,
+    output: Path | None,
+    plot_directory: Path | None,
+) -> list[dict[str, Any]]:
+    """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`."""
+    unknown = [engine for engine in engines if engine not in ENGINES]
+    if unknown:
+        raise ConversionError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConversionError(f"--device {device}: PyTorch sees no CUDA device; use --device cpu")
+    bench = Bench(name, dtype, device, tokens, prefill_limit)
+    config = bench.config
+    if window is not None:
+        decoder = decoder_of(config)
+        decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
+    if beams != [1] and not isinstance(config, MQASeq2SeqConfig):
+        raise ConversionError("--beams is for encoder-decoder shapes; tokens of a beam search are not streamed")
+    if with_largest and not bench.limits.memory:
+        raise ConversionError("--largest-batch is for GPUs: how much memory of a CPU may be taken is not known")
+    found = contenders(bench.source, config, kv_heads, engines)
+    if window is not None:  # transformers' classes would not have it
+        found = [Contender(c.engine, c.kv_heads, c.config, c.config) for c in found]
+    rounds = rounds or (3 if device == "cpu" else 1)
+    records = []
+    console = Console()
+    for record in run(bench, found, batches, contexts, beams, rounds, with_largest):
+        records.append(record)
+        if output is not None:
+            with output.open("a") as lines:
+                lines.write(json.dumps(record) + "\n")
+    limits = f"copy {bench.limits.bandwidth / 1e12:.2f} TB/s, matrix product {bench.limits.rate / 1e12:.1f} TFLOP/s"
+    title = f"{name}, {dtype}, {bench.limits.name} ({limits})" + (f", window {window}" if window else "")
+    console.width = max(console.width, 190)
+    console.print(table(records, title))
+    if plot_directory is not None:
+        for path in plots(records, plot_directory):
+            console.print(f"wrote {path}", highlight=False)
+    return records

@@ -226,6 +226,93 @@ def inspect(
     Console(markup=False).print(table)
 
 
+@app.command()
+def plan(
+    shape: Annotated[
+        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
+    ],
+    kv_heads: Annotated[str, typer.Option(help="Key/value heads to compare with the original's.")] = "1,2,4,8",
+    widths: Annotated[str, typer.Option(help="Widths of a new head in units of an old one.")] = "1,2",
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
+    context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
+    source: Annotated[int, typer.Option(min=0, help="Positions of the encoder's output, where there is one.")] = 512,
+    device: Annotated[str, typer.Option(help="h100, a100-80gb, l4, ..., or measured: the one that is here.")] = "h100",
+    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
+    from mqa_hf.eval.roofline import show
+
+    heads, wide = numbers("--kv-heads", kv_heads), numbers("--widths", widths)
+    show(shape, heads, wide, batch, context, device, source, dtype, as_json)
+
+
+@app.command()
+def benchmark(
+    shape: Annotated[
+        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
+    ],
+    kv_heads: Annotated[
+        str, typer.Option(help="Key/value heads to time; `original`: the source's own.")
+    ] = "original,1",
+    engines: Annotated[
+        str, typer.Option(help="mqa-hf; dynamic and static are transformers' loops.")
+    ] = "mqa-hf,dynamic",
+    batch: Annotated[str, typer.Option(help="Rows decoded at once.")] = "1",
+    context: Annotated[str, typer.Option(help="Positions in the cache, or tokens of the source.")] = "512",
+    beams: Annotated[str, typer.Option(help="Beams, of encoder-decoder shapes.")] = "1",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 48,
+    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    window: Annotated[int | None, typer.Option(help="Positions that self-attention sees. Default: all.")] = None,
+    largest_batch: Annotated[
+        bool, typer.Option("--largest-batch", help="Time the largest batch that fits at each context, too.")
+    ] = False,
+    prefill_limit: Annotated[
+        int, typer.Option(help="Largest batch times context of which the first token is timed; 0: of none.")
+    ] = 32768,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Turns that the models take. Default: 3 on a CPU, 1 on a GPU.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File that gets one JSON line per cell.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
+) -> None:
+    """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'."""
+    import torch
+
+    from mqa_hf.eval.speed import benchmark
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
+    benchmark(
+        shape,
+        heads,
+        [engine.strip() for engine in engines.split(",")],
+        numbers("--batch", batch),
+        numbers("--context", context),
+        numbers("--beams", beams),
+        tokens,
+        dtype or ("float32" if device == "cpu" else "bfloat16"),
+        device,
+        window,
+        largest_batch,
+        prefill_limit,
+        rounds,
+        output,
+        plots,
+    )
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The positive integers of a comma-separated list."""
+    from mqa_hf.conversion import ConversionError
+
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() and int(part) for part in parts):
+        raise ConversionError(f"{option} takes positive integers with commas between them, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def main(command: Callable[[], None] = app) -> None:
     """Entry point: errors meant for a person are printed as one message, with exit code 1."""
     # A job that is told to stop cleans up like one that is interrupted by hand.
