@@ -8,6 +8,7 @@ cache, and calls are replayed from a CUDA graph, as in decoding.
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -53,10 +54,12 @@ def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, ban
     shape = (batch, kv_heads, context, width)
     caches = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in "kv"] for _ in range(copies)]
     scale = width**-0.5
-    ours = replayed([lambda k=k, v=v: attend(query, k, v, length, scale, capacity=context) for k, v in caches])
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    one = query[:, :, None]
-    theirs = replayed([lambda k=k, v=v: sdpa(one, k, v, scale=scale, enable_gqa=True) for k, v in caches])
+    sdpa, one = (
+        partial(torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=True),
+        query[:, :, None],
+    )
+    ours = replayed([partial(attend, query, k, v, length, scale, capacity=context) for k, v in caches])
+    theirs = replayed([partial(sdpa, one, k, v) for k, v in caches])
     return {
         "batch": batch,
         "context": context,

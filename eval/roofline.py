@@ -285,8 +285,10 @@ def show(
         + f", {device.name} ({device.bandwidth / 1e12:.2f} TB/s, {device.rate / 1e12:.0f} TFLOP/s)",
         title_justify="left",
     )  # fmt: skip
-    for column in ("key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s",
-                   "speed-up", "largest batch", "tokens/s there", "speed-up there"):  # fmt: skip
+    for column in (
+        "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s", "speed-up",
+        "largest batch", "tokens/s there", "speed-up there",
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "key/value heads" else "right")
     for r in records:
         table.add_row(

@@ -364,8 +364,10 @@ def run(
 
 def table(records: list[dict[str, Any]], title: str) -> Table:
     shown = Table(title=title, title_justify="left")
-    columns = ("model", "batch", "context", "beams", "ms/token", "p10 to p90", "tokens/s", "first token, s", "warm-up, s",
-               "cache, GB", "peak, GB", "floor, ms", "of the floor", "of copy")  # fmt: skip
+    columns = (
+        "model", "batch", "context", "beams", "ms/token", "p10 to p90", "tokens/s", "first token, s", "warm-up, s",
+        "cache, GB", "peak, GB", "floor, ms", "of the floor", "of copy",
+    )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
     for r in records:

@@ -11,6 +11,7 @@ launches steps and reads whether all rows have ended a little later. On a CPU th
 What the loop cannot do goes to transformers' own loop; `model.decoding` has the switches.
 """
 
+import gc
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -150,7 +151,8 @@ class Decoder:
                 self.warm = True
             return self.run()
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+            gc.disable()  # the end of another graph, found by the collector, would break the capture
             try:
                 with torch.cuda.graph(graph):
                     self.run()
@@ -159,6 +161,9 @@ class Decoder:
                 logger.warning_once(f"decoding runs without a CUDA graph, which could not be captured: {error}")
                 self.captures = False
                 return self.run()
+            finally:
+                if collects:
+                    gc.enable()
             self.graph = graph
         self.graph.replay()
 
@@ -175,6 +180,8 @@ class Decoder:
             self.host_ended.copy_(self.ended, non_blocking=True)
 
     def choose_token(self, logits: torch.Tensor) -> None:
+        if self.rules or self.sample:  # the largest is the same in any type
+            logits = logits.float()
         for rule in self.rules:
             logits = rule(logits, self.tokens, self.cursor)
         token = draw(logits).argmax(-1) if self.sample else logits.argmax(-1)
@@ -196,7 +203,7 @@ class Decoder:
         P, k = self.scores.shape
         V = logits.shape[-1]
         early = self.beams.early_stopping
-        logs = logits.log_softmax(-1)
+        logs = logits.float().log_softmax(-1)
         for rule in self.rules:
             logs = rule(logs, self.tokens, self.cursor)
         logs = (logs.view(P, k, V) + self.scores[:, :, None]).view(P, -1)
@@ -356,7 +363,7 @@ def decode(
     decoder.start(input_ids, int(fill) if fill is not None else 0, limit)
 
     outputs = model._prefill(input_ids[::copies], config, arguments)
-    logits = outputs.logits[:, -1].float().repeat_interleave(copies, 0)
+    logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
     del outputs
     held = cache.get_seq_length()
     place(model, step, arguments, held, copies)

@@ -30,7 +30,7 @@ STATELESS = tuple(
 )  # fmt: skip
 
 
-def columns(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def columns(scores: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
     """[V]: which columns of the scores are among `tokens`."""
     return torch.isin(torch.arange(scores.shape[-1], device=scores.device), tokens)
 
@@ -90,7 +90,7 @@ def rule_of(processor: Any) -> tuple[Any, Rule] | None:
         which = p.bos_token_id if first_token else p.eos_token_id
 
         def force(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
-            forced = torch.where(columns(scores, torch.as_tensor(which, device=scores.device)), 0.0, -math.inf)
+            forced = torch.where(columns(scores, which), 0.0, -math.inf)
             return torch.where(cursor == when, forced, scores)
 
         return as_key(p), force

@@ -215,7 +215,7 @@ class Step:
             )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B] the newest tokens -> [B, V] logits in float32; their keys and values are written to the cache."""
+        """[B] the newest tokens -> [B, V] logits; their keys and values are written to the cache."""
         stack, config = self.stack, self.config
         self.length += 1
         self.masks = {}
@@ -238,7 +238,7 @@ class Step:
             logits = self.linear(self.stack.leave(x), (self.model.lm_head,))
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
-        return logits.float()
+        return logits
 
     def layer(self, layer: Any, x: torch.Tensor, i: int) -> torch.Tensor:
         kind, attention = layer.residual, layer.self_attn

@@ -119,7 +119,11 @@ def both(model, fast=True, **arguments):
     model.decoding.enabled = True
     torch.manual_seed(7)
     ours = model.generate(**arguments)
-    assert (model.decoding.decoder is not None) == fast
+    decoder = model.decoding.decoder
+    assert (decoder is not None) == fast
+    if fast and model.device.type == "cuda":
+        assert decoder.graph is not None
+        assert decoder.step.triton
     model.decoding.enabled = False
     torch.manual_seed(7)
     theirs = model.generate(**arguments)
