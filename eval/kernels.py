@@ -58,7 +58,9 @@ def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, ban
         partial(torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=True),
         query[:, :, None],
     )
-    ours = replayed([partial(attend, query, k, v, length, scale, capacity=context) for k, v in caches])
+    counters = torch.zeros(batch * heads, dtype=torch.int32, device="cuda")
+    step = partial(attend, query, length=length, scale=scale, capacity=context, counters=counters)
+    ours = replayed([partial(step, keys=k, values=v) for k, v in caches])
     theirs = replayed([partial(sdpa, one, k, v) for k, v in caches])
     return {
         "batch": batch,

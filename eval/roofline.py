@@ -286,8 +286,8 @@ def show(
         title_justify="left",
     )  # fmt: skip
     for column in (
-        "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s", "speed-up",
-        "largest batch", "tokens/s there", "speed-up there",
+        "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s",
+        "speed-up", "largest batch", "tokens/s there", "speed-up there",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "key/value heads" else "right")
     for r in records:

@@ -105,6 +105,8 @@ def build(contender: Contender, dtype: torch.dtype, device: str) -> Any:
             model = classes[several].from_config(contender.run, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    if several:
+        model.generation_config.decoder_start_token_id = 0
     return model.eval()
 
 
@@ -206,8 +208,7 @@ def time_seq2seq(model: Any, batch: int, source: int, tokens: int, beams: int, r
     for i in range(repeats + 1):
         for n in seconds:
             start = time.perf_counter()
-            # As many tokens as asked for, and a buffer of the same size each time.
-            model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, num_beams=beams)
+            model.generate(prompt, max_new_tokens=n, do_sample=False, num_beams=beams)
             if model.device.type == "cuda":
                 torch.cuda.synchronize()
             if i:

@@ -13,6 +13,7 @@ What the loop cannot do goes to transformers' own loop; `model.decoding` has the
 
 import gc
 import time
+import warnings
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from transformers.utils import logging
 
 from .cache_mqa import DecodeCache
-from .rules_mqa import Rule, as_key, decoder_of, rule_of, unsupported
+from .rules_mqa import Rule, among, as_key, decoder_of, rule_of, unsupported
 from .step_mqa import Step
 
 logger = logging.get_logger(__name__)
@@ -149,7 +150,7 @@ class Decoder:
             if not self.warm:
                 self.step.compile()
                 self.warm = True
-            return self.run()
+            return self.run_watched() if self.captures else self.run()
         if self.graph is None:
             graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
             gc.disable()  # the end of another graph, found by the collector, would break the capture
@@ -166,6 +167,21 @@ class Decoder:
                     gc.enable()
             self.graph = graph
         self.graph.replay()
+
+    def run_watched(self) -> None:
+        """Run the step once as it is; where something in it waits for the device, it will not be captured."""
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+        if waits:
+            self.captures = False
+            logger.warning_once(f"decoding runs without a CUDA graph, because a step waits for the device: {waits[0]}")
 
     def run(self) -> None:
         self.choose(self.step.forward(self.token))
@@ -187,7 +203,7 @@ class Decoder:
         token = draw(logits).argmax(-1) if self.sample else logits.argmax(-1)
         if self.eos is not None:
             token = torch.where(self.unfinished, token, self.pad)  # type: ignore[arg-type]
-            self.unfinished &= ~torch.isin(token, self.eos)
+            self.unfinished &= ~among(token, self.eos)
         self.token.copy_(token)
         self.tokens.index_copy_(1, self.cursor, token[:, None])
         self.cursor += 1
@@ -216,7 +232,7 @@ class Decoder:
         parents, tokens = chosen // V, chosen % V
         hits = (self.cursor + 1 >= self.limit).expand_as(tokens)
         if self.eos is not None:
-            hits = hits | torch.isin(tokens, self.eos)
+            hits = hits | among(tokens, self.eos)
 
         running = top + hits.float() * -1.0e9
         kept = running.topk(k).indices

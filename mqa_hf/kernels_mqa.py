@@ -39,6 +39,7 @@ ACTIVATIONS = {
 }  # fmt: skip
 MAX_HEAD_WIDTH = 512
 MAX_SMALL_ROWS = 32
+MAX_MERGED = 16  # shares of a row that the last program merges by itself
 
 
 @jit
@@ -53,7 +54,8 @@ def _prefetch(pointer, count, MOST: tl.constexpr):
 
 @jit
 def _attend_kernel(
-    query, keys, values, key_scales, value_scales, out, partial, statistics, length, start, rows, slopes, table,
+    query, keys, values, key_scales, value_scales, out, partial, statistics, counters,
+    length, start, rows, slopes, table,
     scale, splits, S, G, g, B, key_row, key_head, value_row, value_head, query_row, rows_row, length_step, table_width,
     D: tl.constexpr, DV: tl.constexpr, FOLD: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr,
     HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, FROM_START: tl.constexpr, SCALED: tl.constexpr,
@@ -62,8 +64,9 @@ def _attend_kernel(
 ):  # fmt: skip
     """One program: the queries of one K/V head of one cache row, over one share of that row's keys.
 
-    `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]; with `SPLIT`,
-    `partial` [splits, B, H, DV] and `statistics` [splits, B, H] (log of the sum, base 2) are written instead.
+    `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]; if `SPLIT` is not
+    0, each program writes its share to `partial` [splits, B, H, DV] and `statistics` [splits, B, H] (log of the sum,
+    base 2); if it is 2, the last program of a row to come merges the shares.
     """
     row, head, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # of the g · FOLD queries that share this head
@@ -149,14 +152,36 @@ def _attend_kernel(
 
     written = asked[:, None] & (dv < DV)[None, :]
     place = q_row * H + q_head
-    if SPLIT:
-        place += split * B * H
-        accumulated = tl.where(total[:, None] > 0, accumulated / total[:, None], 0.0)
-        tl.store(partial + place[:, None] * DV + dv[None, :], accumulated, mask=written)
-        tl.store(statistics + place, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=asked)
+    to = out + place[:, None] * DV + dv[None, :]
+    if SPLIT == 0:
+        tl.store(to, (accumulated / total[:, None]).to(out.dtype.element_ty), mask=written)
     else:
-        accumulated = accumulated / total[:, None]
-        tl.store(out + place[:, None] * DV + dv[None, :], accumulated.to(out.dtype.element_ty), mask=written)
+        mine = split * B * H + place
+        accumulated = tl.where(total[:, None] > 0, accumulated / total[:, None], 0.0)
+        tl.store(partial + mine[:, None] * DV + dv[None, :], accumulated, mask=written)
+        tl.store(statistics + mine, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=asked)
+        if SPLIT == 2:
+            tl.debug_barrier()  # what all threads of this program wrote is seen by whoever sees the count
+            counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+            if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
+                tl.store(counter, 0)
+                most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                weight = tl.zeros([BLOCK_M], tl.float32)
+                merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+                for other in range(0, splits):
+                    its = other * B * H + place
+                    log = tl.load(statistics + its, mask=asked, other=0.0, cache_modifier=".cg")
+                    part = tl.load(
+                        partial + its[:, None] * DV + dv[None, :], mask=written, other=0.0, cache_modifier=".cg"
+                    )
+                    more = tl.maximum(most, log)
+                    known = more > float("-inf")
+                    keep = tl.where(known, tl.exp2(most - more), 0.0)
+                    add = tl.where(known, tl.exp2(log - more), 0.0)
+                    merged = merged * keep[:, None] + part * add[:, None]
+                    weight = weight * keep + add
+                    most = more
+                tl.store(to, (merged / weight[:, None]).to(out.dtype.element_ty), mask=written)
 
 
 @jit
@@ -455,9 +480,15 @@ def compile_all(run: Callable[[], Any]) -> None:
             return value.dtype, value.data_ptr() % 16 == 0
         return value % 16 == 0, value == 1 if isinstance(value, int) else type(value)
 
+    def build(call: tuple) -> None:
+        kernel, grid, arguments, options = call
+        torch.cuda.set_device(arguments[0].device)  # of this thread
+        built = kernel.warmup(*arguments, grid=grid, **options)
+        getattr(built, "run", None)  # builds what launches it, which is a program in C, too
+
     distinct = {(id(c[0]), *map(kind, c[2]), *sorted(c[3].items())): c for c in calls}.values()
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda call: call[0].warmup(*call[2], grid=call[1], **call[3]), distinct))
+        list(pool.map(build, distinct))
 
 
 def attend(
@@ -477,6 +508,7 @@ def attend(
     table: torch.Tensor | None = None,
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
     blocks: tuple[int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -497,6 +529,8 @@ def attend(
             are then slope / `scale`, rounded to bfloat16.
         table: float32 [H, n], a bias for each distance; the last one stands for all above it.
         key_scales, value_scales: float32 [R, G, S] of a float8 cache.
+        counters: int32 zeros, R · H of them, of no other call that may run at the same time: few shares are then
+            merged without a launch of its own.
         blocks, splits: keys a program reads at once, warps, stages; programs a row is split among. Default: by size.
 
     Returns:
@@ -523,20 +557,23 @@ def attend(
         statistics = torch.empty(splits, B, H, dtype=torch.float32, device=query.device)
     bias = 3 if table is not None else 0 if slopes is None else 1 if bfloat16_from_start is None else 2
     some: Any = length  # stands for what is not there and is not read
+    at_once = counters is not None and splits <= MAX_MERGED
     launch(_attend_kernel, (R * G, splits, tiles),
         query, keys, values,
         some if key_scales is None else key_scales, some if value_scales is None else value_scales,
-        out, partial, statistics, length, some if start is None else start, some if rows is None else rows,
+        out, partial, statistics, counters if at_once else some,
+        length, some if start is None else start, some if rows is None else rows,
         some if slopes is None else slopes, some if table is None else table,
         scale, splits, S, G, g, B, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         query.stride(0), 0 if rows is None else rows.stride(0), 0 if len(length) == 1 else 1,
         0 if table is None else table.shape[1],
         D=D, DV=DV, FOLD=fold, WINDOW=window or 0, HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
         FROM_START=bool(bfloat16_from_start), SCALED=key_scales is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv, SPLIT=splits > 1,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+        SPLIT=0 if splits == 1 else 2 if at_once else 1,
         EXACT=query.dtype == torch.float32, num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    if splits > 1:
+    if splits > 1 and not at_once:
         columns = min(block_dv, 32 if splits > 16 else 128)
         launch(_merge_kernel, (B * H, triton.cdiv(DV, columns)),
             partial, statistics, out, splits, B * H,
@@ -550,13 +587,13 @@ def attend_splits(programs: int, length: int, row: int, multiprocessors: int) ->
     """How many programs share the keys of a row, where there are `programs` without sharing and a key and a value
     take `row` bytes: what takes least, in keys read one after the other.
 
-    Measured on an H100: one multiprocessor alone reads 1.6 times as fast as it does beside all others, and merging
-    takes as long as 68 KB do.
+    Measured on an H100: one multiprocessor alone reads 1.6 times as fast as it does beside all others, to start takes
+    as long as 64 keys do, and to merge as long as 68 KB.
     """
 
     def keys(s: int) -> float:
         alone = min(1.6, max(1.0, multiprocessors / (programs * s)))
-        return -(-programs * s // multiprocessors) * length / s / alone + (s > 1) * 68_000 / row
+        return -(-programs * s // multiprocessors) * (length / s + 64) / alone + (s > 1) * 68_000 / row
 
     return min(range(1, max(1, min(length // 64, 256)) + 1), key=keys)
 

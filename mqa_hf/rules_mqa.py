@@ -32,7 +32,12 @@ STATELESS = tuple(
 
 def columns(scores: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
     """[V]: which columns of the scores are among `tokens`."""
-    return torch.isin(torch.arange(scores.shape[-1], device=scores.device), tokens)
+    return among(torch.arange(scores.shape[-1], device=scores.device), tokens)
+
+
+def among(x: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
+    """Which entries of x are among `tokens`; `torch.isin` waits for the device where there are many of them."""
+    return x == tokens if isinstance(tokens, int) else (x[..., None] == tokens).any(-1)
 
 
 def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

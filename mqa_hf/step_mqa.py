@@ -92,6 +92,7 @@ class Step:
         self.host_length = 0  # the same, where steps run eagerly
         self.start = torch.zeros(rows, dtype=torch.int32, device=self.device)
         self.positions = torch.zeros(rows, **long)
+        self.counters = torch.zeros(rows * self.config.num_attention_heads, dtype=torch.int32, device=self.device)
         self.padded = False
         self.rows: torch.Tensor | None = None
         self.cache: DecodeCache = None  # type: ignore[assignment]
@@ -284,7 +285,7 @@ class Step:
             out = attend(
                 query, held.keys, held.values, self.length, attention.scaling, capacity=held.capacity,
                 start=self.start, rows=self.rows, window=attention.sliding_window, slopes=self.slopes,
-                bfloat16_from_start=bfloat16_from_start, table=table, **scales,
+                bfloat16_from_start=bfloat16_from_start, table=table, counters=self.counters, **scales,
             )  # fmt: skip
             return out.flatten(1)
         q, k, v = joined.split([H * D, G * D, joined.shape[1] - (H + G) * D], -1)
@@ -359,7 +360,7 @@ class Step:
         if self.triton:
             out = attend(
                 query, held.keys, held.values, self.source_length, attention.scaling, capacity=held.capacity,
-                start=self.source_start, fold=self.copies,
+                start=self.source_start, fold=self.copies, counters=self.counters,
             )  # fmt: skip
             return out.flatten(1)
         if "source" not in self.masks:

@@ -86,12 +86,34 @@ def test_attention(seed, dtype):
         scales = {"key_scales": key_scales, "value_scales": value_scales}
         stored = [(x.float() * s[..., None]).double() for x, s in ((k, key_scales), (v, value_scales))]
         expected = attention(q, *stored, length, scale, start, rows, fold, window, slopes, rounded, table)
-    for splits in (None, 1, choose.randint(2, 20)):
+    counters = torch.zeros(R * H, dtype=torch.int32, device=device)
+    for splits, together in (
+        (None, None),
+        (1, None),
+        (choose.randint(2, 20), None),
+        (choose.randint(2, 16), counters),
+    ):
         out = kernels.attend(
             q, k, v, length, scale, capacity=S, start=start, rows=rows, fold=fold, window=window, slopes=slopes,
-            bfloat16_from_start=rounded, table=table, splits=splits, **scales,
+            bfloat16_from_start=rounded, table=table, splits=splits, counters=together, **scales,
         )  # fmt: skip
         assert distance(out, expected) < BOUNDS[dtype] * (2 if scales else 1)
+    assert not counters.any()
+
+
+def test_shares_that_are_merged_at_once_do_not_race():
+    """The same input, many times over, beside other work: the same result to the bit."""
+    torch.manual_seed(0)
+    q = torch.randn(16, 32, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(16, 1, 4000, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    length = torch.tensor([3999], dtype=torch.int32, device="cuda")
+    counters = torch.zeros(16 * 32, dtype=torch.int32, device="cuda")
+    expected = attention(q, k, v, length, 0.1, None, None, 1, None, None, None, None)
+    first = kernels.attend(q, k, v, length, 0.1, capacity=4000, splits=13, counters=counters)
+    assert distance(first, expected) < 1e-2
+    for _ in range(300):
+        out = kernels.attend(q, k, v, length, 0.1, capacity=4000, splits=13, counters=counters)
+        assert torch.equal(out, first)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
