@@ -305,7 +305,7 @@ class Bench:
         try:
             model = self.model(contender)
             if several:
-                record = time_seq2seq(model, batch, context, self.tokens, beams)
+                record = {"source": context, **time_seq2seq(model, batch, context, self.tokens, beams)}
                 return finish({**record, **facts}, contender, batch, self.tokens * 5 // 8, beams, context, self.limits)
             record = time_tokens(contender, model, batch, context, self.tokens)
             if batch * context <= self.prefill_limit:
@@ -334,22 +334,24 @@ class Bench:
 
 
 def run(
-    bench: Bench, found: list[Contender], batches: list[int], contexts: list[int], beams: list[int], rounds: int,
-    with_largest: bool,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """All cells, one record each. With several rounds the contenders take turns and the times are put together."""
-    cells = [(b, n, k) for b in batches for n in contexts for k in beams]
+    bench: Bench, found: list[Contender], cells: list[tuple[int, int, int]], rounds: int, largest: list[int]
+) -> Iterator[dict[str, Any]]:
+    """All cells (batch, context, beams), one record each, then the largest batch at each context of `largest`.
+
+    With several rounds the contenders take turns, and of each the run with the middle time is kept.
+    """
     with Progress(transient=True, console=Console(stderr=True)) as progress:
-        task = progress.add_task("timing", total=len(cells) * len(found) * rounds + with_largest * len(found))
+        task = progress.add_task("timing", total=(len(cells) * rounds + len(largest)) * len(found))
         if rounds == 1:
             for contender in found:
                 for cell in cells:
                     progress.update(task, description=f"{contender.name}, batch {cell[0]}, context {cell[1]}")
                     yield bench.cell(contender, *cell)
                     progress.advance(task)
-                for n in contexts if with_largest else ():
+                for n in largest:
+                    progress.update(task, description=f"{contender.name}, largest batch, context {n}")
                     yield bench.largest(contender, n)
-                progress.advance(task, int(with_largest))
+                    progress.advance(task)
             return
         for cell in cells:
             turns: dict[str, list[dict]] = {contender.name: [] for contender in found}
@@ -373,7 +375,8 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
         shown.add_column(column, justify="left" if column == "model" else "right")
     for r in records:
         size = f"{r['batch']}{' (largest)' if r.get('largest_batch') else ''}" if "batch" in r else "-"
-        start = (r.get("model", "-"), size, str(r.get("context", "-")), str(r.get("beams", "-")))
+        where = f"{r['source']} to {r['context']}" if "source" in r else str(r.get("context", "-"))
+        start = (r.get("model", "-"), size, where, str(r.get("beams", "-")))
         if "error" in r:
             shown.add_row(*start, r["error"][:40])
             continue
@@ -427,14 +430,12 @@ def benchmark(
     name: str,
     kv_heads: list[int],
     engines: list[str],
-    batches: list[int],
-    contexts: list[int],
-    beams: list[int],
+    cells: list[tuple[int, int, int]],
     tokens: int,
     dtype: str,
     device: str,
     window: int | None,
-    with_largest: bool,
+    largest: list[int],
     prefill_limit: int,
     rounds: int | None,
     output: Path | None,
@@ -451,17 +452,17 @@ def benchmark(
     if window is not None:
         decoder = decoder_of(config)
         decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
-    if beams != [1] and not isinstance(config, MQASeq2SeqConfig):
+    if any(beams > 1 for *_, beams in cells) and not isinstance(config, MQASeq2SeqConfig):
         raise ConversionError("--beams is for encoder-decoder shapes; tokens of a beam search are not streamed")
-    if with_largest and not bench.limits.memory:
-        raise ConversionError("--largest-batch is for GPUs: how much memory of a CPU may be taken is not known")
+    if largest and (device == "cpu" or isinstance(config, MQASeq2SeqConfig)):
+        raise ConversionError("--largest-batch is for decoder-only shapes on a GPU")
     found = contenders(bench.source, config, kv_heads, engines)
     if window is not None:  # transformers' classes would not have it
         found = [Contender(c.engine, c.kv_heads, c.config, c.config) for c in found]
     rounds = rounds or (3 if device == "cpu" else 1)
     records = []
     console = Console()
-    for record in run(bench, found, batches, contexts, beams, rounds, with_largest):
+    for record in run(bench, found, cells, rounds, largest):
         records.append(record)
         if output is not None:
             with output.open("a") as lines:

@@ -260,6 +260,9 @@ def benchmark(
     ] = "mqa-hf,dynamic",
     batch: Annotated[str, typer.Option(help="Rows decoded at once.")] = "1",
     context: Annotated[str, typer.Option(help="Positions in the cache, or tokens of the source.")] = "512",
+    cells: Annotated[
+        str | None, typer.Option(help="In place of both: pairs such as 1x512,16x4096.", show_default=False)
+    ] = None,
     beams: Annotated[str, typer.Option(help="Beams, of encoder-decoder shapes.")] = "1",
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 48,
     dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
@@ -280,22 +283,27 @@ def benchmark(
     """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'."""
     import torch
 
+    from mqa_hf.conversion import ConversionError
     from mqa_hf.eval.speed import benchmark
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = [(b, n) for b in numbers("--batch", batch) for n in numbers("--context", context)]
+    if cells is not None:
+        split = [cell.split("x") for cell in cells.split(",")]
+        if any(len(cell) != 2 for cell in split):
+            raise ConversionError(f"--cells takes pairs of batch and context such as 1x512,16x4096, got {cells!r}")
+        pairs = [(numbers("--cells", b)[0], numbers("--cells", n)[0]) for b, n in split]
     heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
     benchmark(
         shape,
         heads,
         [engine.strip() for engine in engines.split(",")],
-        numbers("--batch", batch),
-        numbers("--context", context),
-        numbers("--beams", beams),
+        [(*pair, k) for pair in pairs for k in numbers("--beams", beams)],
         tokens,
         dtype or ("float32" if device == "cpu" else "bfloat16"),
         device,
         window,
-        largest_batch,
+        sorted({n for _, n in pairs}) if largest_batch else [],
         prefill_limit,
         rounds,
         output,

@@ -171,14 +171,14 @@ class Decoder:
     def run_watched(self) -> None:
         """Run the step once as it is; where something in it waits for the device, it will not be captured."""
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
                 self.run()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-        waits = [str(w.message) for w in caught if "synchroniz" in str(w.message)]
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
         if waits:
             self.captures = False
             logger.warning_once(f"decoding runs without a CUDA graph, because a step waits for the device: {waits[0]}")
@@ -222,14 +222,16 @@ class Decoder:
         logs = logits.float().log_softmax(-1)
         for rule in self.rules:
             logs = rule(logs, self.tokens, self.cursor)
-        logs = (logs.view(P, k, V) + self.scores[:, :, None]).view(P, -1)
         n = max(2, 1 + (0 if self.eos is None else len(self.eos))) * k
         if self.sample:
+            logs = (logs.view(P, k, V) + self.scores[:, :, None]).view(P, -1)
             chosen = draw(logs).topk(n).indices
-            top = logs.gather(1, chosen)
-        else:
-            top, chosen = logs.topk(n)
-        parents, tokens = chosen // V, chosen % V
+            top, parents, tokens = logs.gather(1, chosen), chosen // V, chosen % V
+        else:  # the best of each beam, then the best of those
+            few = min(n, V)
+            best, tokens = logs.topk(few)
+            top, chosen = (best.view(P, k, few) + self.scores[:, :, None]).view(P, -1).topk(n)
+            parents, tokens = chosen // few, tokens.view(P, -1).gather(1, chosen)
         hits = (self.cursor + 1 >= self.limit).expand_as(tokens)
         if self.eos is not None:
             hits = hits | among(tokens, self.eos)

@@ -428,3 +428,22 @@ def test_graphs_and_kernels_have_switches():
     ours, theirs = both(model, **prompts())
     assert ours.tolist() == theirs.tolist()
     assert not model.decoding.decoder.step.triton
+
+
+class Waiting(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (1.0 if x.max().item() > -1e9 else 0.0)
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_is_not_captured():
+    model = make(device="cuda")
+    up = model.model.layers[1].mlp.up_proj
+    model.model.layers[1].mlp.up_proj = waiting = Waiting(up.in_features, up.out_features, bias=False).cuda()
+    waiting.weight = up.weight
+    model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False)
+    assert model.decoding.decoder.graph is None
+    ours = model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False)
+    model.decoding.enabled = False
+    assert ours.tolist() == model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False).tolist()
+    torch.randn(3, device="cuda")  # random numbers are still drawn
