@@ -63,6 +63,18 @@ def fused(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
     return whole
 
 
+def left_is_faster(x: torch.Tensor) -> bool:
+    """Whether the weights are better on the left of the product: for a few rows of float32 on a CPU, where MKL takes
+    1.3 to 2.9 times as long with them on the right (measured, 2 to 32 rows).
+    """
+    return x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 32
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = torch.mm(weight, x.t()).t().contiguous()
+    return out if bias is None else out.add_(bias)
+
+
 class Step:
     """The forward pass of one new token per row.
 
@@ -197,9 +209,9 @@ class Step:
             y = norm(x)
         if fits and len(x) <= MAX_SMALL_ROWS and len(weight) >= WIDE and x.element_size() == 2:
             return project(y, weight, bias, activation=name, gated=gated, residual=residual)
-        if residual is not None and bias is None:
+        if residual is not None and bias is None and y.is_cuda:
             return torch.addmm(residual, y, weight.t(), out=residual)
-        out = nn.functional.linear(y, weight, bias)
+        out = few_rows(y, weight, bias) if left_is_faster(y) else nn.functional.linear(y, weight, bias)
         if activation is not None and fits:
             out = activate(out, name, gated)  # type: ignore[arg-type]
         elif activation is not None:

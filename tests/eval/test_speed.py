@@ -1,15 +1,158 @@
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from sources import LLAMA, make_model, save
+from typer.testing import CliRunner
 
-from mqa_hf.eval.speed import contenders, time_per_token
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.eval.shapes import SHAPES, read_shape
+from mqa_hf.eval.speed import Contender, build, cache_bytes, contenders, filled_cache, plots, time_tokens
 
 
-def test_every_contender_is_timed_over_the_same_context(tmp_path: Path):
-    source = save(make_model("llama", {**LLAMA, "num_key_value_heads": 3}), tmp_path / "source")
-    models = contenders(source, torch.float32, "cpu")
-    assert list(models) == ["Llama, 6 query and 3 K/V heads", "Llama, 1 K/V head", "mqa-hf, 1 K/V head"]
-    seconds = time_per_token(models, batch=2, context=8, steps=3, warmup=1)
-    assert [len(times) for times in seconds.values()] == [3, 3, 3]
-    assert all(t > 0 for times in seconds.values() for t in times)
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(make_model("llama", {**LLAMA, "num_key_value_heads": 6}), tmp_path / "source")
+
+
+def benchmark(*arguments) -> object:
+    return CliRunner().invoke(app, ["benchmark", *map(str, arguments), "--device", "cpu"])
+
+
+def test_original_grouped_and_multi_query_in_every_engine(source: Path):
+    theirs, ours = read_shape(str(source))
+    found = contenders(theirs, ours, [0, 3, 1], ["mqa-hf", "dynamic"])
+    assert [c.name for c in found] == [
+        "MQA, 6 K/V heads, mqa-hf",
+        "Llama, 6 K/V heads, dynamic",
+        "MQA, 3 K/V heads, mqa-hf",
+        "Llama, 3 K/V heads, dynamic",
+        "MQA, 1 K/V heads, mqa-hf",
+        "Llama, 1 K/V heads, dynamic",
+    ]
+    sizes = []
+    for contender in found:
+        model = build(contender, torch.float32, "cpu")
+        record = time_tokens(contender, model, batch=2, context=8, tokens=4)
+        assert len(record["step_sec"]) == 4
+        assert all(t > 0 for t in record["step_sec"])
+        sizes.append(record["cache_bytes"])
+    assert sizes[0] == 2 * sizes[2] == 6 * sizes[4]  # one buffer from the start, for all steps
+    assert sizes[1] == 2 * sizes[3] == 6 * sizes[5]
+
+
+@pytest.mark.parametrize("engine", ["mqa-hf", "dynamic", "static"])
+def test_a_filled_cache_holds_what_it_is_said_to(source: Path, engine: str):
+    theirs, ours = read_shape(str(source))
+    (contender,) = contenders(theirs, ours, [1], [engine])
+    model = build(contender, torch.float32, "cpu")
+    cache = filled_cache(contender, model, batch=2, context=7, capacity=20)
+    assert int(cache.get_seq_length()) == 7
+    assert cache.layers[0].keys.shape == (2, 1, 7 if engine == "dynamic" else 20, 8)
+    assert cache.layers[2].values[:, :, :7].std() > 0.5
+    assert cache_bytes(cache) == 2 * 3 * 2 * (7 if engine == "dynamic" else 20) * 8 * 4
+
+
+def test_the_command_writes_a_line_per_cell_and_pictures(source: Path, tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    lines = tmp_path / "cells.jsonl"
+    arguments = (
+        source,
+        "--kv-heads",
+        "original,1",
+        "--engines",
+        "mqa-hf,dynamic",
+        "--cells",
+        "1x8,2x16",
+        "--tokens",
+        3,
+    )
+    result = benchmark(*arguments, "--rounds", 2, "--output", lines, "--plots", tmp_path / "plots")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(records) == 8
+    for record in records:
+        assert record["time_per_token_p10_ms"] <= record["time_per_token_ms"] <= record["time_per_token_p90_ms"]
+        assert record["tokens_per_sec"] == pytest.approx(1000 * record["batch"] / record["time_per_token_ms"])
+        assert 0 < record["floor_share"] <= 1.5
+        assert record["time_to_first_token_sec"] > 0
+        assert set(record["versions"]) == {"mqa-hf", "transformers", "torch", "python"}
+    pictures = list((tmp_path / "plots").glob("*.png"))
+    assert len(pictures) == 4
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in pictures)
+
+
+def test_encoder_decoder_shapes_with_beams_and_a_window(tmp_path: Path, monkeypatch):
+    tiny = {
+        "model_type": "t5",
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 64,
+    }
+    monkeypatch.setitem(SHAPES, "tiny", tiny)
+    lines = tmp_path / "cells.jsonl"
+    arguments = ("tiny", "--kv-heads", "1", "--cells", "2x6", "--tokens", 8, "--beams", "1,3", "--window", 4)
+    result = benchmark(*arguments, "--rounds", 1, "--output", lines)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(r["engine"], r["beams"], r["source"]) for r in records] == [
+        ("mqa-hf", 1, 6),
+        ("mqa-hf", 3, 6),
+        ("dynamic", 1, 6),
+        ("dynamic", 3, 6),
+    ]
+
+
+def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
+    convert(source, tmp_path / "ours", kv_heads=2)
+    result = benchmark(tmp_path / "ours", "--kv-heads", "original", "--cells", "1x8", "--tokens", 2, "--rounds", 1)
+    assert result.exit_code == 0, result.output
+    assert "MQA, 2 K/V heads, dynamic" in " ".join(result.output.split())
+
+
+def test_pictures_of_an_empty_result_are_none(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    assert plots([{"model": "x", "error": "out of memory", "batch": 1, "context": 1}], tmp_path) == []
+
+
+def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
+    theirs, ours = read_shape("pythia-6.9b")
+    (contender,) = contenders(theirs, ours, [1], ["dynamic"])
+    assert isinstance(contender, Contender)
+    assert type(contender.run).__name__ == "MQAConfig"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--engines", "vllm"), "--engines takes mqa-hf, dynamic, static, got vllm"),
+        (("--kv-heads", "4"), "must divide the 6 key/value heads"),
+        (("--cells", "8"), "--cells takes pairs of batch and context"),
+        (("--batch", "0"), "--batch takes positive integers"),
+        (("--beams", "2"), "--beams is for encoder-decoder shapes"),
+        (("--dtype", "int8"), "--dtype must be one of"),
+        (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said(source: Path, arguments, message: str):
+    result = benchmark(source, *arguments)
+    assert isinstance(result.exception, ConversionError)
+    assert message in str(result.exception)
+
+
+def test_an_unknown_shape_is_answered_with_those_that_are_known():
+    result = benchmark("no/such-model")
+    assert "Known shapes are gpt2" in str(result.exception)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_is_read(name: str):
+    theirs, ours = read_shape(name)
+    assert theirs.model_type == SHAPES[name]["model_type"]
+    assert ours.model_type in ("mqa", "mqa_seq2seq")

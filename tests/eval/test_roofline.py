@@ -1,0 +1,117 @@
+"""The counts of a plan against the tensors of real models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sources import LLAMA, make_model, save
+from torch import nn
+from typer.testing import CliRunner
+
+from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration
+from mqa_hf.cache_mqa import DecodeCache
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError
+from mqa_hf.conversion.plan import decoder_of
+from mqa_hf.eval.roofline import DEVICES, Device, choices, largest_batch, parameters, plan, step_cost, step_weights
+from mqa_hf.eval.shapes import SHAPES, read_shape
+
+
+def decoder_parts(config):
+    """The model without storage, and its linear layers that a step multiplies with."""
+    with torch.device("meta"):
+        several = config is not decoder_of(config)
+        model = (MQAForConditionalGeneration if several else MQAForCausalLM)._from_config(config)
+    stack = model.model.decoder if several else model.model
+    linear = {n: m.weight.numel() for n, m in stack.named_modules() if isinstance(m, nn.Linear)}
+    return model, stack, linear
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "opt-1.3b", "llama-2-7b", "llama-3.1-8b", "bloom-7b1", "t5-large", "shazeer-2019"]
+)
+def test_weights_are_those_of_the_model(name):
+    _, config = read_shape(name)
+    decoder = decoder_of(config)
+    model, stack, linear = decoder_parts(config)
+    once = {n: size for n, size in linear.items() if "cross_attn.k" not in n and "cross_attn.v" not in n}
+    assert step_weights(decoder) == sum(once.values()) + model.lm_head.weight.numel()
+    tied = decoder.vocab_size * decoder.embedding_size if decoder.tie_word_embeddings else 0
+    total = sum(p.numel() for p in stack.parameters()) + model.lm_head.weight.numel() - tied
+    assert parameters(decoder) == pytest.approx(total, rel=5e-3)
+
+
+def test_operations_and_bytes_of_a_step():
+    _, config = read_shape("llama-2-7b")
+    cost = step_cost(config, batch=3, context=100)
+    weights = step_weights(config)
+    assert cost.weight_bytes == 2 * weights
+    assert cost.weight_operations == 2 * 3 * weights
+    assert cost.cache_bytes == 3 * 100 * config.kv_bytes_per_token
+    assert cost.cache_operations == 2 * 3 * 100 * 32 * 32 * (128 + 128)
+    one = choices(config, [1], [1])["1"]
+    assert step_cost(one, 3, 100).cache_bytes * 32 == cost.cache_bytes
+    assert step_cost(one, 3, 100).cache_operations == cost.cache_operations
+
+
+def test_windows_and_sources_count():
+    _, config = read_shape("shazeer-2019")
+    decoder = decoder_of(config)
+    cost = step_cost(decoder, 2, 100, source=50)
+    assert cost.cache_bytes == 2 * (100 * decoder.kv_bytes_per_token + 50 * decoder.cross_kv_bytes_per_token)
+    decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * 6, 32
+    assert step_cost(decoder, 2, 100).cache_bytes == 2 * 32 * decoder.kv_bytes_per_token
+
+
+def test_the_cache_of_the_largest_batch_fits_as_said():
+    _, config = read_shape("smollm2-135m")
+    memory = 1e9
+    rows = largest_batch(config, 256, memory)
+    cache = DecodeCache(config, rows, 256, torch.bfloat16, "meta")
+    size = sum(2 * t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+    row = size // rows
+    assert size + 2 * parameters(config) <= 0.96 * memory < size + row + 2 * parameters(config)
+
+
+def test_time_is_the_larger_of_reading_and_computing():
+    _, config = read_shape("llama-2-7b")
+    slow_memory, slow_units = Device("a", 80e9, 1e9, 1e18), Device("b", 80e9, 1e18, 1e9)
+    cost = step_cost(config, 4, 64)
+    assert cost.seconds(slow_memory) == pytest.approx((cost.weight_bytes + cost.cache_bytes) / 1e9)
+    assert cost.seconds(slow_units) == pytest.approx((cost.weight_operations + cost.cache_operations) / 1e9)
+
+
+def test_multi_query_reads_less_per_operation_and_wide_heads_more_again():
+    _, config = read_shape("llama-2-7b")
+    records = {r["kv_heads"]: r for r in plan(config, [1, 8], [1, 2], 256, 4096, DEVICES["h100"])}
+    assert list(records) == ["original (32)", "1", "1, width x2", "8", "8, width x2"]
+    ratio = [records[n]["bytes_per_operation"] for n in ("1", "1, width x2", "8", "original (32)")]
+    assert ratio == sorted(ratio)
+    assert records["1"]["speedup"] > 15
+    assert records["original (32)"]["prefill_bytes_per_operation"] < 0.001
+
+
+def test_the_command(tmp_path: Path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    shown = CliRunner().invoke(app, ["plan", str(source), "--kv-heads", "1,2", "--device", "l4"])
+    assert shown.exit_code == 0, shown.output
+    assert "original (6)" in shown.output
+    as_json = CliRunner().invoke(app, ["plan", str(source), "--kv-heads", "1", "--json"])
+    assert [r["kv_heads"] for r in json.loads(as_json.output)["choices"]] == ["original (6)", "1", "1, width x2"]
+    for arguments, message in (
+        (["--kv-heads", "4"], "--kv-heads 4 must divide the 6"),
+        (["--device", "abacus"], "--device must be measured or one of h100"),
+        (["--dtype", "int3"], "--dtype must be float32"),
+        (["--widths", "x"], "--widths takes positive integers"),
+    ):
+        result = CliRunner().invoke(app, ["plan", str(source), *arguments])
+        assert isinstance(result.exception, ConversionError)
+        assert message in str(result.exception)
+
+
+def test_plans_of_every_shape():
+    for name in SHAPES:
+        _, config = read_shape(name)
+        records = plan(config, [1], [1], 8, 1024, DEVICES["a100-80gb"], source=64)
+        assert records[-1]["tokens_per_sec"] >= 0.99 * records[0]["tokens_per_sec"]
