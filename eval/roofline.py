@@ -13,6 +13,8 @@ and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are cou
 """
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -171,12 +173,11 @@ def measured_device(device: str | torch.device = "cuda") -> Device:
     )
 
 
-def fastest(run, device: torch.device, times: int = 12) -> float:
-    """Seconds of the fastest of several calls."""
-    import time
-
-    seconds = []
-    for _ in range(times):
+def fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several calls, over half a second, in which a GPU comes up to its clock."""
+    seconds: list[float] = []
+    until = time.perf_counter() + 0.5
+    while len(seconds) < 5 or time.perf_counter() < until:
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -306,6 +306,8 @@ def taken(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return beams.gather(1, index[..., None].expand(-1, -1, beams.shape[-1]))
 
 
+@torch.inference_mode(False)  # buffers and joined weights outlive the call
+@torch.no_grad()
 def decode(
     model: Any,
     input_ids: torch.Tensor,
@@ -323,6 +325,8 @@ def decode(
     device = model.lm_head.weight.device
     given = arguments.get("past_key_values")
     given = given if isinstance(given, DecodeCache) else None
+    if given is not None and given.rows != B:
+        raise ValueError(f"the DecodeCache that is given has {given.rows} rows, and {B} are to be decoded")
     input_ids = input_ids.to(device)
     arguments = {name: every(value, copies) for name, value in arguments.items() if value is not None}
     embedded = arguments.get("inputs_embeds")
@@ -489,7 +493,7 @@ def place(model: Any, step: Step, arguments: dict[str, Any], held: int, copies: 
     if positions is not None:
         after = positions[:, -1].to(step.positions.device) + 1
         step.positions.copy_(after.repeat_interleave(copies) if len(after) > 1 else after.expand_as(step.positions))
-    elif mask is not None and step.config.positions_from_mask:
+    elif mask is not None and (step.config.positions_from_mask or (several and model.config.num_mel_bins)):
         step.positions.copy_((held - step.start).long())
     else:
         step.positions.fill_(held)
@@ -519,6 +523,12 @@ class FastDecoding:
     """`generate()` with the loop of this file where it can be used; a base before `GenerationMixin`."""
 
     decoding: Decoding
+
+    def train(self, mode: bool = True) -> Any:
+        """Training needs the memory that decoding keeps."""
+        if mode:
+            self.decoding.release()
+        return super().train(mode)  # type: ignore[misc]
 
     def _sample(
         self,

@@ -570,7 +570,7 @@ class MQAModel(MQAPreTrainedModel):
         return (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
-class MQAForCausalLM(MQAPreTrainedModel, FastDecoding, GenerationMixin):
+class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
     """The decoder with a language-model head; what `AutoModelForCausalLM` gives for a converted checkpoint.
 
     `decoding` says how `generate()` decodes.

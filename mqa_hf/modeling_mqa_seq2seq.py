@@ -159,7 +159,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
         )
 
 
-class MQAForConditionalGeneration(MQASeq2SeqPreTrainedModel, FastDecoding, GenerationMixin):
+class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, GenerationMixin):
     """Encoder and decoder with a head; what `AutoModelForSeq2SeqLM` gives for a converted checkpoint."""
 
     _tied_weights_keys = {

@@ -32,7 +32,38 @@ from .rules_mqa import decoder_of
 WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
 
 
-def fused(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
+def plain(module: nn.Module) -> bool:
+    """Whether a module is a matrix product and nothing else (no adapter, no quantised weight, no hook)."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.element_size() > 1
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def are_joined(parameters: list[Any], sizes: list[int]) -> bool:
+    """Whether parameters stand one after the other in a storage of their own."""
+    one = next(p for p in parameters if p is not None)
+    width, storage = one[0].numel(), one.untyped_storage()
+    offsets = [sum(sizes[:i]) * width for i in range(len(sizes))]
+    return storage.nbytes() == sum(sizes) * width * one.element_size() and all(
+        p is None or (p.untyped_storage().data_ptr() == storage.data_ptr() and p.storage_offset() == offset)
+        for p, offset in zip(parameters, offsets)
+    )
+
+
+def joinable(parameters: list[Any], sizes: list[int]) -> bool:
+    """Whether parameters may become views of one tensor: not where they are views already that another relies on, as
+    those of optimisers that keep all weights in one buffer.
+    """
+    present = [p for p in parameters if p is not None]
+    alone = all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in present)
+    return len(parameters) == 1 or not present or alone or are_joined(parameters, sizes)
+
+
+def joined(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
     """Parameters one after the other along their first dimension, as one tensor that they become views of.
 
     A missing one (`None`, for a bias) is a gap of zeros. The second call finds what the first one did.
@@ -46,14 +77,7 @@ def fused(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
     if len(parameters) == 1:
         return present[0].data
     one, total = present[0], sum(sizes)
-    width = one[0].numel()
-    offsets = [sum(sizes[:i]) * width for i in range(len(sizes))]
-    storage = one.untyped_storage()
-    joined = storage.nbytes() == total * width * one.element_size() and all(
-        p is None or (p.untyped_storage().data_ptr() == storage.data_ptr() and p.storage_offset() == offset)
-        for p, offset in zip(parameters, offsets)
-    )
-    if joined:
+    if are_joined(parameters, sizes):
         return one.data.as_strided((total, *one.shape[1:]), one.stride(), 0)
     whole = one.data.new_zeros(total, *one.shape[1:])
     for p, part in zip(parameters, whole.split(sizes)):
@@ -155,14 +179,14 @@ class Step:
         """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` where one is not plain (LoRA, int8)."""
         key = id(modules[0])
         if key not in self.plans:
-            plain = all(type(m) is nn.Linear and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
-            plain = plain and len({(m.weight.dtype, m.weight.device) for m in modules}) == 1
-            sizes = [m.out_features for m in modules] if plain else []
             self.plans[key] = None
-            if plain:
-                weight = fused([m.weight for m in modules], sizes)
-                assert weight is not None
-                self.plans[key] = weight, fused([m.bias for m in modules], sizes)
+            if all(plain(module) for module in modules) and len({m.weight.dtype for m in modules}) == 1:
+                sizes = [m.out_features for m in modules]
+                weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+                if joinable(weights, sizes) and joinable(biases, sizes):
+                    weight = joined(weights, sizes)
+                    assert weight is not None
+                    self.plans[key] = weight, joined(biases, sizes)
         return self.plans[key]
 
     def linear(

@@ -230,7 +230,7 @@ def test_the_second_call_uses_the_buffers_of_the_first(device):
     assert again.tolist() == first.tolist()
     model.generate(**prompts(device), max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
     assert model.decoding.decoder is not decoder
-    model.decoding.release()
+    model.train()
     assert model.decoding.decoder is None
 
 
@@ -428,6 +428,38 @@ def test_graphs_and_kernels_have_switches():
     ours, theirs = both(model, **prompts())
     assert ours.tolist() == theirs.tolist()
     assert not model.decoding.decoder.step.triton
+
+
+def test_weights_in_a_buffer_of_someone_else_stay_there():
+    model = make({"num_key_value_heads": 2})
+    plain = model.generate(**prompts(), max_new_tokens=9, do_sample=False)
+    layer = make({"num_key_value_heads": 2}).model.layers[1]
+    model.model.layers[1] = layer
+    flat = torch.cat([p.detach().flatten() for p in layer.parameters()] + [torch.zeros(1)])
+    first = 0
+    for p in layer.parameters():
+        p.data = flat[first : first + p.numel()].view_as(p)
+        first += p.numel()
+    assert model.generate(**prompts(), max_new_tokens=9, do_sample=False).tolist() == plain.tolist()
+    assert {p.untyped_storage().data_ptr() for p in layer.parameters()} == {flat.untyped_storage().data_ptr()}
+
+
+def test_inference_mode_leaves_no_trace():
+    model = make()
+    with torch.inference_mode():
+        first = model.generate(**prompts(), max_new_tokens=9, do_sample=False)
+    second = model.generate(**prompts(), max_new_tokens=9, do_sample=False)
+    assert first.tolist() == second.tolist()
+    ids = prompts()["input_ids"]
+    model(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_cache_of_other_rows_is_refused():
+    model = make()
+    cache = DecodeCache(model.config, rows=2, capacity=16, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="has 2 rows, and 3 are to be decoded"):
+        model.generate(**prompts(), past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 
 class Waiting(nn.Linear):
