@@ -451,7 +451,7 @@ def decode(
     if beams:
         found = config.num_return_sequences
         end = int(decoder.done_lengths[:, :found].max())
-        return decoder.done_tokens[:, :found, :end].flatten(0, 1)
+        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1)  # the buffer is used again
     sequences = decoder.tokens[:, : T + new].clone()
     if not config.return_dict_in_generate:
         return sequences

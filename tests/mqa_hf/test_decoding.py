@@ -235,6 +235,21 @@ def test_the_second_call_uses_the_buffers_of_the_first(device):
 
 
 @where
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_was_returned_does_not_change_with_the_next_call(device, beams, rows):
+    model = make(device=device)
+    arguments = prompts(device, rows)
+    first = model.generate(**arguments, max_new_tokens=20, do_sample=False, num_beams=beams)
+    kept = first.clone()
+    other = {**arguments, "input_ids": arguments["input_ids"].flip(1)}
+    second = model.generate(**other, max_new_tokens=20, do_sample=False, num_beams=beams)
+    assert first.tolist() == kept.tolist() != second.tolist()
+    model.decoding.enabled = False
+    assert second.tolist() == model.generate(**other, max_new_tokens=20, do_sample=False, num_beams=beams).tolist()
+
+
+@where
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "eos_token_id": 11}], ids=str)
 def test_the_cache_grows(device, options, monkeypatch):
     monkeypatch.setattr(decoding, "ROOM", 8)
