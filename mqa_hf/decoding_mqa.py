@@ -279,12 +279,19 @@ class Decoder:
             going &= ~self.done.all()
         self.end(~going)
 
+    def prepare(self) -> None:
+        """Make the step ready for as many positions as the cache has room for; a graph that read other tables goes."""
+        step = self.step
+        reach = int(step.positions.max()) + step.cache.capacity + 1 - step.host_length
+        if step.prepare(reach):
+            self.graph = None
+
     def grow(self, capacity: int) -> None:
         """Make room for more positions; the graph is captured anew."""
         self.graph = None
         self.step.cache.set_length(self.step.host_length)
         self.step.cache.grow(capacity)
-        self.step.prepare(capacity + 1)
+        self.prepare()
         more = capacity + 1 - self.tokens.shape[1]
         self.tokens = nn.functional.pad(self.tokens, (0, more), value=self.fill)
         if self.beams is not None:
@@ -327,7 +334,7 @@ def decode(
     given = given if isinstance(given, DecodeCache) else None
     if given is not None and given.rows != B:
         raise ValueError(f"the DecodeCache that is given has {given.rows} rows, and {B} are to be decoded")
-    input_ids = input_ids.to(device)
+    asked, input_ids = input_ids.device, input_ids.to(device)
     arguments = {name: every(value, copies) for name, value in arguments.items() if value is not None}
     embedded = arguments.get("inputs_embeds")
     prompt = embedded.shape[1] if embedded is not None and not model.config.is_encoder_decoder else T
@@ -394,7 +401,7 @@ def decode(
         step.rows = whole if step.rows is None else step.rows.copy_(whole)
     if cache.capacity + 1 > decoder.tokens.shape[1]:
         decoder.grow(cache.capacity)
-    step.prepare(int(step.positions.max()) + cache.capacity + 1 - held)
+    decoder.prepare()
     decoder.pointers = pointers(model)
     decoder.choose(logits)
 
@@ -451,8 +458,8 @@ def decode(
     if beams:
         found = config.num_return_sequences
         end = int(decoder.done_lengths[:, :found].max())
-        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1)  # the buffer is used again
-    sequences = decoder.tokens[:, : T + new].clone()
+        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1).to(asked)  # the buffer is used again
+    sequences = decoder.tokens[:, : T + new].clone().to(asked)
     if not config.return_dict_in_generate:
         return sequences
     kept: Any = given if given is not None else plain_cache(cache, stack.config, step.dtype)

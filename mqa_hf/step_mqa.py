@@ -146,10 +146,15 @@ class Step:
         self.plans: dict[int, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
         self.masks: dict[Any, Any] = {}
 
-    def prepare(self, reach: int) -> None:
-        """Tables for positions below `reach`, and joined weights; called before the first step of each text."""
+    def prepare(self, reach: int) -> bool:
+        """Tables for positions below `reach`, and joined weights; called before the first step of each text.
+
+        Returns:
+            Whether a table has been replaced by a larger one.
+        """
         self.plans = {}
-        if self.stack.rotary_emb is not None and (self.cos is None or len(self.cos) < reach):
+        replaced = self.stack.rotary_emb is not None and (self.cos is None or len(self.cos) < reach)
+        if replaced:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             cos, sin = self.stack.rotary_emb(like, torch.arange(reach, device=self.device)[None])
             self.cos, self.sin = cos[0, 0].contiguous(), sin[0, 0].contiguous()
@@ -164,6 +169,7 @@ class Step:
             for modules in self.groups(layer):
                 self.weights(modules)
         self.weights((self.model.lm_head,))
+        return replaced
 
     @staticmethod
     def groups(layer: Any) -> list[tuple]:

@@ -437,12 +437,34 @@ def test_a_float8_cache_is_near(name, device):
     assert 0 < (near - exact).norm() / exact.norm() < 0.15
 
 
-def test_graphs_and_kernels_have_switches():
-    model = make()
-    model.decoding.kernels = model.decoding.graphs = False
-    ours, theirs = both(model, **prompts())
-    assert ours.tolist() == theirs.tolist()
-    assert not model.decoding.decoder.step.triton
+@where
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("name", ["two heads", "windows", "alibi", "relative"])
+def test_graphs_and_kernels_have_switches(name, graphs, device):
+    model = make(MODELS[name], device)
+    model.decoding.kernels, model.decoding.graphs = False, graphs
+    for beams in (1, 3):
+        arguments = {**prompts(device), "max_new_tokens": 24, "do_sample": False, "num_beams": beams}
+        model.decoding.enabled = True
+        ours = model.generate(**arguments)
+        decoder = model.decoding.decoder
+        assert not decoder.step.triton
+        assert (decoder.graph is not None) == (graphs and device == "cuda")
+        model.decoding.enabled = False
+        assert ours.tolist() == model.generate(**arguments).tolist()
+
+
+@where
+def test_a_longer_text_in_the_same_buffers_has_its_own_positions(device):
+    """The buffers of a short padded text serve a longer one: tables of positions must reach as far."""
+    model = make(device=device)
+    for length, new in ((9, 20), (30, 40), (4, 5), (60, 60)):
+        ours, theirs = [], []
+        for enabled, found in ((True, ours), (False, theirs)):
+            model.decoding.enabled = enabled
+            arguments = {**prompts(device, 3, length), "max_new_tokens": new, "do_sample": False}
+            found.append(model.generate(**arguments).tolist())
+        assert ours == theirs
 
 
 def test_weights_in_a_buffer_of_someone_else_stay_there():
