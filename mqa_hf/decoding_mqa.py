@@ -15,6 +15,7 @@ import gc
 import time
 import warnings
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,8 +121,10 @@ class Decoder:
             self.longest = torch.ones(1, device=device)  # the same, of as many as there can be
             self.own = torch.arange(rows, dtype=torch.int32, device=device)
 
-    def start(self, prompt: torch.Tensor, fill: int, limit: int) -> None:
-        """Begin a text: prompt [B, T] of at most `limit` tokens in the end; columns after it hold `fill`."""
+    def start(self, prompt: torch.Tensor, fill: int, limit: int, longest: int) -> None:
+        """Begin a text: prompt [B, T] of at most `limit` tokens in the end; columns after it hold `fill`. Beams that
+        may yet improve are judged by the length `longest`.
+        """
         T = prompt.shape[1]
         self.fill = fill
         self.tokens.fill_(fill)
@@ -141,7 +144,7 @@ class Decoder:
             self.open.fill_(True)
             power = self.beams.length_penalty
             self.penalties.copy_(torch.tensor([1.0] + [float(n) ** power for n in range(1, len(self.penalties))]))
-            self.longest.fill_(float(max(limit - T, 1)) ** power)
+            self.longest.fill_(float(max(longest - T, 1)) ** power)
 
     def advance(self) -> None:
         """Launch one step: the first one as it is, which warms everything up, later ones by replaying a graph."""
@@ -155,7 +158,7 @@ class Decoder:
             graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
             gc.disable()  # the end of another graph, found by the collector, would break the capture
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self.run()
             except RuntimeError as error:
                 torch.cuda.synchronize()
@@ -280,7 +283,7 @@ class Decoder:
         self.end(~going)
 
     def prepare(self) -> None:
-        """Make the step ready for as many positions as the cache has room for; a graph that read other tables goes."""
+        """Make the step ready for as many positions as the cache has room for; a graph of anything else goes."""
         step = self.step
         reach = int(step.positions.max()) + step.cache.capacity + 1 - step.host_length
         if step.prepare(reach):
@@ -288,15 +291,22 @@ class Decoder:
 
     def grow(self, capacity: int) -> None:
         """Make room for more positions; the graph is captured anew."""
-        self.graph = None
         self.step.cache.set_length(self.step.host_length)
         self.step.cache.grow(capacity)
+        self.fit()
         self.prepare()
-        more = capacity + 1 - self.tokens.shape[1]
+
+    def fit(self) -> None:
+        """Give the other buffers room for as many positions as the cache has room for."""
+        more = self.step.cache.capacity + 1 - self.tokens.shape[1]
+        if more <= 0:
+            return
+        self.graph = None
         self.tokens = nn.functional.pad(self.tokens, (0, more), value=self.fill)
         if self.beams is not None:
             self.done_tokens = nn.functional.pad(self.done_tokens, (0, more), value=self.fill)
-            self.step.rows = nn.functional.pad(self.step.rows, (0, more))  # type: ignore[arg-type]
+            if self.step.rows is not None:
+                self.step.rows = nn.functional.pad(self.step.rows, (0, more))
             lengths = range(len(self.penalties), self.tokens.shape[1] + 1)
             extra = self.penalties.new_tensor([float(n) ** self.beams.length_penalty for n in lengths])
             self.penalties = torch.cat((self.penalties, extra))
@@ -315,7 +325,14 @@ def taken(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode(False)  # buffers and joined weights outlive the call
 @torch.no_grad()
-def decode(
+def decode(model: Any, *arguments: Any) -> Any:
+    """[`decode_on_device`] on the device of the model."""
+    device = model.lm_head.weight.device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return decode_on_device(model, *arguments)
+
+
+def decode_on_device(
     model: Any,
     input_ids: torch.Tensor,
     processors: Any,
@@ -334,18 +351,17 @@ def decode(
     given = given if isinstance(given, DecodeCache) else None
     if given is not None and given.rows != B:
         raise ValueError(f"the DecodeCache that is given has {given.rows} rows, and {B} are to be decoded")
-    asked, input_ids = input_ids.device, input_ids.to(device)
     arguments = {name: every(value, copies) for name, value in arguments.items() if value is not None}
     embedded = arguments.get("inputs_embeds")
     prompt = embedded.shape[1] if embedded is not None and not model.config.is_encoder_decoder else T
     prompt = max(prompt, given.get_seq_length() + 1 if given is not None else 0)
-    limit = config.max_length
+    limit = min([config.max_length, *(c.max_length for c in criteria if hasattr(c, "max_length"))])
     reach = prompt + limit - T  # positions that may be needed
     capacity = -(-min(reach, prompt + ROOM) // 64) * 64
 
     rules = [rule for _, rule in map(rule_of, processors)]  # type: ignore[misc]
     eos = next((c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")), None)
-    clock = next((c for c in criteria if hasattr(c, "max_time")), None)
+    clocks = [c for c in criteria if hasattr(c, "max_time")]
     fill = config._pad_token_tensor
     if beams:
         fill = config._pad_token_tensor or eos[0] if eos is not None else -1
@@ -359,8 +375,10 @@ def decode(
         (beams, config.early_stopping, config.length_penalty), room, cache_type, options.graphs, options.kernels,
     )  # fmt: skip
 
+    if given is not None and given.capacity < prompt:
+        given.grow(-(-prompt // 64) * 64)
     decoder = options.decoder
-    if decoder is not None and (decoder.settings, decoder.pointers) != (settings, pointers(model)):
+    if decoder is not None and (decoder.settings, decoder.pointers) != (settings, pointers(model, decoder.step.cache)):
         decoder = options.decoder = None
     if decoder is not None and (
         decoder.step.cache is not given if given is not None
@@ -389,7 +407,8 @@ def decode(
     else:
         arguments["past_key_values"] = cache
     options.decoder = None  # what is interrupted is not used again
-    decoder.start(input_ids, int(fill) if fill is not None else 0, limit)
+    decoder.fit()
+    decoder.start(input_ids, int(fill) if fill is not None else 0, limit, config.max_length)
 
     outputs = model._prefill(input_ids[::copies], config, arguments)
     logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
@@ -399,13 +418,12 @@ def decode(
     if beams:
         whole = decoder.own[:, None].div(copies, rounding_mode="floor").mul(copies).repeat(1, cache.capacity + 1)
         step.rows = whole if step.rows is None else step.rows.copy_(whole)
-    if cache.capacity + 1 > decoder.tokens.shape[1]:
-        decoder.grow(cache.capacity)
+    decoder.fit()
     decoder.prepare()
-    decoder.pointers = pointers(model)
+    decoder.pointers = pointers(model, cache)
     decoder.choose(logits)
 
-    new, last = 1, limit - T
+    new, last, farthest = 1, limit - T, int(step.positions.max())
     pending: deque[tuple[Any, torch.Tensor | None]] = deque()
     slots = deque(torch.zeros(B, dtype=torch.long, pin_memory=decoder.on_device) for _ in range(AHEAD + 2))
 
@@ -438,11 +456,15 @@ def decode(
         settle(AHEAD if decoder.on_device else 0)
         if decoder.host_ended:
             break
-        if clock is not None and time.time() - clock.initial_timestamp > clock.max_time:
+        if any(time.time() - clock.initial_timestamp > clock.max_time for clock in clocks):
             late = True
             if not beams:
                 break
             decoder.limit.zero_()  # the last step: all beams end with it
+        if stack.embed_positions is not None and farthest + new > stack.embed_positions.num_embeddings:
+            settle(0)  # a step after the end would look up a position that there is not
+            if decoder.host_ended:
+                break
         if step.host_length + 1 > cache.capacity:
             decoder.grow(-(-min(2 * cache.capacity, held + last) // 64) * 64)
         decoder.advance()
@@ -454,23 +476,27 @@ def decode(
     if decoder.host_ended:
         new = int(decoder.host_ended) - T
     cache.set_length(held + new - 1)
+    decoder.pointers = pointers(model, cache)  # it may have grown
     options.decoder = decoder
     if beams:
         found = config.num_return_sequences
         end = int(decoder.done_lengths[:, :found].max())
-        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1).to(asked)  # the buffer is used again
-    sequences = decoder.tokens[:, : T + new].clone().to(asked)
+        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1)  # the buffer is used again
+    sequences = decoder.tokens[:, : T + new].clone()
     if not config.return_dict_in_generate:
         return sequences
     kept: Any = given if given is not None else plain_cache(cache, stack.config, step.dtype)
     if step.cross is None:
         return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=kept)
-    kept = EncoderDecoderCache(kept, plain_cache(step.cross, None, step.dtype))
+    kept = EncoderDecoderCache(kept, plain_cache(step.cross, None, step.dtype, copies))
     return GenerateEncoderDecoderOutput(sequences=sequences, past_key_values=kept)
 
 
-def pointers(model: Any) -> tuple[int, ...]:
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
+def pointers(model: Any, cache: DecodeCache) -> tuple[int, ...]:
+    """Where everything lies that a graph reads and does not own."""
+    layers: Any = cache.layers
+    held = [buffer.data_ptr() for layer in layers for buffer in layer.buffers().values()]
+    return (*(parameter.data_ptr() for parameter in model.parameters()), *held)
 
 
 def every(value: Any, copies: int) -> Any:
@@ -516,13 +542,14 @@ def place(model: Any, step: Step, arguments: dict[str, Any], held: int, copies: 
         step.source_length.copy_(first + S if seen is None else first + seen.sum(1))
 
 
-def plain_cache(cache: DecodeCache, config: Any, dtype: torch.dtype) -> DynamicCache:
-    """The same keys and values as transformers keeps them."""
+def plain_cache(cache: DecodeCache, config: Any, dtype: torch.dtype, copies: int = 1) -> DynamicCache:
+    """The same keys and values as transformers keeps them, each row `copies` times."""
     plain = DynamicCache(config=config) if config is not None else DynamicCache()
     layers: Any = cache.layers
     for i, layer in enumerate(layers):
         keys = layer.read(layer.keys, layer.key_scales, 1, dtype)
-        plain.update(keys.clone(), layer.read(layer.values, layer.value_scales, 1, dtype).clone(), i)
+        values = layer.read(layer.values, layer.value_scales, 1, dtype)
+        plain.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), i)
     return plain
 
 
@@ -547,7 +574,9 @@ class FastDecoding:
         streamer: Any = None,
         **arguments: Any,
     ) -> Any:
-        if self._decodes_fast(logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, False):
+        if self._decodes_fast(
+            input_ids, logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, False
+        ):
             return decode(
                 self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, arguments, False
             )
@@ -564,7 +593,9 @@ class FastDecoding:
         synced_gpus: bool = False,
         **arguments: Any,
     ) -> Any:
-        if self._decodes_fast(logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, True):
+        if self._decodes_fast(
+            input_ids, logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, True
+        ):
             return decode(
                 self, input_ids, logits_processor, stopping_criteria, generation_config, None, arguments, True
             )
@@ -573,11 +604,18 @@ class FastDecoding:
         )
 
     def _decodes_fast(
-        self, processors: Any, criteria: Any, config: Any, arguments: dict[str, Any], synced: bool, beams: bool
+        self,
+        input_ids: torch.Tensor,
+        processors: Any,
+        criteria: Any,
+        config: Any,
+        arguments: dict[str, Any],
+        synced: bool,
+        beams: bool,
     ) -> bool:
         if not self.decoding.enabled:
             return False
-        reason = unsupported(self, processors, criteria, config, arguments, synced, beams)
+        reason = unsupported(self, input_ids, processors, criteria, config, arguments, synced, beams)
         if reason is not None:
             logger.warning_once(f"generate() decodes with transformers' own, slower loop: {reason}.")
         return reason is None

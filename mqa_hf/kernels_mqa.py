@@ -15,6 +15,7 @@ accumulate in float32. Triton is optional: where it is missing, `decoding_mqa.py
   has ended.
 """
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -91,9 +92,13 @@ def _attend_kernel(
         # are fetched into the cache that all share while the kernel that rotates the queries still runs.
         if not HAS_ROWS:
             here = tl.minimum(low, last - 1)
-            _prefetch(keys + row * key_row + head * key_head + here * D, (high - low) * D, 2 * BLOCK_N * BLOCK_D)
             _prefetch(
-                values + row * value_row + head * value_head + here * DV, (high - low) * DV, 2 * BLOCK_N * BLOCK_DV
+                keys + row.to(tl.int64) * key_row + head * key_head + here * D, (high - low) * D, 2 * BLOCK_N * BLOCK_D
+            )
+            _prefetch(
+                values + row.to(tl.int64) * value_row + head * value_head + here * DV,
+                (high - low) * DV,
+                2 * BLOCK_N * BLOCK_DV,
             )
         gdc_wait()
     q = tl.load(
@@ -453,27 +458,27 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-_collected: list[tuple] | None = None  # while not None, launches are noted here instead of being made
+_thread = threading.local()  # while it has `collected`, launches of a thread are noted there instead of being made
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel, with programmatic dependent launch where the device has it."""
     early = overlapping(arguments[0].device)
     options = {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
-    if _collected is not None:
-        _collected.append((kernel, grid, arguments, options))
+    if getattr(_thread, "collected", None) is not None:
+        _thread.collected.append((kernel, grid, arguments, options))
     else:
         kernel[grid](*arguments, **options)
 
 
 def compile_all(run: Callable[[], Any]) -> None:
     """Compile all kernels that `run` would launch, side by side; none is launched."""
-    global _collected
-    _collected = []
+    calls: list[tuple] = []
+    _thread.collected = calls
     try:
         run()
     finally:
-        calls, _collected = _collected, None
+        _thread.collected = None
 
     def kind(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -65,6 +65,8 @@ def rule_of(processor: Any) -> tuple[Any, Rule] | None:
         n = p.ngram_size
 
         def no_repeat(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
+            if n > tokens.shape[1]:  # longer than the text can be
+                return scores
             windows = tokens.unfold(1, n, 1)
             last = (cursor - n + 1).clamp(min=0) + torch.arange(n - 1, device=tokens.device)
             same = (windows[..., :-1] == tokens.gather(1, last.expand(len(tokens), -1))[:, None]).all(-1)
@@ -112,11 +114,37 @@ def as_key(value: Any) -> Any:
         return tuple(map(as_key, value))
     if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
         return value
-    return type(value).__name__, as_key(vars(value))
+    if hasattr(value, "item"):  # a number of numpy
+        return value.item()
+    return type(value).__name__, as_key(vars(value)) if hasattr(value, "__dict__") else repr(value)
+
+
+def altered(module: nn.Module) -> bool:
+    """Whether a module does something that its class does not say, which a step would not know of."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    harmless = ("output_capturing", "make_inputs_require_grads")  # transformers leaves these behind
+    changes = [
+        h
+        for h in hooks
+        if not any(n in f"{getattr(h, '__module__', '')}.{getattr(h, '__qualname__', '')}" for n in harmless)
+    ]
+    forward = vars(module).get("forward")
+    return (
+        bool(changes)
+        or hasattr(module, "_hf_hook")
+        or not (forward is None or hasattr(forward, "_torchdynamo_orig_callable"))
+    )
 
 
 def unsupported(
-    model: Any, processors: Any, criteria: Any, config: Any, arguments: dict[str, Any], synced: bool, beams: bool
+    model: Any,
+    input_ids: torch.Tensor,
+    processors: Any,
+    criteria: Any,
+    config: Any,
+    arguments: dict[str, Any],
+    synced: bool,
+    beams: bool,
 ) -> str | None:
     """Why transformers' own loop has to be taken, or `None`."""
     stack = decoder_of(model).config
@@ -155,9 +183,18 @@ def unsupported(
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         return "the model is spread over several devices"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "modules have hooks"
+    device = next(iter(devices))
+    if input_ids.device != device:
+        return "the prompt is on another device than the model"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    if "prepare_inputs_for_generation" in vars(model) or any(map(altered, model.modules())):
+        return "modules have hooks or another forward"
+    if sum(type(criterion) is stopping_criteria.EosTokenCriteria for criterion in criteria) > 1:
+        return "there are several EosTokenCriteria"
     several = model.config.is_encoder_decoder
+    if several and config.prefill_chunk_size is not None:
+        return "the prompt of a decoder is to be read in chunks"
     for name, fits in (
         ("attention_mask", contiguous if several else left_padded),
         ("decoder_attention_mask", left_padded),

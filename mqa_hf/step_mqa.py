@@ -38,6 +38,7 @@ def plain(module: nn.Module) -> bool:
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
         and module.weight.element_size() > 1
+        and module.weight.is_contiguous()
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
@@ -56,10 +57,15 @@ def are_joined(parameters: list[Any], sizes: list[int]) -> bool:
 
 def joinable(parameters: list[Any], sizes: list[int]) -> bool:
     """Whether parameters may become views of one tensor: not where they are views already that another relies on, as
-    those of optimisers that keep all weights in one buffer.
+    those of optimisers that keep all weights in one buffer, nor where other processes share them.
     """
     present = [p for p in parameters if p is not None]
-    alone = all(p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in present)
+    alone = all(
+        p.untyped_storage().nbytes() == p.numel() * p.element_size()
+        and not p.is_inference()
+        and not (p.device.type == "cpu" and p.is_shared())
+        for p in present
+    )
     return len(parameters) == 1 or not present or alone or are_joined(parameters, sizes)
 
 
@@ -150,8 +156,10 @@ class Step:
         """Tables for positions below `reach`, and joined weights; called before the first step of each text.
 
         Returns:
-            Whether a table has been replaced by a larger one.
+            Whether a graph that was captured before is not to be used: a table has been replaced by a larger one, or a
+            module may do something else than it did (an adapter that can be switched).
         """
+        before = {key: plan is not None for key, plan in self.plans.items()}
         self.plans = {}
         replaced = self.stack.rotary_emb is not None and (self.cos is None or len(self.cos) < reach)
         if replaced:
@@ -169,7 +177,8 @@ class Step:
             for modules in self.groups(layer):
                 self.weights(modules)
         self.weights((self.model.lm_head,))
-        return replaced
+        now = {key: plan is not None for key, plan in self.plans.items()}
+        return replaced or now != before or not all(now.values())
 
     @staticmethod
     def groups(layer: Any) -> list[tuple]:

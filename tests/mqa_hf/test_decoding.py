@@ -4,10 +4,12 @@ import copy
 import logging
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
@@ -260,13 +262,14 @@ def test_the_cache_grows(device, options, monkeypatch):
 
 
 @where
-def test_a_cache_that_is_given_is_extended_and_used_again(device):
+@pytest.mark.parametrize("capacity", [4, 16])
+def test_a_cache_that_is_given_is_extended_and_used_again(device, capacity):
     model = make(device=device)
     ids = prompts(device)["input_ids"][:1]
-    cache = DecodeCache(model.config, rows=1, capacity=16, dtype=torch.float32, device=device)
+    cache = DecodeCache(model.config, rows=1, capacity=capacity, dtype=torch.float32, device=device)
     first = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
     assert cache.get_seq_length() == first.shape[1] - 1
-    longer = torch.cat((first, ids), 1)
+    longer = torch.cat((first, *[ids] * 9), 1)
     second = model.generate(longer, past_key_values=cache, max_new_tokens=10, do_sample=False)
     model.decoding.enabled = False
     assert first.tolist() == model.generate(ids, max_new_tokens=10, do_sample=False).tolist()
@@ -285,9 +288,10 @@ def test_a_decode_cache_serves_transformers_loop_too():
 
 
 @where
-def test_the_cache_that_is_returned_is_transformers_own(device):
+@pytest.mark.parametrize("options", [{}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}], ids=str)
+def test_the_cache_that_is_returned_is_transformers_own(device, options):
     for model in (make(device=device), make_seq2seq(device=device)):
-        ours, theirs = both(model, **prompts(device), return_dict_in_generate=True)
+        ours, theirs = both(model, **prompts(device), return_dict_in_generate=True, **options)
         assert ours.sequences.tolist() == theirs.sequences.tolist()
         caches = [ours.past_key_values, theirs.past_key_values]
         if model.config.is_encoder_decoder:
@@ -409,10 +413,51 @@ def test_adapters_are_applied(device):
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
     arguments = {**prompts(device), "max_new_tokens": 9, "do_sample": False}
+    with adapted.disable_adapter():
+        bare = adapted.generate(**arguments)
     ours = adapted.generate(**arguments)
     assert model.decoding.decoder is not None
+    adapted.merge_adapter()
+    assert ours.tolist() == adapted.generate(**arguments).tolist() != bare.tolist()
+    adapted.unmerge_adapter()
     model.decoding.enabled = False
     assert ours.tolist() == adapted.generate(**arguments).tolist()
+    with adapted.disable_adapter():
+        assert bare.tolist() == adapted.generate(**arguments).tolist()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_that_are_learned_are_left_to_transformers(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = peft.get_peft_model(make({"num_key_value_heads": 6}), config).eval()
+    arguments = {**prompts(), "max_new_tokens": 9, "do_sample": False}
+    ours = adapted.generate(**arguments)
+    adapted.base_model.decoding.enabled = False
+    assert ours.tolist() == adapted.generate(**arguments).tolist()
+
+
+@pytest.mark.parametrize(
+    "where_it_is",
+    ["layers.1", "layers.1.self_attn", "layers.1.mlp", "layers.1.input_layernorm", "layers.1.mlp.up_proj"],
+)
+def test_hooks_are_heeded(where_it_is):
+    model = make()
+    arguments = {**prompts(), "max_new_tokens": 9, "do_sample": False}
+    plain = model.generate(**arguments)
+    module = model.model.get_submodule(where_it_is)
+
+    def double(module, inputs, output):
+        return tuple(2 * o if torch.is_tensor(o) else o for o in output) if isinstance(output, tuple) else 2 * output
+
+    hook = module.register_forward_hook(double)
+    ours = model.generate(**arguments)
+    model.decoding.enabled = False
+    assert ours.tolist() == model.generate(**arguments).tolist() != plain.tolist()
+    hook.remove()
+    model.decoding.enabled = True
+    assert model.generate(**arguments).tolist() == plain.tolist()
+    assert model.decoding.decoder is not None
 
 
 @where
@@ -490,6 +535,48 @@ def test_inference_mode_leaves_no_trace():
     ids = prompts()["input_ids"]
     model(ids, labels=ids).loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        model = make()
+        first = model.generate(**prompts(), max_new_tokens=9, do_sample=False)
+        assert first.tolist() == model.generate(**prompts(), max_new_tokens=9, do_sample=False).tolist()
+
+
+@where
+@pytest.mark.parametrize("beams", [1, 3])
+def test_criteria_of_length_that_are_given_count(device, beams):
+    model = make(device=device)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(13)])
+    ours, theirs = both(model, **prompts(device), stopping_criteria=criteria, num_beams=beams)
+    assert ours.tolist() == theirs.tolist()
+    assert ours.shape[1] == 13
+
+
+@pytest.mark.parametrize(
+    "options", [{"no_repeat_ngram_size": 90}, {"min_p": np.float32(0.1), "do_sample": True}], ids=str
+)
+def test_odd_numbers(options):
+    ours, theirs = both(make(), **prompts(), **options)
+    assert ours.tolist() == theirs.tolist()
+
+
+@where
+def test_a_text_may_end_at_the_last_learned_position(device):
+    model = make({"position_embedding": "learned", "max_position_embeddings": 30}, device)
+    ids = prompts(device, rows=12)["input_ids"]
+    whole = model.generate(ids, max_new_tokens=21, do_sample=False)
+    row = next(i for i, tokens in enumerate(whole.tolist()) if tokens[-1] not in tokens[9:-1])
+    ours, theirs = both(model, input_ids=ids[row : row + 1], max_new_tokens=40, eos_token_id=int(whole[row, -1]))
+    assert ours.tolist() == theirs.tolist()
+    assert ours.shape[1] == 30
+
+
+def test_autocast_is_left_to_transformers():
+    with torch.autocast("cpu"):
+        ours, theirs = both(make(), fast=False, **prompts())
+    assert ours.tolist() == theirs.tolist()
 
 
 def test_a_cache_of_other_rows_is_refused():
