@@ -198,10 +198,12 @@ def time_to_first_token(model: Any, vocab: int, batch: int, context: int) -> flo
     return min(seconds)
 
 
-def time_seq2seq(model: Any, batch: int, source: int, tokens: int, beams: int, repeats: int = 3) -> dict[str, Any]:
+def time_seq2seq(
+    model: Any, vocab: int, batch: int, source: int, tokens: int, beams: int, repeats: int = 3
+) -> dict[str, Any]:
     """Time decoding of `tokens` tokens with a source of `source`: what the last three quarters take longer."""
     settle(model.device)
-    prompt = torch.randint(1, decoder_of_model(model).vocab_size, (batch, source), device=model.device)
+    prompt = torch.randint(1, vocab, (batch, source), device=model.device)
     few = max(1, tokens // 4)
     seconds: dict[int, list[float]] = {few: [], tokens: []}
     began = time.perf_counter()
@@ -226,10 +228,6 @@ def time_seq2seq(model: Any, batch: int, source: int, tokens: int, beams: int, r
     return record
 
 
-def decoder_of_model(model: Any) -> Any:
-    return model.config.decoder if hasattr(model.config, "decoder") else model.config
-
-
 def finish(
     record: dict[str, Any], contender: Contender, batch: int, context: int, beams: int, source: int, device: Device
 ) -> dict[str, Any]:
@@ -237,7 +235,7 @@ def finish(
     steps = record.pop("step_sec")
     median = statistics.median(steps)
     tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else steps * 9
-    itemsize = 2 if record["dtype"] != "float32" else 4
+    itemsize = DTYPES[record["dtype"]].itemsize
     cost = step_cost(decoder_of(contender.config), batch * beams, context, source, itemsize)
     floor = cost.seconds(device)
     return {
@@ -301,15 +299,14 @@ class Bench:
     @torch.no_grad()
     def cell(self, contender: Contender, batch: int, context: int, beams: int = 1) -> dict[str, Any]:
         several = isinstance(contender.config, MQASeq2SeqConfig)
-        facts = {**self.facts}
+        facts, vocab = self.facts, decoder_of(contender.config).vocab_size
         try:
             model = self.model(contender)
             if several:
-                record = {"source": context, **time_seq2seq(model, batch, context, self.tokens, beams)}
+                record = {"source": context, **time_seq2seq(model, vocab, batch, context, self.tokens, beams)}
                 return finish({**record, **facts}, contender, batch, self.tokens * 5 // 8, beams, context, self.limits)
             record = time_tokens(contender, model, batch, context, self.tokens)
             if batch * context <= self.prefill_limit:
-                vocab = decoder_of(contender.config).vocab_size
                 record["time_to_first_token_sec"] = time_to_first_token(model, vocab, batch, context)
             return finish({**record, **facts}, contender, batch, context, beams, 0, self.limits)
         except torch.OutOfMemoryError as error:
@@ -322,7 +319,7 @@ class Bench:
     def largest(self, contender: Contender, context: int) -> dict[str, Any]:
         """The cell with the largest batch that fits."""
         config = decoder_of(contender.config)
-        itemsize = 2 if self.dtype != "float32" else 4
+        itemsize = DTYPES[self.dtype].itemsize
         batch = largest_batch(config, context + WARMUP + self.tokens + 1, self.limits.memory, 0, itemsize)
         record: dict[str, Any] = {"error": "it does not fit at all"}
         while batch > 0:

@@ -23,6 +23,11 @@ def to_float8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (states / scale).to(FLOAT8), scale.squeeze(-1)
 
 
+def from_float8(states: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What [`to_float8`] was given, rounded."""
+    return (states.float() * scale[..., None]).to(dtype)
+
+
 class DecodeLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers that are written in place.
 
@@ -84,7 +89,7 @@ class DecodeLayer(CacheLayerMixin):
         """What is held of every so-manieth row, [rows, G, length, D]."""
         states = states[::every, :, : self.length]
         if states.dtype == FLOAT8:
-            return (states.float() * scales[::every, :, : self.length, None]).to(dtype)
+            return from_float8(states, scales[::every, :, : self.length], dtype)
         return states
 
     def grow(self, capacity: int) -> None:

@@ -15,6 +15,7 @@ import gc
 import time
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ class Decoder:
         rows: int,
         copies: int,
         width: int,
-        rules: list[Rule],
+        rules: Sequence[Rule],
         eos: torch.Tensor | None,
         pad: torch.Tensor | None,
         sample: bool,
@@ -92,7 +93,6 @@ class Decoder:
         options = model.decoding
         device = model.lm_head.weight.device
         self.settings, self.rules, self.sample, self.eos, self.pad = settings, rules, sample, eos, pad
-        self.copies = copies
         self.owned = True  # whether the cache is nobody else's
         self.pointers: tuple[int, ...] = ()  # where the weights are that the graph reads
         self.on_device = device.type == "cuda"
@@ -359,7 +359,7 @@ def decode_on_device(
     reach = prompt + limit - T  # positions that may be needed
     capacity = -(-min(reach, prompt + ROOM) // 64) * 64
 
-    rules = [rule for _, rule in map(rule_of, processors)]  # type: ignore[misc]
+    keys, rules = zip(*map(rule_of, processors)) if processors else ((), ())
     eos = next((c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")), None)
     clocks = [c for c in criteria if hasattr(c, "max_time")]
     fill = config._pad_token_tensor
@@ -371,7 +371,7 @@ def decode_on_device(
     source = arguments["encoder_outputs"][0].shape[1] if model.config.is_encoder_decoder else 0
     room = -(-source // 64) * 64
     settings = (
-        B, copies, config.do_sample, as_key(eos), as_key(pad), tuple(key for key, _ in map(rule_of, processors)),  # type: ignore[misc]
+        B, copies, config.do_sample, as_key(eos), as_key(pad), keys,
         (beams, config.early_stopping, config.length_penalty), room, cache_type, options.graphs, options.kernels,
     )  # fmt: skip
 
@@ -574,15 +574,11 @@ class FastDecoding:
         streamer: Any = None,
         **arguments: Any,
     ) -> Any:
-        if self._decodes_fast(
-            input_ids, logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, False
-        ):
-            return decode(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, arguments, False
-            )
-        return super()._sample(  # type: ignore[misc]
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **arguments
-        )
+        call = input_ids, logits_processor, stopping_criteria, generation_config
+        found = self._decode_fast(call, synced_gpus, streamer, arguments, beams=False)
+        if found is None:
+            return super()._sample(*call, synced_gpus, streamer, **arguments)  # type: ignore[misc]
+        return found
 
     def _beam_search(
         self,
@@ -593,29 +589,20 @@ class FastDecoding:
         synced_gpus: bool = False,
         **arguments: Any,
     ) -> Any:
-        if self._decodes_fast(
-            input_ids, logits_processor, stopping_criteria, generation_config, arguments, synced_gpus, True
-        ):
-            return decode(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, None, arguments, True
-            )
-        return super()._beam_search(  # type: ignore[misc]
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, **arguments
-        )
+        call = input_ids, logits_processor, stopping_criteria, generation_config
+        found = self._decode_fast(call, synced_gpus, None, arguments, beams=True)
+        if found is None:
+            return super()._beam_search(*call, synced_gpus, **arguments)  # type: ignore[misc]
+        return found
 
-    def _decodes_fast(
-        self,
-        input_ids: torch.Tensor,
-        processors: Any,
-        criteria: Any,
-        config: Any,
-        arguments: dict[str, Any],
-        synced: bool,
-        beams: bool,
-    ) -> bool:
+    def _decode_fast(
+        self, call: tuple[Any, Any, Any, Any], synced: bool, streamer: Any, arguments: dict[str, Any], beams: bool
+    ) -> Any:
+        """What the fast loop gives, or `None` where transformers' own has to be taken."""
         if not self.decoding.enabled:
-            return False
-        reason = unsupported(self, input_ids, processors, criteria, config, arguments, synced, beams)
+            return None
+        reason = unsupported(self, *call, arguments, synced, beams)
         if reason is not None:
             logger.warning_once(f"generate() decodes with transformers' own, slower loop: {reason}.")
-        return reason is None
+            return None
+        return decode(self, *call, streamer, arguments, beams)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, to_float8
+from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, from_float8, to_float8
 from .kernels_mqa import (
     ACTIVATIONS,
     MAX_HEAD_WIDTH,
@@ -368,7 +368,7 @@ class Step:
         """The first positions [B, G, span, D] of the keys or values, as numbers of the model's type."""
         states, scales = getattr(held, name + "s")[:, :, :span], getattr(held, name + "_scales")
         if states.dtype == FLOAT8:
-            states = (states.float() * scales[:, :, :span, None]).to(self.dtype)
+            states = from_float8(states, scales[:, :, :span], self.dtype)
         if self.rows is not None:
             at = torch.arange(span, device=self.device)
             states = states.transpose(1, 2)[self.rows[:, :span].long(), at].transpose(1, 2)
