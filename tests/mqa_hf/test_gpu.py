@@ -44,6 +44,7 @@ def model(request):
 
 
 def prompts():
+    torch.manual_seed(0)
     ids = torch.randint(1, 1000, (3, 40), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
