@@ -311,6 +311,172 @@ def benchmark(
     )
 
 
+TRAINING, SCHEDULE, LOGS = "What it is trained on", "How", "Checkpoints and logs"
+
+
+@app.command()
+def uptrain(
+    student: Annotated[str, typer.Argument(help="Directory of the converted checkpoint.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
+    dataset: Annotated[
+        list[str],
+        typer.Option(
+            help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration); SOURCE=WEIGHT "
+            "in a mixture, for which the option is repeated.",
+            rich_help_panel=TRAINING,
+        ),
+    ],
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to train on.", rich_help_panel=TRAINING, show_default=False)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="In place of --tokens: a share of --pretraining-tokens.", rich_help_panel=TRAINING),
+    ] = None,
+    pretraining_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the original was trained on.", rich_help_panel=TRAINING)
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Column of the text (default: text), or two for translation: en,de.", rich_help_panel=TRAINING),
+    ] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Fetch text on the way.", rich_help_panel=TRAINING)
+    ] = False,
+    validation: Annotated[
+        str | None, typer.Option(help="Text that losses are measured on.", rich_help_panel=TRAINING)
+    ] = None,
+    validation_tokens: Annotated[int, typer.Option(help="So much of it.", rich_help_panel=TRAINING)] = 131_072,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The original. Default: the source that conversion.json names; none: no teacher.",
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="lm, kl, hidden, attention, or a weighted sum such as kl=1,hidden=0.5. Default: kl with a teacher, "
+            "else lm.",
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    attention_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of a first stage that fits attention layers alone.", rich_help_panel=TRAINING),
+    ] = 0,
+    train: Annotated[str, typer.Option(help="all, attention or lora.", rich_help_panel=SCHEDULE)] = "all",
+    lora_rank: Annotated[int, typer.Option(min=1, help="Of the adapters.", rich_help_panel=SCHEDULE)] = 32,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.", rich_help_panel=SCHEDULE)] = 512,
+    batch_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of a step, on all processes.", rich_help_panel=SCHEDULE)
+    ] = 32_768,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows at once on a process. Default: 16,384 tokens.", rich_help_panel=SCHEDULE)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak, of AdamW. Default: by width, docs/uptraining.md.", rich_help_panel=SCHEDULE),
+    ] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=SCHEDULE)] = 0.02,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.", rich_help_panel=SCHEDULE)] = 0.1,
+    bf16: Annotated[
+        bool | None, typer.Option(help="Compute in bfloat16. Default: on GPUs that can.", rich_help_panel=SCHEDULE)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=SCHEDULE)
+    ] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile.", rich_help_panel=SCHEDULE)] = False,
+    seed: Annotated[int, typer.Option(help="Of everything.", rich_help_panel=SCHEDULE)] = 0,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints. 0: about 20 in all.", rich_help_panel=LOGS)
+    ] = 0,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that are kept.", rich_help_panel=LOGS)] = 2,
+    evaluate_every: Annotated[
+        int, typer.Option(help="Steps between evaluations. 0: at the start and the end.", rich_help_panel=LOGS)
+    ] = 0,
+    log_every: Annotated[
+        int, typer.Option(help="Steps between log lines. 0: about 50 in all.", rich_help_panel=LOGS)
+    ] = 0,
+    report_to: Annotated[
+        str | None,
+        typer.Option(help="tensorboard, wandb, both, or none. Default: which are installed.", rich_help_panel=LOGS),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read data.", rich_help_panel=LOGS)] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again where an unfinished run lies.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good."""
+    import shlex
+
+    from transformers import AutoConfig
+
+    from mqa_hf.conversion import ConversionError
+    from mqa_hf.finetune.data import Part
+    from mqa_hf.finetune.training import Schedule
+    from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, original_of, parse_losses
+    from mqa_hf.finetune.uptrain import uptrain as run
+
+    if (tokens is None) == (alpha is None) or (alpha is None) != (pretraining_tokens is None):
+        raise ConversionError("pass --tokens, or --alpha with --pretraining-tokens")
+    if tokens is None:
+        assert alpha is not None and pretraining_tokens is not None
+        tokens = max(1, round(alpha * pretraining_tokens))
+    if not (Path(student) / "config.json").is_file():
+        raise ConversionError(f"{student} is no checkpoint: it has no config.json")
+    if teacher is None:
+        teacher = original_of(Path(student))
+    elif teacher == "none":
+        teacher = None
+    config = AutoConfig.from_pretrained(student)
+    width = getattr(config, "decoder", config).hidden_size
+    what = Uptraining(
+        dataset=tuple(map(Part.parse, dataset)),
+        columns=() if columns is None else tuple(columns.split(",")),
+        streaming=streaming,
+        validation=validation,
+        validation_tokens=validation_tokens,
+        teacher=teacher,
+        losses=parse_losses(loss or ("lm" if teacher is None else "kl")),
+        attention_tokens=attention_tokens,
+        train=train,
+        lora_rank=lora_rank,
+    )
+    schedule = Schedule(
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate or default_learning_rate(train, width),
+        warmup=warmup,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        save_every=save_every,
+        keep=keep,
+        evaluate_every=evaluate_every,
+        log_every=log_every,
+        seed=seed,
+        workers=workers,
+        report_to=report_to,
+    )
+    command = shlex.join(["mqa-hf", *sys.argv[1:]])
+    report = run(student, output, what, schedule, overwrite=overwrite, restart=restart, command=command)
+    said = f"{output}: trained on {report['tokens']:,} tokens"
+    if report["validation"]:
+        before, after = report["validation"]["before"], report["validation"]["after"]
+        said += "; " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in after if name in before)
+    Console(markup=False).print(said, highlight=False, soft_wrap=True)
+
+
 def numbers(option: str, text: str) -> list[int]:
     """The positive integers of a comma-separated list."""
     from mqa_hf.conversion import ConversionError

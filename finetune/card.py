@@ -1,0 +1,77 @@
+"""What a trained checkpoint's model card says of the training, with a picture of its curves."""
+
+from pathlib import Path
+from typing import Any
+
+UNITS = {"lm": "cross-entropy, nats a token", "kl": "KL to the teacher, nats a token", "hidden": "1 - cosine of hidden states",
+         "attention": "relative error of attention"}  # fmt: skip
+PICTURE = "uptraining.png"
+HEADING = "## Training after the conversion"
+
+
+def curves(report: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By loss, "training" and "validation" as points (tokens, value), over all phases."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    options = report["options"]
+    size = max(1, options["batch_tokens"] // options["sequence_length"]) * options["sequence_length"]
+    begun = 0
+    for lines in report["log"].values():
+        for line in lines:
+            for name in UNITS:
+                for key, kind in ((name, "training"), (f"eval_{name}", "validation")):
+                    if key in line:
+                        points = found.setdefault(name, {"training": [], "validation": []})[kind]
+                        points.append((begun + int(line["step"]) * size, line[key]))
+        begun += max((int(line["step"]) for line in lines), default=0) * size
+    return found
+
+
+def draw(report: dict[str, Any], path: Path) -> bool:
+    """The curves as a PNG; false where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    found = curves(report)
+    figure = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
+    for i, (name, kinds) in enumerate(found.items()):
+        axes = figure.add_subplot(1, len(found), i + 1)
+        for (kind, points), style in zip(kinds.items(), ({"lw": 1, "color": "#9aa5b1"}, {"lw": 2, "marker": "o", "ms": 4})):
+            if points:
+                axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], label=kind, **style)
+        axes.set_xlabel("tokens, millions")
+        axes.set_ylabel(UNITS[name])
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def add_training_section(directory: Path, report: dict[str, Any]) -> None:
+    """Append to `README.md` how the checkpoint was trained; a section from an earlier training makes room."""
+    options = report["options"]
+    goals = ", ".join(f"{name} (weight {weight:g})" for name, weight in options["losses"])
+    text = [
+        HEADING,
+        "",
+        f"{report['tokens']:,} tokens of {', '.join(part['source'] for part in options['dataset'])}, in steps of "
+        f"{options['batch_tokens']:,}; loss: {goals}"
+        + (f", teacher `{options['teacher']}`" if options.get("teacher") else "")
+        + f"; trained: {options['train']}; peak learning rate {options['learning_rate']:g}.",
+        "",
+    ]
+    if options.get("attention_tokens"):
+        text += [f"The first {options['attention_tokens']:,} tokens fitted attention layers to the teacher's.", ""]
+    if report["validation"]:
+        before, after = report["validation"]["before"], report["validation"]["after"]
+        text += ["| on validation text | before | after |", "|---|---|---|"]
+        text += [f"| {UNITS[name]} | {before[name]:.3f} | {after[name]:.3f} |" for name in UNITS if name in before and name in after]
+        text += [""]
+    if draw(report, directory / PICTURE):
+        text += [f"![losses over tokens]({PICTURE})", ""]
+    if report["command"]:
+        text += ["```bash", report["command"], "```", ""]
+    card = directory / "README.md"
+    before_it = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before_it = before_it.split(HEADING)[0].replace("No training has followed.", "Training followed.").rstrip()
+    card.write_text(f"{before_it}\n\n" + "\n".join(text), encoding="utf-8")

@@ -1,0 +1,279 @@
+"""Training text: mixtures of data sets, packed into rows for a decoder, or as pairs for an encoder-decoder model.
+
+Everything is read through `datasets`: local text, JSON lines, parquet or CSV, or an id of the Hub, whole or streamed.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.text import FORMATS, corrupt_spans, is_plain
+
+IGNORED = -100  # as everywhere in transformers: a position without a target
+BATCH = 256  # documents that are tokenised at once
+BUFFER = 10_000  # documents that a stream is shuffled among
+
+
+@dataclass(frozen=True)
+class Part:
+    """A data set of a mixture, and its weight among the others."""
+
+    source: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """`SOURCE` or `SOURCE=WEIGHT`."""
+        source, sign, weight = text.rpartition("=")
+        try:
+            return cls(source, float(weight)) if sign else cls(text)
+        except ValueError:
+            return cls(text)  # a name with "=" in it
+
+
+def open_dataset(source: str, streaming: bool = False) -> Any:
+    """The training split of a data file or of an id of the Hub (`id` or `id:configuration`).
+
+    Raises:
+        ConversionError: where there is none.
+    """
+    import datasets
+
+    path = Path(source)
+    if is_plain(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole = datasets.Dataset.from_list([{"text": text}])
+        return whole.to_iterable_dataset() if streaming else whole
+    kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
+    if path.exists() and (kind is None or not path.is_file()):
+        raise ConversionError(f"--dataset {source} is neither text, nor {', '.join(FORMATS)}")
+    try:
+        if path.is_file():
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        name, _, configuration = source.partition(":")
+        return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
+    except Exception as error:  # whatever a loader raises for what it cannot read or fetch
+        raise ConversionError(f"--dataset {source} cannot be read: {error}") from error
+
+
+def column_names(rows: Any) -> list[str]:
+    return list(rows.column_names or next(iter(rows), {}))
+
+
+def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
+    """The same rows with one column "text", or with "source" and "target" where two columns are named.
+
+    Columns may also be languages of "translation", as the Hub's data sets of translations have them.
+    """
+    known = column_names(rows)
+    if "translation" in known and len(columns) == 2:
+        one, other = columns
+        rows = rows.map(
+            lambda row: {"source": row["translation"][one], "target": row["translation"][other]}, remove_columns=known
+        )
+        return rows
+    wanted = list(columns) or ["text"]
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ConversionError(f"--dataset {source} has no column {', '.join(missing)}; its columns: {', '.join(known)}")
+    names = ["text"] if len(wanted) == 1 else ["source", "target"]
+    rows = rows.select_columns(wanted)
+    for old, new in zip(wanted, names):
+        rows = rows if old == new else rows.rename_column(old, new)
+    return rows
+
+
+def mixture(parts: Sequence[Part], columns: Sequence[str] = (), streaming: bool = False, seed: int = 0) -> Any:
+    """All parts in one data set, drawn at random by their weights until each has been read through.
+
+    Args:
+        parts: of the mixture.
+        columns: one that holds text (default: "text"), or two, read by an encoder and written by a decoder.
+        streaming: whether rows are fetched as they are needed.
+        seed: of the order.
+
+    Raises:
+        ConversionError: for what cannot be read, columns that are not there, and weights that are none.
+    """
+    import datasets
+
+    if not parts or any(part.weight <= 0 for part in parts):
+        raise ConversionError(f"--dataset needs weights above 0; got {[part.weight for part in parts]}")
+    found = []
+    for part in parts:
+        rows = choose_columns(part.source, open_dataset(part.source, streaming), columns)
+        found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
+    if len(found) == 1:
+        return found[0]
+    total = sum(part.weight for part in parts)
+    shares = [part.weight / total for part in parts]
+    return datasets.interleave_datasets(found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
+    for batch in rows.iter(batch_size=BATCH):
+        yield batch[column]
+
+
+def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of `length` tokens without padding: documents one after another, each ended by eos.
+
+    Yields:
+        `input_ids` [length], and `position_ids` [length], which start at 0 again with each document: transformers
+        reads from them that tokens do not attend across (`find_packed_sequence_indices`).
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids, starts = np.empty(0, np.int32), np.empty(0, bool)
+    index = np.arange(length)
+    for batch in texts:
+        pieces = [np.array(piece + end, np.int32) for piece in tokenizer(batch, verbose=False).input_ids]
+        first = [np.arange(len(piece)) == 0 for piece in pieces]
+        ids, starts = np.concatenate([ids, *pieces]), np.concatenate([starts, *first])
+        while len(ids) >= length:
+            beginning = np.maximum.accumulate(np.where(starts[:length], index, 0))
+            yield {"input_ids": ids[:length], "position_ids": (index - beginning).astype(np.int32)}
+            ids, starts = ids[length:], starts[length:]
+
+
+def paired(
+    rows: Any, tokenizer: Any, length: int, seed: int, sentinels: Sequence[int] = ()
+) -> Iterator[dict[str, list[int]]]:
+    """Examples of an encoder-decoder model: `input_ids` and `labels` of at most `length` tokens each.
+
+    Pairs of texts are translated. Of a single text, spans are hidden where the tokenizer has sentinels (T5, arXiv
+    1910.10683, section 3.1.4).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    names = column_names(rows)
+    if "target" in names:
+        options = {"truncation": True, "max_length": length, "verbose": False}
+        for batch in rows.iter(batch_size=BATCH):
+            sources = tokenizer(batch["source"], **options).input_ids
+            targets = tokenizer(text_target=batch["target"], **options).input_ids
+            yield from (
+                {"input_ids": one, "labels": other}
+                for one, other in zip(sources, targets)
+                if len(one) > 1 and len(other) > 1
+            )
+        return
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for row in packed(batches(rows), tokenizer, length - 2):
+        one, other = corrupt_spans(row["input_ids"].tolist(), sentinels, generator)
+        yield {"input_ids": one + end, "labels": other + end}
+
+
+def sentinel_ids(tokenizer: Any) -> list[int]:
+    """The ids of T5's sentinels, where the tokenizer has them."""
+    found = (tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))
+    return [i for i in found if i is not None and i != tokenizer.unk_token_id]
+
+
+def training_rows(
+    parts: Sequence[Part],
+    tokenizer: Any,
+    length: int,
+    count: int,
+    *,
+    columns: Sequence[str] = (),
+    pairs: bool = False,
+    streaming: bool = False,
+    seed: int = 0,
+) -> Any:
+    """The examples of a training run, as `datasets` keeps them: on disk, made once for the same text and options.
+
+    Args:
+        parts, columns, streaming, seed: see [`mixture`].
+        tokenizer: of transformers.
+        length: tokens of a row, or most tokens of either side of a pair.
+        count: rows wanted; a text that gives fewer is read again by who trains, in another order.
+        pairs: whether they are for an encoder-decoder model.
+
+    Returns:
+        A `Dataset`, or, streaming, an endless `IterableDataset`.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
+    if pairs and len(columns) != 2 and len(sentinels) < 2:
+        raise ConversionError(
+            "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
+        )
+
+    def once(seed: int) -> Iterator[dict[str, Any]]:
+        rows = mixture(parts, columns, streaming, seed)
+        if pairs:
+            yield from paired(rows, tokenizer, length, seed, sentinels)
+        else:
+            yield from packed(batches(rows), tokenizer, length)
+
+    def endless() -> Iterator[dict[str, Any]]:
+        turn = 0
+        while True:
+            yield from once(seed + turn)
+            turn += 1
+
+    def first() -> Iterator[dict[str, Any]]:
+        for i, row in enumerate(once(seed)):
+            if i == count:
+                return
+            yield row
+
+    if streaming:
+        return datasets.IterableDataset.from_generator(endless)
+    known = [(part.source, part.weight, *stamp(part.source)) for part in parts]
+    vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
+    made_of = (known, vocabulary, tokenizer.eos_token_id, length, count, list(columns), pairs, seed, "1")
+    numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
+    names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
+    rows = datasets.Dataset.from_generator(
+        first, features=datasets.Features({name: numbers for name in names}), fingerprint=Hasher.hash(made_of)
+    )
+    return rows if pairs else rows.with_format("numpy")
+
+
+def stamp(source: str) -> tuple[str, int, int]:
+    """What changes when a file does; ids of the Hub are taken as they are."""
+    if not os.path.exists(source):
+        return ("", 0, 0)
+    status = os.stat(source)
+    return (os.path.abspath(source), status.st_size, status.st_mtime_ns)
+
+
+def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """[B, T] of packed rows, with the token to be predicted at each position, or `IGNORED` at the end of a document."""
+    ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
+    positions = torch.from_numpy(np.stack([row["position_ids"] for row in rows])).long()
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+@dataclass(frozen=True)
+class CollatePairs:
+    """[B, S] and [B, T] of pairs, padded on the right to a multiple of 8."""
+
+    pad: int
+    start: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        def padded(side: list[list[int]], value: int) -> torch.Tensor:
+            length = -(-max(map(len, side)) // 8) * 8
+            return torch.tensor([list(row) + [value] * (length - len(row)) for row in side])
+
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        ids = padded([row["input_ids"] for row in rows], self.pad)
+        labels = padded([row["labels"] for row in rows], IGNORED)
+        written = torch.cat((torch.full_like(labels[:, :1], self.start), labels[:, :-1]), dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "decoder_input_ids": written.masked_fill(written == IGNORED, self.pad),
+            "labels": labels,
+        }

@@ -1,0 +1,304 @@
+"""What a student is trained on: the next token, its teacher's distribution, its hidden states, its attention.
+
+    B batch, T tokens, d hidden size, V vocabulary, N = B·T
+
+The losses are computed inside the student's own `forward`, which [`Objective.attach`] replaces for the time of the
+training: whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) then has its parameters in place.
+Logits are made a chunk of tokens at a time and made again in the backward pass, so that neither the student's nor the
+teacher's [N, V] ever exists.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from mqa_hf.conversion.errors import ConversionError
+
+from .data import IGNORED
+
+LOSSES = ("lm", "kl", "hidden", "attention")
+CHUNK_ELEMENTS = 2**27  # logits of one chunk: half a gigabyte in float32
+
+
+def core(model: nn.Module) -> PreTrainedModel:
+    """The model with the head, without what PEFT puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [..., V] in float32 of the last hidden state [..., d], as the class's own `forward` makes them.
+
+    [`check_head`] holds this to be so for the class at hand.
+    """
+    config = getattr(model.config, "decoder", model.config)
+    logits = model.get_output_embeddings()(hidden).float()
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def backbone_inputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raise ConversionError where a class does to its logits what [`logits_of`] does not know of."""
+    device = model.get_output_embeddings().weight.device
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    inputs = {"input_ids": ids, "use_cache": False}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    training = model.training
+    model.eval()
+    ours = logits_of(model, model.base_model(**inputs).last_hidden_state)
+    theirs = model(**inputs).logits.float()
+    model.train(training)
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+    if not error < 1e-2:
+        raise ConversionError(
+            f"{type(model).__name__} changes its logits after the head in a way that is not known here (they differ "
+            f"by {error:.1%}); convert with --target mqa, which folds such things into the weights"
+        )
+
+
+def chunk_losses(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    teacher_hidden: torch.Tensor | None,
+    student: Callable[[torch.Tensor], torch.Tensor],
+    teacher: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Sums over tokens with a label, in nats: cross-entropy, and KL(teacher ‖ student) at temperature 1.
+
+    Args:
+        hidden: [n, d] of the student.
+        labels: [n].
+        teacher_hidden: [n, d'] of the teacher.
+        student, teacher: from hidden states to logits.
+
+    Returns:
+        [2].
+    """
+    counted = labels != IGNORED
+    log_p = F.log_softmax(student(hidden).float(), dim=-1)
+    picked = log_p.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
+    lm = -(picked * counted).sum()
+    if teacher is None or teacher_hidden is None:
+        return torch.stack((lm, lm.detach() * 0))
+    with torch.no_grad():
+        log_q = F.log_softmax(teacher(teacher_hidden).float(), dim=-1)
+    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return torch.stack((lm, (divergence * counted).sum()))
+
+
+@dataclass
+class Objective:
+    """A weighted sum of losses, each in its own unit a token.
+
+    lm         | cross-entropy of the next token, nats
+    kl         | KL(teacher ‖ student) of the next token's distribution at temperature 1, nats (arXiv 1503.02531)
+    hidden     | 1 - cosine of the hidden states after each layer, mean over layers (as DistilBERT, arXiv 1910.01108)
+    attention  | relative squared error of each attention layer's output, where it is given the teacher's input; mean
+               | over layers. Alone, this trains attention layers only, each by itself.
+
+    Args:
+        weights: of the losses that count.
+        teacher: frozen; needed by all but `lm`. Called as the student is: through whatever shards it.
+        chunk_elements: most logits at once.
+    """
+
+    weights: dict[str, float]
+    teacher: nn.Module | None = None
+    chunk_elements: int = CHUNK_ELEMENTS
+    _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # what hooks have caught in a forward pass
+    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # what they put in its place
+
+    def __post_init__(self) -> None:
+        unknown = set(self.weights) - set(LOSSES)
+        if unknown or not self.weights or min(self.weights.values()) <= 0:
+            raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
+        if set(self.weights) - {"lm"} and self.teacher is None:
+            raise ConversionError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
+
+    @property
+    def layerwise(self) -> bool:
+        return "attention" in self.weights
+
+    @contextmanager
+    def attach(self, student: nn.Module) -> Iterator[None]:
+        """For the time of the context, `forward` of student and teacher are [`student_forward`], [`teacher_forward`]."""
+        inner = core(student)
+        models = [inner, *([] if self.teacher is None else [core(self.teacher)])]
+        if self.teacher is not None:
+            check_same(inner, models[1])
+        for model in models:
+            check_head(model)
+        hooks = []
+        if self.layerwise:
+            for name in attention_names(inner, models[1]):
+                hooks += [
+                    models[1].get_submodule(name).register_forward_hook(self._catch(name), with_kwargs=True),
+                    inner.get_submodule(name).register_forward_pre_hook(self._replace(name), with_kwargs=True),
+                    inner.get_submodule(name).register_forward_hook(self._catch(name), with_kwargs=True),
+                ]
+        inner.forward = functools.partial(self.student_forward, inner)  # type: ignore[method-assign]
+        if self.teacher is not None:
+            models[1].forward = functools.partial(self.teacher_forward, models[1])  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for model in models:
+                model.__dict__.pop("forward", None)
+
+    def _catch(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            y = output[0] if isinstance(output, tuple) else output
+            self._seen[name] = x, kwargs.get("encoder_hidden_states"), y
+
+        return hook
+
+    def _replace(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            x, encoded, _ = self._given[name]
+            kwargs = {**kwargs, **({} if encoded is None else {"encoder_hidden_states": encoded})}
+            return (x, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": x}
+
+        return hook
+
+    def teacher_forward(
+        self, model: PreTrainedModel, hidden: torch.Tensor | None = None, **inputs: torch.Tensor
+    ) -> Any:
+        """The teacher's hidden states (and what its attention layers read and wrote) of a batch; or, of `hidden`
+        [n, d], its logits [n, V]."""
+        if hidden is not None:
+            return logits_of(model, hidden)
+        self._seen = {}
+        states = "hidden" in self.weights
+        outputs = model.base_model(**backbone_inputs(model, inputs), use_cache=False, output_hidden_states=states)
+        seen, self._seen = self._seen, {}
+        return {"last": outputs.last_hidden_state, "states": hidden_states(outputs), "attention": seen}
+
+    def student_forward(
+        self,
+        model: PreTrainedModel,
+        labels: torch.Tensor,
+        count: torch.Tensor | float = 1.0,
+        taught: dict[str, Any] | None = None,
+        **inputs: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The losses of a batch.
+
+        Args:
+            labels: [B, T], the token to be predicted at each position; not shifted once more.
+            count: tokens that the whole step predicts, on all processes.
+            taught: what [`teacher_forward`] gave for the batch.
+
+        Returns:
+            `loss`: the weighted sum of all losses, over `count`. `sums`: of [`LOSSES`] in their order, then of tokens.
+        """
+        self._seen, self._given = {}, {} if taught is None else taught["attention"]
+        states = "hidden" in self.weights
+        outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=states)
+        counted = labels != IGNORED
+        zero = outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
+        losses = dict.fromkeys(LOSSES, zero)
+        if self.layerwise:
+            losses["attention"] = self.attention_loss(counted, inputs.get("attention_mask"))
+        if states:
+            assert taught is not None
+            pairs = list(zip(hidden_states(outputs), taught["states"], strict=True))
+            away = [1 - F.cosine_similarity(s.float(), t.float(), dim=-1) for s, t in pairs]
+            losses["hidden"] = (torch.stack(away).mean(0) * counted).sum()
+        if not self.layerwise or set(self.weights) & {"lm", "kl"} or not torch.is_grad_enabled():
+            losses["lm"], losses["kl"] = self.token_losses(model, outputs.last_hidden_state, labels, taught)
+        self._seen, self._given = {}, {}
+        total = sum((self.weights[name] * losses[name] for name in self.weights), zero)
+        sums = torch.stack([*(losses[name].detach() for name in LOSSES), counted.sum().float()])
+        return {"loss": total / count, "sums": sums}
+
+    def token_losses(
+        self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any] | None
+    ) -> torch.Tensor:
+        """[2]: the sums of [`chunk_losses`] over all chunks of a batch; `hidden` [B, T, d]."""
+        V = model.get_output_embeddings().weight.shape[0]
+        size = max(1, self.chunk_elements // V)
+        student, teacher = functools.partial(logits_of, model), None
+        pieces: list[Sequence[Any]] = [hidden.flatten(0, 1).split(size), labels.flatten().split(size)]
+        if taught is not None:
+            assert self.teacher is not None
+            frozen = self.teacher
+
+            def teacher(states: torch.Tensor) -> torch.Tensor:
+                return frozen(hidden=states)
+
+            pieces.append(taught["last"].flatten(0, 1).split(size))
+        else:
+            pieces.append([None] * len(pieces[0]))
+        total: Any = 0
+        for piece in zip(*pieces):
+            if len(pieces[0]) > 1 and torch.is_grad_enabled():
+                total = total + checkpoint(chunk_losses, *piece, student, teacher, use_reentrant=False)
+            else:
+                total = total + chunk_losses(*piece, student, teacher)
+        return total
+
+    def attention_loss(self, counted: torch.Tensor, source_mask: torch.Tensor | None) -> torch.Tensor:
+        """The sum over tokens of each attention layer's relative squared error, mean over layers.
+
+        Args:
+            counted: [B, T], tokens of the decoder that count.
+            source_mask: [B, S], those of an encoder.
+        """
+        errors = []
+        for name, (_, _, y) in self._seen.items():
+            target = self._given[name][2].float()
+            encoder = source_mask is not None and ".encoder." in f".{name}"
+            weight = source_mask.float() if encoder and source_mask is not None else counted.float()
+            error = ((y.float() - target).square().sum(-1) * weight).sum()
+            energy = (target.square().sum(-1) * weight).sum() / weight.sum().clamp_min(1)
+            errors.append(error / energy.clamp_min(1e-20) * (counted.sum() / weight.sum().clamp_min(1)))
+        return torch.stack(errors).mean()
+
+
+def hidden_states(outputs: Any) -> tuple[torch.Tensor, ...]:
+    """After the embedding and each layer, of the decoder where there are two stacks."""
+    found = outputs.get("hidden_states") or outputs.get("decoder_hidden_states")
+    return tuple(found or ())
+
+
+def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
+    """The modules whose parameters differ in shape between the two: the attentions that were converted."""
+    shapes = {name: p.shape for name, p in teacher.named_parameters()}
+    names = {
+        name.rsplit(".", 2)[0]
+        for name, p in student.named_parameters()
+        if "layers." in name and shapes.get(name, p.shape) != p.shape
+    }
+    if not names:
+        raise ConversionError(
+            "--loss attention and --attention-tokens need a student whose attention layers differ from its teacher's "
+            "in shape, and go by the same names"
+        )
+    return [name for name, _ in student.named_modules() if name in names]
+
+
+def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Raise ConversionError where the teacher's outputs are not those of a model like the student."""
+    for what, one, other in (
+        ("words", *(m.get_output_embeddings().weight.shape[0] for m in (student, teacher))),
+        ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
+    ):
+        if one != other:
+            raise ConversionError(f"the student has {one} {what} and the teacher {other}; they must be the same model's")

@@ -1,0 +1,449 @@
+"""A training job on transformers' Trainer: it shows where it is, can be killed at any step and goes on from there.
+
+Under the directory of a job stand `options.json` (a job goes on only with the options that it began with) and a folder
+for each phase with the checkpoints of transformers' Trainer; `final` is the phase's result.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import is_tensorboard_available, is_wandb_available
+
+from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.eval.roofline import DEVICES
+
+from .losses import LOSSES, Objective, backbone_inputs, core
+
+DIVERGED = 1.5, 1.0  # a loss above this share of the first one, and so many more nats, is none that comes back
+OPTIONS_FILE = "options.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a model is trained, whatever on.
+
+    Attributes:
+        tokens: to train on (of the decoder), in whole steps.
+        sequence_length: of a row.
+        batch_tokens: of a step, on all processes and over gradient accumulation; rounded to whole rows.
+        micro_batch: rows at once on a process. Default: all of a step's, as many as 16,384 tokens at most.
+        learning_rate: at its peak, of AdamW (0.9, 0.95); down to a tenth along a cosine.
+        warmup: share of the steps.
+        weight_decay: of matrices.
+        bf16: autocast; weights and optimizer stay in float32. Default: where the device has it.
+        gradient_checkpointing, compile: as in transformers.
+        save_every: steps between checkpoints; 0: about 20 times in a job.
+        keep: checkpoints that are kept.
+        evaluate_every: steps between evaluations; 0: at the start and at the end only.
+        log_every: steps between log lines; 0: about 50 in a job.
+        seed: of the order of rows, and of dropout.
+        workers: processes that read data.
+        report_to: `tensorboard`, `wandb`, both or `none`. Default: which are installed.
+    """
+
+    tokens: int
+    sequence_length: int = 512
+    batch_tokens: int = 32_768
+    micro_batch: int | None = None
+    learning_rate: float = 1e-3
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    bf16: bool | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    save_every: int = 0
+    keep: int = 2
+    evaluate_every: int = 0
+    log_every: int = 0
+    seed: int = 0
+    workers: int | None = None
+    report_to: str | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        return max(1, self.batch_tokens // self.sequence_length)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / (self.rows * self.sequence_length))
+
+    def split(self, processes: int) -> tuple[int, int]:
+        """Rows at once on a process, and how often before a step.
+
+        Raises:
+            ConversionError: where they do not divide a step's rows.
+        """
+        share = self.rows // processes
+        if share * processes != self.rows:
+            raise ConversionError(
+                f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be shared by {processes} "
+                f"processes; set --batch-tokens to a multiple of {processes * self.sequence_length:,}"
+            )
+        micro = self.micro_batch
+        if micro is None:
+            most = max(1, 16_384 // self.sequence_length)
+            micro = next(n for n in range(min(share, most), 0, -1) if share % n == 0)
+        if share % micro:
+            raise ConversionError(f"--micro-batch {micro} must divide the {share} rows that a process has in a step")
+        return micro, share // micro
+
+    def arguments(self, directory: Path) -> TrainingArguments:
+        micro, accumulation = self.split(PartialState().num_processes)
+        gpu = torch.cuda.is_available()
+        bf16 = gpu and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16
+        found = [name for name, is_there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available())) if is_there]
+        workers = self.workers if self.workers is not None else (4 if gpu else 0)
+        return TrainingArguments(
+            output_dir=str(directory),
+            max_steps=self.steps,
+            per_device_train_batch_size=micro,
+            per_device_eval_batch_size=micro,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=self.warmup,
+            weight_decay=self.weight_decay,
+            adam_beta2=0.95,
+            bf16=bf16,
+            gradient_checkpointing=self.gradient_checkpointing,
+            torch_compile=self.compile,
+            save_strategy="steps",
+            save_steps=self.save_every or max(1, self.steps // 20),
+            save_total_limit=self.keep,
+            eval_strategy="steps" if self.evaluate_every else "no",
+            eval_steps=self.evaluate_every or None,
+            logging_steps=self.log_every or max(1, self.steps // 50),
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=gpu,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            report_to=found if self.report_to is None else self.report_to.split(","),
+            disable_tqdm=True,
+            seed=self.seed,
+        )
+
+
+class Progress(TrainerCallback):
+    """A line for each log: tokens, tokens per second, model FLOP utilisation, losses, time left."""
+
+    def __init__(self, name: str, schedule: Schedule, operations: float):
+        """`operations`: floating-point operations a token, forward and backward, the teacher's included."""
+        self.name, self.schedule, self.operations = name, schedule, operations
+        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+        self.start, self.first = time.monotonic(), 0
+        self.peak = peak_rate()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.first = time.monotonic(), state.global_step
+        if state.global_step and state.is_world_process_zero:
+            self.console.print(f"{self.name}: goes on from step {state.global_step} of {state.max_steps}")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        done = state.global_step - self.first
+        if not state.is_world_process_zero or logs is None or not ("loss" in logs or "eval_lm" in logs):
+            return
+        size = self.schedule.rows * self.schedule.sequence_length
+        words = [f"{self.name} {state.global_step}/{state.max_steps}"]
+        words += [
+            f"{name} {logs[name]:.4g}"
+            for name in ("loss", *LOSSES, "grad_norm", *(f"eval_{n}" for n in LOSSES))
+            if name in logs
+        ]
+        if "loss" in logs and done > 0:
+            rate = done * size / max(time.monotonic() - self.start, 1e-9)
+            words.append(f"{state.global_step * size:,} tokens, {rate:,.0f}/s")
+            if self.peak:
+                share = rate * self.operations / (self.peak * args.world_size)
+                words.append(f"MFU {share:.0%}")
+            left = (state.max_steps - state.global_step) * size / rate
+            words.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
+        self.console.print("  ".join(words))
+
+
+class LastStep(TrainerCallback):
+    """Evaluate after it; no checkpoint, since the result is saved at once."""
+
+    def __init__(self, evaluate: bool):
+        self.evaluate = evaluate
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            control.should_evaluate |= self.evaluate
+            control.should_save = False
+
+
+def peak_rate() -> float | None:
+    """16-bit matrix operations a second on the data sheet of the GPU that is here."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    # The longest name first: "a100-40gb" before "a10".
+    for key in sorted(DEVICES, key=len, reverse=True):
+        if key.split("-")[0] in name:
+            return DEVICES[key].rate
+    return None
+
+
+class LossTrainer(Trainer):
+    """transformers' Trainer with an [`Objective`]: its losses are summed over tokens, whichever process has them."""
+
+    def __init__(self, objective: Objective, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.objective = objective
+        self.model_accepts_loss_kwargs = True  # what compute_loss gives is over the tokens of the whole step
+        self._sums: Any = 0
+        self._first_loss: float | None = None
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        count = torch.stack([batch["labels"].ne(-100).sum() for batch in batch_samples]).sum().to(device)
+        return self.accelerator.gather(count).sum()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if num_items_in_batch is None:
+            num_items_in_batch = inputs["labels"].ne(-100).sum()
+        taught = None
+        if self.objective.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught = self.objective.teacher(**backbone_inputs(core(self.model), inputs))
+        outputs = model(**inputs, count=num_items_in_batch, taught=taught)
+        if model.training:
+            self._sums = self._sums + outputs["sums"]
+        loss = outputs["loss"] * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if torch.is_tensor(self._sums) and "loss" in logs:
+            logs.update(self._means(self._sums, ""))
+            self._sums = 0
+        super().log(logs, start_time)
+        if "loss" in logs:
+            self._check(logs["loss"], logs.get("grad_norm", 0.0))
+
+    def _means(self, sums: torch.Tensor, prefix: str) -> dict[str, float]:
+        total = self.accelerator.reduce(sums.clone(), "sum").tolist()
+        shown = [name for name in LOSSES if name in self.objective.weights or (name == "lm" and total[0] > 0)]
+        return {prefix + name: total[LOSSES.index(name)] / max(total[-1], 1) for name in shown}
+
+    def _check(self, loss: float, grad_norm: float) -> None:
+        """Stop where training has diverged. All processes see the same numbers."""
+        if self._first_loss is None:
+            self._first_loss = loss
+        share, more = DIVERGED
+        if math.isfinite(loss) and math.isfinite(grad_norm) and loss <= share * abs(self._first_loss) + more:
+            return
+        kept = last_checkpoint(Path(self.args.output_dir))
+        raise ConversionError(
+            f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
+            f"gradient {grad_norm:.4g}; it began at {self._first_loss:.4g}. "
+            + (f"{kept} is from before that. " if kept else "")
+            + f"Lower --learning-rate ({self.args.learning_rate:g}) or raise --batch-tokens, and begin again with "
+            "--restart"
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
+        finite = torch.stack([p.isfinite().all() for p in local if p.numel()]).all().to(self.args.device)
+        if not bool(self.accelerator.gather(finite).all()):
+            self._check(math.nan, math.nan)
+        if self.args.should_save:
+            check_disk(Path(self.args.output_dir), 3 * sum(p.numel() * p.element_size() for p in local))
+        super()._save_checkpoint(model, trial)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """The mean of each loss over the tokens of the evaluation rows, while it trains."""
+        model = self.model_wrapped
+        model.eval()
+        total: Any = 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                _, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+                total = total + outputs["sums"]
+        model.train()
+        metrics = self._means(total, "eval_")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def check_disk(directory: Path, size: float) -> None:
+    """Raise ConversionError where a checkpoint of `size` bytes does not fit."""
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise ConversionError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that is whole: its state, which is written last, can be read. Others are removed."""
+    while (found := get_last_checkpoint(str(directory)) if directory.is_dir() else None) is not None:
+        with suppress(OSError, ValueError):
+            json.loads((Path(found) / "trainer_state.json").read_text())
+            return found
+        shutil.rmtree(found)
+    return None
+
+
+def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
+    """The teacher where the student's shards are: sharded (and offloaded) as the accelerate configuration says."""
+    accelerator = trainer.accelerator
+    teacher.requires_grad_(False).eval()
+    if trainer.is_deepspeed_enabled:
+        import copy
+
+        import deepspeed
+
+        settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+        if settings.get("zero_optimization", {}).get("stage", 0) != 3:
+            settings["zero_optimization"] = {"stage": 0}
+        for name in ("optimizer", "scheduler"):
+            settings.pop(name, None)
+        engine, *_ = deepspeed.initialize(model=teacher, config=settings)
+        engine.eval()
+        return engine
+    if trainer.is_fsdp_enabled and getattr(accelerator, "is_fsdp2", False):
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, teacher)
+    if trainer.is_fsdp_enabled:
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    return teacher.to(accelerator.device)
+
+
+def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
+    """Open a job's directory, or find it again.
+
+    Raises:
+        ConversionError: where one with other options lies there.
+    """
+    state = PartialState()
+    with state.main_process_first():
+        if not state.is_main_process:
+            return
+        if restart:
+            shutil.rmtree(directory, ignore_errors=True)
+        options = json.loads(json.dumps(options, default=str))
+        path = directory / OPTIONS_FILE
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
+            if changed:
+                said = ", ".join(f"{n} was {before.get(n)!r} and is {options.get(n)!r}" for n in changed)
+                raise ConversionError(
+                    f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
+                    "again with --restart"
+                )
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(options, indent=2) + "\n")
+
+
+def operations_per_token(model: nn.Module, teacher: nn.Module | None, length: int) -> float:
+    """Multiplications and additions a token: 6 for each weight, 2 for each of the teacher's, and attention's own."""
+    config = core(model).config
+    stack = getattr(config, "decoder", config)
+    attention = 6 * stack.num_hidden_layers * length * stack.hidden_size
+    own = 6 * sum(p.numel() for p in model.parameters()) + attention
+    return own + (0 if teacher is None else 2 * sum(p.numel() for p in teacher.parameters()) + attention / 3)
+
+
+def train(
+    name: str,
+    model: nn.Module,
+    objective: Objective,
+    schedule: Schedule,
+    rows: Any,
+    collate: Callable,
+    directory: Path,
+    validation: Any = None,
+) -> list[dict[str, float]]:
+    """Train a model, or go on where a job was killed; the result stands in `directory/final`.
+
+    Args:
+        name: of the phase, for people.
+        model: whose parameters that require gradients are trained, in place.
+        objective: what on; its teacher is moved to the device, and sharded as the model is.
+        schedule: how long and how.
+        rows, collate: examples and how they become a batch.
+        directory: of the phase.
+        validation: examples that the losses are measured on, at the start, at the end and on the way.
+
+    Returns:
+        What was logged.
+
+    Raises:
+        ConversionError: where training diverges, rows are fewer than a step takes, or the disk is full.
+    """
+    state = PartialState()
+    history = directory / "final" / "history.json"
+    if history.is_file():
+        return json.loads(history.read_text())
+    if hasattr(rows, "__len__") and len(rows) < schedule.rows:
+        raise ConversionError(
+            f"the text gives {len(rows)} rows of {schedule.sequence_length} tokens, and a step takes {schedule.rows}; "
+            "lower --batch-tokens or add text"
+        )
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if state.is_main_process:
+        check_disk(directory, (size + 2 * trained) * (schedule.keep + 1))
+    set_seed(schedule.seed)
+    operations = operations_per_token(model, objective.teacher, schedule.sequence_length)
+    trainer = LossTrainer(
+        objective,
+        model=model,
+        args=schedule.arguments(directory),
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=collate,
+        callbacks=[Progress(name, schedule, operations), LastStep(validation is not None)],
+    )
+    with objective.attach(model):
+        if objective.teacher is not None:
+            objective.teacher = prepare_teacher(trainer, objective.teacher)  # type: ignore[arg-type]
+        with state.main_process_first():
+            found = last_checkpoint(directory)
+        trainer.args.eval_on_start = validation is not None and found is None
+        trainer.train(resume_from_checkpoint=found)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(directory / "final"))
+    if state.is_main_process:
+        history.write_text(json.dumps(trainer.state.log_history))
+    state.wait_for_everyone()
+    return trainer.state.log_history
+
+
+def as_options(schedule: Schedule) -> dict[str, Any]:
+    """What decides the result; how often it is logged, kept and shown does not."""
+    said = asdict(schedule)
+    shown = {"keep", "log_every", "report_to", "workers", "save_every"}
+    return {f.name: said[f.name] for f in fields(schedule) if f.name not in shown}

@@ -1,0 +1,333 @@
+"""Uptraining: a short training of a converted checkpoint that wins its quality back.
+
+GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of the tokens of their pretraining. Here the original
+is the teacher, whose distribution says more about each token than the token itself; far fewer tokens then do.
+
+    mqa-hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
+    accelerate launch -m mqa_hf.finetune.uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
+
+are the same on one process and on many. The job keeps its checkpoints in `.OUTPUT.uptrain` beside the output, goes on
+from the last one when the same command is given again, and removes them once OUTPUT is whole.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from mqa_hf.conversion import convert, inspect
+from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import resolve_output, written_beside
+from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
+from mqa_hf.conversion.text import source_tokenizer
+
+from .card import add_training_section
+from .data import CollatePairs, Part, collate_packed, training_rows
+from .losses import LOSSES, Objective, attention_names, core
+from .training import Schedule, as_options, begin, train
+
+REPORT = "uptraining.json"
+TRAINED = ("all", "attention", "lora")
+# Times the hidden size; see docs/uptraining.md for the measurement.
+LEARNING_RATES = {"all": 0.35, "attention": 0.35, "lora": 1.0}
+
+
+@dataclass(frozen=True)
+class Uptraining:
+    """What a converted checkpoint is trained on, beside its [`Schedule`].
+
+    Attributes:
+        dataset: parts of the mixture.
+        columns: that hold the text; two for translation.
+        streaming: whether it is fetched on the way.
+        validation: data set that the losses are measured on, its first `validation_tokens`.
+        teacher: directory or hub id of the original; `None`: none.
+        losses: weights, see [`Objective`].
+        attention_tokens: of a first stage that fits each attention layer to the teacher's.
+        train: all, attention or lora.
+        lora_rank: of the adapters, which are merged at the end.
+    """
+
+    dataset: tuple[Part, ...]
+    columns: tuple[str, ...] = ()
+    streaming: bool = False
+    validation: str | None = None
+    validation_tokens: int = 131_072
+    teacher: str | None = None
+    losses: tuple[tuple[str, float], ...] = (("lm", 1.0),)
+    attention_tokens: int = 0
+    train: str = "all"
+    lora_rank: int = 32
+
+
+def default_learning_rate(train: str, hidden_size: int) -> float:
+    """The peak of the learning rate: falls with the width of the model, as pretraining rates do."""
+    return float(f"{LEARNING_RATES[train] / hidden_size:.2g}")
+
+
+def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
+    """`kl`, or `kl=1,hidden=0.5`."""
+    found = []
+    for part in text.split(","):
+        name, _, weight = part.strip().partition("=")
+        try:
+            found.append((name, float(weight) if weight else 1.0))
+        except ValueError:
+            raise ConversionError(f"--loss takes names with weights such as kl=1,hidden=0.5; got {text!r}") from None
+    unknown = [name for name, weight in found if name not in LOSSES or not weight > 0]
+    if unknown:
+        raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {text!r}")
+    return tuple(found)
+
+
+def load(directory: str | Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A checkpoint with its head, in the class that it names."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(directory, dtype=dtype)
+
+
+def uptrain(
+    student: str | Path,
+    output: str | Path,
+    what: Uptraining,
+    schedule: Schedule,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Train a converted checkpoint and write it, whole, to `output`.
+
+    Args:
+        student: directory of the checkpoint.
+        output: directory to write.
+        what: data, teacher and losses.
+        schedule: how long and how.
+        overwrite: replace a converted checkpoint at `output`.
+        restart: begin again where an unfinished run lies.
+        command: that is shown in the model card.
+
+    Returns:
+        What stands in `uptraining.json`: options, losses before and after, the log.
+
+    Raises:
+        ConversionError: for what cannot be, said before anything is trained; and where training diverges.
+    """
+    state = PartialState()
+    source = Path(student)
+    if not (source / "config.json").is_file():
+        raise ConversionError(f"{source} is no checkpoint: it has no config.json")
+    target = resolve_output(output, source, overwrite)
+    job = target.with_name(f".{target.name}.uptrain")
+    config = AutoConfig.from_pretrained(source)
+    check(what, schedule, config)
+    begin(job, {"student": str(source.resolve()), **asdict(what), **as_options(schedule)}, restart)
+
+    rows, validation, collate = examples(source, config, what, schedule)
+    tuned = load(source, config, torch.float32)
+    tuned.config.use_cache = False
+    teacher = None
+    if what.teacher is not None:
+        teacher = load_teacher(what.teacher, tuned, job / "teacher")
+    logs: dict[str, list[dict[str, float]]] = {}
+    if what.attention_tokens:
+        tuned, logs["attention"] = attention_stage(job, tuned, teacher, what, schedule, rows, collate, validation)
+    trained = select_parameters(tuned, teacher, what)
+    objective = Objective(dict(what.losses), teacher)
+    main = schedule
+    if what.attention_tokens:
+        main = replace(schedule, tokens=schedule.tokens - what.attention_tokens, seed=schedule.seed + 1)
+    logs["main"] = train("uptraining", trained, objective, main, rows, collate, job / "main", validation)
+
+    report = describe(source, what, schedule, logs, command)
+    if state.is_main_process:
+        finish(source, target, job, config, what, report, overwrite)
+    state.wait_for_everyone()
+    return report
+
+
+def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
+    """Raise ConversionError for options that cannot be together."""
+    if what.train not in TRAINED:
+        raise ConversionError(f"--train must be one of {', '.join(TRAINED)}; got {what.train!r}")
+    if what.train == "lora":
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise ConversionError("--train lora needs PEFT: pip install 'mqa-hf[training]'") from error
+    if schedule.tokens <= what.attention_tokens:
+        raise ConversionError(
+            f"--attention-tokens {what.attention_tokens:,} must be fewer than all tokens, {schedule.tokens:,}"
+        )
+    if what.attention_tokens and what.teacher is None:
+        raise ConversionError("--attention-tokens needs a teacher; pass --teacher")
+    if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
+        raise ConversionError("encoder-decoder models are trained in this package's class; convert with --target mqa")
+    if getattr(config, "num_mel_bins", None):
+        raise ConversionError("speech models are not trained on text")
+    stack = getattr(config, "decoder", config)
+    longest = getattr(stack, "max_position_embeddings", None)
+    bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
+    if bounded and longest and schedule.sequence_length > longest:
+        raise ConversionError(
+            f"--sequence-length {schedule.sequence_length} is more than the {longest} positions of the model"
+        )
+
+
+def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) -> tuple[Any, Any, Any]:
+    """Training rows, validation rows, and how they become batches."""
+    tokenizer = source_tokenizer(source)
+    pairs = bool(config.is_encoder_decoder)
+    common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
+    rows_of_length = math.ceil(what.validation_tokens / schedule.sequence_length)
+    with PartialState().main_process_first():
+        wanted = schedule.steps * schedule.rows
+        rows = training_rows(
+            what.dataset, tokenizer, schedule.sequence_length, wanted, streaming=what.streaming, **common
+        )
+        validation = None
+        if what.validation is not None:
+            part = (Part(what.validation),)
+            validation = training_rows(part, tokenizer, schedule.sequence_length, rows_of_length, **common)
+            if not len(validation):
+                raise ConversionError(f"--validation {what.validation} gives no row of {schedule.sequence_length} tokens")
+    if pairs:
+        return rows, validation, CollatePairs(config.pad_token_id, config.decoder_start_token_id)
+    return rows, validation, collate_packed
+
+
+def load_teacher(name: str, student: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
+
+    A checkpoint of another class is converted with all its heads, which changes nothing but names, to `directory`.
+    """
+    own = student.config.model_type.startswith("mqa")
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    with PartialState().main_process_first():
+        if own:
+            description = inspect(name)
+            if not description["family"].startswith("mqa"):
+                if not (directory / "config.json").is_file():
+                    convert(name, directory, kv_heads=description["num_key_value_heads"], overwrite=True)
+                name = str(directory)
+    return load(name, AutoConfig.from_pretrained(name), dtype)
+
+
+def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, what: Uptraining) -> nn.Module:
+    """Freeze what is not trained; with LoRA, put adapters on every linear layer of the stack."""
+    if what.train == "all":
+        return model.requires_grad_(True)
+    if what.train == "lora":
+        import peft
+
+        adapters = peft.LoraConfig(r=what.lora_rank, lora_alpha=2 * what.lora_rank, target_modules="all-linear")
+        adapted = peft.get_peft_model(model, adapters)
+        return adapted
+    return only_attention(model, teacher)
+
+
+def only_attention(model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    model.requires_grad_(False)
+    if teacher is not None:
+        names = attention_names(model, core(teacher))
+    else:
+        names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "cross_attn", "attn")]
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def attention_stage(
+    job: Path,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    what: Uptraining,
+    schedule: Schedule,
+    rows: Any,
+    collate: Any,
+    validation: Any,
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """The first stage: attention layers alone, each by itself, to the teacher's outputs."""
+    objective = Objective({"attention": 1.0}, teacher)
+    short = replace(schedule, tokens=what.attention_tokens)
+    model = only_attention(student, teacher)
+    logged = train("attention", model, objective, short, rows, collate, job / "attention", validation)
+    return load(job / "attention" / "final", student.config, torch.float32), logged
+
+
+def describe(
+    source: Path, what: Uptraining, schedule: Schedule, logs: dict[str, list[dict[str, float]]], command: str | None
+) -> dict[str, Any]:
+    measured = [line for lines in logs.values() for line in lines if "eval_lm" in line]
+
+    def losses(line: dict[str, float]) -> dict[str, float]:
+        return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+    return {
+        "student": str(source),
+        "options": {**asdict(what), **as_options(schedule)},
+        "tokens": schedule.steps * schedule.rows * schedule.sequence_length,
+        "validation": {"before": losses(measured[0]), "after": losses(measured[-1])} if measured else None,
+        "log": logs,
+        "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "accelerate", "datasets")},
+        "command": command,
+    }
+
+
+def finish(
+    source: Path, target: Path, job: Path, config: Any, what: Uptraining, report: dict[str, Any], overwrite: bool
+) -> None:
+    """Write the trained checkpoint beside its place: everything of the student's but the weights, and those."""
+    final = job / "main" / "final"
+    dtype = config.dtype or torch.float32
+    if what.train == "lora":
+        import peft
+
+        base = job / "attention" / "final" if what.attention_tokens else source
+        model: Any = peft.PeftModel.from_pretrained(load(base, config, torch.float32), final).merge_and_unload()
+    else:
+        model = load(final, config, torch.float32)
+    model = model.to(dtype)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with written_beside(target, size, overwrite) as partial:
+        left_out = (*SAFETENSORS, *PICKLES)
+        for path in source.iterdir():
+            if path.is_file() and not any(path.match(pattern) for pattern in left_out):
+                shutil.copyfile(path, partial / path.name)
+            elif path.is_dir() and path.name == "additional_chat_templates":
+                shutil.copytree(path, partial / path.name)
+        settings = {path.name: path.read_bytes() for path in partial.glob("*.json")}
+        model.save_pretrained(partial)
+        for name, content in settings.items():
+            (partial / name).write_bytes(content)  # as the student has them; shards' index is not among them
+        (partial / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
+            (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
+        add_training_section(partial, report)
+    with suppress(OSError):
+        shutil.rmtree(job)
+
+
+def original_of(student: Path) -> str | None:
+    """The source that `conversion.json` names."""
+    path = student / REPORT_FILE
+    return read_json(path).get("source") if path.is_file() else None
+
+
+if __name__ == "__main__":
+    import sys
+
+    from mqa_hf.cli import main
+
+    sys.argv.insert(1, "uptrain")
+    main()
