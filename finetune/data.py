@@ -206,21 +206,23 @@ def training_rows(
             "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
         )
 
-    def once(seed: int) -> Iterator[dict[str, Any]]:
-        rows = mixture(parts, columns, streaming, seed)
+    opened = mixture(parts, columns, streaming, seed)  # here, so that what is wrong with it is said as it is
+
+    def once(turn: int) -> Iterator[dict[str, Any]]:
+        rows = mixture(parts, columns, streaming, seed + turn) if turn else opened
         if pairs:
-            yield from paired(rows, tokenizer, length, seed, sentinels)
+            yield from paired(rows, tokenizer, length, seed + turn, sentinels)
         else:
             yield from packed(batches(rows), tokenizer, length)
 
     def endless() -> Iterator[dict[str, Any]]:
         turn = 0
         while True:
-            yield from once(seed + turn)
+            yield from once(turn)
             turn += 1
 
     def first() -> Iterator[dict[str, Any]]:
-        for i, row in enumerate(once(seed)):
+        for i, row in enumerate(once(0)):
             if i == count:
                 return
             yield row

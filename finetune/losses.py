@@ -171,6 +171,8 @@ class Objective:
 
     def _replace(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            if name not in self._given:
+                return args, kwargs
             x, encoded, _ = self._given[name]
             kwargs = {**kwargs, **({} if encoded is None else {"encoder_hidden_states": encoded})}
             return (x, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": x}
@@ -216,6 +218,9 @@ class Objective:
         losses = dict.fromkeys(LOSSES, zero)
         if self.layerwise:
             losses["attention"] = self.attention_loss(counted, inputs.get("attention_mask"))
+            if not torch.is_grad_enabled():  # an evaluation: what the model does when nothing is replaced
+                self._given = {}
+                outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=states)
         if states:
             assert taught is not None
             pairs = list(zip(hidden_states(outputs), taught["states"], strict=True))

@@ -8,12 +8,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -33,10 +34,19 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.eval.roofline import DEVICES
 
+from .data import IGNORED
 from .losses import LOSSES, Objective, backbone_inputs, core
 
+NAMES = {field.name for field in fields(TrainingArguments)}
+# Its name in transformers before and after 5.20 or so.
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in NAMES)
 DIVERGED = 1.5, 1.0  # a loss above this share of the first one, and so many more nats, is none that comes back
 OPTIONS_FILE = "options.json"
+
+
+def processes() -> PartialState:
+    """What this process is among those of the job; on a CPU too, which accelerate has to be told."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
@@ -89,17 +99,17 @@ class Schedule:
     def steps(self) -> int:
         return math.ceil(self.tokens / (self.rows * self.sequence_length))
 
-    def split(self, processes: int) -> tuple[int, int]:
+    def split(self, count: int) -> tuple[int, int]:
         """Rows at once on a process, and how often before a step.
 
         Raises:
             ConversionError: where they do not divide a step's rows.
         """
-        share = self.rows // processes
-        if share * processes != self.rows:
+        share = self.rows // count
+        if share * count != self.rows:
             raise ConversionError(
-                f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be shared by {processes} "
-                f"processes; set --batch-tokens to a multiple of {processes * self.sequence_length:,}"
+                f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be shared by {count} "
+                f"processes; set --batch-tokens to a multiple of {count * self.sequence_length:,}"
             )
         micro = self.micro_batch
         if micro is None:
@@ -110,7 +120,7 @@ class Schedule:
         return micro, share // micro
 
     def arguments(self, directory: Path) -> TrainingArguments:
-        micro, accumulation = self.split(PartialState().num_processes)
+        micro, accumulation = self.split(processes().num_processes)
         gpu = torch.cuda.is_available()
         bf16 = gpu and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16
         found = [name for name, is_there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available())) if is_there]
@@ -118,6 +128,7 @@ class Schedule:
         return TrainingArguments(
             output_dir=str(directory),
             max_steps=self.steps,
+            use_cpu=not torch.accelerator.is_available(),
             per_device_train_batch_size=micro,
             per_device_eval_batch_size=micro,
             gradient_accumulation_steps=accumulation,
@@ -128,7 +139,7 @@ class Schedule:
             weight_decay=self.weight_decay,
             adam_beta2=0.95,
             bf16=bf16,
-            gradient_checkpointing=self.gradient_checkpointing,
+            **({CHECKPOINTING: True} if self.gradient_checkpointing else {}),
             torch_compile=self.compile,
             save_strategy="steps",
             save_steps=self.save_every or max(1, self.steps // 20),
@@ -140,7 +151,7 @@ class Schedule:
             logging_nan_inf_filter=False,
             dataloader_num_workers=workers,
             dataloader_persistent_workers=workers > 0,
-            dataloader_drop_last=True,
+            train_sampling_strategy="sequential",
             dataloader_pin_memory=gpu,
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
@@ -224,12 +235,12 @@ class LossTrainer(Trainer):
             self.remove_callback(printer)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        count = torch.stack([batch["labels"].ne(-100).sum() for batch in batch_samples]).sum().to(device)
+        count = torch.stack([batch["labels"].ne(IGNORED).sum() for batch in batch_samples]).sum().to(device)
         return self.accelerator.gather(count).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if num_items_in_batch is None:
-            num_items_in_batch = inputs["labels"].ne(-100).sum()
+            num_items_in_batch = inputs["labels"].ne(IGNORED).sum()
         taught = None
         if self.objective.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
@@ -250,8 +261,8 @@ class LossTrainer(Trainer):
 
     def _means(self, sums: torch.Tensor, prefix: str) -> dict[str, float]:
         total = self.accelerator.reduce(sums.clone(), "sum").tolist()
-        shown = [name for name in LOSSES if name in self.objective.weights or (name == "lm" and total[0] > 0)]
-        return {prefix + name: total[LOSSES.index(name)] / max(total[-1], 1) for name in shown}
+        means = {name: total[i] / max(total[-1], 1) for i, name in enumerate(LOSSES)}
+        return {prefix + name: mean for name, mean in means.items() if mean or name in self.objective.weights}
 
     def _check(self, loss: float, grad_norm: float) -> None:
         """Stop where training has diverged. All processes see the same numbers."""
@@ -284,7 +295,7 @@ class LossTrainer(Trainer):
         model.eval()
         total: Any = 0
         with torch.no_grad(), self.compute_loss_context_manager():
-            for inputs in self.get_eval_dataloader(eval_dataset):
+            for inputs in self._shared_batches(self.eval_dataset if eval_dataset is None else eval_dataset):
                 _, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
                 total = total + outputs["sums"]
         model.train()
@@ -292,6 +303,19 @@ class LossTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+    def _shared_batches(self, rows: Any) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's share of the rows in batches. All processes have as many batches, as a sharded model needs;
+        what is too much has no labels."""
+        size = self.args.per_device_eval_batch_size
+        count = -(-len(rows) // (size * self.accelerator.num_processes))
+        first = self.accelerator.process_index * count * size
+        for start in range(first, first + count * size, size):
+            there = [i < len(rows) for i in range(start, start + size)]
+            batch = self.data_collator([rows[i if known else 0] for i, known in enumerate(there, start)])
+            batch["labels"][~torch.tensor(there)] = IGNORED
+            yield batch
 
 
 def check_disk(directory: Path, size: float) -> None:
@@ -344,7 +368,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
     Raises:
         ConversionError: where one with other options lies there.
     """
-    state = PartialState()
+    state = processes()
     with state.main_process_first():
         if not state.is_main_process:
             return
@@ -402,7 +426,7 @@ def train(
     Raises:
         ConversionError: where training diverges, rows are fewer than a step takes, or the disk is full.
     """
-    state = PartialState()
+    state = processes()
     history = directory / "final" / "history.json"
     if history.is_file():
         return json.loads(history.read_text())
@@ -415,6 +439,8 @@ def train(
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if state.is_main_process:
         check_disk(directory, (size + 2 * trained) * (schedule.keep + 1))
+    if hasattr(rows, "__len__"):
+        rows = in_order(rows, schedule)
     set_seed(schedule.seed)
     operations = operations_per_token(model, objective.teacher, schedule.sequence_length)
     trainer = LossTrainer(
@@ -440,6 +466,14 @@ def train(
         history.write_text(json.dumps(trainer.state.log_history))
     state.wait_for_everyone()
     return trainer.state.log_history
+
+
+def in_order(rows: Any, schedule: Schedule) -> Any:
+    """The rows of all steps, drawn once for any number of processes: all of them shuffled, then all again, and so on."""
+    generator = np.random.default_rng(schedule.seed)
+    wanted = schedule.steps * schedule.rows
+    passes = -(-wanted // len(rows))
+    return rows.select(np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted])
 
 
 def as_options(schedule: Schedule) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from the last one when the same command is given again, and removes them once OU
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.utils import logging
 
 from mqa_hf.conversion import convert, inspect
 from mqa_hf.conversion.errors import ConversionError
@@ -34,7 +33,7 @@ from mqa_hf.conversion.text import source_tokenizer
 from .card import add_training_section
 from .data import CollatePairs, Part, collate_packed, training_rows
 from .losses import LOSSES, Objective, attention_names, core
-from .training import Schedule, as_options, begin, train
+from .training import Schedule, as_options, begin, processes, train
 
 REPORT = "uptraining.json"
 TRAINED = ("all", "attention", "lora")
@@ -72,7 +71,7 @@ class Uptraining:
 
 def default_learning_rate(train: str, hidden_size: int) -> float:
     """The peak of the learning rate: falls with the width of the model, as pretraining rates do."""
-    return float(f"{LEARNING_RATES[train] / hidden_size:.2g}")
+    return float(f"{LEARNING_RATES.get(train, 0.35) / hidden_size:.2g}")
 
 
 def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
@@ -123,7 +122,8 @@ def uptrain(
     Raises:
         ConversionError: for what cannot be, said before anything is trained; and where training diverges.
     """
-    state = PartialState()
+    state = processes()
+    logging.disable_progress_bar()  # of every file that is read and written
     source = Path(student)
     if not (source / "config.json").is_file():
         raise ConversionError(f"{source} is no checkpoint: it has no config.json")
@@ -190,7 +190,7 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
     pairs = bool(config.is_encoder_decoder)
     common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
     rows_of_length = math.ceil(what.validation_tokens / schedule.sequence_length)
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         wanted = schedule.steps * schedule.rows
         rows = training_rows(
             what.dataset, tokenizer, schedule.sequence_length, wanted, streaming=what.streaming, **common
@@ -213,7 +213,7 @@ def load_teacher(name: str, student: PreTrainedModel, directory: Path) -> PreTra
     """
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if own:
             description = inspect(name)
             if not description["family"].startswith("mqa"):

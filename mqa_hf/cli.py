@@ -420,7 +420,7 @@ def uptrain(
 
     from mqa_hf.conversion import ConversionError
     from mqa_hf.finetune.data import Part
-    from mqa_hf.finetune.training import Schedule
+    from mqa_hf.finetune.training import Schedule, processes
     from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, original_of, parse_losses
     from mqa_hf.finetune.uptrain import uptrain as run
 
@@ -470,6 +470,8 @@ def uptrain(
     )
     command = shlex.join(["mqa-hf", *sys.argv[1:]])
     report = run(student, output, what, schedule, overwrite=overwrite, restart=restart, command=command)
+    if not processes().is_main_process:
+        return
     said = f"{output}: trained on {report['tokens']:,} tokens"
     if report["validation"]:
         before, after = report["validation"]["before"], report["validation"]["after"]

@@ -1,0 +1,110 @@
+"""Mixtures, packing and pairs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, collate_packed, mixture, packed, training_rows
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Part(str(path))
+
+
+@pytest.fixture()
+def tokenizer(tmp_path):
+    return write_tokenizer(tmp_path / "tokenizer")
+
+
+def test_packing_keeps_every_token_and_counts_positions_within_documents(tokenizer):
+    texts = ["abc", "defghijk", "l", "mnopqrstuvw"]
+    rows = list(packed(iter([texts[:2], texts[2:]]), tokenizer, 5))
+    flat = [i for ids in tokenizer(texts).input_ids for i in [*ids, tokenizer.eos_token_id]]
+    assert np.concatenate([row["input_ids"] for row in rows]).tolist() == flat[: len(rows) * 5]
+    assert len(rows) == len(flat) // 5
+    starts = np.cumsum([0] + [len(text) + 1 for text in texts])
+    for r, row in enumerate(rows):
+        for i, position in enumerate(row["position_ids"]):
+            begun = max(start for start in starts if start <= r * 5 + i)
+            assert position == r * 5 + i - max(begun, r * 5)
+
+
+def test_labels_are_the_next_token_of_the_same_document(tokenizer):
+    row = next(packed(iter([["abc", "defg"]]), tokenizer, 8))
+    batch = collate_packed([row])
+    ids = batch["input_ids"][0].tolist()
+    assert batch["labels"][0].tolist() == [*ids[1:4], IGNORED, *ids[5:8], IGNORED]
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "alibi"])
+def test_packed_documents_do_not_see_each_other(tokenizer, tmp_path, positions):
+    from mqa_hf import MQAConfig, MQAForCausalLM
+
+    config = {"vocab_size": 93, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 1, "initializer_range": 0.3}
+    slopes = {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]} if positions == "alibi" else {}
+    model = MQAForCausalLM(MQAConfig(**config, position_embedding=positions, **slopes)).eval()
+    row = next(packed(iter([["abcd", "efghijk", "lm"]]), tokenizer, 16))
+    batch = collate_packed([row])
+    given = {name: batch[name] for name in ("input_ids", "position_ids")}
+    with torch.no_grad():
+        together = model(**given, use_cache=False).logits[0]
+        alone = torch.cat([model(ids).logits[0] for ids in batch["input_ids"][:, :16].split((5, 8, 3), dim=1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_follows_its_weights(tmp_path):
+    one = write(tmp_path / "one.jsonl", [{"text": "a"}] * 3000)
+    two = write(tmp_path / "two.jsonl", [{"text": "b"}] * 3000)
+    for streaming in (False, True):
+        rows = mixture([Part(one.source, 3), Part(two.source, 1)], streaming=streaming)
+        texts = [row["text"] for _, row in zip(range(2000), rows)]
+        assert texts.count("a") == pytest.approx(1500, abs=80)
+    with pytest.raises(ConversionError, match="weights above 0"):
+        mixture([Part(one.source, 0)])
+
+
+def test_rows_are_made_once_and_again_when_the_text_changes(tmp_path, tokenizer):
+    part = write(tmp_path / "text.jsonl", [{"text": f"row number {i}"} for i in range(50)])
+    first = training_rows((part,), tokenizer, 8, 20)
+    assert len(first) == 20
+    assert training_rows((part,), tokenizer, 8, 20).cache_files == first.cache_files
+    assert not np.array_equal(first[0]["input_ids"], training_rows((part,), tokenizer, 8, 20, seed=1)[0]["input_ids"])
+    write(tmp_path / "text.jsonl", [{"text": f"something else {i}"} for i in range(50)])
+    assert training_rows((part,), tokenizer, 8, 20).cache_files != first.cache_files
+
+
+def test_a_stream_gives_the_same_rows_and_does_not_end(tmp_path, tokenizer):
+    part = write(tmp_path / "text.jsonl", [{"text": f"row number {i}"} for i in range(20)])
+    stream = iter(training_rows((part,), tokenizer, 8, 5, streaming=True))
+    rows = [next(stream) for _ in range(100)]
+    assert all(len(row["input_ids"]) == 8 for row in rows)
+
+
+def test_pairs_are_padded_and_shifted(tmp_path, tokenizer):
+    part = write(tmp_path / "pairs.jsonl", [{"translation": {"en": "ab" * n, "de": "cde" * n}} for n in (1, 2, 3)])
+    rows = list(training_rows((part,), tokenizer, 32, 3, columns=("en", "de"), pairs=True))
+    batch = CollatePairs(pad=0, start=1)(rows)
+    assert batch["input_ids"].shape == (3, 8)
+    assert batch["labels"].shape == (3, 16)
+    for row, ids, mask, labels, written in zip(rows, *(batch[n] for n in ("input_ids", "attention_mask", "labels", "decoder_input_ids"))):
+        assert ids[mask.bool()].tolist() == row["input_ids"]
+        assert labels[labels != IGNORED].tolist() == row["labels"]
+        assert written[: len(row["labels"])].tolist() == [1, *row["labels"][:-1]]
+
+
+def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):
+    (tmp_path / "plain.txt").write_text("all work and no play " * 20)
+    assert len(training_rows((Part(str(tmp_path / "plain.txt")),), tokenizer, 16, 5)) == 5
+    part = write(tmp_path / "named.jsonl", [{"body": "some words here", "other": 1}] * 20)
+    assert len(training_rows((part,), tokenizer, 16, 5, columns=("body",))) == 5
+    with pytest.raises(ConversionError, match="its columns: body, other"):
+        training_rows((part,), tokenizer, 16, 5)
+    with pytest.raises(ConversionError, match="cannot be read"):
+        training_rows((Part("no/such-data-set"),), tokenizer, 16, 5)

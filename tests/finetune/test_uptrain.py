@@ -1,0 +1,341 @@
+"""`mqa-hf uptrain`: a small job, whole."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from isolated import run_without_the_package
+from safetensors.torch import load_file
+from tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.finetune import training
+from mqa_hf.finetune.data import Part, training_rows
+from mqa_hf.finetune.training import Schedule, last_checkpoint
+from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain
+
+SCHEDULE = Schedule(
+    tokens=8 * 128,
+    sequence_length=16,
+    batch_tokens=128,
+    micro_batch=4,
+    learning_rate=3e-3,
+    save_every=2,
+    log_every=1,
+    report_to="none",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A source that has learned a little, its conversion to one head, and text."""
+    directory = tmp_path_factory.mktemp("home")
+    text = directory / "text.jsonl"
+    words = ["the query", "reads one key", "and one value", "for all heads", "of the layer"]
+    rows = [" ".join(words[(i * k) % 5] for k in range(1, 9)) for i in range(120)]
+    text.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=93,
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+            attention_dropout=0.1,
+        )
+    )
+    model.save_pretrained(directory / "source")
+    write_tokenizer(directory / "source")
+    convert(directory / "source", directory / "student", dtype="float32")
+    # The same without dropout, for what is to be the same in another split.
+    shutil.copytree(directory / "student", directory / "plain")
+    config = json.loads((directory / "plain" / "config.json").read_text())
+    (directory / "plain" / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.0}))
+    return directory
+
+
+def what(home, **options):
+    given = {"dataset": (Part(str(home / "text.jsonl")),), "teacher": str(home / "source"), "losses": (("kl", 1.0),)}
+    return Uptraining(**{**given, **options})
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def test_the_student_comes_nearer_to_its_teacher_and_loads_anywhere(home, tmp_path):
+    schedule = replace(SCHEDULE, tokens=40 * 128, evaluate_every=20)
+    options = what(home, validation=str(home / "text.jsonl"), validation_tokens=320)
+    report = uptrain(home / "student", tmp_path / "out", options, schedule, command="mqa-hf uptrain ...")
+    before, after = report["validation"]["before"], report["validation"]["after"]
+    assert after["kl"] < 0.7 * before["kl"]
+    assert report["tokens"] == 40 * 128
+    assert not list(tmp_path.glob(".out*"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{after['kl']:.3f}" in card
+    assert "mqa-hf uptrain ..." in card
+    assert "uptraining.png" in card
+    assert (tmp_path / "out" / "uptraining.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
+        (home / "student" / "config.json").read_text()
+    )
+    evaluated = [line for line in report["log"]["main"] if "eval_kl" in line]
+    assert [line["step"] for line in evaluated] == [0, 20, 40]
+    program = """
+import json, sys
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(json.loads(sys.argv[1])[0], trust_remote_code=True)
+print(json.dumps(type(model).__name__))
+"""
+    assert run_without_the_package(program, tmp_path / "out", scratch=tmp_path) == "MQAForCausalLM"
+
+
+def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
+    """Against transformers' own loss of each document alone: packing lets nothing across."""
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in (5, 9, 4, 12, 7, 8)))
+    options = what(home, validation=str(tmp_path / "lines.jsonl"), validation_tokens=10**6)
+    report = uptrain(home / "student", tmp_path / "out", options, replace(SCHEDULE, sequence_length=32, batch_tokens=128))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = write_tokenizer(tmp_path)
+    rows = training_rows((Part(str(tmp_path / "lines.jsonl")),), tokenizer, 32, 10**6)
+    total, count = 0.0, 0
+    for row in rows:
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + [32]
+        for start, end in zip(starts, starts[1:]):
+            ids = torch.from_numpy(row["input_ids"][start:end]).long()[None]
+            if ids.shape[1] > 1:
+                with torch.no_grad():
+                    total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+                count += ids.shape[1] - 1
+    assert count
+    assert report["validation"]["after"]["lm"] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"losses": (("lm", 1.0),), "teacher": None},
+        {"losses": (("kl", 0.5), ("hidden", 2.0))},
+        {"attention_tokens": 256},
+        {"train": "attention"},
+        {"train": "lora", "lora_rank": 4},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
+    report = uptrain(home / "student", tmp_path / "out", what(home, **options), SCHEDULE)
+    old, new = weights(home / "student"), weights(tmp_path / "out")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    attention = {name for name in old if "self_attn" in name}
+    if options.get("train") == "attention":
+        assert changed == attention
+    elif options.get("train") == "lora":
+        assert changed == {name for name in old if "_proj" in name}
+    else:
+        assert changed == set(old)
+    assert list(report["log"]) == (["attention", "main"] if "attention_tokens" in options else ["main"])
+    first, last = report["log"]["main"][0]["loss"], report["log"]["main"][-2]["loss"]
+    assert last < first
+
+
+def command(home, output, *more, student="student"):
+    words = ["uptrain", str(home / student), str(output), "--dataset", str(home / "text.jsonl")]
+    words += ["--tokens", "5120", "--sequence-length", "16", "--batch-tokens", "128", "--micro-batch", "4"]
+    return [*words, "--save-every", "3", "--learning-rate", "3e-3", "--report-to", "none", *more]
+
+
+def test_a_killed_run_ends_where_an_undisturbed_one_does(home, tmp_path):
+    words = [sys.executable, "-m", "mqa_hf.cli", *command(home, tmp_path / "killed")]
+    job = tmp_path / ".killed.uptrain" / "main"
+    for step in (6, 18):
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not (job / f"checkpoint-{step}").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    result = CliRunner().invoke(app, command(home, tmp_path / "killed"))
+    assert result.exit_code == 0, result.output
+    assert "goes on from step" in result.stderr
+    assert CliRunner().invoke(app, command(home, tmp_path / "whole")).exit_code == 0
+    one, other = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_interruption_between_stages_is_no_loss(home, tmp_path, monkeypatch):
+    options = what(home, attention_tokens=256)
+    uptrain(home / "student", tmp_path / "whole", options, SCHEDULE)
+    plain = training.LossTrainer.training_step
+    steps = []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 9:  # the first step of the second stage is at the fifth micro-batch
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
+    uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
+    one, other = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
+    for step, state in ((2, "{}"), (4, "{}"), (6, "{half"), (8, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch):
+    plain = training.LossTrainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        if self.state.global_step == 5:
+            next(model.parameters()).data.fill_(float("nan"))
+        return plain(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", poisoned)
+    with pytest.raises(ConversionError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 is from before"):
+        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+    assert not (tmp_path / "out").exists()
+    assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-4")
+    with pytest.raises(ConversionError, match="diverged"):  # far above the start, though finite
+        uptrain(home / "student", tmp_path / "high", what(home), replace(SCHEDULE, learning_rate=30.0))
+
+
+def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
+    def stop(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+    monkeypatch.undo()
+    with pytest.raises(ConversionError, match=r"learning_rate was 0.003 and is 0.001.*--restart"):
+        uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3))
+    report = uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True)
+    assert report["options"]["learning_rate"] == 1e-3
+
+
+def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(ConversionError, match="and .* has 1,000 free"):
+        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+
+
+def test_two_processes_do_what_one_does(home, tmp_path):
+    assert CliRunner().invoke(app, command(home, tmp_path / "one", "--tokens", "512", student="plain")).exit_code == 0
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    words += ["--rdzv-endpoint=localhost:0", "-m", "mqa_hf.finetune.uptrain"]
+    arguments = command(home, tmp_path / "two", "--tokens", "512", student="plain")[1:]
+    done = subprocess.run(
+        [sys.executable, *words, *arguments],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_does_not_change_the_result(home, tmp_path):
+    for micro in (2, 8):
+        uptrain(home / "plain", tmp_path / str(micro), what(home), replace(SCHEDULE, micro_batch=micro, tokens=512))
+    one, other = weights(tmp_path / "2"), weights(tmp_path / "8")
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_translation_model_learns_from_its_teacher(tmp_path):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=93, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+    model.save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "student", dtype="float32")
+    rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Uptraining(
+        dataset=(Part(str(tmp_path / "pairs.jsonl")),),
+        columns=("en", "de"),
+        validation=str(tmp_path / "pairs.jsonl"),
+        validation_tokens=320,
+        teacher=str(tmp_path / "source"),
+        losses=(("kl", 1.0), ("hidden", 1.0)),
+        attention_tokens=256,
+    )
+    report = uptrain(tmp_path / "student", tmp_path / "out", options, replace(SCHEDULE, tokens=2048, sequence_length=32))
+    assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
+    with pytest.raises(ConversionError, match="no sentinels"):
+        uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
+
+
+def test_a_stream_is_read_on_the_way(home, tmp_path):
+    report = uptrain(home / "student", tmp_path / "out", what(home, streaming=True), replace(SCHEDULE, tokens=400 * 16))
+    assert report["tokens"] == 6400
+    assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
+
+
+def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
+    convert(home / "source", tmp_path / "native", target="native", dtype="float32")
+    uptrain(tmp_path / "native", tmp_path / "out", what(home), SCHEDULE)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.num_key_value_heads == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--tokens, or --alpha"),
+        (["--alpha", "0.05"], "--alpha with --pretraining-tokens"),
+        (["--tokens", "500", "--loss", "mse"], "lm, kl, hidden, attention"),
+        (["--tokens", "500", "--train", "half"], "all, attention, lora"),
+        (["--tokens", "500", "--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--tokens", "500", "--columns", "body"], "no column body"),
+        (["--tokens", "500", "--teacher", "none", "--loss", "kl"], "needs a teacher"),
+        (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
+        (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
+        (["--tokens", "500", "--batch-tokens", "10000000"], "a step takes"),
+        (["--tokens", "500", "--micro-batch", "3", "--sequence-length", "16", "--batch-tokens", "128"], "must divide"),
+    ],
+)
+def test_what_cannot_be_is_said_and_leaves_nothing(home, tmp_path, words, message):
+    dataset = [] if "--dataset" in words else ["--dataset", str(home / "text.jsonl")]
+    result = CliRunner().invoke(app, ["uptrain", str(home / "student"), str(tmp_path / "out"), *dataset, *words])
+    assert isinstance(result.exception, ConversionError), result.output
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_defaults():
+    assert parse_losses("kl=1,hidden=0.5") == (("kl", 1.0), ("hidden", 0.5))
+    assert Part.parse("a=0.3") == Part("a", 0.3)
+    assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
+    assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
+    assert default_learning_rate("all", 512) == pytest.approx(6.8e-4)
