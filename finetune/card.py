@@ -3,8 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-UNITS = {"lm": "cross-entropy, nats a token", "kl": "KL to the teacher, nats a token", "hidden": "1 - cosine of hidden states",
-         "attention": "relative error of attention"}  # fmt: skip
+UNITS = {
+    "lm": "cross-entropy, nats a token",
+    "kl": "KL to the teacher, nats a token",
+    "hidden": "1 - cosine of hidden states",
+    "attention": "relative error of attention",
+}
 PICTURE = "uptraining.png"
 HEADING = "## Training after the conversion"
 
@@ -36,7 +40,9 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
     for i, (name, kinds) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), i + 1)
-        for (kind, points), style in zip(kinds.items(), ({"lw": 1, "color": "#9aa5b1"}, {"lw": 2, "marker": "o", "ms": 4})):
+        for (kind, points), style in zip(
+            kinds.items(), ({"lw": 1, "color": "#9aa5b1"}, {"lw": 2, "marker": "o", "ms": 4})
+        ):
             if points:
                 axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], label=kind, **style)
         axes.set_xlabel("tokens, millions")
@@ -65,7 +71,11 @@ def add_training_section(directory: Path, report: dict[str, Any]) -> None:
     if report["validation"]:
         before, after = report["validation"]["before"], report["validation"]["after"]
         text += ["| on validation text | before | after |", "|---|---|---|"]
-        text += [f"| {UNITS[name]} | {before[name]:.3f} | {after[name]:.3f} |" for name in UNITS if name in before and name in after]
+        text += [
+            f"| {UNITS[name]} | {before[name]:.3f} | {after[name]:.3f} |"
+            for name in UNITS
+            if name in before and name in after
+        ]
         text += [""]
     if draw(report, directory / PICTURE):
         text += [f"![losses over tokens]({PICTURE})", ""]

@@ -160,7 +160,9 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
             found = [
                 r["lm"]
                 for r in results
-                if r["run"] == run_name and r["share"] == share and (not share or (r["train"], r["learning_rate"]) == (train, rate))
+                if r["run"] == run_name
+                and r["share"] == share
+                and (not share or (r["train"], r["learning_rate"]) == (train, rate))
             ]
             cells.append(f"{found[0]:.3f}" if found else "")
         table.add_row(f"{run_name} ({train}, {rate:g})", *cells)

@@ -81,7 +81,9 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
     wanted = list(columns) or ["text"]
     missing = [name for name in wanted if name not in known]
     if missing:
-        raise ConversionError(f"--dataset {source} has no column {', '.join(missing)}; its columns: {', '.join(known)}")
+        raise ConversionError(
+            f"--dataset {source} has no column {', '.join(missing)}; its columns: {', '.join(known)}"
+        )
     names = ["text"] if len(wanted) == 1 else ["source", "target"]
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
@@ -235,7 +237,7 @@ def training_rows(
     numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
     names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
     rows = datasets.Dataset.from_generator(
-        first, features=datasets.Features({name: numbers for name in names}), fingerprint=Hasher.hash(made_of)
+        first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
     )
     return rows if pairs else rows.with_format("numpy")
 
@@ -249,7 +251,7 @@ def stamp(source: str) -> tuple[str, int, int]:
 
 
 def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """[B, T] of packed rows, with the token to be predicted at each position, or `IGNORED` at the end of a document."""
+    """[B, T] of packed rows, and the token to be predicted at each position: `IGNORED` at the end of a document."""
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
     positions = torch.from_numpy(np.stack([row["position_ids"] for row in rows])).long()
     labels = torch.full_like(ids, IGNORED)

@@ -135,7 +135,7 @@ class Objective:
 
     @contextmanager
     def attach(self, student: nn.Module) -> Iterator[None]:
-        """For the time of the context, `forward` of student and teacher are [`student_forward`], [`teacher_forward`]."""
+        """Within it, `forward` of student and teacher are [`student_forward`] and [`teacher_forward`]."""
         inner = core(student)
         models = [inner, *([] if self.teacher is None else [core(self.teacher)])]
         if self.teacher is not None:
@@ -306,4 +306,6 @@ def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
     ):
         if one != other:
-            raise ConversionError(f"the student has {one} {what} and the teacher {other}; they must be the same model's")
+            raise ConversionError(
+                f"the student has {one} {what} and the teacher {other}; they must be the same model's"
+            )

@@ -1,171 +1,271 @@
-"""Pretrain a small causal language model of any class of transformers, to convert it and to compare with:
+"""Pretrain a small model from scratch: to convert it, and to compare with.
 
-    python -m mqa_hf.finetune.pretrain OUTPUT --text train.jsonl.xz --validation validation.jsonl.xz \
-        --config '{"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, ...}' --tokens 100000000
+    mqa-hf pretrain OUTPUT --config '{"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, ...}' \
+        --dataset train.jsonl --validation validation.jsonl --tokens 100000000
 
-trains a byte-level BPE tokenizer on the text, then the model with transformers' `Trainer`, and leaves a checkpoint
-that loads like any other. The text is read again, in another order, until it has given the tokens wanted.
+trains a byte-level BPE tokenizer on the text, then the model, and leaves a checkpoint that loads like any other. It is
+the same job as `mqa-hf uptrain`, without a student and a teacher: resumed, shared by processes, shown alike.
 """
 
+import copy
+import itertools
 import json
 import math
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
-from mqa_hf.cli import main as run
-from mqa_hf.conversion.text import documents, token_rows
+import mqa_hf
+from mqa_hf import MQAForConditionalGeneration
+from mqa_hf.conversion.converter import RUNTIME_FILES
+from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.families import canonical_config
+from mqa_hf.conversion.output import resolve_output, written_beside
+from mqa_hf.conversion.source import read_json
 
-END = "<|endoftext|>"
+from .data import CollatePairs, Part, collate_packed, mixture, training_rows
+from .losses import Objective
+from .training import Schedule, as_options, begin, processes, train
+from .uptrain import load
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
+REPORT = "pretraining.json"
+TOKENIZER_TEXTS = 200_000  # documents that the tokenizer is trained on, at most
 
 
-def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer (arXiv 1508.07909) with `size` entries, the end of a document among them."""
+@dataclass(frozen=True)
+class Pretraining:
+    """What a model is trained on, beside its [`Schedule`].
+
+    Attributes:
+        config: `model_type` and fields of that configuration; the vocabulary is the tokenizer's.
+        dataset, columns, streaming, validation, validation_tokens: as in [`Uptraining`].
+        tokenizer: directory of one that is there; `None`: one is trained on the text, with `vocab_size` entries.
+        equal_parameters: a configuration; the feed-forward layers of `config` become so wide that the model has as
+            many parameters as this one (arXiv 1911.02150, section 4.1).
+    """
+
+    config: dict[str, Any]
+    dataset: tuple[Part, ...]
+    columns: tuple[str, ...] = ()
+    streaming: bool = False
+    validation: str | None = None
+    validation_tokens: int = 131_072
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+    equal_parameters: dict[str, Any] | None = None
+
+
+def train_tokenizer(texts: Iterable[str], size: int, pairs: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer (arXiv 1508.07909) with `size` entries, the end of a document among them; for an
+    encoder-decoder model also padding and T5's sentinels, and each text is ended."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[END],
+        special_tokens=[END, PAD, *SENTINELS] if pairs else [END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+    if pairs:
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 0)])
+    pad = PAD if pairs else END
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=pad)
 
 
-class Rows(torch.utils.data.Dataset):
-    """Token rows [N, T] as examples whose labels are the tokens themselves."""
+def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with random weights in the class of its `model_type`, with an encoder in this package's class."""
+    fields = copy.deepcopy(fields)
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"--config {fields} is no configuration: {error}") from error
+    if not config.is_encoder_decoder:
+        end = tokenizer.eos_token_id
+        known = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "vocab_size": len(tokenizer)}
+        config = AutoConfig.for_model(**{**known, **fields})
+        return AutoModelForCausalLM.from_config(config)
+    if not config.model_type.startswith("mqa"):
+        config = canonical_config(config, fields)
+    known = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    for stack in (config.encoder, config.decoder):
+        stack.vocab_size = len(tokenizer)
+        stack.pad_token_id = tokenizer.pad_token_id
+    config.decoder_start_token_id = config.pad_token_id = tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    return MQAForConditionalGeneration(config)
 
-    def __init__(self, rows: torch.Tensor):
-        self.rows = rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
+def feed_forward_names(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a configuration says how wide feed-forward layers are: (dictionary, name) of each."""
+    names = ("intermediate_size", "d_ff", "ffn_dim", "n_inner")
+    stacks = [fields, *(fields[side] for side in ("encoder", "decoder") if isinstance(fields.get(side), dict))]
+    return [{"in": stack, "name": name} for stack in stacks for name in names if name in stack]
 
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        row = self.rows[i].long()
-        return {"input_ids": row, "labels": row}
+
+def parameters(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    with torch.device("meta"):
+        return build(fields, tokenizer).num_parameters()
+
+
+def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """`fields` with feed-forward layers as wide as gives the parameters of `other`, to the nearest multiple of 8.
+
+    Raises:
+        ConversionError: where `fields` does not say how wide they are.
+    """
+    fields = copy.deepcopy(fields)
+    places = feed_forward_names(fields)
+    if not places:
+        raise ConversionError("--equal-parameters needs a --config that says how wide its feed-forward layers are")
+    widths = [place["in"][place["name"]] for place in places]
+    goal, now = parameters(other, tokenizer), parameters(fields, tokenizer)
+    for place, width in zip(places, widths):
+        place["in"][place["name"]] = width + 8
+    each = (parameters(fields, tokenizer) - now) / 8  # a parameter count is linear in the width
+    more = round((goal - now) / each / 8) * 8
+    for place, width in zip(places, widths):
+        place["in"][place["name"]] = width + more
+    if min(widths) + more < 8:
+        raise ConversionError(f"no feed-forward width makes {now:,} parameters {goal:,}")
+    return fields
 
 
 def pretrain(
-    output: Path,
+    output: str | Path,
+    what: Pretraining,
+    schedule: Schedule,
     *,
-    config: dict[str, Any],
-    text: str,
-    validation: str,
-    tokens: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    vocab_size: int = 8192,
-    sequence_length: int = 512,
-    batch_tokens: int = 32_768,
-    learning_rate: float = 2e-3,
-    warmup: float = 0.02,
-    weight_decay: float = 0.1,
-    compile: bool = False,
-    seed: int = 0,
-) -> dict[str, float]:
+    overwrite: bool = False,
+    restart: bool = False,
+) -> dict[str, Any]:
     """Train a model from scratch and write it with its tokenizer.
 
     Args:
         output: directory to write.
-        config: `model_type` and fields of that configuration; the vocabulary is the tokenizer's.
-        text, validation: as `--calibration` of `mqa-hf convert`.
-        tokens: to train on.
-        tokenizer: default: one trained on the text, with `vocab_size` entries.
-        sequence_length: of a row; documents follow each other, each ended by the end-of-text token.
-        batch_tokens: of a step.
-        learning_rate, warmup, weight_decay: of AdamW, with a cosine to a tenth; warmup is a share of steps.
-        compile: whether the model is compiled.
-        seed: of everything.
+        what: model and data.
+        schedule: how long and how.
+        overwrite: replace a model that was pretrained at `output`.
+        restart: begin again where an unfinished run lies.
 
     Returns:
-        `loss` in nats a token on the validation text, `tokens` and `parameters`.
+        What stands in `pretraining.json`: options, parameters, loss, the log.
+
+    Raises:
+        ConversionError: for what cannot be, and where training diverges.
     """
-    texts = documents(text)
-    tokenizer = tokenizer or train_tokenizer(texts, vocab_size)
-    rows = token_rows(texts, tokenizer, sequence_length, seed=seed)
-    held_out = token_rows(documents(validation), tokenizer, sequence_length, seed=seed)
-    set_seed(seed)
-    fields = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, **config}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-    batch = max(1, batch_tokens // sequence_length)
-    steps = math.ceil(tokens / (batch * sequence_length))
-    gpu = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            per_device_eval_batch_size=batch,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine_with_min_lr",
-            lr_scheduler_kwargs={"min_lr_rate": 0.1},
-            warmup_steps=warmup,
-            weight_decay=weight_decay,
-            adam_beta2=0.95,
-            bf16=gpu,
-            torch_compile=compile,
-            dataloader_num_workers=4 if gpu else 0,
-            save_strategy="no",
-            logging_steps=max(1, steps // 20),
-            report_to="none",
-            seed=seed,
-        )
-        trainer = Trainer(model=model, args=arguments, train_dataset=Rows(rows), eval_dataset=Rows(held_out))
-        trainer.train()
-        loss = trainer.evaluate()["eval_loss"]
-    model.to(torch.float32).save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return {"loss": loss, "tokens": steps * batch * sequence_length, "parameters": model.num_parameters()}
+    state = processes()
+    logging.disable_progress_bar()
+    target = Path(output).resolve()
+    replaced = overwrite and (target / REPORT).is_file()
+    if not replaced:
+        target = resolve_output(output, Path(what.dataset[0].source), False)
+    job = target.with_name(f".{target.name}.pretrain")
+    begin(job, {**asdict(what), **as_options(schedule)}, restart)
+
+    pairs = bool(AutoConfig.for_model(**copy.deepcopy(what.config)).is_encoder_decoder)
+    with state.main_process_first():
+        tokenizer = find_tokenizer(what, job / "tokenizer", pairs, schedule.seed)
+        common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
+        length = schedule.sequence_length
+        wanted = schedule.steps * schedule.rows
+        rows = training_rows(what.dataset, tokenizer, length, wanted, streaming=what.streaming, **common)
+        validation = None
+        if what.validation is not None:
+            count = math.ceil(what.validation_tokens / length)
+            validation = training_rows((Part(what.validation),), tokenizer, length, count, **common)
+    fields = what.config
+    if what.equal_parameters is not None:
+        fields = widened(fields, what.equal_parameters, tokenizer)
+    set_seed(schedule.seed)
+    model = build(fields, tokenizer)
+    pad = tokenizer.pad_token_id
+    collate = CollatePairs(pad, pad) if pairs else collate_packed
+    log = train("pretraining", model, Objective({"lm": 1.0}), schedule, rows, collate, job / "main", validation)
+
+    measured = [line["eval_lm"] for line in log if "eval_lm" in line]
+    report = {
+        "options": {**asdict(what), **as_options(schedule)},
+        "config": fields,
+        "parameters": model.num_parameters(),
+        "tokens": schedule.steps * schedule.rows * length,
+        "loss": measured[-1] if measured else None,
+        "log": log,
+    }
+    if state.is_main_process:
+        if replaced:
+            shutil.rmtree(target)
+        trained = load(job / "main" / "final", model.config, torch.float32)
+        trained.config.use_cache = True
+        with written_beside(target, 4 * trained.num_parameters(), False) as partial:
+            trained.save_pretrained(partial)
+            for name in RUNTIME_FILES.get(type(trained).__name__, ()):
+                shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
+            tokenizer.save_pretrained(partial)
+            (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        with suppress(OSError):
+            shutil.rmtree(job)
+    state.wait_for_everyone()
+    return report
 
 
-def main(
-    output: Annotated[Path, typer.Argument(help="Directory to write.")],
-    config: Annotated[str, typer.Option(help="JSON: model_type and fields of its configuration.")],
-    text: Annotated[str, typer.Option(help="Training text, as --calibration of mqa-hf convert.")],
-    validation: Annotated[str, typer.Option(help="Validation text.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="Checkpoint whose tokenizer is used.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Entries of the tokenizer otherwise.")] = 8192,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 32_768,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 2e-3,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the model.")] = False,
-    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
-) -> None:
-    """Pretrain a small model."""
-    result = pretrain(
-        output,
-        config=json.loads(config),
-        text=text,
-        validation=validation,
-        tokens=tokens,
-        tokenizer=None if tokenizer is None else PreTrainedTokenizerFast.from_pretrained(tokenizer),
-        vocab_size=vocab_size,
-        sequence_length=sequence_length,
-        batch_tokens=batch_tokens,
-        learning_rate=learning_rate,
-        compile=compile,
-        seed=seed,
-    )
-    Console().print_json(json.dumps({"output": str(output), **result}))
+def find_tokenizer(what: Pretraining, directory: Path, pairs: bool, seed: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that is there, or the one that a run has trained, or one trained now."""
+    if what.tokenizer is not None:
+        try:
+            return AutoTokenizer.from_pretrained(what.tokenizer)
+        except Exception as error:  # whatever tokenizers raise for files that are none
+            raise ConversionError(f"--tokenizer {what.tokenizer} cannot be loaded: {error}") from error
+    if not (directory / "tokenizer.json").is_file():
+        rows = itertools.islice(iter(mixture(what.dataset, what.columns, what.streaming, seed)), TOKENIZER_TEXTS)
+        texts = (text for row in rows for text in row.values())
+        train_tokenizer(texts, what.vocab_size, pairs).save_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A configuration from JSON, from a file with it, or of a published shape by its name."""
+    from mqa_hf.eval.shapes import SHAPES
+
+    if text in SHAPES:
+        return dict(SHAPES[text])
+    if Path(text).is_file():
+        return read_json(Path(text))
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConversionError(
+            f"--config is neither JSON, nor a file, nor one of {', '.join(SHAPES)}: {error}"
+        ) from error
+    if not isinstance(found, dict) or "model_type" not in found:
+        raise ConversionError("--config needs a model_type")
+    return found
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    import sys
+
+    from mqa_hf.cli import main
+
+    sys.argv.insert(1, "pretrain")
+    main()

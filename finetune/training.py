@@ -28,8 +28,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.trainer_utils import get_last_checkpoint
 
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.eval.roofline import DEVICES
@@ -123,7 +123,11 @@ class Schedule:
         micro, accumulation = self.split(processes().num_processes)
         gpu = torch.cuda.is_available()
         bf16 = gpu and torch.cuda.is_bf16_supported() if self.bf16 is None else self.bf16
-        found = [name for name, is_there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available())) if is_there]
+        found = [
+            name
+            for name, is_there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available()))
+            if is_there
+        ]
         workers = self.workers if self.workers is not None else (4 if gpu else 0)
         return TrainingArguments(
             output_dir=str(directory),
@@ -304,7 +308,6 @@ class LossTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-
     def _shared_batches(self, rows: Any) -> Iterator[dict[str, torch.Tensor]]:
         """This process's share of the rows in batches. All processes have as many batches, as a sharded model needs;
         what is too much has no labels."""
@@ -469,7 +472,7 @@ def train(
 
 
 def in_order(rows: Any, schedule: Schedule) -> Any:
-    """The rows of all steps, drawn once for any number of processes: all of them shuffled, then all again, and so on."""
+    """The rows of all steps, the same for any number of processes: all of them shuffled, all again, and so on."""
     generator = np.random.default_rng(schedule.seed)
     wanted = schedule.steps * schedule.rows
     passes = -(-wanted // len(rows))

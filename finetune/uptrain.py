@@ -1,7 +1,7 @@
 """Uptraining: a short training of a converted checkpoint that wins its quality back.
 
-GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of the tokens of their pretraining. Here the original
-is the teacher, whose distribution says more about each token than the token itself; far fewer tokens then do.
+GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of the tokens of their pretraining. Here the
+original is the teacher, whose distribution says more about each token than the token itself; fewer tokens then do.
 
     mqa-hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
     accelerate launch -m mqa_hf.finetune.uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
@@ -200,7 +200,9 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
             part = (Part(what.validation),)
             validation = training_rows(part, tokenizer, schedule.sequence_length, rows_of_length, **common)
             if not len(validation):
-                raise ConversionError(f"--validation {what.validation} gives no row of {schedule.sequence_length} tokens")
+                raise ConversionError(
+                    f"--validation {what.validation} gives no row of {schedule.sequence_length} tokens"
+                )
     if pairs:
         return rows, validation, CollatePairs(config.pad_token_id, config.decoder_start_token_id)
     return rows, validation, collate_packed
@@ -241,7 +243,9 @@ def only_attention(model: PreTrainedModel, teacher: PreTrainedModel | None) -> P
     if teacher is not None:
         names = attention_names(model, core(teacher))
     else:
-        names = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "cross_attn", "attn")]
+        names = [
+            name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "cross_attn", "attn")
+        ]
     for name in names:
         model.get_submodule(name).requires_grad_(True)
     return model

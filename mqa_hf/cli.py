@@ -313,19 +313,152 @@ def benchmark(
 
 TRAINING, SCHEDULE, LOGS = "What it is trained on", "How", "Checkpoints and logs"
 
+# Options that pretrain and uptrain share.
+Dataset = Annotated[
+    list[str],
+    typer.Option(
+        help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration); SOURCE=WEIGHT in a "
+        "mixture, for which the option is repeated.",
+        rich_help_panel=TRAINING,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Column of the text (default: text), or two for translation: en,de.", rich_help_panel=TRAINING),
+]
+Streaming = Annotated[bool, typer.Option("--streaming", help="Fetch text on the way.", rich_help_panel=TRAINING)]
+Validation = Annotated[str | None, typer.Option(help="Text that losses are measured on.", rich_help_panel=TRAINING)]
+ValidationTokens = Annotated[int, typer.Option(help="So much of it.", rich_help_panel=TRAINING)]
+SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens of a row.", rich_help_panel=SCHEDULE)]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, on all processes.", rich_help_panel=SCHEDULE)]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows at once on a process. Default: 16,384 tokens.", rich_help_panel=SCHEDULE),
+]
+Warmup = Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=SCHEDULE)]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices.", rich_help_panel=SCHEDULE)]
+Bf16 = Annotated[
+    bool | None, typer.Option(help="Compute in bfloat16. Default: on GPUs that can.", rich_help_panel=SCHEDULE)
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=SCHEDULE)
+]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile.", rich_help_panel=SCHEDULE)]
+Seed = Annotated[int, typer.Option(help="Of everything.", rich_help_panel=SCHEDULE)]
+SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints. 0: about 20 in all.", rich_help_panel=LOGS)]
+Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that are kept.", rich_help_panel=LOGS)]
+EvaluateEvery = Annotated[
+    int, typer.Option(help="Steps between evaluations. 0: at the start and the end.", rich_help_panel=LOGS)
+]
+LogEvery = Annotated[int, typer.Option(help="Steps between log lines. 0: about 50 in all.", rich_help_panel=LOGS)]
+ReportTo = Annotated[
+    str | None,
+    typer.Option(help="tensorboard, wandb, both, or none. Default: which are installed.", rich_help_panel=LOGS),
+]
+Workers = Annotated[int | None, typer.Option(help="Processes that read data.", rich_help_panel=LOGS)]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Begin again where an unfinished run lies.", rich_help_panel=OUTPUT)
+]
+
+
+@app.command()
+def pretrain(
+    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
+    config: Annotated[
+        str,
+        typer.Option(
+            help="JSON or a file with it: model_type and fields of its configuration; or a published shape by name.",
+            rich_help_panel=TRAINING,
+        ),
+    ],
+    dataset: Dataset,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.", rich_help_panel=TRAINING)],
+    equal_parameters: Annotated[
+        str | None,
+        typer.Option(
+            help="A configuration: feed-forward layers become so wide that the parameters are as many.",
+            rich_help_panel=TRAINING,
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Directory of a tokenizer. Default: one is trained on the text.", rich_help_panel=TRAINING),
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Entries of one that is trained.", rich_help_panel=TRAINING)] = 8192,
+    columns: Columns = None,
+    streaming: Streaming = False,
+    validation: Validation = None,
+    validation_tokens: ValidationTokens = 131_072,
+    sequence_length: SequenceLength = 512,
+    batch_tokens: BatchTokens = 65_536,
+    micro_batch: MicroBatch = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak, of AdamW.", rich_help_panel=SCHEDULE)] = 2e-3,
+    warmup: Warmup = 0.02,
+    weight_decay: WeightDecay = 0.1,
+    bf16: Bf16 = None,
+    gradient_checkpointing: Checkpointing = False,
+    compile: Compile = False,
+    seed: Seed = 0,
+    save_every: SaveEvery = 0,
+    keep: Keep = 2,
+    evaluate_every: EvaluateEvery = 0,
+    log_every: LogEvery = 0,
+    report_to: ReportTo = None,
+    workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model pretrained at OUTPUT.", rich_help_panel=OUTPUT)
+    ] = False,
+    restart: Restart = False,
+) -> None:
+    """Train a small model from scratch, to convert it or to compare with."""
+    from mqa_hf.finetune.data import Part
+    from mqa_hf.finetune.pretrain import Pretraining, read_config
+    from mqa_hf.finetune.pretrain import pretrain as run
+    from mqa_hf.finetune.training import Schedule, processes
+
+    what = Pretraining(
+        config=read_config(config),
+        dataset=tuple(map(Part.parse, dataset)),
+        columns=() if columns is None else tuple(columns.split(",")),
+        streaming=streaming,
+        validation=validation,
+        validation_tokens=validation_tokens,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        equal_parameters=None if equal_parameters is None else read_config(equal_parameters),
+    )
+    schedule = Schedule(
+        tokens=tokens,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        bf16=bf16,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        save_every=save_every,
+        keep=keep,
+        evaluate_every=evaluate_every,
+        log_every=log_every,
+        seed=seed,
+        workers=workers,
+        report_to=report_to,
+    )
+    report = run(output, what, schedule, overwrite=overwrite, restart=restart)
+    if processes().is_main_process:
+        loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
+        said = f"{output}: {report['parameters']:,} parameters, {report['tokens']:,} tokens{loss}"
+        Console(markup=False).print(said, highlight=False, soft_wrap=True)
+
 
 @app.command()
 def uptrain(
     student: Annotated[str, typer.Argument(help="Directory of the converted checkpoint.", show_default=False)],
     output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
-    dataset: Annotated[
-        list[str],
-        typer.Option(
-            help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration); SOURCE=WEIGHT "
-            "in a mixture, for which the option is repeated.",
-            rich_help_panel=TRAINING,
-        ),
-    ],
+    dataset: Dataset,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to train on.", rich_help_panel=TRAINING, show_default=False)
     ] = None,
@@ -336,17 +469,10 @@ def uptrain(
     pretraining_tokens: Annotated[
         int | None, typer.Option(help="Tokens that the original was trained on.", rich_help_panel=TRAINING)
     ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="Column of the text (default: text), or two for translation: en,de.", rich_help_panel=TRAINING),
-    ] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Fetch text on the way.", rich_help_panel=TRAINING)
-    ] = False,
-    validation: Annotated[
-        str | None, typer.Option(help="Text that losses are measured on.", rich_help_panel=TRAINING)
-    ] = None,
-    validation_tokens: Annotated[int, typer.Option(help="So much of it.", rich_help_panel=TRAINING)] = 131_072,
+    columns: Columns = None,
+    streaming: Streaming = False,
+    validation: Validation = None,
+    validation_tokens: ValidationTokens = 131_072,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -370,48 +496,29 @@ def uptrain(
     ] = 0,
     train: Annotated[str, typer.Option(help="all, attention or lora.", rich_help_panel=SCHEDULE)] = "all",
     lora_rank: Annotated[int, typer.Option(min=1, help="Of the adapters.", rich_help_panel=SCHEDULE)] = 32,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens of a row.", rich_help_panel=SCHEDULE)] = 512,
-    batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of a step, on all processes.", rich_help_panel=SCHEDULE)
-    ] = 32_768,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows at once on a process. Default: 16,384 tokens.", rich_help_panel=SCHEDULE)
-    ] = None,
+    sequence_length: SequenceLength = 512,
+    batch_tokens: BatchTokens = 32_768,
+    micro_batch: MicroBatch = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Peak, of AdamW. Default: by width, docs/uptraining.md.", rich_help_panel=SCHEDULE),
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=SCHEDULE)] = 0.02,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.", rich_help_panel=SCHEDULE)] = 0.1,
-    bf16: Annotated[
-        bool | None, typer.Option(help="Compute in bfloat16. Default: on GPUs that can.", rich_help_panel=SCHEDULE)
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=SCHEDULE)
-    ] = False,
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile.", rich_help_panel=SCHEDULE)] = False,
-    seed: Annotated[int, typer.Option(help="Of everything.", rich_help_panel=SCHEDULE)] = 0,
-    save_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints. 0: about 20 in all.", rich_help_panel=LOGS)
-    ] = 0,
-    keep: Annotated[int, typer.Option(min=1, help="Checkpoints that are kept.", rich_help_panel=LOGS)] = 2,
-    evaluate_every: Annotated[
-        int, typer.Option(help="Steps between evaluations. 0: at the start and the end.", rich_help_panel=LOGS)
-    ] = 0,
-    log_every: Annotated[
-        int, typer.Option(help="Steps between log lines. 0: about 50 in all.", rich_help_panel=LOGS)
-    ] = 0,
-    report_to: Annotated[
-        str | None,
-        typer.Option(help="tensorboard, wandb, both, or none. Default: which are installed.", rich_help_panel=LOGS),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read data.", rich_help_panel=LOGS)] = None,
+    warmup: Warmup = 0.02,
+    weight_decay: WeightDecay = 0.1,
+    bf16: Bf16 = None,
+    gradient_checkpointing: Checkpointing = False,
+    compile: Compile = False,
+    seed: Seed = 0,
+    save_every: SaveEvery = 0,
+    keep: Keep = 2,
+    evaluate_every: EvaluateEvery = 0,
+    log_every: LogEvery = 0,
+    report_to: ReportTo = None,
+    workers: Workers = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
     ] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again where an unfinished run lies.", rich_help_panel=OUTPUT)
-    ] = False,
+    restart: Restart = False,
 ) -> None:
     """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good."""
     import shlex
@@ -427,8 +534,7 @@ def uptrain(
     if (tokens is None) == (alpha is None) or (alpha is None) != (pretraining_tokens is None):
         raise ConversionError("pass --tokens, or --alpha with --pretraining-tokens")
     if tokens is None:
-        assert alpha is not None and pretraining_tokens is not None
-        tokens = max(1, round(alpha * pretraining_tokens))
+        tokens = max(1, round((alpha or 0) * (pretraining_tokens or 0)))
     if not (Path(student) / "config.json").is_file():
         raise ConversionError(f"{student} is no checkpoint: it has no config.json")
     if teacher is None:

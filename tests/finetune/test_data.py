@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from tokenizer import write_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.conversion import ConversionError
 from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, collate_packed, mixture, packed, training_rows
 
 
@@ -17,7 +16,7 @@ def write(path, rows):
     return Part(str(path))
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer(tmp_path):
     return write_tokenizer(tmp_path / "tokenizer")
 
@@ -75,7 +74,8 @@ def test_rows_are_made_once_and_again_when_the_text_changes(tmp_path, tokenizer)
     first = training_rows((part,), tokenizer, 8, 20)
     assert len(first) == 20
     assert training_rows((part,), tokenizer, 8, 20).cache_files == first.cache_files
-    assert not np.array_equal(first[0]["input_ids"], training_rows((part,), tokenizer, 8, 20, seed=1)[0]["input_ids"])
+    other = training_rows((part,), tokenizer, 8, 20, seed=1)
+    assert not np.array_equal(first[:]["input_ids"], other[:]["input_ids"])
     write(tmp_path / "text.jsonl", [{"text": f"something else {i}"} for i in range(50)])
     assert training_rows((part,), tokenizer, 8, 20).cache_files != first.cache_files
 
@@ -93,7 +93,9 @@ def test_pairs_are_padded_and_shifted(tmp_path, tokenizer):
     batch = CollatePairs(pad=0, start=1)(rows)
     assert batch["input_ids"].shape == (3, 8)
     assert batch["labels"].shape == (3, 16)
-    for row, ids, mask, labels, written in zip(rows, *(batch[n] for n in ("input_ids", "attention_mask", "labels", "decoder_input_ids"))):
+    for row, ids, mask, labels, written in zip(
+        rows, *(batch[n] for n in ("input_ids", "attention_mask", "labels", "decoder_input_ids"))
+    ):
         assert ids[mask.bool()].tolist() == row["input_ids"]
         assert labels[labels != IGNORED].tolist() == row["labels"]
         assert written[: len(row["labels"])].tolist() == [1, *row["labels"][:-1]]

@@ -142,7 +142,9 @@ def test_attention_is_compared_where_both_read_the_teachers_states():
         ours = student.get_submodule(name)(*args, **kwargs)[0]
         errors.append((ours - y)[seen].square().sum() / y[seen].square().sum())
     outputs = run(Objective({"attention": 1.0}, teacher), student, inputs, count=21.0)
-    torch.testing.assert_close(outputs["loss"].detach().double(), torch.stack(errors).mean().detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        outputs["loss"].detach().double(), torch.stack(errors).mean().detach(), rtol=1e-5, atol=1e-6
+    )
     trained = {name.rsplit(".", 2)[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained == set(names)
 

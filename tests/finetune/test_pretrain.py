@@ -1,11 +1,17 @@
 """A small model from scratch, in the class and with the tokenizer that it is asked for."""
 
+import json
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from mqa_hf.conversion import convert
-from mqa_hf.finetune.pretrain import pretrain
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.finetune.data import Part
+from mqa_hf.finetune.pretrain import Pretraining, pretrain, read_config, train_tokenizer, widened
+from mqa_hf.finetune.training import Schedule
 
 CONFIG = {
     "model_type": "llama",
@@ -15,25 +21,124 @@ CONFIG = {
     "num_hidden_layers": 1,
     "tie_word_embeddings": True,
 }
+STACK = {k: v for k, v in CONFIG.items() if k not in ("model_type", "tie_word_embeddings")} | {
+    "num_key_value_heads": 1
+}
+ENCODER_DECODER = {
+    "model_type": "mqa_seq2seq",
+    "encoder": {**STACK, "causal": False},
+    "decoder": {**STACK, "cross_num_key_value_heads": 1},
+    "share_embeddings": True,
+    "tie_word_embeddings": True,
+}
+SHORT = {"sequence_length": 32, "batch_tokens": 256, "report_to": "none"}
 
 
-def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("all work and no play makes a dull model. " * 400)
-    options = {"config": CONFIG, "text": str(text), "validation": str(text), "vocab_size": 300}
-    options |= {"sequence_length": 32, "batch_tokens": 256}
-    short = pretrain(tmp_path / "short", tokens=256, **options)
-    long = pretrain(tmp_path / "long", tokens=256 * 60, learning_rate=1e-2, **options)
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("all work and no play makes a dull model. " * 400)
+    return str(path)
+
+
+def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
+    what = Pretraining(config=CONFIG, dataset=(Part(text),), validation=text, validation_tokens=1024, vocab_size=300)
+    short = pretrain(tmp_path / "short", what, Schedule(tokens=256, learning_rate=2e-3, **SHORT))
+    long = pretrain(tmp_path / "long", what, Schedule(tokens=256 * 60, learning_rate=1e-2, **SHORT))
     assert long["tokens"] == 256 * 60
     assert long["loss"] < short["loss"] - 1
-    again = pretrain(tmp_path / "again", tokens=256, **options)
-    assert again == pytest.approx(short)
+    again = pretrain(tmp_path / "again", what, Schedule(tokens=256, learning_rate=2e-3, **SHORT))
+    assert again["loss"] == pytest.approx(short["loss"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
     assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.use_cache
     ids = tokenizer("all work and no play", return_tensors="pt").input_ids
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
     assert loss < long["loss"] + 1.5
     report = convert(tmp_path / "long", tmp_path / "ours", method="shared", calibration=text, sequence_length=32)
     assert report["num_key_value_heads"] == {"before": 4, "after": 1}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**STACK, "model_type": "mqa", "num_key_value_heads": 2, "position_embedding": "learned"},
+        {**STACK, "model_type": "mqa", "layer_types": ["sliding_attention"], "sliding_window": 8},
+        {**STACK, "model_type": "mqa", "num_attention_heads": 2, "head_dim": 32, "qk_head_dim": 64},
+    ],
+    ids=["learned positions", "window", "fewer, wider heads"],
+)
+def test_every_canonical_configuration_can_be_trained(tmp_path, text, config):
+    what = Pretraining(config=config, dataset=(Part(text),), vocab_size=300)
+    pretrain(tmp_path / "out", what, Schedule(tokens=512, **SHORT))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    for name, value in config.items():
+        assert getattr(model.config, name) == value
+    assert (tmp_path / "out" / "modeling_mqa.py").is_file()
+
+
+@pytest.mark.parametrize("kind", ["translation", "spans"])
+def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_path, text, kind):
+    rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, columns = (str(tmp_path / "pairs.jsonl"), ("en", "de")) if kind == "translation" else (text, ())
+    what = Pretraining(
+        config=ENCODER_DECODER, dataset=(Part(source),), columns=columns, validation=source, vocab_size=420
+    )
+    report = pretrain(tmp_path / "out", what, Schedule(tokens=256 * 30, learning_rate=5e-3, **SHORT))
+    measured = [line["eval_lm"] for line in report["log"] if "eval_lm" in line]
+    assert measured[-1] < measured[0] - 1
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("word 3 of text", return_tensors="pt")
+    assert inputs.input_ids[0, -1] == tokenizer.eos_token_id
+    written = model.generate(**inputs, max_new_tokens=8)
+    assert written[0, 0] == tokenizer.pad_token_id == model.config.decoder_start_token_id
+
+
+def test_feed_forward_layers_are_widened_to_equal_parameters(tmp_path):
+    tokenizer = train_tokenizer(["some text"], 300)
+    multi_head = {**CONFIG, "num_key_value_heads": 4}
+    multi_query = {**CONFIG, "num_key_value_heads": 1}
+    wide = widened(multi_query, multi_head, tokenizer)
+    # 2 matrices of 32 x 24 are gone; 3 of 32 x f come, and f is a multiple of 8.
+    assert wide["intermediate_size"] == 48 + 16
+    assert multi_query["intermediate_size"] == 48
+    with pytest.raises(ConversionError, match="how wide its feed-forward"):
+        widened({"model_type": "llama"}, multi_head, tokenizer)
+
+
+def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert read_config(str(tmp_path / "config.json")) == CONFIG
+    assert read_config(json.dumps(CONFIG)) == CONFIG
+    assert read_config("shazeer-2019")["num_heads"] == 8
+    for wrong in ("{", "[]", "nothing"):
+        with pytest.raises(ConversionError, match="--config"):
+            read_config(wrong)
+
+
+def test_the_command_refuses_what_is_there_and_goes_on_with_what_is_not_done(tmp_path, text, monkeypatch):
+    words = [
+        "pretrain",
+        str(tmp_path / "out"),
+        "--config",
+        json.dumps(CONFIG),
+        "--dataset",
+        text,
+        "--vocab-size",
+        "300",
+    ]
+    words += ["--tokens", "2048", "--sequence-length", "32", "--batch-tokens", "256", "--report-to", "none"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "parameters, 2,048 tokens" in result.stdout
+    assert isinstance(CliRunner().invoke(app, words).exception, ConversionError)
+    assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.txt").write_text("mine")
+    words[1] = str(tmp_path / "own")
+    assert isinstance(CliRunner().invoke(app, [*words, "--overwrite"]).exception, ConversionError)
+    assert (tmp_path / "own" / "thesis.txt").read_text() == "mine"

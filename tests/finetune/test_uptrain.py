@@ -1,5 +1,6 @@
 """`mqa-hf uptrain`: a small job, whole."""
 
+import itertools
 import json
 import os
 import shutil
@@ -108,14 +109,16 @@ def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
     """Against transformers' own loss of each document alone: packing lets nothing across."""
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in (5, 9, 4, 12, 7, 8)))
     options = what(home, validation=str(tmp_path / "lines.jsonl"), validation_tokens=10**6)
-    report = uptrain(home / "student", tmp_path / "out", options, replace(SCHEDULE, sequence_length=32, batch_tokens=128))
+    report = uptrain(
+        home / "student", tmp_path / "out", options, replace(SCHEDULE, sequence_length=32, batch_tokens=128)
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = write_tokenizer(tmp_path)
     rows = training_rows((Part(str(tmp_path / "lines.jsonl")),), tokenizer, 32, 10**6)
     total, count = 0.0, 0
     for row in rows:
         starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + [32]
-        for start, end in zip(starts, starts[1:]):
+        for start, end in itertools.pairwise(starts):
             ids = torch.from_numpy(row["input_ids"][start:end]).long()[None]
             if ids.shape[1] > 1:
                 with torch.no_grad():
@@ -234,13 +237,15 @@ def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ConversionError, match=r"learning_rate was 0.003 and is 0.001.*--restart"):
         uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3))
-    report = uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True)
+    report = uptrain(
+        home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True
+    )
     assert report["options"]["learning_rate"] == 1e-3
 
 
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ConversionError, match="and .* has 1,000 free"):
+    with pytest.raises(ConversionError, match=r"and .* has 1,000 free"):
         uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
 
 
@@ -289,14 +294,18 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
         losses=(("kl", 1.0), ("hidden", 1.0)),
         attention_tokens=256,
     )
-    report = uptrain(tmp_path / "student", tmp_path / "out", options, replace(SCHEDULE, tokens=2048, sequence_length=32))
+    report = uptrain(
+        tmp_path / "student", tmp_path / "out", options, replace(SCHEDULE, tokens=2048, sequence_length=32)
+    )
     assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
     with pytest.raises(ConversionError, match="no sentinels"):
         uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
-    report = uptrain(home / "student", tmp_path / "out", what(home, streaming=True), replace(SCHEDULE, tokens=400 * 16))
+    report = uptrain(
+        home / "student", tmp_path / "out", what(home, streaming=True), replace(SCHEDULE, tokens=400 * 16)
+    )
     assert report["tokens"] == 6400
     assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
 
