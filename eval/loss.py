@@ -5,6 +5,7 @@
 prints the mean cross-entropy in nats a token of each, and the cache that each needs. The tokenizer is the first one's.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -36,12 +37,17 @@ def cache_bytes(model: PreTrainedModel) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // 4
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def main(
     checkpoints: Annotated[list[Path], typer.Argument(help="Directories to compare.")],
     text: Annotated[str | None, typer.Option(help="As --calibration of mqa-hf convert.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it.")] = 16_384,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
     device: Annotated[str, typer.Option(help="A PyTorch device.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    output: Annotated[Path | None, typer.Option(help="File that gets the numbers as JSON.")] = None,
 ) -> None:
     """Mean loss of checkpoints on a text."""
     table = Table(
@@ -49,15 +55,19 @@ def main(
     )
     for column in ("checkpoint", "loss, nats", "cache, bytes per token"):
         table.add_column(column, justify="left" if column == "checkpoint" else "right")
-    ids = None
+    ids, found = None, []
     for checkpoint in checkpoints:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().to(device)
         if ids is None:
             ids = calibration_tokens(checkpoint, text, tokens, sequence_length, model.config.vocab_size, seed=0)
         bytes_at_16_bits = cache_bytes(model) // 2
-        table.add_row(checkpoint.name, f"{mean_loss(model, ids):.3f}", f"{bytes_at_16_bits:,} (16 bit)")
+        loss = mean_loss(model, ids)
+        found.append({"checkpoint": str(checkpoint), "loss": loss, "kv_bytes_per_token": bytes_at_16_bits})
+        table.add_row(checkpoint.name, f"{loss:.3f}", f"{bytes_at_16_bits:,} (16 bit)")
     Console(width=120, markup=False).print(table)
+    if output is not None:
+        output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run(app)

@@ -40,11 +40,12 @@ def draw(report: dict[str, Any], path: Path) -> bool:
     figure = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
     for i, (name, kinds) in enumerate(found.items()):
         axes = figure.add_subplot(1, len(found), i + 1)
-        for (kind, points), style in zip(
-            kinds.items(), ({"lw": 1, "color": "#9aa5b1"}, {"lw": 2, "marker": "o", "ms": 4})
-        ):
-            if points:
-                axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], label=kind, **style)
+        for kind, points in kinds.items():
+            x, y = [tokens / 1e6 for tokens, _ in points], [value for _, value in points]
+            if kind == "training":
+                axes.plot(x, y, label=kind, lw=1, color="#9aa5b1")
+            elif points:
+                axes.plot(x, y, label=kind, lw=2, marker="o", ms=4)
         axes.set_xlabel("tokens, millions")
         axes.set_ylabel(UNITS[name])
         axes.grid(alpha=0.3)

@@ -33,6 +33,11 @@ def core(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
+def logits_size(model: PreTrainedModel) -> int:
+    weight: Any = model.get_output_embeddings().weight
+    return weight.shape[0]
+
+
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., V] in float32 of the last hidden state [..., d], as the class's own `forward` makes them.
 
@@ -45,16 +50,13 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def backbone_inputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in inputs.items() if name != "labels"}
-
-
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
     """Raise ConversionError where a class does to its logits what [`logits_of`] does not know of."""
     device = model.get_output_embeddings().weight.device
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
-    inputs = {"input_ids": ids, "use_cache": False}
+    words = logits_size(model)
+    ids = torch.arange(8, device=device)[None] % words
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     training = model.training
@@ -150,9 +152,9 @@ class Objective:
                     inner.get_submodule(name).register_forward_pre_hook(self._replace(name), with_kwargs=True),
                     inner.get_submodule(name).register_forward_hook(self._catch(name), with_kwargs=True),
                 ]
-        inner.forward = functools.partial(self.student_forward, inner)  # type: ignore[method-assign]
+        inner.forward = functools.partial(self.student_forward, inner)
         if self.teacher is not None:
-            models[1].forward = functools.partial(self.teacher_forward, models[1])  # type: ignore[method-assign]
+            models[1].forward = functools.partial(self.teacher_forward, models[1])
         try:
             yield
         finally:
@@ -188,7 +190,7 @@ class Objective:
             return logits_of(model, hidden)
         self._seen = {}
         states = "hidden" in self.weights
-        outputs = model.base_model(**backbone_inputs(model, inputs), use_cache=False, output_hidden_states=states)
+        outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=states)
         seen, self._seen = self._seen, {}
         return {"last": outputs.last_hidden_state, "states": hidden_states(outputs), "attention": seen}
 
@@ -237,8 +239,7 @@ class Objective:
         self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any] | None
     ) -> torch.Tensor:
         """[2]: the sums of [`chunk_losses`] over all chunks of a batch; `hidden` [B, T, d]."""
-        V = model.get_output_embeddings().weight.shape[0]
-        size = max(1, self.chunk_elements // V)
+        size = max(1, self.chunk_elements // logits_size(model))
         student, teacher = functools.partial(logits_of, model), None
         pieces: list[Sequence[Any]] = [hidden.flatten(0, 1).split(size), labels.flatten().split(size)]
         if taught is not None:
@@ -252,11 +253,12 @@ class Objective:
         else:
             pieces.append([None] * len(pieces[0]))
         total: Any = 0
-        for piece in zip(*pieces):
+        for states, targets, told in zip(*pieces):
             if len(pieces[0]) > 1 and torch.is_grad_enabled():
-                total = total + checkpoint(chunk_losses, *piece, student, teacher, use_reentrant=False)
+                given = (states, targets, told, student, teacher)
+                total = total + checkpoint(chunk_losses, *given, use_reentrant=False)
             else:
-                total = total + chunk_losses(*piece, student, teacher)
+                total = total + chunk_losses(states, targets, told, student, teacher)
         return total
 
     def attention_loss(self, counted: torch.Tensor, source_mask: torch.Tensor | None) -> torch.Tensor:
@@ -302,7 +304,7 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
 def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     """Raise ConversionError where the teacher's outputs are not those of a model like the student."""
     for what, one, other in (
-        ("words", *(m.get_output_embeddings().weight.shape[0] for m in (student, teacher))),
+        ("words", *map(logits_size, (student, teacher))),
         ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
     ):
         if one != other:

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 import mqa_hf
-from mqa_hf import MQAForConditionalGeneration
+from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.conversion.converter import RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
@@ -113,6 +113,7 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrai
         stack.pad_token_id = tokenizer.pad_token_id
     config.decoder_start_token_id = config.pad_token_id = tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
+    assert isinstance(config, MQASeq2SeqConfig)
     return MQAForConditionalGeneration(config)
 
 

@@ -35,7 +35,7 @@ from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.eval.roofline import DEVICES
 
 from .data import IGNORED
-from .losses import LOSSES, Objective, backbone_inputs, core
+from .losses import LOSSES, Objective, core
 
 NAMES = {field.name for field in fields(TrainingArguments)}
 # Its name in transformers before and after 5.20 or so.
@@ -129,6 +129,7 @@ class Schedule:
             if is_there
         ]
         workers = self.workers if self.workers is not None else (4 if gpu else 0)
+        checkpointing: dict[str, Any] = {CHECKPOINTING: True} if self.gradient_checkpointing else {}
         return TrainingArguments(
             output_dir=str(directory),
             max_steps=self.steps,
@@ -143,7 +144,7 @@ class Schedule:
             weight_decay=self.weight_decay,
             adam_beta2=0.95,
             bf16=bf16,
-            **({CHECKPOINTING: True} if self.gradient_checkpointing else {}),
+            **checkpointing,
             torch_compile=self.compile,
             save_strategy="steps",
             save_steps=self.save_every or max(1, self.steps // 20),
@@ -229,6 +230,9 @@ def peak_rate() -> float | None:
 class LossTrainer(Trainer):
     """transformers' Trainer with an [`Objective`]: its losses are summed over tokens, whichever process has them."""
 
+    objective: Objective
+    model: nn.Module
+
     def __init__(self, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
         self.objective = objective
@@ -248,7 +252,7 @@ class LossTrainer(Trainer):
         taught = None
         if self.objective.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                taught = self.objective.teacher(**backbone_inputs(core(self.model), inputs))
+                taught = self.objective.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
         outputs = model(**inputs, count=num_items_in_batch, taught=taught)
         if model.training:
             self._sums = self._sums + outputs["sums"]
@@ -275,7 +279,7 @@ class LossTrainer(Trainer):
         share, more = DIVERGED
         if math.isfinite(loss) and math.isfinite(grad_norm) and loss <= share * abs(self._first_loss) + more:
             return
-        kept = last_checkpoint(Path(self.args.output_dir))
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise ConversionError(
             f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
             f"gradient {grad_norm:.4g}; it began at {self._first_loss:.4g}. "
@@ -290,7 +294,7 @@ class LossTrainer(Trainer):
         if not bool(self.accelerator.gather(finite).all()):
             self._check(math.nan, math.nan)
         if self.args.should_save:
-            check_disk(Path(self.args.output_dir), 3 * sum(p.numel() * p.element_size() for p in local))
+            check_disk(Path(str(self.args.output_dir)), 3 * sum(p.numel() * p.element_size() for p in local))
         super()._save_checkpoint(model, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):

@@ -585,6 +585,19 @@ def uptrain(
     Console(markup=False).print(said, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def recipe(
+    file: Annotated[Path, typer.Argument(help="YAML with source, output, convert, ...", show_default=False)],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run steps that have changed, and those after them, again.")
+    ] = False,
+) -> None:
+    """Convert, train and evaluate by a file; steps that are done are not run again."""
+    from mqa_hf.finetune.recipe import run_recipe
+
+    run_recipe(file, overwrite)
+
+
 def numbers(option: str, text: str) -> list[int]:
     """The positive integers of a comma-separated list."""
     from mqa_hf.conversion import ConversionError

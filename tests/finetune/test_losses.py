@@ -63,7 +63,7 @@ def run(objective, student, inputs, count=1.0):
         taught = None
         if objective.teacher is not None:
             with torch.no_grad():
-                taught = objective.teacher(**inputs)
+                taught = objective.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
         outputs = student(**inputs, taught=taught, count=count)
         if outputs["loss"].requires_grad:
             outputs["loss"].backward()

@@ -1,0 +1,101 @@
+"""Convert, train and evaluate by one file."""
+
+import json
+
+import pytest
+import yaml
+from tokenizer import write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError
+from mqa_hf.finetune import training
+from mqa_hf.finetune.recipe import commands, flags
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"row {i} of the text, " * 6}) + "\n" for i in range(60)))
+    config = LlamaConfig(
+        vocab_size=93, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    sizes = {"sequence_length": 16}
+    return {
+        "source": str(tmp_path / "source"),
+        "output": str(tmp_path / "results"),
+        "convert": {"method": "shared", "calibration": str(text), "calibration_tokens": 512, **sizes},
+        "uptrain": {"dataset": [str(text)], "tokens": 1024, "batch_tokens": 128, "report_to": "none", **sizes},
+        "evaluate": {"text": str(text), "tokens": 320, "device": "cpu", **sizes},
+    }
+
+
+def run(tmp_path, recipe, *more):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return CliRunner().invoke(app, ["recipe", str(tmp_path / "recipe.yaml"), *more])
+
+
+def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
+    result = run(tmp_path, recipe)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "results" / "evaluation.json").read_text())
+    assert [r["checkpoint"].rsplit("/", 1)[1] for r in found] == ["source", "converted", "trained"]
+    assert found[2]["kv_bytes_per_token"] * 4 == found[0]["kv_bytes_per_token"]
+    weights = tmp_path / "results" / "trained" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    result = run(tmp_path, recipe)
+    assert result.stderr.count("done before") == 3
+    assert weights.stat().st_mtime_ns == before
+
+    recipe["uptrain"]["tokens"] = 512
+    refused = run(tmp_path, recipe)
+    assert isinstance(refused.exception, ConversionError)
+    assert "--tokens 1024" in str(refused.exception)
+    result = run(tmp_path, recipe, "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("done before") == 1
+    report = json.loads((tmp_path / "results" / "trained" / "uptraining.json").read_text())
+    assert report["tokens"] == 512
+
+
+def test_an_interrupted_recipe_goes_on(tmp_path, recipe, monkeypatch):
+    plain = training.LossTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", interrupted)
+    assert run(tmp_path, recipe).exit_code != 0
+    monkeypatch.undo()
+    result = run(tmp_path, recipe)
+    assert result.exit_code == 0, result.output
+    assert "convert: done before" in result.stderr
+    assert "goes on from step 4 of 8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {}}, "train: a recipe has source, output, convert"),
+        ({"uptrain": {"tokns": 5}}, "recipe.yaml, uptrain: No such option"),
+        ({"convert": None, "source": "nowhere"}, "nowhere"),
+        ({"convert": [1]}, "convert: a recipe has"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
+    result = run(tmp_path, {**recipe, **change})
+    assert isinstance(result.exception, ConversionError), result.output
+    assert message in str(result.exception)
+
+
+def test_options_become_words(recipe):
+    assert flags({"a_b": True, "refit": False, "dataset": ["x", "y"], "n": 3}) == [
+        *("--a-b", "--no-refit", "--dataset", "x", "--dataset", "y", "--n", "3")
+    ]
+    del recipe["uptrain"], recipe["evaluate"]
+    assert list(commands(recipe)) == ["convert"]
