@@ -18,7 +18,7 @@ test: $(VENV)/installed-dev
 
 # The oldest transformers that is supported, and the tests that depend on it most.
 test-oldest: $(OLDEST)/installed-dev
-	$(OLDEST)/bin/pytest -q -n auto tests/mqa_hf tests/conversion
+	$(OLDEST)/bin/pytest -q -n auto tests/mqa_hf tests/conversion tests/finetune
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -217,6 +218,9 @@ class Objective:
         outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=states)
         counted = labels != IGNORED
         zero = outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
+        if isinstance(model, FSDPModule) or hasattr(next(model.parameters()), "ds_id"):
+            # FSDP2 and ZeRO gather a layer's weights again when the backward pass comes to its output.
+            zero = outputs.last_hidden_state.sum().float() * 0.0
         losses = dict.fromkeys(LOSSES, zero)
         if self.layerwise:
             losses["attention"] = self.attention_loss(counted, inputs.get("attention_mask"))

@@ -1,0 +1,80 @@
+"""One of two processes: student and teacher sharded with FSDP2, their losses and gradients against those of one process."""
+
+import copy
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mqa_hf import MQAConfig, MQAForCausalLM
+from mqa_hf.finetune.data import IGNORED
+from mqa_hf.finetune.losses import Objective
+
+
+def model(heads):
+    config = MQAConfig(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=heads,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    return MQAForCausalLM(config).eval()
+
+
+def sharded(whole, mesh):
+    policy = CPUOffloadPolicy(pin_memory=False) if "offload" in sys.argv else OffloadPolicy()
+    for layer in whole.model.layers:
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
+    return fully_shard(whole, mesh=mesh, offload_policy=policy)
+
+
+def step(student, teacher, inputs, count):
+    with torch.no_grad():
+        taught = teacher(input_ids=inputs["input_ids"])
+    outputs = student(**inputs, taught=taught, count=count)
+    outputs["loss"].backward()
+    return outputs
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    student, teacher = model(1), model(4)
+    teacher.requires_grad_(False)
+    twin, other = copy.deepcopy(student), copy.deepcopy(teacher)
+    ids, labels = torch.randint(1, 90, (4, 12)), torch.randint(1, 90, (4, 12))
+    labels[3] = IGNORED
+    weights = {"attention": 1.0} if "attention" in sys.argv else {"kl": 1.0, "lm": 0.5, "hidden": 0.5}
+    whole = Objective(weights, other, 90 * 5)
+    with whole.attach(twin):
+        expected = step(twin, other, {"input_ids": ids, "labels": labels}, 36.0)
+
+    mesh = dist.init_device_mesh("cpu", (2,)) if hasattr(dist, "init_device_mesh") else None
+    ours = slice(2 * rank, 2 * rank + 2)
+    objective = Objective(weights, teacher, 90 * 5)
+    with objective.attach(student):
+        student = sharded(student, mesh)
+        objective.teacher = sharded(teacher, mesh)
+        got = step(student, objective.teacher, {"input_ids": ids[ours], "labels": labels[ours]}, 36.0 / 2)
+    sums = got["sums"].clone()
+    dist.all_reduce(sums)
+    torch.testing.assert_close(sums[:3], expected["sums"][:3], rtol=1e-4, atol=1e-4)
+    for (name, p), q in zip(student.named_parameters(), twin.parameters()):
+        if q.grad is None:
+            continue
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        if "attention" not in weights:  # its unit is each process's own energy
+            torch.testing.assert_close(grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.isfinite(grad).all()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()
