@@ -28,12 +28,13 @@ from .data import Part
 from .training import Schedule
 from .uptrain import Uptraining, default_learning_rate, uptrain
 
+ORIGINAL = "original, LM"
 # By name: how the source is converted, losses (none: no teacher), and the share of the tokens for attention alone.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, float], float]] = {
     "shared, KL": ({"method": "shared"}, {"kl": 1.0}, 0.0),
     "mean, LM": ({"method": "mean"}, {"lm": 1.0}, 0.0),
     "mean, KL": ({"method": "mean"}, {"kl": 1.0}, 0.0),
-    "original, LM": ({"kv_heads": 0}, {"lm": 1.0}, 0.0),
+    ORIGINAL: ({"kv_heads": 0}, {"lm": 1.0}, 0.0),
     "shared, LM": ({"method": "shared"}, {"lm": 1.0}, 0.0),
     "mean, attention then KL": ({"method": "mean"}, {"kl": 1.0}, 0.2),
     "shared, attention then KL": ({"method": "shared"}, {"kl": 1.0}, 0.2),
@@ -49,19 +50,28 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, float], float]] = {
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss above that of the original on the same tokens of training, by share of the pretraining tokens."""
     from matplotlib.figure import Figure
 
+    original = {r["share"]: r["lm"] for r in results if r["run"] == ORIGINAL}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for name in dict.fromkeys(r["run"] for r in results):
-        points = sorted((r["share"], r["lm"]) for r in results if r["run"] == name)
-        axes.plot([100 * x for x, _ in points], [y for _, y in points], marker="o", ms=4, label=name)
+        points = sorted(
+            (r["share"], r["lm"] - original[r["share"]])
+            for r in results
+            if r["share"] in original and r["run"] == name
+        )
+        if name != ORIGINAL and points:
+            axes.plot([100 * x for x, _ in points], [y for _, y in points], marker="o", ms=4, label=name)
     axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_xticks([100 * x for x in sorted({r["share"] for r in results})])
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([100 * x for x in sorted(original)])
     axes.xaxis.set_major_formatter("{x:g}%")
     axes.set_xlabel("tokens of training, share of the pretraining")
-    axes.set_ylabel("validation loss, nats a token")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel("validation loss above the original's, nats a token")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
@@ -142,7 +152,9 @@ def main(
                 console.print_json(json.dumps(after), indent=None)
     shutil.rmtree(output / "student", ignore_errors=True)
     shutil.rmtree(output / "trained", ignore_errors=True)
-    picture([r for r in results if r["learning_rate"] == rates[0] and r["train"] == train], output / "curves.png")
+    here = [r for r in results if r["learning_rate"] == rates[0] and r["train"] == train]
+    if any(r["run"] == ORIGINAL for r in here):
+        picture(here, output / "curves.png")
     show(results, console)
 
 
