@@ -9,6 +9,7 @@ teacher's [N, V] ever exists.
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,11 +45,21 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     [`check_head`] holds this to be so for the class at hand.
     """
-    config = getattr(model.config, "decoder", model.config)
-    logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    cap = getattr(config, "final_logit_softcapping", None)
+    scale, cap = after_head(model)
+    logits = model.get_output_embeddings()(hidden).float() * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
+    """What logits are multiplied by, and the soft cap that they get then."""
+    config = getattr(model.config, "decoder", model.config)
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def check_liger() -> None:
+    if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
+        raise ConversionError("--liger needs a CUDA device and Liger's kernels: pip install liger-kernel")
 
 
 @torch.no_grad()
@@ -117,11 +128,13 @@ class Objective:
         weights: of the losses that count.
         teacher: frozen; needed by all but `lm`. Called as the student is: through whatever shards it.
         chunk_elements: most logits at once.
+        liger: train with Liger's fused head and loss instead (evaluations stay as they are).
     """
 
     weights: dict[str, float]
     teacher: nn.Module | None = None
     chunk_elements: int = CHUNK_ELEMENTS
+    liger: bool = False
     _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # what hooks have caught in a forward pass
     _given: dict[str, Any] = field(default_factory=dict, repr=False)  # what they put in its place
 
@@ -131,6 +144,8 @@ class Objective:
             raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
         if set(self.weights) - {"lm"} and self.teacher is None:
             raise ConversionError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
+        if self.liger:
+            check_liger()
 
     @property
     def layerwise(self) -> bool:
@@ -243,6 +258,8 @@ class Objective:
         self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any] | None
     ) -> torch.Tensor:
         """[2]: the sums of [`chunk_losses`] over all chunks of a batch; `hidden` [B, T, d]."""
+        if self.liger and torch.is_grad_enabled():
+            return self.liger_losses(model, hidden.flatten(0, 1), labels.flatten(), taught)
         size = max(1, self.chunk_elements // logits_size(model))
         student, teacher = functools.partial(logits_of, model), None
         pieces: list[Sequence[Any]] = [hidden.flatten(0, 1).split(size), labels.flatten().split(size)]
@@ -264,6 +281,33 @@ class Objective:
             else:
                 total = total + chunk_losses(states, targets, told, student, teacher)
         return total
+
+    def liger_losses(
+        self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any] | None
+    ) -> torch.Tensor:
+        """[2]: the same by Liger's kernels (arXiv 2410.10989), those that have a weight; `hidden` [N, d]."""
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+
+        scale, cap = after_head(model)
+        head: Any = model.get_output_embeddings()
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+        hidden = (hidden * scale).to(dtype)
+        weight = head.weight.to(dtype)
+        losses = [hidden.new_zeros((), dtype=torch.float32)] * 2
+        if "lm" in self.weights:
+            entropy = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum", softcap=cap)
+            losses[0] = entropy(weight, hidden, labels, head.bias).float()
+        if "kl" in self.weights:
+            assert taught is not None
+            teacher = core(self.teacher)  # type: ignore[arg-type]
+            told: Any = teacher.get_output_embeddings()
+            if cap is not None or head.bias is not None or hasattr(told.weight, "to_local"):
+                raise ConversionError("--liger has no KL for logits with a cap or a bias, nor for a sharded teacher")
+            states = (taught["last"].flatten(0, 1) * after_head(teacher)[0]).to(dtype)
+            divergence = LigerFusedLinearJSD(jsd_beta=0.0, ignore_index=IGNORED)
+            mean = divergence(hidden, weight, states, told.weight.to(dtype), labels)
+            losses[1] = mean.float() * (labels != IGNORED).sum()
+        return torch.stack(losses)
 
     def attention_loss(self, counted: torch.Tensor, source_mask: torch.Tensor | None) -> torch.Tensor:
         """The sum over tokens of each attention layer's relative squared error, mean over layers.

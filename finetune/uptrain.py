@@ -32,7 +32,7 @@ from mqa_hf.conversion.text import source_tokenizer
 
 from .card import add_training_section
 from .data import CollatePairs, Part, collate_packed, training_rows
-from .losses import LOSSES, Objective, attention_names, core
+from .losses import LOSSES, Objective, attention_names, check_liger, core
 from .training import Schedule, as_options, begin, processes, train
 
 REPORT = "uptraining.json"
@@ -55,6 +55,7 @@ class Uptraining:
         attention_tokens: of a first stage that fits each attention layer to the teacher's.
         train: all, attention or lora.
         lora_rank: of the adapters, which are merged at the end.
+        liger: whether the losses of tokens run on Liger's kernels.
     """
 
     dataset: tuple[Part, ...]
@@ -67,6 +68,7 @@ class Uptraining:
     attention_tokens: int = 0
     train: str = "all"
     lora_rank: int = 32
+    liger: bool = False
 
 
 def default_learning_rate(train: str, hidden_size: int) -> float:
@@ -143,7 +145,7 @@ def uptrain(
     if what.attention_tokens:
         tuned, logs["attention"] = attention_stage(job, tuned, teacher, what, schedule, rows, collate, validation)
     trained = select_parameters(tuned, teacher, what)
-    objective = Objective(dict(what.losses), teacher)
+    objective = Objective(dict(what.losses), teacher, liger=what.liger)
     main = schedule
     if what.attention_tokens:
         main = replace(schedule, tokens=schedule.tokens - what.attention_tokens, seed=schedule.seed + 1)
@@ -165,6 +167,8 @@ def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
             import peft  # noqa: F401
         except ImportError as error:
             raise ConversionError("--train lora needs PEFT: pip install 'mqa-hf[training]'") from error
+    if what.liger:
+        check_liger()
     if schedule.tokens <= what.attention_tokens:
         raise ConversionError(
             f"--attention-tokens {what.attention_tokens:,} must be fewer than all tokens, {schedule.tokens:,}"

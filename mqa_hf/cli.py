@@ -508,6 +508,9 @@ def uptrain(
     bf16: Bf16 = None,
     gradient_checkpointing: Checkpointing = False,
     compile: Compile = False,
+    liger: Annotated[
+        bool, typer.Option("--liger", help="Liger's fused losses, where installed.", rich_help_panel=SCHEDULE)
+    ] = False,
     seed: Seed = 0,
     save_every: SaveEvery = 0,
     keep: Keep = 2,
@@ -554,6 +557,7 @@ def uptrain(
         attention_tokens=attention_tokens,
         train=train,
         lora_rank=lora_rank,
+        liger=liger,
     )
     schedule = Schedule(
         tokens=tokens,

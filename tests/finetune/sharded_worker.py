@@ -1,4 +1,4 @@
-"""One of two processes: student and teacher sharded with FSDP2, their losses and gradients against those of one process."""
+"""One of two processes: student and teacher sharded with FSDP2, against losses and gradients of one process."""
 
 import copy
 import sys

@@ -188,6 +188,23 @@ def test_heads_of_other_classes_are_known_or_refused(softcap):
         check_head(Odd(LlamaConfig(**small)).eval())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", [{"lm": 1.0}, {"kl": 1.0}, {"kl": 0.5, "lm": 0.5}], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_ligers_kernels_give_the_same(weights, autocast):
+    pytest.importorskip("liger_kernel")
+    student, teacher = decoder(1, logit_scale=0.5).float().cuda(), decoder(4, logit_scale=0.5).float().cuda()
+    twin = copy.deepcopy(student)
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        ours = run(Objective(weights, teacher, liger=True), student, inputs, count=21.0)["loss"]
+        theirs = run(Objective(weights, teacher), twin, inputs, count=21.0)["loss"]
+    bound = 3e-2 if autocast else 1e-3
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+    for (name, p), q in zip(student.named_parameters(), twin.parameters()):
+        assert (p.grad - q.grad).norm() <= bound * 3 * q.grad.norm(), name
+
+
 def test_what_cannot_be_compared_is_said():
     with pytest.raises(ConversionError, match="needs a teacher"):
         Objective({"kl": 1.0})

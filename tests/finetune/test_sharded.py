@@ -1,4 +1,4 @@
-"""Student and teacher sharded over processes (FSDP2), as `accelerate launch` with finetune/accelerate/fsdp2.yaml does."""
+"""Student and teacher sharded over processes (FSDP2), as accelerate does with finetune/accelerate/fsdp2.yaml."""
 
 import os
 import subprocess

@@ -330,6 +330,7 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
         (["--tokens", "500", "--teacher", "none", "--loss", "kl"], "needs a teacher"),
         (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
         (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
+        (["--tokens", "500", "--liger"], "needs a CUDA device"),
         (["--tokens", "500", "--batch-tokens", "10000000"], "a step takes"),
         (["--tokens", "500", "--micro-batch", "3", "--sequence-length", "16", "--batch-tokens", "128"], "must divide"),
     ],
