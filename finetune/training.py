@@ -383,7 +383,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         options = json.loads(json.dumps(options, default=str))
         path = directory / OPTIONS_FILE
-        if path.is_file():
+        if path.is_file() and any(directory.glob("*/*/trainer_state.json")):
             before = json.loads(path.read_text())
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
             if changed:
@@ -393,8 +393,11 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
                     "again with --restart"
                 )
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(options, indent=2) + "\n")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(options, indent=2) + "\n")
+        except OSError as error:
+            raise ConversionError(f"{directory} cannot be written: {error}") from error
 
 
 def operations_per_token(model: nn.Module, teacher: nn.Module | None, length: int) -> float:

@@ -135,12 +135,12 @@ def uptrain(
     check(what, schedule, config)
     begin(job, {"student": str(source.resolve()), **asdict(what), **as_options(schedule)}, restart)
 
-    rows, validation, collate = examples(source, config, what, schedule)
     tuned = load(source, config, torch.float32)
     tuned.config.use_cache = False
     teacher = None
     if what.teacher is not None:
         teacher = load_teacher(what.teacher, tuned, job / "teacher")
+    rows, validation, collate = examples(source, config, what, schedule)
     logs: dict[str, list[dict[str, float]]] = {}
     if what.attention_tokens:
         tuned, logs["attention"] = attention_stage(job, tuned, teacher, what, schedule, rows, collate, validation)
@@ -220,12 +220,16 @@ def load_teacher(name: str, student: PreTrainedModel, directory: Path) -> PreTra
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with processes().main_process_first():
-        if own:
+        try:
             description = inspect(name)
-            if not description["family"].startswith("mqa"):
-                if not (directory / "config.json").is_file():
-                    convert(name, directory, kv_heads=description["num_key_value_heads"], overwrite=True)
-                name = str(directory)
+        except ConversionError as error:
+            raise ConversionError(
+                f"the teacher {name} cannot be had; say where it is with --teacher. {error}"
+            ) from error
+        if own and not description["family"].startswith("mqa"):
+            if not (directory / "config.json").is_file():
+                convert(name, directory, kv_heads=description["num_key_value_heads"], overwrite=True)
+            name = str(directory)
     return load(name, AutoConfig.from_pretrained(name), dtype)
 
 

@@ -228,14 +228,19 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
 
 
 def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
+    plain = training.LossTrainer.training_step
+
     def stop(self, *args, **kwargs):
-        raise KeyboardInterrupt
+        if self.state.global_step == last:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
 
     monkeypatch.setattr(training.LossTrainer, "training_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+    for last in (0, 3):
+        with pytest.raises(KeyboardInterrupt):
+            uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=(last + 1) * 1e-3))
     monkeypatch.undo()
-    with pytest.raises(ConversionError, match=r"learning_rate was 0.003 and is 0.001.*--restart"):
+    with pytest.raises(ConversionError, match=r"learning_rate was 0.004 and is 0.001.*--restart"):
         uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3))
     report = uptrain(
         home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True
