@@ -16,16 +16,16 @@ HEADING = "## Training after the conversion"
 def curves(report: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """By loss, "training" and "validation" as points (tokens, value), over all phases."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    options = report["options"]
-    size = max(1, options["batch_tokens"] // options["sequence_length"]) * options["sequence_length"]
-    begun = 0
+    steps = sum(max((int(line["step"]) for line in lines), default=0) for lines in report["log"].values())
+    size = report["tokens"] / max(steps, 1)
+    begun = 0.0
     for lines in report["log"].values():
         for line in lines:
             for name in UNITS:
                 for key, kind in ((name, "training"), (f"eval_{name}", "validation")):
                     if key in line:
                         points = found.setdefault(name, {"training": [], "validation": []})[kind]
-                        points.append((begun + int(line["step"]) * size, line[key]))
+                        points.append((round(begun + int(line["step"]) * size), line[key]))
         begun += max((int(line["step"]) for line in lines), default=0) * size
     return found
 

@@ -71,9 +71,16 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
 
     Columns may also be languages of "translation", as the Hub's data sets of translations have them.
     """
+    import datasets
+
     known = column_names(rows)
     if "translation" in known and len(columns) == 2:
         one, other = columns
+        languages = list(next(iter(rows), {"translation": {}})["translation"])
+        if not set(columns) <= set(languages):
+            raise ConversionError(
+                f"--dataset {source} has translations in {', '.join(languages)}, not {one} and {other}"
+            )
         rows = rows.map(
             lambda row: {"source": row["translation"][one], "target": row["translation"][other]}, remove_columns=known
         )
@@ -88,6 +95,7 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
         rows = rows if old == new else rows.rename_column(old, new)
+        rows = rows.cast_column(new, datasets.Value("string"))  # so that parts of a mixture are alike
     return rows
 
 
@@ -120,7 +128,7 @@ def mixture(parts: Sequence[Part], columns: Sequence[str] = (), streaming: bool 
 
 def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
     for batch in rows.iter(batch_size=BATCH):
-        yield batch[column]
+        yield [text for text in batch[column] if text]  # none where a row has none
 
 
 def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[dict[str, np.ndarray]]:
@@ -134,7 +142,10 @@ def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[
     ids, starts = np.empty(0, np.int32), np.empty(0, bool)
     index = np.arange(length)
     for batch in texts:
-        pieces = [np.array(piece + end, np.int32) for piece in tokenizer(batch, verbose=False).input_ids]
+        if not batch:
+            continue
+        found = tokenizer(batch, verbose=False).input_ids
+        pieces = [np.array(words if words[-1:] == end else words + end, np.int32) for words in found]
         first = [np.arange(len(piece)) == 0 for piece in pieces]
         ids, starts = np.concatenate([ids, *pieces]), np.concatenate([starts, *first])
         while len(ids) >= length:
@@ -156,8 +167,11 @@ def paired(
     if "target" in names:
         options = {"truncation": True, "max_length": length, "verbose": False}
         for batch in rows.iter(batch_size=BATCH):
-            sources = tokenizer(batch["source"], **options).input_ids
-            targets = tokenizer(text_target=batch["target"], **options).input_ids
+            both = [(one, other) for one, other in zip(batch["source"], batch["target"]) if one and other]
+            if not both:
+                continue
+            sources = tokenizer([one for one, _ in both], **options).input_ids
+            targets = tokenizer(text_target=[other for _, other in both], **options).input_ids
             yield from (
                 {"input_ids": one, "labels": other}
                 for one, other in zip(sources, targets)
@@ -210,6 +224,9 @@ def training_rows(
 
     opened = mixture(parts, columns, streaming, seed)  # here, so that what is wrong with it is said as it is
 
+    nothing = f"{', '.join(part.source for part in parts)}: no row of {length} tokens in the text; add text or lower "
+    nothing += "--sequence-length"
+
     def once(turn: int) -> Iterator[dict[str, Any]]:
         rows = mixture(parts, columns, streaming, seed + turn) if turn else opened
         if pairs:
@@ -218,10 +235,14 @@ def training_rows(
             yield from packed(batches(rows), tokenizer, length)
 
     def endless() -> Iterator[dict[str, Any]]:
-        turn = 0
-        while True:
-            yield from once(turn)
+        turn, some = 0, True
+        while some:
+            some = False
+            for row in once(turn):
+                some = True
+                yield row
             turn += 1
+        raise ConversionError(nothing)
 
     def first() -> Iterator[dict[str, Any]]:
         for i, row in enumerate(once(0)):
@@ -236,6 +257,8 @@ def training_rows(
     made_of = (known, vocabulary, tokenizer.eos_token_id, length, count, list(columns), pairs, seed, "1")
     numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
     names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
+    if count < 1 or next(iter(first()), None) is None:
+        raise ConversionError(nothing)
     rows = datasets.Dataset.from_generator(
         first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
     )
@@ -261,14 +284,15 @@ def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class CollatePairs:
-    """[B, S] and [B, T] of pairs, padded on the right to a multiple of 8."""
+    """[B, S] and [B, T] of pairs, padded on the right to a multiple of 8; to `length` where batches must be alike."""
 
     pad: int
     start: int
+    length: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         def padded(side: list[list[int]], value: int) -> torch.Tensor:
-            length = -(-max(map(len, side)) // 8) * 8
+            length = self.length or -(-max(map(len, side)) // 8) * 8
             return torch.tensor([list(row) + [value] * (length - len(row)) for row in side])
 
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])

@@ -121,8 +121,8 @@ class Objective:
     lm         | cross-entropy of the next token, nats
     kl         | KL(teacher ‖ student) of the next token's distribution at temperature 1, nats (arXiv 1503.02531)
     hidden     | 1 - cosine of the hidden states after each layer, mean over layers (as DistilBERT, arXiv 1910.01108)
-    attention  | relative squared error of each attention layer's output, where it is given the teacher's input; mean
-               | over layers. Alone, this trains attention layers only, each by itself.
+    attention  | relative squared error of each attention layer's output at a token, where it is given the teacher's
+               | input; mean over layers. It stands alone, and trains attention layers, each by itself.
 
     Args:
         weights: of the losses that count.
@@ -144,6 +144,11 @@ class Objective:
             raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
         if set(self.weights) - {"lm"} and self.teacher is None:
             raise ConversionError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
+        if self.layerwise and len(self.weights) > 1:
+            raise ConversionError(
+                "--loss attention gives each layer the teacher's input, where no other loss means anything; it stands "
+                "alone, or comes first with --attention-tokens"
+            )
         if self.liger:
             check_liger()
 
@@ -247,9 +252,9 @@ class Objective:
             pairs = list(zip(hidden_states(outputs), taught["states"], strict=True))
             away = [1 - F.cosine_similarity(s.float(), t.float(), dim=-1) for s, t in pairs]
             losses["hidden"] = (torch.stack(away).mean(0) * counted).sum()
-        if not self.layerwise or set(self.weights) & {"lm", "kl"} or not torch.is_grad_enabled():
+        if not self.layerwise or not torch.is_grad_enabled():
             losses["lm"], losses["kl"] = self.token_losses(model, outputs.last_hidden_state, labels, taught)
-        self._seen, self._given = {}, {}
+        self._seen = {}  # what is given stays: checkpointed layers run once more in the backward pass
         total = sum((self.weights[name] * losses[name] for name in self.weights), zero)
         sums = torch.stack([*(losses[name].detach() for name in LOSSES), counted.sum().float()])
         return {"loss": total / count, "sums": sums}
@@ -321,9 +326,9 @@ class Objective:
             target = self._given[name][2].float()
             encoder = source_mask is not None and ".encoder." in f".{name}"
             weight = source_mask.float() if encoder and source_mask is not None else counted.float()
-            error = ((y.float() - target).square().sum(-1) * weight).sum()
-            energy = (target.square().sum(-1) * weight).sum() / weight.sum().clamp_min(1)
-            errors.append(error / energy.clamp_min(1e-20) * (counted.sum() / weight.sum().clamp_min(1)))
+            # Token by token: no number here depends on what else is in the batch.
+            error = (y.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
+            errors.append((error * weight).sum() * (counted.sum() / weight.sum().clamp_min(1)))
         return torch.stack(errors).mean()
 
 

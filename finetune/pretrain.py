@@ -38,12 +38,11 @@ from mqa_hf.conversion.converter import RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.source import read_json
 
 from .data import CollatePairs, Part, collate_packed, mixture, training_rows
 from .losses import Objective
 from .training import Schedule, as_options, begin, processes, train
-from .uptrain import load
+from .uptrain import load, row_tokens, stamps
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
@@ -93,17 +92,23 @@ def train_tokenizer(texts: Iterable[str], size: int, pairs: bool = False) -> Pre
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=pad)
 
 
+def configuration(fields: dict[str, Any]) -> PreTrainedConfig:
+    """What `--config` says; raises ConversionError where that is no configuration."""
+    try:
+        return AutoConfig.for_model(**copy.deepcopy(fields))
+    except Exception as error:  # whatever the checks of a configuration raise
+        raise ConversionError(f"--config is no configuration: {error}") from error
+
+
 def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model with random weights in the class of its `model_type`, with an encoder in this package's class."""
-    fields = copy.deepcopy(fields)
-    try:
-        config: PreTrainedConfig = AutoConfig.for_model(**fields)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(f"--config {fields} is no configuration: {error}") from error
+    config = configuration(fields)
     if not config.is_encoder_decoder:
         end = tokenizer.eos_token_id
         known = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "vocab_size": len(tokenizer)}
-        config = AutoConfig.for_model(**{**known, **fields})
+        config = configuration({**known, **fields})
+        if config.vocab_size < len(tokenizer):
+            raise ConversionError(f"--config has vocab_size {config.vocab_size}, and the tokenizer {len(tokenizer)}")
         return AutoModelForCausalLM.from_config(config)
     if not config.model_type.startswith("mqa"):
         config = canonical_config(config, fields)
@@ -182,14 +187,15 @@ def pretrain(
     if not replaced:
         target = resolve_output(output, Path(what.dataset[0].source), False)
     job = target.with_name(f".{target.name}.pretrain")
-    begin(job, {**asdict(what), **as_options(schedule)}, restart)
+    pairs = bool(configuration(what.config).is_encoder_decoder)
+    files = stamps([part.source for part in what.dataset])
+    begin(job, {"files": files, **asdict(what), **as_options(schedule)}, restart)
 
-    pairs = bool(AutoConfig.for_model(**copy.deepcopy(what.config)).is_encoder_decoder)
     with state.main_process_first():
         tokenizer = find_tokenizer(what, job / "tokenizer", pairs, schedule.seed)
         common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
         length = schedule.sequence_length
-        wanted = schedule.steps * schedule.rows
+        wanted = schedule.tokens if pairs else schedule.steps * schedule.rows
         rows = training_rows(what.dataset, tokenizer, length, wanted, streaming=what.streaming, **common)
         validation = None
         if what.validation is not None:
@@ -201,7 +207,8 @@ def pretrain(
     set_seed(schedule.seed)
     model = build(fields, tokenizer)
     pad = tokenizer.pad_token_id
-    collate = CollatePairs(pad, pad) if pairs else collate_packed
+    collate: Any = CollatePairs(pad, pad, length if what.streaming else None) if pairs else collate_packed
+    schedule = row_tokens(rows, schedule) if pairs else schedule
     log = train("pretraining", model, Objective({"lm": 1.0}), schedule, rows, collate, job / "main", validation)
 
     measured = [line["eval_lm"] for line in log if "eval_lm" in line]
@@ -209,7 +216,7 @@ def pretrain(
         "options": {**asdict(what), **as_options(schedule)},
         "config": fields,
         "parameters": model.num_parameters(),
-        "tokens": schedule.steps * schedule.rows * length,
+        "tokens": round(schedule.steps * schedule.step_tokens),
         "loss": measured[-1] if measured else None,
         "log": log,
     }
@@ -223,6 +230,8 @@ def pretrain(
             for name in RUNTIME_FILES.get(type(trained).__name__, ()):
                 shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
             tokenizer.save_pretrained(partial)
+            if (job / "main" / "runs").is_dir():
+                shutil.copytree(job / "main" / "runs", partial / "runs")
             (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         with suppress(OSError):
             shutil.rmtree(job)
@@ -250,8 +259,8 @@ def read_config(text: str) -> dict[str, Any]:
 
     if text in SHAPES:
         return dict(SHAPES[text])
-    if Path(text).is_file():
-        return read_json(Path(text))
+    if not text.lstrip().startswith(("{", "[")) and Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8")
     try:
         found = json.loads(text)
     except ValueError as error:

@@ -51,30 +51,37 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def flags(options: dict[str, Any] | None) -> list[str]:
-    """Options of a command as words: `true` is a flag, `false` its negation, a list the same option many times."""
+def flags(options: dict[str, Any] | None, command: Any) -> list[str]:
+    """Options of a command as words: `true` is a flag, `false` its negation where there is one, a list the same option
+    many times, or its parts with commas between them."""
+    known = {option: parameter for parameter in command.params for option in parameter.opts}
     words: list[str] = []
     for name, value in (options or {}).items():
         flag = "--" + str(name).replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
+        parameter = known.get(flag)
+        if value is True:
+            words.append(flag)
+        elif value is False:
+            words += [] if parameter is None else list(parameter.secondary_opts)
+        elif isinstance(value, list) and not (parameter is not None and parameter.multiple):
+            words += [flag, ",".join(map(str, value))]
         else:
             for item in value if isinstance(value, list) else [value]:
                 words += [flag, str(item)]
     return words
 
 
-def commands(recipe: dict[str, Any]) -> dict[str, list[str]]:
-    """The words of each step's command, in order."""
+def commands(recipe: dict[str, Any], known: dict[str, Any]) -> dict[str, list[str]]:
+    """The words of each step's command, in order; `known` are the commands."""
     output, source = Path(recipe["output"]), str(recipe["source"])
     converted, trained = str(output / "converted"), str(output / "trained")
-    found = {"convert": ["convert", source, converted, *flags(recipe["convert"])]}
+    found = {"convert": ["convert", source, converted, *flags(recipe["convert"], known["convert"])]}
     results = [source, converted]
     if "uptrain" in recipe:
-        found["uptrain"] = ["uptrain", converted, trained, *flags(recipe["uptrain"])]
+        found["uptrain"] = ["uptrain", converted, trained, *flags(recipe["uptrain"], known["uptrain"])]
         results.append(trained)
     if "evaluate" in recipe:
-        words = ["--output", str(output / STEPS["evaluate"]), *flags(recipe["evaluate"])]
+        words = ["--output", str(output / STEPS["evaluate"]), *flags(recipe["evaluate"], known["evaluate"])]
         found["evaluate"] = ["evaluate", *results, *words]
     return found
 
@@ -95,12 +102,14 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     from mqa_hf.eval.loss import app as loss
 
     recipe = read_recipe(path)
+    main: Any = get_command(app)
+    known = {**main.commands, "evaluate": get_command(loss)}
     output = Path(recipe["output"])
     record = output / DONE
     done = json.loads(record.read_text()) if record.is_file() else {}
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     again = False
-    for step, words in commands(recipe).items():
+    for step, words in commands(recipe, known).items():
         there = (output / STEPS[step]).is_file()
         if there and done.get(step) == words and not again:
             console.print(f"{step}: done before")
@@ -112,7 +121,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
             )
         console.print(f"{step}: mqa-hf {' '.join(words)}" if step != "evaluate" else f"{step}: {' '.join(words[1:])}")
         more = ["--overwrite"] if there and step != "evaluate" else []
-        command, given = (get_command(loss), words[1:]) if step == "evaluate" else (get_command(app), [*words, *more])
+        command, given = (known[step], words[1:]) if step == "evaluate" else (main, [*words, *more])
         try:
             command(given, standalone_mode=False)
         except Exception as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ OPTIONS_FILE = "options.json"
 
 def processes() -> PartialState:
     """What this process is among those of the job; on a CPU too, which accelerate has to be told."""
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # One process may tokenise or convert for long while the others wait.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Schedule:
     Attributes:
         tokens: to train on (of the decoder), in whole steps.
         sequence_length: of a row.
-        batch_tokens: of a step, on all processes and over gradient accumulation; rounded to whole rows.
+        batch_tokens: of a step, on all processes and over gradient accumulation; rounded to whole rows. Pairs count
+            as `sequence_length` each here.
         micro_batch: rows at once on a process. Default: all of a step's, as many as 16,384 tokens at most.
         learning_rate: at its peak, of AdamW (0.9, 0.95); down to a tenth along a cosine.
         warmup: share of the steps.
@@ -70,6 +73,7 @@ class Schedule:
         seed: of the order of rows, and of dropout.
         workers: processes that read data.
         report_to: `tensorboard`, `wandb`, both or `none`. Default: which are installed.
+        row_tokens: that a row predicts in the mean. Default: `sequence_length`, as packed rows do.
     """
 
     tokens: int
@@ -89,6 +93,14 @@ class Schedule:
     seed: int = 0
     workers: int | None = None
     report_to: str | None = None
+    row_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConversionError(f"--learning-rate must be above 0; got {self.learning_rate:g}")
+        unknown = set((self.report_to or "none").split(",")) - {"tensorboard", "wandb", "none"}
+        if unknown:
+            raise ConversionError(f"--report-to takes tensorboard, wandb and none; got {self.report_to!r}")
 
     @property
     def rows(self) -> int:
@@ -97,7 +109,11 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.tokens / (self.rows * self.sequence_length))
+        return math.ceil(self.tokens / self.step_tokens)
+
+    @property
+    def step_tokens(self) -> float:
+        return self.rows * (self.row_tokens or self.sequence_length)
 
     def split(self, count: int) -> tuple[int, int]:
         """Rows at once on a process, and how often before a step.
@@ -130,7 +146,7 @@ class Schedule:
         ]
         workers = self.workers if self.workers is not None else (4 if gpu else 0)
         checkpointing: dict[str, Any] = {CHECKPOINTING: True} if self.gradient_checkpointing else {}
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(directory),
             max_steps=self.steps,
             use_cpu=not torch.accelerator.is_available(),
@@ -164,6 +180,10 @@ class Schedule:
             disable_tqdm=True,
             seed=self.seed,
         )
+        # Several GPUs are for several processes (accelerate launch); Trainer would put copies on all of them.
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1
+        return arguments
 
 
 class Progress(TrainerCallback):
@@ -185,7 +205,7 @@ class Progress(TrainerCallback):
         done = state.global_step - self.first
         if not state.is_world_process_zero or logs is None or not ("loss" in logs or "eval_lm" in logs):
             return
-        size = self.schedule.rows * self.schedule.sequence_length
+        size = self.schedule.step_tokens
         words = [f"{self.name} {state.global_step}/{state.max_steps}"]
         words += [
             f"{name} {logs[name]:.4g}"
@@ -194,7 +214,7 @@ class Progress(TrainerCallback):
         ]
         if "loss" in logs and done > 0:
             rate = done * size / max(time.monotonic() - self.start, 1e-9)
-            words.append(f"{state.global_step * size:,} tokens, {rate:,.0f}/s")
+            words.append(f"{state.global_step * size:,.0f} tokens, {rate:,.0f}/s")
             if self.peak:
                 share = rate * self.operations / (self.peak * args.world_size)
                 words.append(f"MFU {share:.0%}")
@@ -383,8 +403,9 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         options = json.loads(json.dumps(options, default=str))
         path = directory / OPTIONS_FILE
-        if path.is_file() and any(directory.glob("*/*/trainer_state.json")):
-            before = json.loads(path.read_text())
+        before = json.loads(path.read_text()) if path.is_file() else {}
+        gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
+        if gone_far:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
             if changed:
                 said = ", ".join(f"{n} was {before.get(n)!r} and is {options.get(n)!r}" for n in changed)
@@ -393,6 +414,8 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
                     "again with --restart"
                 )
             return
+        if before != options:
+            shutil.rmtree(directory, ignore_errors=True)  # a tokenizer or a teacher of other options
         try:
             directory.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(options, indent=2) + "\n")
@@ -489,5 +512,5 @@ def in_order(rows: Any, schedule: Schedule) -> Any:
 def as_options(schedule: Schedule) -> dict[str, Any]:
     """What decides the result; how often it is logged, kept and shown does not."""
     said = asdict(schedule)
-    shown = {"keep", "log_every", "report_to", "workers", "save_every"}
+    shown = {"keep", "log_every", "report_to", "workers", "save_every", "row_tokens"}
     return {f.name: said[f.name] for f in fields(schedule) if f.name not in shown}

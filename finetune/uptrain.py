@@ -10,6 +10,7 @@ are the same on one process and on many. The job keeps its checkpoints in `.OUTP
 from the last one when the same command is given again, and removes them once OUTPUT is whole.
 """
 
+import itertools
 import json
 import math
 import shutil
@@ -21,17 +22,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.utils import logging
 
 from mqa_hf.conversion import convert, inspect
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import resolve_output, written_beside
 from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
-from mqa_hf.conversion.text import source_tokenizer
 
 from .card import add_training_section
-from .data import CollatePairs, Part, collate_packed, training_rows
+from .data import CollatePairs, Part, collate_packed, stamp, training_rows
 from .losses import LOSSES, Objective, attention_names, check_liger, core
 from .training import Schedule, as_options, begin, processes, train
 
@@ -50,7 +57,7 @@ class Uptraining:
         columns: that hold the text; two for translation.
         streaming: whether it is fetched on the way.
         validation: data set that the losses are measured on, its first `validation_tokens`.
-        teacher: directory or hub id of the original; `None`: none.
+        teacher, teacher_revision: directory or hub id of the original; `None`: none.
         losses: weights, see [`Objective`].
         attention_tokens: of a first stage that fits each attention layer to the teacher's.
         train: all, attention or lora.
@@ -64,6 +71,7 @@ class Uptraining:
     validation: str | None = None
     validation_tokens: int = 131_072
     teacher: str | None = None
+    teacher_revision: str | None = None
     losses: tuple[tuple[str, float], ...] = (("lm", 1.0),)
     attention_tokens: int = 0
     train: str = "all"
@@ -91,10 +99,10 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def load(directory: str | Path, config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def load(directory: str | Path, config: Any, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
     """A checkpoint with its head, in the class that it names."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(directory, dtype=dtype)
+    return auto.from_pretrained(directory, dtype=dtype, revision=revision)
 
 
 def uptrain(
@@ -133,14 +141,20 @@ def uptrain(
     job = target.with_name(f".{target.name}.uptrain")
     config = AutoConfig.from_pretrained(source)
     check(what, schedule, config)
-    begin(job, {"student": str(source.resolve()), **asdict(what), **as_options(schedule)}, restart)
+    files = [source, *([] if what.teacher is None else [what.teacher]), *(part.source for part in what.dataset)]
+    begin(
+        job,
+        {"student": str(source.resolve()), "files": stamps(files), **asdict(what), **as_options(schedule)},
+        restart,
+    )
 
     tuned = load(source, config, torch.float32)
     tuned.config.use_cache = False
     teacher = None
     if what.teacher is not None:
-        teacher = load_teacher(what.teacher, tuned, job / "teacher")
-    rows, validation, collate = examples(source, config, what, schedule)
+        teacher = load_teacher(what.teacher, what.teacher_revision, source, tuned, job / "teacher")
+    rows, validation, collate, schedule = examples(source, config, what, schedule)
+    set_seed(schedule.seed)  # adapters begin at random
     logs: dict[str, list[dict[str, float]]] = {}
     if what.attention_tokens:
         tuned, logs["attention"] = attention_stage(job, tuned, teacher, what, schedule, rows, collate, validation)
@@ -149,6 +163,8 @@ def uptrain(
     main = schedule
     if what.attention_tokens:
         main = replace(schedule, tokens=schedule.tokens - what.attention_tokens, seed=schedule.seed + 1)
+        if what.streaming:  # other rows than the first stage's
+            rows = examples(source, config, what, main)[0]
     logs["main"] = train("uptraining", trained, objective, main, rows, collate, job / "main", validation)
 
     report = describe(source, what, schedule, logs, command)
@@ -169,6 +185,10 @@ def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
             raise ConversionError("--train lora needs PEFT: pip install 'mqa-hf[training]'") from error
     if what.liger:
         check_liger()
+    if "attention" in dict(what.losses) and what.train == "lora":
+        raise ConversionError(
+            "--loss attention trains attention layers themselves; with --train lora use --attention-tokens"
+        )
     if schedule.tokens <= what.attention_tokens:
         raise ConversionError(
             f"--attention-tokens {what.attention_tokens:,} must be fewer than all tokens, {schedule.tokens:,}"
@@ -188,14 +208,46 @@ def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
         )
 
 
-def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) -> tuple[Any, Any, Any]:
-    """Training rows, validation rows, and how they become batches."""
-    tokenizer = source_tokenizer(source)
+def stamps(files: list[Any]) -> list[Any]:
+    """What tells of each file, and of each checkpoint's configuration and weights, whether it is still the same."""
+    found = []
+    for path in map(Path, files):
+        parts = (
+            sorted(p for p in path.glob("*") if p.suffix in (".json", ".safetensors", ".bin"))
+            if path.is_dir()
+            else [path]
+        )
+        found += [list(stamp(str(p))) for p in parts]
+    return found
+
+
+def tokenizer_of(directory: Path, size: int) -> Any:
+    """The tokenizer of a checkpoint whose model has `size` words."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # whatever tokenizers raise for files that are none
+        raise ConversionError(f"{directory} has no tokenizer that can be loaded: {error}") from error
+    if len(tokenizer) > size:
+        raise ConversionError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
+    return tokenizer
+
+
+def row_tokens(rows: Any, schedule: Schedule) -> Schedule:
+    """The schedule for pairs, of which only what the decoder writes is counted: the mean of the first 1,000."""
+    lengths = [len(row["labels"]) for row in itertools.islice(iter(rows), 1000)]
+    return replace(schedule, row_tokens=sum(lengths) / len(lengths))
+
+
+def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) -> tuple[Any, Any, Any, Schedule]:
+    """Training rows, validation rows, how they become batches, and the schedule with what a row is."""
+    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
     pairs = bool(config.is_encoder_decoder)
     common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
     rows_of_length = math.ceil(what.validation_tokens / schedule.sequence_length)
     with processes().main_process_first():
-        wanted = schedule.steps * schedule.rows
+        wanted = (
+            schedule.tokens if pairs else schedule.steps * schedule.rows
+        )  # of pairs, all that there may be use for
         rows = training_rows(
             what.dataset, tokenizer, schedule.sequence_length, wanted, streaming=what.streaming, **common
         )
@@ -208,11 +260,15 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
                     f"--validation {what.validation} gives no row of {schedule.sequence_length} tokens"
                 )
     if pairs:
-        return rows, validation, CollatePairs(config.pad_token_id, config.decoder_start_token_id)
-    return rows, validation, collate_packed
+        fixed = schedule.sequence_length if what.streaming else None
+        collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed)
+        return rows, validation, collate, row_tokens(rows, schedule)
+    return rows, validation, collate_packed, schedule
 
 
-def load_teacher(name: str, student: PreTrainedModel, directory: Path) -> PreTrainedModel:
+def load_teacher(
+    name: str, revision: str | None, source: Path, student: PreTrainedModel, directory: Path
+) -> PreTrainedModel:
     """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
 
     A checkpoint of another class is converted with all its heads, which changes nothing but names, to `directory`.
@@ -221,20 +277,28 @@ def load_teacher(name: str, student: PreTrainedModel, directory: Path) -> PreTra
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with processes().main_process_first():
         try:
-            description = inspect(name)
+            description = inspect(name, revision=revision)
         except ConversionError as error:
             raise ConversionError(
                 f"the teacher {name} cannot be had; say where it is with --teacher. {error}"
             ) from error
         if own and not description["family"].startswith("mqa"):
             if not (directory / "config.json").is_file():
-                convert(name, directory, kv_heads=description["num_key_value_heads"], overwrite=True)
-            name = str(directory)
-    return load(name, AutoConfig.from_pretrained(name), dtype)
+                heads = description["num_key_value_heads"]
+                convert(name, directory, kv_heads=heads, revision=revision, overwrite=True)
+            name, revision = str(directory), None
+        words = [AutoTokenizer.from_pretrained(*given).get_vocab() for given in ((source,), (name,))]
+        if words[0] != words[1]:
+            raise ConversionError(
+                f"the teacher {name} has another tokenizer than the student; it must be the original"
+            )
+    return load(name, AutoConfig.from_pretrained(name, revision=revision), dtype, revision)
 
 
 def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, what: Uptraining) -> nn.Module:
     """Freeze what is not trained; with LoRA, put adapters on every linear layer of the stack."""
+    if "attention" in dict(what.losses):
+        return only_attention(model, teacher)
     if what.train == "all":
         return model.requires_grad_(True)
     if what.train == "lora":
@@ -288,7 +352,7 @@ def describe(
     return {
         "student": str(source),
         "options": {**asdict(what), **as_options(schedule)},
-        "tokens": schedule.steps * schedule.rows * schedule.sequence_length,
+        "tokens": round(schedule.steps * schedule.step_tokens),
         "validation": {"before": losses(measured[0]), "after": losses(measured[-1])} if measured else None,
         "log": logs,
         "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "accelerate", "datasets")},
@@ -322,6 +386,8 @@ def finish(
         model.save_pretrained(partial)
         for name, content in settings.items():
             (partial / name).write_bytes(content)  # as the student has them; shards' index is not among them
+        for logs in job.glob("*/runs"):
+            shutil.copytree(logs, partial / "runs" / logs.parent.name)
         (partial / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n")
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
@@ -330,10 +396,11 @@ def finish(
         shutil.rmtree(job)
 
 
-def original_of(student: Path) -> str | None:
-    """The source that `conversion.json` names."""
+def original_of(student: Path) -> tuple[str | None, str | None]:
+    """The source that `conversion.json` names, and its revision."""
     path = student / REPORT_FILE
-    return read_json(path).get("source") if path.is_file() else None
+    said = read_json(path) if path.is_file() else {}
+    return said.get("source"), said.get("revision")
 
 
 if __name__ == "__main__":

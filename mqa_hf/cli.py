@@ -355,7 +355,7 @@ ReportTo = Annotated[
     str | None,
     typer.Option(help="tensorboard, wandb, both, or none. Default: which are installed.", rich_help_panel=LOGS),
 ]
-Workers = Annotated[int | None, typer.Option(help="Processes that read data.", rich_help_panel=LOGS)]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read data.", rich_help_panel=LOGS)]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Begin again where an unfinished run lies.", rich_help_panel=OUTPUT)
 ]
@@ -540,8 +540,9 @@ def uptrain(
         tokens = max(1, round((alpha or 0) * (pretraining_tokens or 0)))
     if not (Path(student) / "config.json").is_file():
         raise ConversionError(f"{student} is no checkpoint: it has no config.json")
+    teacher_revision = None
     if teacher is None:
-        teacher = original_of(Path(student))
+        teacher, teacher_revision = original_of(Path(student))
     elif teacher == "none":
         teacher = None
     config = AutoConfig.from_pretrained(student)
@@ -553,6 +554,7 @@ def uptrain(
         validation=validation,
         validation_tokens=validation_tokens,
         teacher=teacher,
+        teacher_revision=teacher_revision,
         losses=parse_losses(loss or ("lm" if teacher is None else "kl")),
         attention_tokens=attention_tokens,
         train=train,

@@ -65,14 +65,12 @@ def main():
         got = step(student, objective.teacher, {"input_ids": ids[ours], "labels": labels[ours]}, 36.0 / 2)
     sums = got["sums"].clone()
     dist.all_reduce(sums)
-    torch.testing.assert_close(sums[:3], expected["sums"][:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums, expected["sums"], rtol=1e-4, atol=1e-4)
     for (name, p), q in zip(student.named_parameters(), twin.parameters()):
         if q.grad is None:
             continue
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        if "attention" not in weights:  # its unit is each process's own energy
-            torch.testing.assert_close(grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        assert torch.isfinite(grad).all()
+        torch.testing.assert_close(grad, q.grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     dist.barrier()
     dist.destroy_process_group()
 

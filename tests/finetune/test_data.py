@@ -1,5 +1,6 @@
 """Mixtures, packing and pairs."""
 
+import itertools
 import json
 
 import numpy as np
@@ -99,6 +100,24 @@ def test_pairs_are_padded_and_shifted(tmp_path, tokenizer):
         assert ids[mask.bool()].tolist() == row["input_ids"]
         assert labels[labels != IGNORED].tolist() == row["labels"]
         assert written[: len(row["labels"])].tolist() == [1, *row["labels"][:-1]]
+
+
+def test_parts_of_a_mixture_may_differ_and_have_gaps(tmp_path, tokenizer):
+    one = write(tmp_path / "one.jsonl", [{"text": "words here"}, {"text": None}] * 20)
+    two = write(tmp_path / "two.jsonl", [{"text": 12345}] * 20)
+    assert len(training_rows((one, two), tokenizer, 8, 10)) == 10
+    both = write(tmp_path / "pairs.jsonl", [{"translation": {"en": "a b c", "de": "d e f"}}] * 5)
+    with pytest.raises(ConversionError, match="translations in en, de, not en and fr"):
+        training_rows((both,), tokenizer, 8, 10, columns=("en", "fr"), pairs=True)
+
+
+def test_texts_that_the_tokenizer_ends_are_ended_once(tmp_path):
+    from mqa_hf.finetune.pretrain import train_tokenizer
+
+    ends = train_tokenizer(["abc def"], 400, pairs=True)
+    row = next(packed(iter([["abc", "def"] * 5]), ends, 12))
+    ids = row["input_ids"].tolist()
+    assert (ends.eos_token_id, ends.eos_token_id) not in itertools.pairwise(ids)
 
 
 def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):

@@ -140,13 +140,28 @@ def test_attention_is_compared_where_both_read_the_teachers_states():
     for name in names:
         args, kwargs, y = caught[name]
         ours = student.get_submodule(name)(*args, **kwargs)[0]
-        errors.append((ours - y)[seen].square().sum() / y[seen].square().sum())
+        errors.append(((ours - y)[seen].square().sum(-1) / y[seen].square().sum(-1)).mean())
     outputs = run(Objective({"attention": 1.0}, teacher), student, inputs, count=21.0)
     torch.testing.assert_close(
         outputs["loss"].detach().double(), torch.stack(errors).mean().detach(), rtol=1e-5, atol=1e-6
     )
     trained = {name.rsplit(".", 2)[0] for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
     assert trained == set(names)
+
+
+@pytest.mark.parametrize("weights", [{"attention": 1.0}, {"kl": 1.0, "hidden": 1.0}], ids=str)
+def test_checkpointed_layers_have_the_same_gradients(weights):
+    student, teacher, inputs = decoder(1), decoder(4), batch()
+    twin = copy.deepcopy(student)
+    run(Objective(weights, teacher), student, inputs)
+    twin.gradient_checkpointing_enable()
+    twin.train()
+    run(Objective(weights, teacher), twin, inputs)
+    for (name, p), q in zip(student.named_parameters(), twin.named_parameters()):
+        if p.grad is None:
+            assert q[1].grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q[1].grad, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_evaluation_of_the_attention_stage_measures_the_model_as_it_is():
@@ -208,6 +223,8 @@ def test_ligers_kernels_give_the_same(weights, autocast):
 def test_what_cannot_be_compared_is_said():
     with pytest.raises(ConversionError, match="needs a teacher"):
         Objective({"kl": 1.0})
+    with pytest.raises(ConversionError, match="stands alone"):
+        Objective({"kl": 1.0, "attention": 1.0}, decoder(4))
     with pytest.raises(ConversionError, match="--loss takes"):
         Objective({"mse": 1.0})
     with pytest.raises(ConversionError, match="differ from its teacher's"):

@@ -98,6 +98,21 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
     assert written[0, 0] == tokenizer.pad_token_id == model.config.decoder_start_token_id
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "nonesuch"}, "is no configuration"),
+        ({**CONFIG, "vocab_size": 10}, "has vocab_size 10, and the tokenizer"),
+        ({**CONFIG, "num_attention_heads": 5}, "is no configuration|divisible|multiple"),
+    ],
+)
+def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
+    what = Pretraining(config=config, dataset=(Part(text),), vocab_size=300)
+    with pytest.raises((ConversionError, ValueError), match=message):
+        pretrain(tmp_path / "out", what, Schedule(tokens=256, **SHORT))
+    assert not (tmp_path / "out").exists()
+
+
 def test_feed_forward_layers_are_widened_to_equal_parameters(tmp_path):
     tokenizer = train_tokenizer(["some text"], 300)
     multi_head = {**CONFIG, "num_key_value_heads": 4}
@@ -115,6 +130,7 @@ def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
     assert read_config(str(tmp_path / "config.json")) == CONFIG
     assert read_config(json.dumps(CONFIG)) == CONFIG
     assert read_config("shazeer-2019")["num_heads"] == 8
+    assert read_config(json.dumps({**CONFIG, "name": "long/" * 100}))["hidden_size"] == 32
     for wrong in ("{", "[]", "nothing"):
         with pytest.raises(ConversionError, match="--config"):
             read_config(wrong)

@@ -6,10 +6,12 @@ import pytest
 import yaml
 from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError
+from mqa_hf.eval.loss import app as loss
 from mqa_hf.finetune import training
 from mqa_hf.finetune.recipe import commands, flags
 
@@ -94,8 +96,17 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
 
 
 def test_options_become_words(recipe):
-    assert flags({"a_b": True, "refit": False, "dataset": ["x", "y"], "n": 3}) == [
-        *("--a-b", "--no-refit", "--dataset", "x", "--dataset", "y", "--n", "3")
+    known = {**get_command(app).commands, "evaluate": get_command(loss)}
+    given = {
+        "compile": True,
+        "streaming": False,
+        "bf16": False,
+        "dataset": ["x", "y"],
+        "columns": ["en", "de"],
+        "keep": 3,
+    }
+    assert flags(given, known["uptrain"]) == [
+        *("--compile", "--no-bf16", "--dataset", "x", "--dataset", "y", "--columns", "en,de", "--keep", "3")
     ]
     del recipe["uptrain"], recipe["evaluate"]
-    assert list(commands(recipe)) == ["convert"]
+    assert list(commands(recipe, known)) == ["convert"]

@@ -248,6 +248,46 @@ def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
     assert report["options"]["learning_rate"] == 1e-3
 
 
+def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "student", tmp_path / "student")
+    plain = training.LossTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+    monkeypatch.undo()
+    convert(home / "source", tmp_path / "student", method="first", dtype="float32", overwrite=True)
+    with pytest.raises(ConversionError, match="other options: files was"):
+        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+
+
+def test_adapters_begin_where_the_seed_says(home, tmp_path):
+    for name in ("one", "other"):
+        uptrain(home / "student", tmp_path / name, what(home, train="lora"), replace(SCHEDULE, tokens=256))
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_logs_for_tensorboard_stay_with_the_result(home, tmp_path):
+    uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, tokens=256, report_to="tensorboard"))
+    assert list((tmp_path / "out" / "runs" / "main").rglob("events.out.tfevents.*"))
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(home, tmp_path):
+    shutil.copytree(home / "source", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"<s>"', '"<begin>"'))
+    settings = tmp_path / "teacher" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"<s>"', '"<begin>"'))
+    with pytest.raises(ConversionError, match="another tokenizer"):
+        uptrain(home / "student", tmp_path / "out", what(home, teacher=str(tmp_path / "teacher")), SCHEDULE)
+
+
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConversionError, match=r"and .* has 1,000 free"):
@@ -303,6 +343,7 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
         tmp_path / "student", tmp_path / "out", options, replace(SCHEDULE, tokens=2048, sequence_length=32)
     )
     assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
+    assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
     with pytest.raises(ConversionError, match="no sentinels"):
         uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
 
@@ -313,6 +354,13 @@ def test_a_stream_is_read_on_the_way(home, tmp_path):
     )
     assert report["tokens"] == 6400
     assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
+
+
+def test_a_stream_without_a_whole_row_ends(home, tmp_path):
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "few"}) + "\n" + json.dumps({"text": None}) + "\n")
+    options = what(home, streaming=True, dataset=(Part(str(tmp_path / "short.jsonl")),))
+    with pytest.raises(ConversionError, match="no row of 16 tokens"):
+        uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
 
 
 def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
@@ -335,13 +383,19 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
         (["--tokens", "500", "--teacher", "none", "--loss", "kl"], "needs a teacher"),
         (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
         (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
+        (["--tokens", "500", "--learning-rate", "-1"], "above 0"),
+        (["--tokens", "500", "--report-to", "paper"], "tensorboard, wandb and none"),
+        (["--tokens", "500", "--validation-tokens", "0", "--validation", "TEXT"], "no row of"),
+        (["--tokens", "500", "--loss", "attention", "--train", "lora"], "--attention-tokens"),
         (["--tokens", "500", "--liger"], "needs a CUDA device"),
         (["--tokens", "500", "--batch-tokens", "10000000"], "a step takes"),
         (["--tokens", "500", "--micro-batch", "3", "--sequence-length", "16", "--batch-tokens", "128"], "must divide"),
     ],
 )
 def test_what_cannot_be_is_said_and_leaves_nothing(home, tmp_path, words, message):
-    dataset = [] if "--dataset" in words else ["--dataset", str(home / "text.jsonl")]
+    text = str(home / "text.jsonl")
+    words = [text if word == "TEXT" else word for word in words]
+    dataset = [] if "--dataset" in words else ["--dataset", text]
     result = CliRunner().invoke(app, ["uptrain", str(home / "student"), str(tmp_path / "out"), *dataset, *words])
     assert isinstance(result.exception, ConversionError), result.output
     assert message in str(result.exception)
