@@ -408,7 +408,11 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
         if gone_far:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
             if changed:
-                said = ", ".join(f"{n} was {before.get(n)!r} and is {options.get(n)!r}" for n in changed)
+                said = ", ".join(
+                    f"{n} was {before.get(n)!r} and is {options.get(n)!r}" for n in changed if n != "files"
+                )
+                said += "; " * (bool(said) and "files" in changed)
+                said += "files of the student, the teacher or the text have changed" * ("files" in changed)
                 raise ConversionError(
                     f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
                     "again with --restart"

@@ -150,14 +150,13 @@ def uptrain(
 
     tuned = load(source, config, torch.float32)
     tuned.config.use_cache = False
-    teacher = None
-    if what.teacher is not None:
-        teacher = load_teacher(what.teacher, what.teacher_revision, source, tuned, job / "teacher")
+    teacher = load_teacher(what, source, tuned, job / "teacher")
     rows, validation, collate, schedule = examples(source, config, what, schedule)
     set_seed(schedule.seed)  # adapters begin at random
     logs: dict[str, list[dict[str, float]]] = {}
     if what.attention_tokens:
         tuned, logs["attention"] = attention_stage(job, tuned, teacher, what, schedule, rows, collate, validation)
+        teacher = load_teacher(what, source, tuned, job / "teacher")  # the first may be in shards by now
     trained = select_parameters(tuned, teacher, what)
     objective = Objective(dict(what.losses), teacher, liger=what.liger)
     main = schedule
@@ -245,9 +244,8 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
     common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
     rows_of_length = math.ceil(what.validation_tokens / schedule.sequence_length)
     with processes().main_process_first():
-        wanted = (
-            schedule.tokens if pairs else schedule.steps * schedule.rows
-        )  # of pairs, all that there may be use for
+        # Pairs are short or long; so many there may be use for.
+        wanted = schedule.tokens if pairs else schedule.steps * schedule.rows
         rows = training_rows(
             what.dataset, tokenizer, schedule.sequence_length, wanted, streaming=what.streaming, **common
         )
@@ -255,10 +253,6 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
         if what.validation is not None:
             part = (Part(what.validation),)
             validation = training_rows(part, tokenizer, schedule.sequence_length, rows_of_length, **common)
-            if not len(validation):
-                raise ConversionError(
-                    f"--validation {what.validation} gives no row of {schedule.sequence_length} tokens"
-                )
     if pairs:
         fixed = schedule.sequence_length if what.streaming else None
         collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed)
@@ -266,13 +260,14 @@ def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) ->
     return rows, validation, collate_packed, schedule
 
 
-def load_teacher(
-    name: str, revision: str | None, source: Path, student: PreTrainedModel, directory: Path
-) -> PreTrainedModel:
+def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, directory: Path) -> PreTrainedModel | None:
     """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
 
     A checkpoint of another class is converted with all its heads, which changes nothing but names, to `directory`.
     """
+    if what.teacher is None:
+        return None
+    name, revision = what.teacher, what.teacher_revision
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with processes().main_process_first():
@@ -287,8 +282,8 @@ def load_teacher(
                 heads = description["num_key_value_heads"]
                 convert(name, directory, kv_heads=heads, revision=revision, overwrite=True)
             name, revision = str(directory), None
-        words = [AutoTokenizer.from_pretrained(*given).get_vocab() for given in ((source,), (name,))]
-        if words[0] != words[1]:
+        theirs = AutoTokenizer.from_pretrained(name, revision=revision)
+        if AutoTokenizer.from_pretrained(source).get_vocab() != theirs.get_vocab():
             raise ConversionError(
                 f"the teacher {name} has another tokenizer than the student; it must be the original"
             )

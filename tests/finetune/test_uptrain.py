@@ -262,7 +262,7 @@ def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
         uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
     monkeypatch.undo()
     convert(home / "source", tmp_path / "student", method="first", dtype="float32", overwrite=True)
-    with pytest.raises(ConversionError, match="other options: files was"):
+    with pytest.raises(ConversionError, match="options: files of the student"):
         uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
 
 
