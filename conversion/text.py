@@ -15,8 +15,8 @@ CHUNK = 32  # documents that are tokenised at once
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load(source: str | os.PathLike) -> Any:
-    """The rows of a data file or of an id of the Hub's datasets, as `datasets` has them.
+def load(source: str | os.PathLike, option: str = "--calibration", streaming: bool = False) -> Any:
+    """The rows of a data file or of an id of the Hub's datasets (`id` or `id:configuration`), as `datasets` has them.
 
     Raises:
         ConversionError: where there are none.
@@ -25,16 +25,17 @@ def load(source: str | os.PathLike) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ConversionError(f"--calibration {source} needs the datasets library: pip install datasets") from error
+        raise ConversionError(f"{option} {source} needs the datasets library: pip install datasets") from error
     kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
     if path.exists() and not (path.is_file() and kind):
-        raise ConversionError(f"--calibration {source} is none of {', '.join((*PLAIN, *FORMATS))}")
+        raise ConversionError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
     try:
         if kind and path.is_file():
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        return datasets.load_dataset(str(source), split="train")
+            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+        name, _, configuration = str(source).partition(":")
+        return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
     except Exception as error:  # whatever a loader raises for what it cannot read or fetch
-        raise ConversionError(f"--calibration {source} cannot be read: {error}") from error
+        raise ConversionError(f"{option} {source} cannot be read: {error}") from error
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -169,6 +170,12 @@ def calibration_tokens(
     return tokens
 
 
+def sentinel_ids(tokenizer: Any) -> list[int]:
+    """The ids of T5's sentinels, where the tokenizer has them."""
+    found = (tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))
+    return [i for i in found if i and i != tokenizer.unk_token_id]
+
+
 def corrupt_spans(
     ids: list[int], sentinels: Sequence[int], generator: torch.Generator, rate: float = 0.15, span: float = 3.0
 ) -> tuple[list[int], list[int]]:
@@ -227,8 +234,7 @@ def seq2seq_tokens(
     targets: list[list[int]] = []
     total = 0
     if two is None:
-        sentinels = [i for i in map(tokenizer.convert_tokens_to_ids, (f"<extra_id_{n}>" for n in range(100))) if i]
-        sentinels = [i for i in sentinels if i != tokenizer.unk_token_id]
+        sentinels = sentinel_ids(tokenizer)
         texts = documents(source, columns[0] if columns else None)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for row in token_rows(texts, tokenizer, length - 2, count, seed).tolist():

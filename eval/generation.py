@@ -71,17 +71,21 @@ def first_choices(model: PreTrainedModel, prompts: torch.Tensor, told: torch.Ten
 
 
 def compare(
-    name: str, model: PreTrainedModel, tokenizer: Any, prompts: torch.Tensor, original: torch.Tensor
-) -> tuple[Writing, torch.Tensor]:
-    """What a model writes beside `original` [N, T], and its tokens."""
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: torch.Tensor,
+    ours: torch.Tensor,
+    original: torch.Tensor,
+) -> Writing:
+    """A model's continuations `ours` [N, T] of prompts beside `original` [N, T]."""
     try:
         from sacrebleu.metrics import CHRF
     except ImportError as error:
         raise ConversionError("this needs sacrebleu: pip install 'mqa-hf[evaluation]'") from error
-    ours = continuations(model, prompts, original.shape[1])
     agreeing = (ours == original).long().cumprod(1).sum(1).float().mean()
     texts = [tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in (ours, original)]
-    writing = Writing(
+    return Writing(
         checkpoint=name,
         agreeing_tokens=float(agreeing),
         same_first_choice=float((first_choices(model, prompts, original) == original).float().mean()),
@@ -89,7 +93,6 @@ def compare(
         repetition=repetition(ours),
         sample=texts[0][0],
     )
-    return writing, ours
 
 
 def main(
@@ -115,8 +118,9 @@ def main(
         if checkpoint is original:
             size = model.config.vocab_size
             beginnings = calibration_tokens(original, text, prompts * prompt_tokens, prompt_tokens, size, seed=0)
-            told = continuations(model, beginnings, tokens)
-        writing, _ = compare(checkpoint.name, model, tokenizer, beginnings, told)
+        ours = continuations(model, beginnings, tokens)
+        told = ours if checkpoint is original else told
+        writing = compare(checkpoint.name, model, tokenizer, beginnings, ours, told)
         found.append(writing)
         table.add_row(
             writing.checkpoint,

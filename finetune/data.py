@@ -6,14 +6,13 @@ Everything is read through `datasets`: local text, JSON lines, parquet or CSV, o
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.text import FORMATS, corrupt_spans, is_plain
+from mqa_hf.conversion.text import corrupt_spans, documents, is_plain, load, sentinel_ids
 
 IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
@@ -43,23 +42,12 @@ def open_dataset(source: str, streaming: bool = False) -> Any:
     Raises:
         ConversionError: where there is none.
     """
+    if not is_plain(source):
+        return load(source, "--dataset", streaming)
     import datasets
 
-    path = Path(source)
-    if is_plain(path):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        whole = datasets.Dataset.from_list([{"text": text}])
-        return whole.to_iterable_dataset() if streaming else whole
-    kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
-    if path.exists() and (kind is None or not path.is_file()):
-        raise ConversionError(f"--dataset {source} is neither text, nor {', '.join(FORMATS)}")
-    try:
-        if path.is_file():
-            return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-        name, _, configuration = source.partition(":")
-        return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
-    except Exception as error:  # whatever a loader raises for what it cannot read or fetch
-        raise ConversionError(f"--dataset {source} cannot be read: {error}") from error
+    whole = datasets.Dataset.from_list([{"text": documents(source)[0]}])
+    return whole.to_iterable_dataset() if streaming else whole
 
 
 def column_names(rows: Any) -> list[str]:
@@ -182,12 +170,6 @@ def paired(
     for row in packed(batches(rows), tokenizer, length - 2):
         one, other = corrupt_spans(row["input_ids"].tolist(), sentinels, generator)
         yield {"input_ids": one + end, "labels": other + end}
-
-
-def sentinel_ids(tokenizer: Any) -> list[int]:
-    """The ids of T5's sentinels, where the tokenizer has them."""
-    found = (tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))
-    return [i for i in found if i is not None and i != tokenizer.unk_token_id]
 
 
 def training_rows(

@@ -5,8 +5,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -361,6 +362,25 @@ Restart = Annotated[
 ]
 
 
+def schedule_of(given: dict[str, Any]) -> Any:
+    """The `Schedule` that the arguments of a command describe, by their names."""
+    from mqa_hf.finetune.training import Schedule
+
+    return Schedule(**{field.name: given[field.name] for field in fields(Schedule) if field.name in given})
+
+
+def text_of(given: dict[str, Any]) -> dict[str, Any]:
+    """What `Pretraining` and `Uptraining` know of the text, from the arguments of a command."""
+    from mqa_hf.finetune.data import Part
+
+    columns = given["columns"]
+    return {
+        "dataset": tuple(map(Part.parse, given["dataset"])),
+        "columns": () if columns is None else tuple(columns.split(",")),
+        **{name: given[name] for name in ("streaming", "validation", "validation_tokens")},
+    }
+
+
 @app.command()
 def pretrain(
     output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
@@ -412,41 +432,18 @@ def pretrain(
     restart: Restart = False,
 ) -> None:
     """Train a small model from scratch, to convert it or to compare with."""
-    from mqa_hf.finetune.data import Part
     from mqa_hf.finetune.pretrain import Pretraining, read_config
     from mqa_hf.finetune.pretrain import pretrain as run
-    from mqa_hf.finetune.training import Schedule, processes
+    from mqa_hf.finetune.training import processes
 
     what = Pretraining(
         config=read_config(config),
-        dataset=tuple(map(Part.parse, dataset)),
-        columns=() if columns is None else tuple(columns.split(",")),
-        streaming=streaming,
-        validation=validation,
-        validation_tokens=validation_tokens,
+        **text_of(locals()),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         equal_parameters=None if equal_parameters is None else read_config(equal_parameters),
     )
-    schedule = Schedule(
-        tokens=tokens,
-        sequence_length=sequence_length,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-        save_every=save_every,
-        keep=keep,
-        evaluate_every=evaluate_every,
-        log_every=log_every,
-        seed=seed,
-        workers=workers,
-        report_to=report_to,
-    )
+    schedule = schedule_of(locals())
     report = run(output, what, schedule, overwrite=overwrite, restart=restart)
     if processes().is_main_process:
         loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
@@ -529,8 +526,7 @@ def uptrain(
     from transformers import AutoConfig
 
     from mqa_hf.conversion import ConversionError
-    from mqa_hf.finetune.data import Part
-    from mqa_hf.finetune.training import Schedule, processes
+    from mqa_hf.finetune.training import processes
     from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, original_of, parse_losses
     from mqa_hf.finetune.uptrain import uptrain as run
 
@@ -548,11 +544,7 @@ def uptrain(
     config = AutoConfig.from_pretrained(student)
     width = getattr(config, "decoder", config).hidden_size
     what = Uptraining(
-        dataset=tuple(map(Part.parse, dataset)),
-        columns=() if columns is None else tuple(columns.split(",")),
-        streaming=streaming,
-        validation=validation,
-        validation_tokens=validation_tokens,
+        **text_of(locals()),
         teacher=teacher,
         teacher_revision=teacher_revision,
         losses=parse_losses(loss or ("lm" if teacher is None else "kl")),
@@ -561,25 +553,8 @@ def uptrain(
         lora_rank=lora_rank,
         liger=liger,
     )
-    schedule = Schedule(
-        tokens=tokens,
-        sequence_length=sequence_length,
-        batch_tokens=batch_tokens,
-        micro_batch=micro_batch,
-        learning_rate=learning_rate or default_learning_rate(train, width),
-        warmup=warmup,
-        weight_decay=weight_decay,
-        bf16=bf16,
-        gradient_checkpointing=gradient_checkpointing,
-        compile=compile,
-        save_every=save_every,
-        keep=keep,
-        evaluate_every=evaluate_every,
-        log_every=log_every,
-        seed=seed,
-        workers=workers,
-        report_to=report_to,
-    )
+    learning_rate = learning_rate or default_learning_rate(train, width)
+    schedule = schedule_of(locals())
     command = shlex.join(["mqa-hf", *sys.argv[1:]])
     report = run(student, output, what, schedule, overwrite=overwrite, restart=restart, command=command)
     if not processes().is_main_process:
