@@ -10,7 +10,6 @@ the same job as `mqa-hf uptrain`, without a student and a teacher: resumed, shar
 import copy
 import itertools
 import json
-import math
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -39,10 +38,10 @@ from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.output import resolve_output, written_beside
 
-from .data import CollatePairs, Part, collate_packed, mixture, training_rows
+from .data import Part, mixture
 from .losses import Objective
 from .training import Schedule, as_options, begin, processes, train
-from .uptrain import load, row_tokens, stamps
+from .uptrain import examples, load, stamps
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
@@ -193,22 +192,12 @@ def pretrain(
 
     with state.main_process_first():
         tokenizer = find_tokenizer(what, job / "tokenizer", pairs, schedule.seed)
-        common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
-        length = schedule.sequence_length
-        wanted = schedule.tokens if pairs else schedule.steps * schedule.rows
-        rows = training_rows(what.dataset, tokenizer, length, wanted, streaming=what.streaming, **common)
-        validation = None
-        if what.validation is not None:
-            count = math.ceil(what.validation_tokens / length)
-            validation = training_rows((Part(what.validation),), tokenizer, length, count, **common)
     fields = what.config
     if what.equal_parameters is not None:
         fields = widened(fields, what.equal_parameters, tokenizer)
     set_seed(schedule.seed)
     model = build(fields, tokenizer)
-    pad = tokenizer.pad_token_id
-    collate: Any = CollatePairs(pad, pad, length if what.streaming else None) if pairs else collate_packed
-    schedule = row_tokens(rows, schedule) if pairs else schedule
+    rows, validation, collate, schedule = examples(tokenizer, model.config, what, schedule)
     log = train("pretraining", model, Objective({"lm": 1.0}), schedule, rows, collate, job / "main", validation)
 
     measured = [line["eval_lm"] for line in log if "eval_lm" in line]

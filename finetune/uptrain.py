@@ -151,7 +151,8 @@ def uptrain(
     tuned = load(source, config, torch.float32)
     tuned.config.use_cache = False
     teacher = load_teacher(what, source, tuned, job / "teacher")
-    rows, validation, collate, schedule = examples(source, config, what, schedule)
+    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
+    rows, validation, collate, schedule = examples(tokenizer, config, what, schedule)
     set_seed(schedule.seed)  # adapters begin at random
     logs: dict[str, list[dict[str, float]]] = {}
     if what.attention_tokens:
@@ -163,7 +164,7 @@ def uptrain(
     if what.attention_tokens:
         main = replace(schedule, tokens=schedule.tokens - what.attention_tokens, seed=schedule.seed + 1)
         if what.streaming:  # other rows than the first stage's
-            rows = examples(source, config, what, main)[0]
+            rows = examples(tokenizer, config, what, main)[0]
     logs["main"] = train("uptraining", trained, objective, main, rows, collate, job / "main", validation)
 
     report = describe(source, what, schedule, logs, command)
@@ -237,9 +238,15 @@ def row_tokens(rows: Any, schedule: Schedule) -> Schedule:
     return replace(schedule, row_tokens=sum(lengths) / len(lengths))
 
 
-def examples(source: Path, config: Any, what: Uptraining, schedule: Schedule) -> tuple[Any, Any, Any, Schedule]:
-    """Training rows, validation rows, how they become batches, and the schedule with what a row is."""
-    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
+def examples(tokenizer: Any, config: Any, what: Any, schedule: Schedule) -> tuple[Any, Any, Any, Schedule]:
+    """Training rows, validation rows, how they become batches, and the schedule with what a row is.
+
+    Args:
+        tokenizer: of transformers.
+        config: of the model.
+        what: [`Uptraining`] or `Pretraining`, which has the same text.
+        schedule: whose `row_tokens` are not known yet.
+    """
     pairs = bool(config.is_encoder_decoder)
     common: dict[str, Any] = {"columns": what.columns, "pairs": pairs, "seed": schedule.seed}
     rows_of_length = math.ceil(what.validation_tokens / schedule.sequence_length)
