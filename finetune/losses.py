@@ -4,8 +4,8 @@
 
 The losses are computed inside the student's own `forward`, which [`Objective.attach`] replaces for the time of the
 training: whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) then has its parameters in place.
-Logits are made a chunk of tokens at a time and made again in the backward pass, so that neither the student's nor the
-teacher's [N, V] ever exists.
+Logits are made a chunk of tokens at a time and, where they are many, made again in the backward pass, so that neither
+the student's nor the teacher's [N, V] ever exists.
 """
 
 import functools
@@ -46,7 +46,9 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     [`check_head`] holds this to be so for the class at hand.
     """
     scale, cap = after_head(model)
-    logits = model.get_output_embeddings()(hidden).float() * scale
+    logits = model.get_output_embeddings()(hidden).float()
+    if scale != 1:
+        logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
@@ -84,12 +86,21 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def kept_elements(device: torch.device, chunk: int) -> int:
+    """Logits that are kept for the backward pass instead of made again: a twentieth of the device's memory, with
+    4 bytes for the student's and 4 for the teacher's; at least a chunk."""
+    if device.type != "cuda":
+        return chunk
+    return max(chunk, torch.cuda.get_device_properties(device).total_memory // 20 // 8)
+
+
 def chunk_losses(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     teacher_hidden: torch.Tensor | None,
     student: Callable[[torch.Tensor], torch.Tensor],
     teacher: Callable[[torch.Tensor], torch.Tensor] | None,
+    learn_lm: bool = True,
 ) -> torch.Tensor:
     """Sums over tokens with a label, in nats: cross-entropy, and KL(teacher ‖ student) at temperature 1.
 
@@ -98,20 +109,21 @@ def chunk_losses(
         labels: [n].
         teacher_hidden: [n, d'] of the teacher.
         student, teacher: from hidden states to logits.
+        learn_lm: whether the cross-entropy has gradients.
 
     Returns:
         [2].
     """
-    counted = labels != IGNORED
     log_p = F.log_softmax(student(hidden).float(), dim=-1)
-    picked = log_p.gather(-1, labels.clamp_min(0)[:, None])[:, 0]
-    lm = -(picked * counted).sum()
+    lm = F.nll_loss(log_p if learn_lm else log_p.detach(), labels, ignore_index=IGNORED, reduction="sum")
     if teacher is None or teacher_hidden is None:
         return torch.stack((lm, lm.detach() * 0))
     with torch.no_grad():
         log_q = F.log_softmax(teacher(teacher_hidden).float(), dim=-1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return torch.stack((lm, (divergence * counted).sum()))
+        q = log_q.exp()
+        negative_entropy = torch.linalg.vecdot(q, log_q)
+    divergence = negative_entropy - torch.linalg.vecdot(q, log_p)
+    return torch.stack((lm, (divergence * (labels != IGNORED)).sum()))
 
 
 @dataclass
@@ -278,13 +290,14 @@ class Objective:
             pieces.append(taught["last"].flatten(0, 1).split(size))
         else:
             pieces.append([None] * len(pieces[0]))
+        again = labels.numel() * logits_size(model) > kept_elements(hidden.device, self.chunk_elements)
         total: Any = 0
         for states, targets, told in zip(*pieces):
-            if len(pieces[0]) > 1 and torch.is_grad_enabled():
-                given = (states, targets, told, student, teacher)
+            given = (states, targets, told, student, teacher, "lm" in self.weights)
+            if again and torch.is_grad_enabled():
                 total = total + checkpoint(chunk_losses, *given, use_reentrant=False)
             else:
-                total = total + chunk_losses(states, targets, told, student, teacher)
+                total = total + chunk_losses(*given)
         return total
 
     def liger_losses(

@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -445,6 +445,7 @@ def train(
     collate: Callable,
     directory: Path,
     validation: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Train a model, or go on where a job was killed; the result stands in `directory/final`.
 
@@ -456,6 +457,7 @@ def train(
         rows, collate: examples and how they become a batch.
         directory: of the phase.
         validation: examples that the losses are measured on, at the start, at the end and on the way.
+        callbacks: of transformers, more than those that show progress.
 
     Returns:
         What was logged.
@@ -487,7 +489,7 @@ def train(
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collate,
-        callbacks=[Progress(name, schedule, operations), LastStep(validation is not None)],
+        callbacks=[Progress(name, schedule, operations), LastStep(validation is not None), *callbacks],
     )
     with objective.attach(model):
         if objective.teacher is not None:

@@ -1,0 +1,137 @@
+"""How fast uptraining is, beside a plain loop of transformers' Trainer on the same rows:
+
+    python -m mqa_hf.finetune.throughput ORIGINAL CONVERTED --dataset text.jsonl
+
+Tokens per second and model FLOP utilisation over the last steps of a short training of each kind, after a warm-up; and
+what the teacher costs. The plain loop is the original's own class with its own loss on packed rows.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from mqa_hf.cli import main as run
+
+from .data import IGNORED, Part, collate_packed
+from .losses import Objective
+from .training import Schedule, in_order, operations_per_token, peak_rate, train
+from .uptrain import Uptraining, examples, load, load_teacher, tokenizer_of
+
+
+class Clock(TrainerCallback):
+    """The time of each log, which waits for the device since it reads the loss."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[int, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs is not None and "loss" in logs:
+            self.times.append((state.global_step, time.perf_counter()))
+
+    def seconds_per_step(self) -> float:
+        """Over the second half of the logs."""
+        (first, start), (last, end) = self.times[len(self.times) // 2], self.times[-1]
+        return (end - start) / (last - first)
+
+
+def collate_plain(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Packed rows as transformers' models take them: they shift labels themselves."""
+    batch = collate_packed(rows)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
+    return batch
+
+
+def collate_joined(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The same where documents attend to each other: rows without positions, as plain scripts have them."""
+    ids = collate_packed(rows)["input_ids"]
+    return {"input_ids": ids, "labels": ids}
+
+
+def main(
+    original: Annotated[Path, typer.Argument(help="The original.")],
+    converted: Annotated[Path, typer.Argument(help="What it was converted to.")],
+    dataset: Annotated[str, typer.Option(help="Text to train on.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 32_768,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each; the second half counts.")] = 60,
+    compile: Annotated[bool, typer.Option(help="torch.compile, for all of them.")] = False,
+    liger: Annotated[bool, typer.Option(help="Liger's losses too.")] = False,
+) -> None:
+    """Compare tokens per second."""
+    logging.disable_progress_bar()
+    schedule = Schedule(
+        tokens=steps * (batch_tokens // sequence_length) * sequence_length,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        micro_batch=micro_batch,
+        learning_rate=1e-5,
+        save_every=10**9,
+        log_every=max(1, steps // 6),
+        report_to="none",
+        compile=compile,
+    )
+    what = Uptraining(dataset=(Part(dataset),), teacher=str(original))
+    config = AutoConfig.from_pretrained(original)
+    tokenizer = tokenizer_of(original, config.vocab_size)
+    rows, _, collate, schedule = examples(tokenizer, config, what, schedule)
+    found: dict[str, tuple[float, float]] = {}
+
+    def record(name: str, clock: Clock, model: Any, teacher: Any = None) -> None:
+        rate = schedule.step_tokens / clock.seconds_per_step()
+        found[name] = rate, rate * operations_per_token(model, teacher, sequence_length)
+
+    for name, collator in (
+        ("Trainer, documents see each other", collate_joined),
+        ("Trainer, documents apart", collate_plain),
+    ):
+        with tempfile.TemporaryDirectory() as job:
+            clock, model = Clock(), load(original, config, torch.float32)
+            model.config.use_cache = False
+            trainer = Trainer(
+                model=model,
+                args=schedule.arguments(Path(job)),
+                train_dataset=in_order(rows, schedule),
+                data_collator=collator,
+                callbacks=[clock],
+            )
+            trainer.train()
+            record(name, clock, model)
+    kinds: list[tuple[str, Path, str, bool]] = [
+        ("uptrain, original, LM", original, "lm", False),
+        ("uptrain, converted, LM", converted, "lm", False),
+        ("uptrain, converted, KL", converted, "kl", False),
+    ]
+    if liger:
+        kinds += [(f"{name}, Liger", path, loss, True) for name, path, loss, _ in kinds[1:]]
+    for name, path, loss, fused in kinds:
+        with tempfile.TemporaryDirectory() as job:
+            clock, model = Clock(), load(path, AutoConfig.from_pretrained(path), torch.float32)
+            model.config.use_cache = False
+            teacher = load_teacher(what, path, model, Path(job) / "teacher") if loss == "kl" else None
+            objective = Objective({loss: 1.0}, teacher, liger=fused)
+            train(name, model, objective, schedule, rows, collate, Path(job) / "main", callbacks=[clock])
+            record(name, clock, model, teacher)
+
+    table = Table(title=f"{batch_tokens:,} tokens a step in rows of {sequence_length}", title_justify="left")
+    for column in ("", "tokens/s", "MFU", "time a token, of the plain loop"):
+        table.add_column(column, justify="left" if not column else "right")
+    peak, plain = peak_rate(), found["Trainer, documents apart"][0]
+    for name, (rate, operations) in found.items():
+        table.add_row(name, f"{rate:,.0f}", f"{operations / peak:.1%}" if peak else "", f"{plain / rate:.2f}")
+    console = Console(width=120, markup=False, highlight=False)
+    console.print(table)
+    cost = found["uptrain, converted, LM"][0] / found["uptrain, converted, KL"][0]
+    console.print(f"the teacher makes a step {cost:.2f} times as long")
+
+
+if __name__ == "__main__":
+    run(lambda: typer.run(main))
