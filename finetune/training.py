@@ -386,7 +386,10 @@ def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
         return fsdp2_prepare_model(accelerator, teacher)
     if trainer.is_fsdp_enabled:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
-    return teacher.to(accelerator.device)
+    teacher.to(accelerator.device)
+    if trainer.args.torch_compile:
+        teacher.compile()
+    return teacher
 
 
 def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
