@@ -121,8 +121,8 @@ def chunk_losses(
     with torch.no_grad():
         log_q = F.log_softmax(teacher(teacher_hidden).float(), dim=-1)
         q = log_q.exp()
-        negative_entropy = torch.linalg.vecdot(q, log_q)
-    divergence = negative_entropy - torch.linalg.vecdot(q, log_p)
+        negative_entropy = (q * log_q).sum(-1)
+    divergence = negative_entropy - (q * log_p).sum(-1)  # not as a dot product: autocast makes those in 16 bits
     return torch.stack((lm, (divergence * (labels != IGNORED)).sum()))
 
 

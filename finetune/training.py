@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -30,6 +31,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import is_tensorboard_available, is_wandb_available
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from mqa_hf.conversion.errors import ConversionError
@@ -274,7 +276,7 @@ class LossTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 taught = self.objective.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
         outputs = model(**inputs, count=num_items_in_batch, taught=taught)
-        if model.training:
+        if torch.is_grad_enabled():  # DeepSpeed's engine is never in evaluation mode
             self._sums = self._sums + outputs["sums"]
         loss = outputs["loss"] * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
@@ -361,6 +363,15 @@ def last_checkpoint(directory: Path) -> str | None:
             return found
         shutil.rmtree(found)
     return None
+
+
+def sum_in_float32(accelerator: Any) -> None:
+    """Let FSDP2 sum gradients and return losses in float32; accelerate has 16 bits for both beside the weights'."""
+    plugin = accelerator.state.fsdp_plugin
+    if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
@@ -494,6 +505,8 @@ def train(
         data_collator=collate,
         callbacks=[Progress(name, schedule, operations), LastStep(validation is not None), *callbacks],
     )
+    if trainer.is_fsdp_enabled:
+        sum_in_float32(trainer.accelerator)
     with objective.attach(model):
         if objective.teacher is not None:
             objective.teacher = prepare_teacher(trainer, objective.teacher)  # type: ignore[arg-type]
@@ -501,6 +514,7 @@ def train(
             found = last_checkpoint(directory)
         trainer.args.eval_on_start = validation is not None and found is None
         trainer.train(resume_from_checkpoint=found)
+    unset_hf_deepspeed_config()  # or what is read next would come in shards
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(directory / "final"))

@@ -10,7 +10,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.conversion import ConversionError
 from mqa_hf.finetune.data import IGNORED
-from mqa_hf.finetune.losses import LOSSES, Objective, attention_names, check_head, logits_of
+from mqa_hf.finetune.losses import LOSSES, Objective, attention_names, check_head, chunk_losses, logits_of
 
 STACK = {
     "vocab_size": 90,
@@ -97,6 +97,23 @@ def test_cross_entropy_and_divergence_and_their_gradients_are_those_of_whole_log
     ((0.75 * kl + 0.25 * lm) / 7).backward()
     for (name, ours), theirs in zip(student.named_parameters(), twin.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_under_autocast_the_losses_of_given_logits_are_still_made_in_float32():
+    logits, told = torch.randn(40, 300).requires_grad_(), torch.randn(40, 300)
+    labels = torch.randint(300, (40,))
+    labels[::5] = IGNORED
+    seen = labels != IGNORED
+    log_p, log_q = (F.log_softmax(x.double()[seen], dim=-1) for x in (logits, told))
+    expected = torch.stack(
+        (F.nll_loss(log_p, labels[seen], reduction="sum"), F.kl_div(log_p, log_q, log_target=True, reduction="sum"))
+    )
+    (wanted,) = torch.autograd.grad(expected[1], logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = chunk_losses(logits, labels, told, lambda x: x, lambda x: x)
+    (got,) = torch.autograd.grad(sums[1], logits)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
 
 def test_the_forward_of_a_class_comes_back():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("options", [[], ["attention"]], ids=["losses of tokens", "attention"])
+@pytest.mark.parametrize("options", [[], ["attention"], ["bf16"]], ids=["losses of tokens", "attention", "16 bits"])
 def test_sharding_does_not_change_losses_and_gradients(options):
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run(
