@@ -15,8 +15,8 @@ import gc
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,7 +158,7 @@ class Decoder:
             graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
             gc.disable()  # the end of another graph, found by the collector, would break the capture
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                with own_workspaces(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self.run()
             except RuntimeError as error:
                 torch.cuda.synchronize()
@@ -310,6 +310,21 @@ class Decoder:
             lengths = range(len(self.penalties), self.tokens.shape[1] + 1)
             extra = self.penalties.new_tensor([float(n) ** self.beams.length_penalty for n in lengths])
             self.penalties = torch.cat((self.penalties, extra))
+
+
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Within it, cuBLAS takes a new workspace, which belongs to the graph that is captured.
+
+    PyTorch keeps one workspace a stream. A graph that was captured with one from before, say from the memory of an
+    earlier graph, reads freed memory when that graph is gone and something clears the workspaces, as torch.compile
+    does when it captures graphs itself (`clear_cublas_manager` in torch/_inductor/cudagraph_trees.py).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:

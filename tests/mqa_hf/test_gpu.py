@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.attention_mqa import eager_attention_forward, mqa_attention_forward
@@ -70,6 +71,15 @@ def test_against_float64(dtype, bound, G, T, S, masked):
     assert (out - expected).norm() / expected.norm() < bound
 
 
+def waiting(move):
+    def moved(*args, **kwargs):
+        torch.cuda.synchronize()
+        move(*args, **kwargs)
+        torch.cuda.synchronize()
+
+    return moved
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,11 +91,31 @@ def test_against_float64(dtype, bound, G, T, S, masked):
     ],
     ids=str,
 )
-def test_greedy_tokens_do_not_depend_on_the_cache(model, options):
+def test_greedy_tokens_do_not_depend_on_the_cache(model, options, monkeypatch):
+    for name in ("offload", "prefetch"):  # their streams do not wait for each other's copies in transformers
+        monkeypatch.setattr(Cache, name, waiting(getattr(Cache, name)))
     if model.config.is_encoder_decoder and "prefill_chunk_size" in options:
         pytest.skip("an encoder-decoder model has no long prompt to cut")
     arguments = prompts()
     torch.testing.assert_close(model.generate(**arguments, **options), model.generate(**arguments))
+
+
+def test_a_graph_outlives_the_workspaces_of_graphs_before_it(model):
+    """cuBLAS's workspace that stands in the memory of another graph goes with that graph."""
+    arguments = prompts()
+    expected = model.generate(**arguments)
+    model.decoding.release()
+    torch._C._cuda_clearCublasWorkspaces()
+    other = copy.deepcopy(model)
+    other.generate(**arguments)  # captures a graph, and with it a workspace
+    model.generate(**arguments)
+    other.decoding.release()
+    del other
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile does when it captures graphs itself
+    torch.cuda.empty_cache()
+    taken = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)]
+    torch.testing.assert_close(model.generate(**arguments), expected)
+    assert len(taken) == 64
 
 
 def test_device_map_auto_takes_the_device(model, tmp_path):
