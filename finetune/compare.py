@@ -50,29 +50,34 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, float], float]] = {
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss above that of the original on the same tokens of training, by share of the pretraining tokens."""
+    """Loss above the best that the original comes to, by share of the pretraining tokens."""
     from matplotlib.figure import Figure
 
-    original = {r["share"]: r["lm"] for r in results if r["run"] == ORIGINAL}
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    best = min(r["lm"] for r in results if r["run"] == ORIGINAL)
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(r["run"] for r in results):
-        points = sorted(
-            (r["share"], r["lm"] - original[r["share"]])
-            for r in results
-            if r["share"] in original and r["run"] == name
+    for name in sorted(dict.fromkeys(r["run"] for r in results), key=lambda n: n != ORIGINAL):
+        points = sorted((r["share"], r["lm"] - best) for r in results if r["run"] == name)
+        style: dict[str, Any] = {"ls": ":" if "mean" in name else "-"}
+        if name == ORIGINAL:
+            style = {"color": "black", "ls": "--"}
+        axes.plot(
+            [100 * x for x, y in points if y > 0],
+            [y for _, y in points if y > 0],
+            marker="o",
+            ms=4,
+            label=name,
+            **style,
         )
-        if name != ORIGINAL and points:
-            axes.plot([100 * x for x, _ in points], [y for _, y in points], marker="o", ms=4, label=name)
     axes.set_xscale("symlog", linthresh=0.1)
-    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xticks([100 * x for x in sorted(original)])
+    axes.set_xticks([100 * x for x in sorted({r["share"] for r in results})])
     axes.xaxis.set_major_formatter("{x:g}%")
     axes.set_xlabel("tokens of training, share of the pretraining")
-    axes.set_ylabel("validation loss above the original's, nats a token")
+    axes.set_ylabel(f"validation loss above {best:.3f} (the original, trained on too), nats a token")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=130)
 
 

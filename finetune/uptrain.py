@@ -45,7 +45,7 @@ from .training import Schedule, as_options, begin, processes, train
 REPORT = "uptraining.json"
 TRAINED = ("all", "attention", "lora")
 # Times the hidden size; see docs/uptraining.md for the measurement.
-LEARNING_RATES = {"all": 0.35, "attention": 0.35, "lora": 1.0}
+LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
 
 
 @dataclass(frozen=True)
