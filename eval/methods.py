@@ -18,16 +18,25 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf.cli import main as run
 from mqa_hf.conversion import ConversionWarning, convert, inspect
 from mqa_hf.conversion.text import calibration_tokens
 
-from .loss import mean_loss
-
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, tokens: torch.Tensor, batch: int = 4) -> float:
+    """Mean cross-entropy in nats of each token after the first of its row; tokens [N, T]."""
+    total = 0.0
+    for rows in tokens.split(batch):
+        logits = model(rows.to(model.device), use_cache=False).logits[:, :-1].float()
+        labels = rows[:, 1:].to(model.device)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:

@@ -11,8 +11,8 @@
     evaluate:
       text: validation.jsonl
 
-Under `convert` and `uptrain` stand the options of these commands. The results are `output/converted`, `output/trained`
-and `output/evaluation.json`. A step whose result is whole is not run again; one that was interrupted goes on.
+Under each stand the options of its command. The results are `output/converted`, `output/trained` and
+`output/evaluation`. A step whose result is whole is not run again; one that was interrupted goes on.
 """
 
 import json
@@ -27,7 +27,11 @@ from mqa_hf.conversion.source import REPORT_FILE
 
 from .uptrain import REPORT
 
-STEPS = {"convert": f"converted/{REPORT_FILE}", "uptrain": f"trained/{REPORT}", "evaluate": "evaluation.json"}
+STEPS = {
+    "convert": f"converted/{REPORT_FILE}",
+    "uptrain": f"trained/{REPORT}",
+    "evaluate": "evaluation/evaluation.json",
+}
 DONE = "recipe.json"  # the commands that made what is there
 
 
@@ -81,7 +85,7 @@ def commands(recipe: dict[str, Any], known: dict[str, Any]) -> dict[str, list[st
         found["uptrain"] = ["uptrain", converted, trained, *flags(recipe["uptrain"], known["uptrain"])]
         results.append(trained)
     if "evaluate" in recipe:
-        words = ["--output", str(output / STEPS["evaluate"]), *flags(recipe["evaluate"], known["evaluate"])]
+        words = ["--output", str(output / "evaluation"), *flags(recipe["evaluate"], known["evaluate"])]
         found["evaluate"] = ["evaluate", *results, *words]
     return found
 
@@ -99,11 +103,10 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     from typer.main import get_command
 
     from mqa_hf.cli import app
-    from mqa_hf.eval.loss import app as loss
 
     recipe = read_recipe(path)
     main: Any = get_command(app)
-    known = {**main.commands, "evaluate": get_command(loss)}
+    known = main.commands
     output = Path(recipe["output"])
     record = output / DONE
     done = json.loads(record.read_text()) if record.is_file() else {}
@@ -119,11 +122,10 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
                 f"{output / STEPS[step]} was made by another command ({' '.join(done.get(step, ['unknown']))}); give "
                 "the recipe another output, or pass --overwrite to run this step and those after it again"
             )
-        console.print(f"{step}: mqa-hf {' '.join(words)}" if step != "evaluate" else f"{step}: {' '.join(words[1:])}")
+        console.print(f"{step}: mqa-hf {' '.join(words)}")
         more = ["--overwrite"] if there and step != "evaluate" else []
-        command, given = (known[step], words[1:]) if step == "evaluate" else (main, [*words, *more])
         try:
-            command(given, standalone_mode=False)
+            main([*words, *more], standalone_mode=False)
         except Exception as error:
             if not hasattr(error, "format_message"):  # of click: an option that is none
                 raise

@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError
-from mqa_hf.eval.loss import app as loss
 from mqa_hf.finetune import training
 from mqa_hf.finetune.recipe import commands, flags
 
@@ -31,7 +30,14 @@ def recipe(tmp_path):
         "output": str(tmp_path / "results"),
         "convert": {"method": "shared", "calibration": str(text), "calibration_tokens": 512, **sizes},
         "uptrain": {"dataset": [str(text)], "tokens": 1024, "batch_tokens": 128, "report_to": "none", **sizes},
-        "evaluate": {"text": str(text), "tokens": 320, "device": "cpu", **sizes},
+        "evaluate": {
+            "text": str(text),
+            "tokens": 320,
+            "window": 16,
+            "prompts": 2,
+            "prompt_tokens": 4,
+            "new_tokens": 4,
+        },
     }
 
 
@@ -43,8 +49,8 @@ def run(tmp_path, recipe, *more):
 def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
     result = run(tmp_path, recipe)
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "results" / "evaluation.json").read_text())
-    assert [r["checkpoint"].rsplit("/", 1)[1] for r in found] == ["source", "converted", "trained"]
+    found = json.loads((tmp_path / "results" / "evaluation" / "evaluation.json").read_text())["checkpoints"]
+    assert [r["name"] for r in found] == ["source", "converted", "trained"]
     assert found[2]["kv_bytes_per_token"] * 4 == found[0]["kv_bytes_per_token"]
     weights = tmp_path / "results" / "trained" / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -96,7 +102,7 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
 
 
 def test_options_become_words(recipe):
-    known = {**get_command(app).commands, "evaluate": get_command(loss)}
+    known = get_command(app).commands
     given = {
         "compile": True,
         "streaming": False,

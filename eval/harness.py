@@ -1,0 +1,52 @@
+"""Tasks of lm-eval (EleutherAI's language model evaluation harness) on checkpoints, for `mqa-hf evaluate --tasks`.
+
+The same through lm-eval's own door, where this package need not be installed:
+
+    lm_eval --model hf --model_args pretrained=CONVERTED,trust_remote_code=True --tasks hellaswag
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mqa_hf.conversion.errors import ConversionError
+
+
+def run_tasks(
+    path: Path, tasks: tuple[str, ...], include: Path | None, limit: int | None, dtype: str, device: str
+) -> dict[str, Any]:
+    """The results of tasks, by task and metric, with their standard errors.
+
+    Args:
+        path: directory of the checkpoint.
+        tasks: names.
+        include: directory with tasks of one's own.
+        limit: examples of each.
+        dtype: of the weights; "auto": the checkpoint's.
+        device: of PyTorch.
+
+    Raises:
+        ConversionError: where lm-eval is not installed, or knows no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConversionError("--tasks needs lm-eval: pip install 'mqa-hf[lm-eval]'") from error
+    manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ConversionError(f"lm-eval knows no task {', '.join(unknown)}; --include-path adds a directory of tasks")
+    arguments = {"pretrained": str(path), "dtype": dtype}
+    found: Any = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=manager,
+        device=device,
+        batch_size=8,
+    )
+    if found is None:  # not the first of several processes
+        return {}
+    results = {task: {k: v for k, v in numbers.items() if k != "alias"} for task, numbers in found["results"].items()}
+    return {"results": results, "versions": found["versions"], "limit": limit}

@@ -1,0 +1,305 @@
+"""`mqa-hf evaluate`: numbers against independent ones, runs that are interrupted, what cannot be measured."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+import yaml
+from seq2seq_sources import BART, make_seq2seq
+from tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.eval import quality
+from mqa_hf.eval.metrics import Continuations, NextTokens, WordErrors, ratio
+from mqa_hf.eval.quality import Evaluation, evaluate, read_text
+
+SMALL = {
+    "vocab_size": 93,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QUICK = {"prompts": 6, "prompt_tokens": 8, "new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """An original, the same with all its heads, and one with the mean of them; texts and pairs."""
+    directory = tmp_path_factory.mktemp("quality")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(directory / "original")
+    write_tokenizer(directory / "original")
+    convert(directory / "original", directory / "same", kv_heads=4)
+    convert(directory / "original", directory / "mean")
+    words = np.random.default_rng(0).choice(["some", "words", "of", "a", "text", "that", "is", "read"], (20, 30))
+    texts = [" ".join(row[: 4 + n]) for n, row in enumerate(words)]
+    (directory / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = [{"en": text, "de": " ".join(reversed(text.split()))} for text in texts]
+    (directory / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def what(places, **options):
+    return Evaluation(**{"text": str(places / "text.jsonl"), "window": 16, **QUICK, **options})
+
+
+def test_each_token_is_predicted_once_from_its_window(places, tmp_path):
+    asked = what(places, stride=6, batch_tokens=60, tokens=700)
+    found = evaluate(places / "original", [], tmp_path / "out", asked)["checkpoints"][0]
+    model = AutoModelForCausalLM.from_pretrained(places / "original").eval()
+    tokenizer = write_tokenizer(tmp_path)
+    texts = [json.loads(line)["text"] for line in (places / "text.jsonl").read_text().splitlines()]
+    total, count, size, nats_by_context = 0.0, 0, 0, {}
+    left = 700
+    for index in torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist():
+        ids = [1, *tokenizer(texts[index]).input_ids][: left + 1]
+        left -= len(ids) - 1
+        for t in range(1, len(ids)):
+            # The first window that reaches the token: windows begin at multiples of 6 and read 16 tokens, the last
+            # one of a document those before its end.
+            begin = max(0, min(-(-(t - 16) // 6) * 6, len(ids) - 17))
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids[begin:t]])).logits[0, -1].log_softmax(-1)
+            nats = -float(log_p[ids[t]])
+            total, count = total + nats, count + 1
+            nats_by_context.setdefault(int(math.log2(t - begin)), []).append(nats)
+        size += len(tokenizer.decode(ids[1:]).encode())
+    numbers = found["next_token"]
+    assert numbers["tokens"] == count == 700
+    assert numbers["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert numbers["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert numbers["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
+    for row in found["loss_by_context"]:
+        expected = nats_by_context[int(math.log2(row["from"]))]
+        assert (row["loss"], row["tokens"]) == (pytest.approx(np.mean(expected), abs=1e-5), len(expected))
+
+
+def test_the_likelihood_is_that_of_lm_eval(places, tmp_path):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    texts = [json.loads(line)["text"] for line in (places / "text.jsonl").read_text().splitlines()]
+    model = HFLM(pretrained=str(places / "mean"), max_length=16, batch_size=1, dtype="float32", device="cpu")
+    asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+    expected = -sum(model.loglikelihood_rolling(asked, disable_tqdm=True))
+    found = evaluate(places / "mean", [], tmp_path / "out", what(places, stride=16))["checkpoints"][0]["next_token"]
+    assert found["loss"] * found["tokens"] == pytest.approx(expected, rel=1e-5)
+    tokenizer = write_tokenizer(tmp_path)
+    assert found["bytes"] == sum(len(tokenizer.decode(tokenizer(text).input_ids).encode()) for text in texts)
+
+
+def test_a_model_with_all_its_heads_is_the_original_and_a_pooled_one_is_not(places, tmp_path):
+    asked = what(places)
+    original, same, mean = evaluate(places / "original", [places / "same", places / "mean"], tmp_path / "out", asked)[
+        "checkpoints"
+    ]
+    for one in (original, same):
+        assert abs(one["next_token"]["kl"]) < 1e-5
+        assert one["next_token"]["same_first_choice"] == 1
+        assert one["writing"]["identical"] == 1
+        assert one["writing"]["agreeing_tokens"] == one["writing"]["length"]
+    low, high = mean["next_token"]["loss_above_original_interval"]
+    difference = mean["next_token"]["loss"] - original["next_token"]["loss"]
+    assert low < mean["next_token"]["loss_above_original"] < high
+    assert mean["next_token"]["loss_above_original"] == pytest.approx(difference)
+    assert mean["next_token"]["kl"] > 0.01
+    assert mean["next_token"]["same_first_choice"] < 1
+    assert mean["writing"]["identical"] < 1
+    assert original["kv_bytes_per_token"] == 4 * mean["kv_bytes_per_token"]
+
+    models = [AutoModelForCausalLM.from_pretrained(places / name).eval() for name in ("original", "mean")]
+    windows = read_text(write_tokenizer(tmp_path), models[0].config, asked).windows
+    total = 0.0
+    for window in windows:
+        with torch.no_grad():
+            p, q = (model(torch.tensor([window.ids])).logits[0].double().log_softmax(-1) for model in models)
+        seen = torch.tensor(window.labels) >= 0
+        total += float(torch.nn.functional.kl_div(q[seen], p[seen], log_target=True, reduction="sum"))
+    assert mean["next_token"]["kl"] * mean["next_token"]["tokens"] == pytest.approx(total, rel=1e-4)
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_run_again(places, tmp_path, monkeypatch):
+    asked = what(places, batch_tokens=60)
+    whole = evaluate(places / "original", [places / "mean"], tmp_path / "whole", asked)
+    seen = []
+    plain = quality.compare
+
+    def cut(*args):
+        seen.append(1)
+        if len(seen) == whole["settings"]["windows"] + 10:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(quality, "compare", cut)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(places / "original", [places / "mean"], tmp_path / "cut", asked)
+    assert not (tmp_path / "cut" / "evaluation.json").exists()
+    (kept,) = (tmp_path / "cut" / "mean").glob("tokens-*")
+    with kept.open("a") as file:
+        file.write('{"id": 99999, "na')
+    again = evaluate(places / "original", [places / "mean"], tmp_path / "cut", asked)
+    assert again["checkpoints"] == whole["checkpoints"]
+    windows = whole["settings"]["windows"]
+    assert len(seen) == 2 * windows + 1  # the one that was cut off
+    assert evaluate(places / "original", [places / "mean"], tmp_path / "cut", asked) == again
+    assert len(seen) == 2 * windows + 1
+    evaluate(places / "original", [places / "mean"], tmp_path / "cut", what(places, batch_tokens=60, stride=4))
+    assert len(seen) > 3 * windows
+
+
+def test_targets_and_translations_of_an_encoder_decoder_model(places, tmp_path):
+    model = make_seq2seq("bart", {**BART, "eos_token_id": 2})
+    model.save_pretrained(tmp_path / "original")
+    write_tokenizer(tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "same", kv_heads=6)
+    convert(tmp_path / "original", tmp_path / "mean")
+    asked = what(places, text=str(places / "pairs.jsonl"), columns=("en", "de"), window=40, beams=3)
+    original, same, mean = evaluate(
+        tmp_path / "original", [tmp_path / "same", tmp_path / "mean"], tmp_path / "out", asked
+    )["checkpoints"]
+    assert abs(same["next_token"]["kl"]) < 1e-5
+    assert same["greedy"]["chrf"] == original["greedy"]["chrf"]
+    assert mean["next_token"]["kl"] > 1e-3
+
+    tokenizer = write_tokenizer(tmp_path)
+    rows = [json.loads(line) for line in (places / "pairs.jsonl").read_text().splitlines()]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mean").eval()
+    total, count, texts, goals = 0.0, 0, {1: [], 3: []}, []
+    for number, i in enumerate(order):
+        ids = torch.tensor([tokenizer(rows[i]["en"]).input_ids[:40]])
+        labels = torch.tensor([tokenizer(rows[i]["de"]).input_ids[:40]])
+        with torch.no_grad():
+            total += float(ours(input_ids=ids, labels=labels).loss) * labels.shape[1]
+        count += labels.shape[1]
+        if number < 6:
+            goals.append(rows[i]["de"])
+            for beams, said in texts.items():
+                options = {"num_beams": beams, "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+                said.append(tokenizer.decode(ours.generate(ids, **options)[0], skip_special_tokens=True))
+    assert mean["next_token"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    for kind, beams in (("greedy", 1), ("beam", 3)):
+        assert mean[kind]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts[beams], [goals]).score)
+        assert mean[kind]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts[beams], [goals]).score)
+
+
+def test_tasks_of_lm_eval(places, tmp_path):
+    rows = [{"question": f"some {n}", "choices": ["words", "text"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "words",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "words.yaml").write_text(yaml.safe_dump(task))
+    asked = what(places, tasks=("words",), include_path=tmp_path / "tasks", tokens=100, prompts=0)
+    found = evaluate(places / "mean", [], tmp_path / "out", asked)["checkpoints"][0]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(places / "mean").eval(), write_tokenizer(tmp_path)
+    right = 0
+    for row in rows:
+        scores = []
+        for choice in row["choices"]:
+            start, ids = (tokenizer(text).input_ids for text in (row["question"], f"{row['question']} {choice}"))
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(len(start), len(ids))))
+        right += int(np.argmax(scores)) == row["answer"]
+    assert found["tasks"]["results"]["words"]["acc,none"] == pytest.approx(right / 6)
+    with pytest.raises(ConversionError, match="knows no task nothing"):
+        evaluate(places / "mean", [], tmp_path / "out", what(places, tasks=("nothing",), tokens=100, prompts=0))
+
+
+def test_intervals_are_those_of_a_normal_mean():
+    generator = np.random.default_rng(1)
+    values, lengths = generator.normal(3, 1, 4000), np.ones(4000)
+    value, (low, high) = ratio(values, lengths)
+    width = 1.96 * values.std() / math.sqrt(4000)
+    assert value == pytest.approx(values.mean())
+    assert (value - low, high - value) == (pytest.approx(width, rel=0.15), pytest.approx(width, rel=0.15))
+    difference, (low, high) = ratio(values + 0.1, lengths, less=values)
+    # paired: the spread of the documents is in both
+    assert (low, difference, high) == tuple(pytest.approx(0.1) for _ in range(3))
+    assert ratio([1.0], [2.0]) == (0.5, None)
+
+
+def test_metrics_of_texts():
+    found = Continuations().compute(predictions=[[1, 2, 3, 4], [5] * 8], references=[[1, 2, 9], [5] * 8])
+    assert found["agreeing_tokens"] == (2 + 8) / 2
+    assert found["identical"] == 0.5
+    assert found["repetition"] == pytest.approx(4 / 6)
+    found = WordErrors().compute(predictions=["a cat sat", "dog"], references=["the cat sat", "the big dog"])
+    assert found["word_error_rate"] == pytest.approx(3 / 6)
+    found = NextTokens().compute(
+        nats=[2.0, 4.0], original=[1.0, 4.0], divergence=[0.0, 1.0], same=[1, 3], tokens=[2, 4], bytes=[6, 9]
+    )
+    assert (found["loss"], found["same_first_choice"]) == (1.0, pytest.approx(4 / 6))
+
+
+def test_what_cannot_be_measured_is_said(places, tmp_path):
+    with pytest.raises(ConversionError, match="missing"):
+        evaluate(places / "missing", [], tmp_path / "out", what(places))
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ConversionError, match=r"empty\.jsonl"):
+        evaluate(places / "original", [], tmp_path / "out", what(places, text=str(tmp_path / "empty.jsonl")))
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(ConversionError, match="no document has two tokens"):
+        evaluate(places / "original", [], tmp_path / "out", what(places, text=str(tmp_path / "none.txt")))
+    with pytest.raises(ConversionError, match="got 16 and 17"):
+        evaluate(places / "original", [], tmp_path / "out", what(places, stride=17))
+    with pytest.raises(ConversionError, match="given twice"):
+        evaluate(places / "mean", [places / "mean"], tmp_path / "out", what(places))
+    with pytest.raises(ConversionError, match="--dtype must be"):
+        evaluate(places / "mean", [], tmp_path / "out", what(places, dtype="int8"))
+
+    shutil.copytree(places / "mean", tmp_path / "other")
+    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words["model"]["vocab"]["new"] = len(words["model"]["vocab"])
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(ConversionError, match=r"another tokenizer \(94 words\).*\(93 words\)"):
+        evaluate(places / "original", [tmp_path / "other"], tmp_path / "out", what(places))
+
+    shutil.copytree(places / "mean", tmp_path / "broken")
+    broken = AutoModelForCausalLM.from_pretrained(places / "mean")
+    with torch.no_grad():
+        broken.lm_head.weight[7] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ConversionError, match="logits are no numbers in document 0"):
+        evaluate(places / "original", [tmp_path / "broken"], tmp_path / "out", what(places))
+
+
+def test_a_text_shorter_than_a_window_is_measured(places, tmp_path):
+    (tmp_path / "short.txt").write_text("some words")
+    asked = what(places, text=str(tmp_path / "short.txt"), window=512, prompt_tokens=4)
+    found = evaluate(places / "original", [places / "mean"], tmp_path / "out", asked)["checkpoints"][1]
+    assert found["next_token"]["tokens"] == len(write_tokenizer(tmp_path)("some words").input_ids)
+    assert found["next_token"]["loss_above_original_interval"] is None
+
+
+def test_the_command(places, tmp_path):
+    words = ["evaluate", str(places / "original"), str(places / "mean"), "--output", str(tmp_path / "out")]
+    words += ["--text", str(places / "text.jsonl"), "--window", "16", "--tokens", "300", "--prompts", "2"]
+    result = CliRunner().invoke(app, [*words, "--prompt-tokens", "8", "--new-tokens", "4"])
+    assert result.exit_code == 0, result.output
+    assert "same first choice" in result.stdout
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert [c["name"] for c in found["checkpoints"]] == ["original", "mean"]
+    assert found["settings"]["tokens"] == 300
+    assert len(found["checkpoints"][1]["samples"]) == 2
