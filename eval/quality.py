@@ -13,8 +13,8 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from mqa_hf.conversion import inspect
 from mqa_hf.conversion.converter import DTYPES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.source import locate
-from mqa_hf.conversion.text import documents, pairs
+from mqa_hf.conversion.text import documents, load, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs
 from mqa_hf.finetune.training import processes
 
-from .metrics import Continuations, NextTokens, Translations
+from .metrics import Continuations, NextTokens, Translations, WordErrors
 
 RESULTS = "evaluation.json"
 FEW = 10  # documents; with fewer, intervals are over windows
@@ -113,7 +119,12 @@ def evaluate(
             raise ConversionError(f"{said} is no checkpoint: it has no config.json")
     tokenizer = common_tokenizer(paths)
     config = AutoConfig.from_pretrained(paths[0])
-    examples = read_pairs(tokenizer, config, what) if config.is_encoder_decoder else read_text(tokenizer, config, what)
+    if getattr(config, "num_mel_bins", None):
+        examples = read_speech(paths[0], config, what)
+    elif config.is_encoder_decoder:
+        examples = read_pairs(tokenizer, config, what)
+    else:
+        examples = read_text(tokenizer, config, what)
     job = Job(output, names[0], paths[0], examples, what, tokenizer)
     results = [job.measure(name, path) for name, path in zip(names, paths)]
     whole = {
@@ -187,12 +198,23 @@ class Window:
 
 @dataclass(frozen=True)
 class Examples:
-    """Windows to predict, beginnings to continue (or sources to translate), and references where there are some."""
+    """What is predicted, and what is written.
+
+    Attributes:
+        windows: to predict.
+        collate: windows -> the model's inputs and labels [B, T].
+        prompts: beginnings to continue, sources to translate; of speech nothing.
+        ask: indices of prompts -> the inputs of `generate()`.
+        references: what should be written; of a language model nothing.
+        metric: of texts beside references.
+    """
 
     windows: list[Window]
+    collate: Callable[[Sequence[Window]], dict[str, torch.Tensor]]
     prompts: list[list[int]]
-    references: list[str]
-    collate: Any
+    ask: Callable[[Sequence[int]], dict[str, torch.Tensor]]
+    references: list[str] = field(default_factory=list)
+    metric: Any = None
 
 
 def collate_windows(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
@@ -251,7 +273,11 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     if not windows:
         raise ConversionError(f"{what.text}: no document has two tokens; give --text with something to predict")
     check_ids(windows, getattr(config, "vocab_size", None))
-    return Examples(windows, prompts, [], collate_windows)
+
+    def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all are as long
+        return {"input_ids": torch.tensor([prompts[i] for i in chosen])}
+
+    return Examples(windows, collate_windows, prompts, ask)
 
 
 def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
@@ -286,7 +312,82 @@ def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     def collate(chosen: Sequence[Window]) -> dict[str, torch.Tensor]:
         return inner([{"input_ids": window.ids, "labels": window.labels} for window in chosen])
 
-    return Examples(windows, prompts, references, collate)
+    def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+        inputs = inner([{"input_ids": prompts[i], "labels": [pad]} for i in chosen])
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    return Examples(windows, collate, prompts, ask, references, Translations())
+
+
+def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
+    """Recordings and their transcripts, in the order drawn by the seed, until the transcripts have `what.tokens`.
+
+    Columns: "audio", a file or what `datasets` decodes, and "text", unless two others are named.
+    """
+    from transformers import AutoProcessor
+
+    if what.text is None:
+        raise ConversionError("speech models need --text with recordings and transcripts (columns audio and text)")
+    processor: Any = AutoProcessor.from_pretrained(path)
+    rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
+    rows, (sound, said) = load(what.text, "--text"), what.columns or ("audio", "text")
+    if not {sound, said} <= set(rows.column_names):
+        raise ConversionError(f"{what.text} has no columns {sound} and {said}; its columns: {rows.column_names}")
+    recordings: list[Any] = []
+    references: list[str] = []
+    windows: list[Window] = []
+    left = what.tokens
+    for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(what.seed)).tolist():
+        audio, text = rows[index][sound], rows[index][said]
+        audio = hear(Path(what.text).parent / audio if isinstance(audio, str) else audio, rate)
+        if len(audio) > longest:
+            raise ConversionError(
+                f"{what.text}: a recording of {len(audio) / rate:.1f} s, longer than the {longest / rate:.1f} s that "
+                "the model hears at once"
+            )
+        labels = processor.tokenizer(text).input_ids[1:]  # the first is what the decoder begins with
+        windows.append(Window(len(windows), [0] * len(labels), labels[: max(left, 1)], len(text.encode())))
+        recordings.append(audio)
+        references.append(text)
+        left -= len(labels)
+        if left < 1:
+            break
+    if not windows:
+        raise ConversionError(f"{what.text}: there is no recording")
+    check_ids(windows, getattr(getattr(config, "decoder", config), "vocab_size", None))
+    targets = CollatePairs(config.pad_token_id, config.decoder_start_token_id)
+
+    def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
+        sounds = [recordings[i] for i in chosen]
+        return {"input_features": processor(sounds, sampling_rate=rate, return_tensors="pt").input_features}
+
+    def collate(chosen: Sequence[Window]) -> dict[str, torch.Tensor]:
+        inputs = targets([{"input_ids": [0], "labels": window.labels} for window in chosen])
+        return {**ask([w.document for w in chosen]), **{n: inputs[n] for n in ("decoder_input_ids", "labels")}}
+
+    count = min(what.prompts, len(windows))
+    return Examples(windows, collate, [[]] * count, ask, references[:count], WordErrors())
+
+
+def hear(recording: Any, rate: int) -> Any:
+    """Samples [N] at `rate`, of a file or of what `datasets` has decoded."""
+    if isinstance(recording, Path):
+        try:
+            import soundfile
+        except ImportError as error:
+            raise ConversionError("recordings need soundfile and soxr: pip install 'mqa-hf[speech]'") from error
+        try:
+            channels, had = soundfile.read(recording, dtype="float32", always_2d=True)
+        except (OSError, RuntimeError) as error:
+            raise ConversionError(f"{recording} is no recording that can be read: {error}") from error
+        samples = channels.mean(1)
+    else:
+        samples, had = recording["array"], recording["sampling_rate"]
+    if had == rate:
+        return samples
+    import soxr
+
+    return soxr.resample(samples, had, rate)
 
 
 def check_ids(windows: Sequence[Window], vocabulary: int | None) -> None:
@@ -364,6 +465,7 @@ class Job:
         state = processes()
         config = AutoConfig.from_pretrained(path)
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto = AutoModelForSpeechSeq2Seq if getattr(config, "num_mel_bins", None) else auto
         if self.what.dtype is not None and self.what.dtype not in DTYPES:
             raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.what.dtype!r}")
         default: Any = "auto" if state.device.type != "cpu" else torch.float32
@@ -434,20 +536,16 @@ class Job:
     @torch.no_grad()
     def write_after(self, model: Any, chosen: list[int], beams: int) -> Iterator[tuple[int, list[int]]]:
         """Tokens that follow prompts, up to eos."""
-        prompts, decoder = self.examples.prompts, model.config.is_encoder_decoder
+        prompts = self.examples.prompts
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ends = model.generation_config.eos_token_id
         stops = set(ends if isinstance(ends, list) else [ends])
         options = {"max_new_tokens": self.what.new_tokens, "do_sample": False, "num_beams": beams, "pad_token_id": pad}
         cost = self.what.batch_tokens // max(1, beams)
         for batch in batches(chosen, lambda i: len(prompts[i]) + self.what.new_tokens, cost):
-            length = max(len(prompts[i]) for i in batch)
-            ids, mask = torch.full((len(batch), length), pad), torch.zeros(len(batch), length, dtype=torch.long)
-            for row, i in enumerate(batch):
-                there = slice(0, len(prompts[i])) if decoder else slice(length - len(prompts[i]), length)
-                ids[row, there], mask[row, there] = torch.tensor(prompts[i]), 1
-            given = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-            written = model.generate(**given, **options).cpu()[:, 1 if decoder else length :]
+            given = {name: value.to(model.device) for name, value in self.examples.ask(batch).items()}
+            written = model.generate(**given, **options).cpu()
+            written = written[:, 1 if model.config.is_encoder_decoder else len(prompts[batch[0]]) :]
             for i, row in zip(batch, written.tolist()):
                 end = next((n for n, token in enumerate(row) if token in stops), len(row))
                 yield i, row[:end]
@@ -484,7 +582,7 @@ class Job:
         if self.examples.references:
             for kind in ("greedy", "beam"):
                 texts = [record[kind] for record in ours]
-                found[kind] = Translations().compute(predictions=texts, references=self.examples.references)
+                found[kind] = self.examples.metric.compute(predictions=texts, references=self.examples.references)
         found["samples"] = [
             {"prompt": self.tokenizer.decode(self.examples.prompts[r["id"]], skip_special_tokens=True)}
             | {"text": self.tokenizer.decode(r["tokens"], skip_special_tokens=True)}
@@ -580,8 +678,12 @@ def show(results: dict[str, Any], console: Console) -> None:
     checkpoints = results["checkpoints"]
     seq2seq = "greedy" in checkpoints[0]
     beam = f"BLEU, beam {results['settings']['beams']}"
+    speech = seq2seq and "word_error_rate" in checkpoints[0]["greedy"]
     columns = ["", "loss, nats", "above the original", "perplexity", "KL", "same first choice"]
-    columns += ["BLEU, greedy", beam, "chrF"] if seq2seq else ["tokens before it differs", "repetition"]
+    if speech:
+        columns += ["word errors, greedy", f"beam {results['settings']['beams']}"]
+    else:
+        columns += ["BLEU, greedy", beam, "chrF"] if seq2seq else ["tokens before it differs", "repetition"]
     columns.append("cache, bytes per token")
     table = Table(title_justify="left", title="held-out text; 95% intervals over documents")
     for column in columns:
@@ -596,7 +698,9 @@ def show(results: dict[str, Any], console: Console) -> None:
             f"{next_token['kl']:.3f}",
             f"{next_token['same_first_choice']:.1%}",
         ]
-        if seq2seq:
+        if speech:
+            cells += [spread(found[kind], "word_error_rate", ".1%") for kind in ("greedy", "beam")]
+        elif seq2seq:
             cells += [spread(found["greedy"], "bleu", ".1f"), spread(found["beam"], "bleu", ".1f")]
             cells.append(f"{found['greedy']['chrf']:.1f}")
         else:

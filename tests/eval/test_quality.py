@@ -3,15 +3,25 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
+import jiwer
 import numpy as np
 import pytest
 import sacrebleu
+import soundfile
 import torch
 import yaml
-from seq2seq_sources import BART, make_seq2seq
-from tokenizer import write_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM
+from seq2seq_sources import BART, WHISPER, make_seq2seq
+from tokenizer import write_tokenizer, write_whisper_processor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from typer.testing import CliRunner
 
 from mqa_hf.cli import app
@@ -192,6 +202,47 @@ def test_targets_and_translations_of_an_encoder_decoder_model(places, tmp_path):
     for kind, beams in (("greedy", 1), ("beam", 3)):
         assert mean[kind]["chrf"] == pytest.approx(sacrebleu.corpus_chrf(texts[beams], [goals]).score)
         assert mean[kind]["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts[beams], [goals]).score)
+
+
+def test_transcripts_of_a_speech_model(places, tmp_path):
+    _, generation = write_whisper_processor(tmp_path / "original", mels=16, frames=40)
+    vocabulary = generation.no_timestamps_token_id + 52
+    tokens = {name: getattr(generation, name) for name in ("eos_token_id", "pad_token_id", "decoder_start_token_id")}
+    model = make_seq2seq("whisper", {**WHISPER, "vocab_size": vocabulary, **tokens})
+    model.generation_config = generation
+    model.save_pretrained(tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "mean")
+    generator = np.random.default_rng(0)
+    rows = [{"audio": f"{n}.wav", "text": "abcdef"[n:] + " words"} for n in range(4)]
+    sounds = [generator.normal(0, 0.1, 3000 + 100 * n).astype(np.float32) for n in range(4)]
+    for row, sound in zip(rows, sounds):
+        soundfile.write(tmp_path / row["audio"], sound, 16000, subtype="FLOAT")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = what(places, text=str(tmp_path / "rows.jsonl"), beams=2)
+    original, mean = evaluate(tmp_path / "original", [tmp_path / "mean"], tmp_path / "out", asked)["checkpoints"]
+    assert mean["next_token"]["kl"] > 1e-3
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "mean")
+    ours = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "mean").eval()
+    total, count, errors, words = 0.0, 0, 0, 0
+    for row, sound in zip(rows, sounds):
+        features = processor(sound, sampling_rate=16000, return_tensors="pt").input_features
+        labels = torch.tensor([processor.tokenizer(row["text"]).input_ids[1:]])
+        with torch.no_grad():
+            total += float(ours(input_features=features, labels=labels).loss) * labels.shape[1]
+        count += labels.shape[1]
+        written = ours.generate(features, max_new_tokens=12, do_sample=False, num_beams=1)[0]
+        measured = jiwer.process_words(row["text"], processor.decode(written, skip_special_tokens=True))
+        errors += measured.substitutions + measured.deletions + measured.insertions
+        words += len(row["text"].split())
+    assert mean["next_token"]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert mean["greedy"]["word_error_rate"] == pytest.approx(errors / words)
+    assert original["beam"]["texts"] == 4
+    with pytest.raises(ConversionError, match="no columns sound and text"):
+        evaluate(tmp_path / "original", [], tmp_path / "out", replace(asked, columns=("sound", "text")))
+    soundfile.write(tmp_path / "0.wav", np.zeros(9000, np.float32), 8000)
+    with pytest.raises(ConversionError, match=r"a recording of 1\.1 s, longer than"):
+        evaluate(tmp_path / "original", [], tmp_path / "out", asked)
 
 
 def test_tasks_of_lm_eval(places, tmp_path):
