@@ -636,6 +636,23 @@ def evaluate(
 
 
 @app.command()
+def report(
+    evaluation: Annotated[Path, typer.Argument(help="What mqa-hf evaluate has written.", show_default=False)],
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of mqa-hf benchmark --output; may be repeated.", show_default=False),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for the page and its pictures.")] = Path("report"),
+    title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+) -> None:
+    """Quality against speed on one page that needs no network."""
+    from mqa_hf.eval.report import write_report
+
+    page = write_report(evaluation, benchmark or (), output, title)
+    Console(markup=False).print(str(page), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def recipe(
     file: Annotated[Path, typer.Argument(help="YAML with source, output, convert, ...", show_default=False)],
     overwrite: Annotated[

@@ -1,0 +1,454 @@
+"""Quality against speed on one page: `mqa-hf report`.
+
+    mqa-hf evaluate ORIGINAL CONVERTED ... --text held-out.jsonl --output evaluation
+    mqa-hf benchmark CONVERTED --kv-heads original --engines mqa-hf --output benchmark.jsonl    # one for each
+    mqa-hf report evaluation --benchmark benchmark.jsonl --output report
+
+writes `report/index.html`, which needs no network and no other file, its pictures as PNGs, and `report/report.json`.
+What a checkpoint's `conversion.json` and `uptraining.json` say is in there too.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.source import REPORT_FILE
+from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
+
+PAGE = "index.html"
+INK = "#123456"  # stands for the colour of the page's text in pictures, light or dark
+COLOURS = ("#8a8f98", "#d1495b", "#2a9d8f", "#e09f3e", "#5b7db1", "#9b5de5", "#6a994e", "#c77dff")
+LAYER_ERRORS = {
+    "attention_error": "attention output",
+    "key_error": "keys",
+    "value_error": "values",
+    "cross_attention_error": "cross-attention output",
+    "cross_key_error": "keys, cross-attention",
+    "cross_value_error": "values, cross-attention",
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """All that a report shows.
+
+    Attributes:
+        evaluation: what `mqa-hf evaluate` has written.
+        timings: records of `mqa-hf benchmark`, with the checkpoint's `name` where it is one of the evaluation.
+        conversions, trainings: by name of the checkpoint, what stands beside its weights.
+    """
+
+    evaluation: dict[str, Any]
+    timings: list[dict[str, Any]]
+    conversions: dict[str, dict[str, Any]]
+    trainings: dict[str, dict[str, Any]]
+
+    @property
+    def checkpoints(self) -> list[dict[str, Any]]:
+        return self.evaluation["checkpoints"]
+
+    def colour(self, name: str) -> str:
+        names = [c["name"] for c in self.checkpoints]
+        names += sorted({label(r) for r in self.timings} - set(names))
+        return COLOURS[names.index(name) % len(COLOURS)]
+
+
+def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
+    """Everything that is known of the checkpoints of an evaluation.
+
+    Args:
+        evaluation: `evaluation.json`, or the directory that holds it.
+        benchmarks: files of `mqa-hf benchmark --output`.
+
+    Raises:
+        ConversionError: where there are no such results.
+    """
+    path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = {Path(c["checkpoint"]).resolve(): c["name"] for c in found["checkpoints"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path} holds no results of mqa-hf evaluate: {error}") from error
+    timings: list[dict[str, Any]] = []
+    for file in benchmarks:
+        try:
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            timings += [{**line, "name": names.get(Path(line["shape"]).resolve())} for line in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConversionError(f"{file} holds no results of mqa-hf benchmark: {error}") from error
+    beside: dict[str, dict[str, dict[str, Any]]] = {REPORT_FILE: {}, TRAINING_FILE: {}}
+    for directory, name in names.items():
+        for file_name, entries in beside.items():
+            if (directory / file_name).is_file():
+                entries[name] = json.loads((directory / file_name).read_text(encoding="utf-8"))
+    return Data(found, timings, beside[REPORT_FILE], beside[TRAINING_FILE])
+
+
+def label(record: dict[str, Any]) -> str:
+    """What a timing is of: the checkpoint, or the benchmark's own name; the engine where it is not this package's."""
+    name = record["name"] or record["model"]
+    return name if record["engine"] == "mqa-hf" or not record["name"] else f"{name}, {record['engine']}"
+
+
+def good(data: Data) -> list[dict[str, Any]]:
+    return [r for r in data.timings if "error" not in r]
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at least as low as in both numbers: the Pareto front, from left to right."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
+
+
+def axes_of(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConversionError("mqa-hf report needs matplotlib: pip install 'mqa-hf[benchmark]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.25, which="both", color=INK, lw=0.5)
+    for side in axes.spines.values():
+        side.set_color(INK)
+        side.set_linewidth(0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(which="both", colors=INK, labelsize=9)
+    return figure, axes
+
+
+def finish(axes: Any, x: str, y: str, legend: bool = False) -> None:
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    if legend:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+
+
+def plain_ticks(axis: Any) -> None:
+    axis.set_major_formatter("{x:g}")
+
+
+def trade(data: Data, points: dict[str, float], what: str) -> Any:
+    """Loss over a cost, one point a checkpoint, the Pareto front as a line."""
+    if len(points) < 2:
+        return None
+    figure, axes = axes_of()
+    losses = {c["name"]: c["next_token"] for c in data.checkpoints}
+    line = front([(x, losses[name]["loss"]) for name, x in points.items()])
+    axes.plot([x for x, _ in line], [y for _, y in line], color=INK, lw=1, ls=":", zorder=1)
+    for name, x in points.items():
+        found = losses[name]
+        low, high = found["loss_interval"] or (found["loss"],) * 2
+        error = [[max(0.0, found["loss"] - low)], [max(0.0, high - found["loss"])]]
+        axes.errorbar([x], [found["loss"]], yerr=error, marker="o", ms=7, color=data.colour(name), capsize=3)
+        axes.annotate(name, (x, found["loss"]), (7, 5), textcoords="offset points", fontsize=9, color=INK)
+    axes.set_yscale("log")
+    plain_ticks(axes.yaxis)
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
+    axes.margins(0.18)
+    finish(axes, what, "held-out loss, nats a token")
+    return figure
+
+
+def cache_trade(data: Data) -> Any:
+    sizes = {c["name"]: c["kv_bytes_per_token"] for c in data.checkpoints if c.get("kv_bytes_per_token")}
+    return trade(data, sizes, "cache, bytes a token (16 bit)")
+
+
+def cells(data: Data) -> list[tuple[int, int]]:
+    """Batch and context of the timings that all checkpoints with timings share, the largest last."""
+    by_name: dict[str, set[tuple[int, int]]] = {}
+    for r in good(data):
+        if r["name"] and r["engine"] == "mqa-hf" and r.get("beams", 1) == 1 and not r.get("largest_batch"):
+            by_name.setdefault(r["name"], set()).add((r["batch"], r["context"]))
+    shared = set.intersection(*by_name.values()) if by_name else set()
+    return sorted(shared, key=lambda cell: (cell[0] * cell[1], cell))
+
+
+def time_of(data: Data, cell: tuple[int, int]) -> dict[str, float]:
+    return {
+        r["name"]: r["time_per_token_ms"]
+        for r in good(data)
+        if r["name"] and r["engine"] == "mqa-hf" and (r["batch"], r["context"]) == cell and r.get("beams", 1) == 1
+    }
+
+
+def time_trade(data: Data) -> Any:
+    if not cells(data):
+        return None
+    batch, context = cells(data)[-1]
+    where = good(data)[0]["device"]
+    return trade(data, time_of(data, (batch, context)), f"ms a step of {batch} rows at context {context:,} ({where})")
+
+
+def over(data: Data, x: str, fixed: str, quantity: str, what: str) -> Any:
+    """A time over the batch or the context, with the other at its most frequent value."""
+    some = [r for r in good(data) if not r.get("largest_batch") and r.get("beams", 1) == 1]
+    values = [r[fixed] for r in some]
+    if not some:
+        return None
+    most = max(sorted(set(values)), key=values.count)
+    some = [r for r in some if r[fixed] == most]
+    if len({r[x] for r in some}) < 2:
+        return None
+    figure, axes = axes_of()
+    for name in dict.fromkeys(map(label, some)):
+        points = sorted((r[x], r[quantity]) for r in some if label(r) == name)
+        axes.plot(
+            [a for a, _ in points], [b for _, b in points], marker="o", ms=4, label=name, color=data.colour(name)
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        plain_ticks(axis)
+    finish(axes, f"{x} ({fixed} {most:,})", what, legend=True)
+    return figure
+
+
+def over_context(data: Data) -> Any:
+    return over(data, "context", "batch", "time_per_token_ms", "ms a step")
+
+
+def over_batch(data: Data) -> Any:
+    return over(data, "batch", "context", "tokens_per_sec", "tokens a second")
+
+
+def at_the_limit(data: Data) -> Any:
+    """Tokens a second with as many rows as fit into the device's memory."""
+    some = [r for r in good(data) if r.get("largest_batch")]
+    if not some:
+        return None
+    figure, axes = axes_of(7, 1 + 0.5 * len(some))
+    names = [f"{label(r)}\n{r['batch']:,} rows of {r['context']:,}" for r in some]
+    bars = axes.barh(
+        names, [r["tokens_per_sec"] for r in some], color=[data.colour(label(r)) for r in some], height=0.6
+    )
+    axes.bar_label(bars, labels=[f"{r['tokens_per_sec']:,.0f}" for r in some], padding=4, color=INK, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    finish(axes, "tokens a second", "")
+    return figure
+
+
+def layers(data: Data) -> Any:
+    """The error of each layer's attention output after the conversion, or of its keys and values."""
+    lines: list[tuple[str, str, list[float]]] = []
+    for name, conversion in data.conversions.items():
+        found = conversion.get("layers") or []
+        for key, title in LAYER_ERRORS.items():
+            values = [layer[key] for layer in found if key in layer]
+            if (
+                len(values) > 1
+                and any(values)
+                and (
+                    not key.endswith(("key_error", "value_error"))
+                    or not any("attention_error" in layer for layer in found)
+                )
+            ):
+                lines.append((name, title, values))
+    if not lines:
+        return None
+    figure, axes = axes_of()
+    styles = dict(zip(dict.fromkeys(title for _, title, _ in lines), ("-", "--", ":", "-.")))
+    for name, title, values in lines:
+        axes.plot(range(1, len(values) + 1), values, styles[title], color=data.colour(name), label=f"{name}: {title}")
+    axes.set_ylim(bottom=0)
+    finish(axes, "layer", "relative error", legend=True)
+    return figure
+
+
+def by_context(data: Data) -> Any:
+    if not any(len(c["loss_by_context"]) > 1 for c in data.checkpoints):
+        return None
+    figure, axes = axes_of()
+    for c in data.checkpoints:
+        rows = c["loss_by_context"]
+        x = [math.sqrt(r["from"] * r["to"]) for r in rows]
+        axes.plot(x, [r["loss"] for r in rows], marker="o", ms=4, label=c["name"], color=data.colour(c["name"]))
+    axes.set_xscale("log", base=2)
+    plain_ticks(axes.xaxis)
+    finish(axes, "tokens before the predicted one", "loss, nats a token", legend=True)
+    return figure
+
+
+def training(data: Data) -> Any:
+    """Validation losses over the tokens of uptraining, or those of training where none were measured."""
+    lines = []
+    for name, found in data.trainings.items():
+        steps = [line for part in found["log"].values() for line in part]
+        last = max((line["step"] for line in steps), default=0)
+        for loss in ("lm", "kl"):
+            key = f"eval_{loss}" if sum(f"eval_{loss}" in line for line in steps) > 1 else loss
+            points = [(line["step"] / last * found["tokens"] / 1e6, line[key]) for line in steps if key in line]
+            if len(points) > 1 and "main" in found["log"] and len(found["log"]) == 1:
+                lines.append((name, f"{name}: {loss}, {'validation' if 'eval' in key else 'training'}", loss, points))
+    if not lines:
+        return None
+    figure, axes = axes_of()
+    for name, title, loss, points in lines:
+        style = "-" if loss == "lm" else "--"
+        axes.plot(*zip(*points), style, label=title, color=data.colour(name))
+    finish(axes, "tokens, millions", "nats a token", legend=True)
+    return figure
+
+
+TRADE = "Lower and further left is better; the dotted line is the Pareto front."
+# File name, heading, what it says, how it is drawn.
+PICTURES: tuple[tuple[str, str, str, Callable[[Data], Any]], ...] = (
+    ("quality-time", "Quality against time", TRADE, time_trade),
+    ("quality-cache", "Quality against cache", TRADE, cache_trade),
+    ("time-context", "Time over context", "A step reads the cache of all earlier tokens.", over_context),
+    ("tokens-batch", "Tokens over batch", "Rows share reading the weights, not the cache.", over_batch),
+    ("largest-batch", "At the memory limit", "With as many rows as fit.", at_the_limit),
+    ("context-loss", "Loss by context", "What longer context brings each model.", by_context),
+    ("layers", "Error by layer", "Of the conversion, before any training.", layers),
+    ("training", "Uptraining", "Losses over tokens.", training),
+)
+
+
+def svg(figure: Any) -> str:
+    """The picture as part of a page, in the colours of its text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    # Its size is the page's to choose.
+    return re.sub(
+        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
+    )
+
+
+def pictures(data: Data, directory: Path) -> list[dict[str, str]]:
+    """All pictures that the data allow: as PNGs in `directory`, and as SVG for the page."""
+    found = []
+    for name, title, says, draw in PICTURES:
+        figure = draw(data)
+        if figure is None:
+            continue
+        drawn = svg(figure)
+        # Identifiers of two pictures on one page must differ.
+        drawn = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", drawn)
+        found.append({"name": name, "title": title, "says": says, "svg": drawn})
+        figure.savefig(directory / f"{name}.png", dpi=150, facecolor="white")
+    return found
+
+
+def number(found: dict[str, Any], name: str, form: str) -> dict[str, str]:
+    """A number and its interval as texts; percent and thousands as `form` says."""
+    if found.get(name) is None:
+        return {"value": "", "interval": ""}
+    interval = found.get(f"{name}_interval") or ()
+    ends = [format(x, form) for x in interval if math.isfinite(x)]
+    return {"value": format(found[name], form), "interval": " to ".join(ends) if len(ends) == 2 else ""}
+
+
+def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
+    """The head of the table, and a row for each checkpoint."""
+    first = data.checkpoints[0]
+    # Heading, where the number is found, its name, its form.
+    columns: list[tuple[str, str, str, str]] = [
+        ("loss, nats a token", "next_token", "loss", ".3f"),
+        ("above the original", "next_token", "loss_above_original", "+.3f"),
+        ("perplexity", "next_token", "perplexity", ".2f"),
+        ("bits a byte", "next_token", "bits_per_byte", ".3f"),
+        ("KL to the original", "next_token", "kl", ".3f"),
+        ("same first choice", "next_token", "same_first_choice", ".1%"),
+    ]
+    if "greedy" in first:
+        speech = "word_error_rate" in first["greedy"]
+        names = (
+            [("word_error_rate", "word errors", ".1%")]
+            if speech
+            else [("bleu", "BLEU", ".1f"), ("chrf", "chrF", ".1f")]
+        )
+        for kind, title in (("greedy", "greedy"), ("beam", f"beam {data.evaluation['settings']['beams']}")):
+            columns += [(f"{said}, {title}", kind, name, form) for name, said, form in names]
+    elif "writing" in first:
+        columns.append(("tokens before it differs", "writing", "agreeing_tokens", ".1f"))
+        columns.append(("repetition", "writing", "repetition", ".1%"))
+    tasks = [
+        (task, metric)
+        for task, numbers in first.get("tasks", {}).get("results", {}).items()
+        for metric, value in numbers.items()
+        if isinstance(value, float) and "stderr" not in metric
+    ]
+    times = {cell: time_of(data, cell) for cell in dict.fromkeys(cells(data)[:1] + cells(data)[-1:])}
+    head = [title for title, *_ in columns]
+    head += [f"{task}, {metric.removesuffix(',none')}" for task, metric in tasks]
+    head += ["cache, bytes a token", *(f"ms a step, {batch} × {context:,}" for batch, context in times)]
+    body = []
+    for c in data.checkpoints:
+        texts = [number(c.get(part, {}), name, form) for _, part, name, form in columns]
+        texts += [number(c.get("tasks", {}).get("results", {}).get(task, {}), metric, ".3f") for task, metric in tasks]
+        texts.append(number(c, "kv_bytes_per_token", ","))
+        texts += [number({"ms": found.get(c["name"])}, "ms", ".2f") for found in times.values()]
+        if c is first:
+            texts[1] = number({}, "", "")
+        body.append({"name": c["name"], "colour": data.colour(c["name"]), "cells": texts})
+    return head, body
+
+
+def write_report(evaluation: Path, benchmarks: Sequence[Path], output: Path, title: str | None = None) -> Path:
+    """Write the page, its pictures and its data to `output`.
+
+    Args:
+        evaluation, benchmarks: see [`read_results`].
+        output: directory; files of an earlier report are replaced.
+        title: of the page.
+
+    Returns:
+        The page.
+    """
+    data = read_results(evaluation, benchmarks)
+    if output.is_file():
+        raise ConversionError(f"{output} is a file; give a directory")
+    output.mkdir(parents=True, exist_ok=True)
+    for name, *_ in PICTURES:
+        (output / f"{name}.png").unlink(missing_ok=True)
+    head, body = rows(data)
+    copied = ["\t".join(["", *head])]
+    copied += [
+        "\t".join(
+            [row["name"], *(f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"])]
+        )
+        for row in body
+    ]
+    content = {"evaluation": data.evaluation, "benchmark": data.timings}
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("mqa_hf.eval").joinpath("report.html.jinja").read_text(encoding="utf-8"))
+    commands = {"evaluation": data.evaluation.get("command")}
+    commands |= {name: found.get("command") for name, found in data.conversions.items()}
+    commands |= {f"{name}, training": found.get("command") for name, found in data.trainings.items()}
+    page = template.render(
+        title=title or f"{data.checkpoints[0]['name']} and what was made of it",
+        head=head,
+        rows=body,
+        pictures=pictures(data, output),
+        evaluation=data.evaluation,
+        settings=data.evaluation["settings"],
+        samples=[(c["name"], c.get("samples", [])) for c in data.checkpoints],
+        commands={name: command for name, command in commands.items() if command},
+        device=", ".join(sorted({r["device"] for r in data.timings})),
+        copied="\n".join(copied),
+        data=json.dumps(content, indent=1, ensure_ascii=False).replace("</", "<\\/"),
+    )
+    partial = output / f".{PAGE}.partial"
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(output / PAGE)
+    (output / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return output / PAGE
