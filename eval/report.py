@@ -112,7 +112,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def axes_of(width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+def axes_of(width: float = 5.6, height: float = 3.7) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -230,7 +230,7 @@ def at_the_limit(data: Data) -> Any:
     some = [r for r in good(data) if r.get("largest_batch")]
     if not some:
         return None
-    figure, axes = axes_of(7, 1 + 0.5 * len(some))
+    figure, axes = axes_of(5.6, 1 + 0.5 * len(some))
     names = [f"{label(r)}\n{r['batch']:,} rows of {r['context']:,}" for r in some]
     bars = axes.barh(
         names, [r["tokens_per_sec"] for r in some], color=[data.colour(label(r)) for r in some], height=0.6
@@ -265,6 +265,7 @@ def layers(data: Data) -> Any:
     for name, title, values in lines:
         axes.plot(range(1, len(values) + 1), values, styles[title], color=data.colour(name), label=f"{name}: {title}")
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     finish(axes, "layer", "relative error", legend=True)
     return figure
 

@@ -1,0 +1,95 @@
+"""The page shows the numbers that were measured, and needs nothing but itself."""
+
+import json
+import re
+
+import pytest
+import torch
+from tokenizer import write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.eval.quality import Evaluation, evaluate
+from mqa_hf.eval.report import PICTURES, front, write_report
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("report")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=93,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory / "original")
+    write_tokenizer(directory / "original")
+    convert(directory / "original", directory / "<b>mean")
+    (directory / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"words {n} of text"}) + "\n" for n in range(30))
+    )
+    asked = Evaluation(text=str(directory / "text.jsonl"), window=16, prompts=3, prompt_tokens=4, new_tokens=6)
+    evaluate(
+        directory / "original", [directory / "<b>mean"], directory / "evaluation", asked, "mqa-hf evaluate <them>"
+    )
+    for name in ("original", "<b>mean"):
+        words = ["benchmark", str(directory / name), "--kv-heads", "original", "--engines", "mqa-hf", "--rounds", "1"]
+        words += ["--cells", "1x16,2x16,1x32", "--tokens", "4", "--prefill-limit", "0", "--device", "cpu"]
+        result = CliRunner().invoke(app, [*words, "--output", str(directory / "times.jsonl")])
+        assert result.exit_code == 0, result.output
+    return directory
+
+
+def test_the_page_holds_the_numbers_and_nothing_from_elsewhere(measured, tmp_path):
+    words = ["report", str(measured / "evaluation"), "--benchmark", str(measured / "times.jsonl")]
+    result = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "report")])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "report" / "index.html").read_text()
+    found = json.loads((measured / "evaluation" / "evaluation.json").read_text())["checkpoints"]
+    for checkpoint in found:
+        for name, form in (("loss", ".3f"), ("kl", ".3f"), ("perplexity", ".2f")):
+            assert f"<td>{format(checkpoint['next_token'][name], form)}" in page
+        low, high = checkpoint["next_token"]["loss_interval"]
+        assert f"<small>{low:.3f} to {high:.3f}</small>" in page
+    times = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
+    assert {
+        f"<td>{r['time_per_token_ms']:.2f}</td>" in page for r in times if (r["batch"], r["context"]) == (1, 16)
+    } == {True}
+    assert not re.search(r"(src|href)=\"(?!#)", page.replace("xlink:", ""))
+    assert "&lt;b&gt;mean" in page
+    assert "<b>mean" not in page.replace("&lt;b&gt;mean", "").split('<script type="application/json"')[0]
+    assert "mqa-hf evaluate &lt;them&gt;" in page
+    kept = json.loads(page.split('id="data">')[1].split("</script>")[0].replace("<\\/", "</"))
+    assert kept["evaluation"]["checkpoints"] == found
+    assert kept == json.loads((tmp_path / "report" / "report.json").read_text())
+    drawn = {path.stem for path in (tmp_path / "report").glob("*.png")}
+    assert drawn == {"quality-time", "quality-cache", "time-context", "tokens-batch", "context-loss", "layers"}
+    assert page.count("<svg") == len(drawn)
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):
+    write_report(measured / "evaluation", [measured / "times.jsonl"], tmp_path)
+    write_report(measured / "evaluation" / "evaluation.json", [], tmp_path)
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"quality-cache", "context-loss", "layers"}
+    assert len(PICTURES) == len({name for name, *_ in PICTURES})
+
+
+def test_the_front_is_what_nothing_else_is_better_than():
+    points = [(3.0, 1.0), (1.0, 3.0), (2.0, 2.5), (2.0, 4.0), (4.0, 1.0), (2.5, 2.6)]
+    kept = front(points)
+    better = [p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)]
+    assert kept == sorted(better)
+
+
+def test_what_is_no_result_is_said(measured, tmp_path):
+    with pytest.raises(ConversionError, match="holds no results of mqa-hf evaluate"):
+        write_report(measured / "nowhere", [], tmp_path)
+    with pytest.raises(ConversionError, match=r"text\.jsonl holds no results of mqa-hf benchmark"):
+        write_report(measured / "evaluation", [measured / "text.jsonl"], tmp_path)
