@@ -12,12 +12,14 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment
 
 from mqa_hf.conversion.errors import ConversionError
@@ -25,6 +27,7 @@ from mqa_hf.conversion.source import REPORT_FILE
 from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
 
 PAGE = "index.html"
+CARD_HEADING = "## Quality and speed"
 INK = "#123456"  # stands for the colour of the page's text in pictures, light or dark
 COLOURS = ("#8a8f98", "#d1495b", "#2a9d8f", "#e09f3e", "#5b7db1", "#9b5de5", "#6a994e", "#c77dff")
 LAYER_ERRORS = {
@@ -404,13 +407,57 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
     return head, body
 
 
-def write_report(evaluation: Path, benchmarks: Sequence[Path], output: Path, title: str | None = None) -> Path:
+def add_to_card(
+    directory: Path, name: str, data: Data, head: list[str], body: list[dict[str, Any]], shown: Path
+) -> None:
+    """Put the table, two pictures and `model-index` into a converted checkpoint's `README.md`; those of an earlier
+    report make room.
+
+    Args:
+        directory: of the checkpoint.
+        name: its name in the report.
+        head, body: of [`rows`].
+        shown: directory of the pictures.
+    """
+    card = ModelCard.load(directory / "README.md")
+    found = next(c for c in data.checkpoints if c["name"] == name)
+    text = data.evaluation["settings"]["text"] or "Python's manual"
+    kind = "translation" if "greedy" in found else "text-generation"
+    metrics = [("loss", found["next_token"]["loss"]), ("perplexity", found["next_token"]["perplexity"])]
+    metrics += [(m, found["beam"][m]) for m in ("bleu", "chrf", "word_error_rate") if m in found.get("beam", {})]
+    card.data.model_name = card.data.to_dict().get("model_name") or name
+    card.data.eval_results = [
+        EvalResult(
+            task_type=kind, dataset_type="text", dataset_name=Path(text).name, metric_type=m, metric_value=value
+        )
+        for m, value in metrics
+    ]
+    lines = [CARD_HEADING, "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in body:
+        cells = [f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"]]
+        title = f"**{row['name']}**" if row["name"] == name else row["name"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += ["", f"Held-out text: {Path(text).name}; in brackets, 95% intervals over documents.", ""]
+    for picture in ("quality-time", "quality-cache"):
+        if (shown / f"{picture}.png").is_file():
+            shutil.copyfile(shown / f"{picture}.png", directory / f"{picture}.png")
+            lines += [f"![{picture.replace('-', ' against ')}]({picture}.png)", ""]
+    before, _, after = card.text.partition(CARD_HEADING)
+    rest = after[after.index("\n## ") :] if "\n## " in after else ""
+    card.text = before.rstrip() + "\n\n" + "\n".join(lines) + rest
+    card.save(directory / "README.md")
+
+
+def write_report(
+    evaluation: Path, benchmarks: Sequence[Path], output: Path, title: str | None = None, cards: bool = False
+) -> Path:
     """Write the page, its pictures and its data to `output`.
 
     Args:
         evaluation, benchmarks: see [`read_results`].
         output: directory; files of an earlier report are replaced.
         title: of the page.
+        cards: whether the model cards of converted checkpoints get the table and pictures, too.
 
     Returns:
         The page.
@@ -452,4 +499,9 @@ def write_report(evaluation: Path, benchmarks: Sequence[Path], output: Path, tit
     partial.write_text(page, encoding="utf-8")
     partial.replace(output / PAGE)
     (output / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if cards:
+        for c in data.checkpoints:
+            directory = Path(c["checkpoint"])
+            if c["name"] in data.conversions and (directory / "README.md").is_file():
+                add_to_card(directory, c["name"], data, head, body, output)
     return output / PAGE

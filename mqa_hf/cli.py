@@ -644,11 +644,15 @@ def report(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for the page and its pictures.")] = Path("report"),
     title: Annotated[str | None, typer.Option(help="Of the page.")] = None,
+    cards: Annotated[
+        bool,
+        typer.Option("--cards", help="Put table and pictures into the model cards of converted checkpoints, too."),
+    ] = False,
 ) -> None:
     """Quality against speed on one page that needs no network."""
     from mqa_hf.eval.report import write_report
 
-    page = write_report(evaluation, benchmark or (), output, title)
+    page = write_report(evaluation, benchmark or (), output, title, cards)
     Console(markup=False).print(str(page), highlight=False, soft_wrap=True)
 
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -79,6 +81,25 @@ def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):
     write_report(measured / "evaluation" / "evaluation.json", [], tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"quality-cache", "context-loss", "layers"}
     assert len(PICTURES) == len({name for name, *_ in PICTURES})
+
+
+def test_model_cards_get_the_numbers_as_the_hub_reads_them(measured, tmp_path):
+    shutil.copytree(measured, tmp_path / "here")
+    here = tmp_path / "here"
+    said = json.loads((here / "evaluation" / "evaluation.json").read_text())
+    for checkpoint in said["checkpoints"]:
+        checkpoint["checkpoint"] = str(here / checkpoint["name"])
+    (here / "evaluation" / "evaluation.json").write_text(json.dumps(said))
+    for _ in range(2):
+        write_report(here / "evaluation", [], tmp_path / "report", cards=True)
+    card = ModelCard.load(here / "<b>mean" / "README.md")
+    found = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert found["perplexity"] == said["checkpoints"][1]["next_token"]["perplexity"]
+    assert card.text.count("## Quality and speed") == 1
+    assert card.text.count("## Use") == 1
+    assert "![quality against cache](quality-cache.png)" in card.text
+    assert (here / "<b>mean" / "quality-cache.png").stat().st_size > 1000
+    assert not (here / "original" / "README.md").exists()
 
 
 def test_the_front_is_what_nothing_else_is_better_than():
