@@ -1,5 +1,6 @@
 # make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
 # make test                                                     set up and run the tests
+# make docs                                                     set up and build the documentation in site/
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +9,7 @@ SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 OUTPUT ?= converted
 PIP = install --quiet --disable-pip-version-check
 
-.PHONY: convert test test-oldest lint
+.PHONY: convert test test-oldest lint docs
 
 convert: $(VENV)/installed
 	$(VENV)/bin/mqa-hf convert "$(SOURCE)" "$(OUTPUT)"
@@ -24,6 +25,13 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/installed
+	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable ".[docs,evaluation,training]"
+	rm -rf build/docs
+	$(VENV)/bin/pip $(PIP) --no-deps --target build/docs .
+	$(VENV)/bin/typer mqa_hf.cli utils docs --name mqa-hf --title Commands --output docs/cli.md
+	$(VENV)/bin/mkdocs build --quiet --strict --site-dir site
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -255,7 +255,7 @@ def plan(
 
 def show(
     name: str,
-    kv_heads: list[int],
+    kv_heads: list[int] | None,
     widths: list[int],
     batch: int,
     context: int,
@@ -265,7 +265,7 @@ def show(
     as_json: bool,
     output: Path | None = None,
 ) -> None:
-    """The command: a table of [`plan`], or JSON."""
+    """The command: a table of [`plan`], or JSON. `kv_heads`: those of 1, 2, 4, 8 that divide the original's."""
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}.get(dtype)
     if itemsize is None:
         raise ConversionError(f"--dtype must be float32, bfloat16, float16 or float8, got {dtype!r}")
@@ -276,6 +276,8 @@ def show(
     else:
         raise ConversionError(f"--device must be measured or one of {', '.join(DEVICES)}, got {device_name!r}")
     _, config = read_shape(name)
+    if kv_heads is None:
+        kv_heads = [n for n in (1, 2, 4, 8) if decoder_of(config).num_key_value_heads % n == 0]
     source = source if isinstance(config, MQASeq2SeqConfig) else 0
     records = plan(config, kv_heads, widths, batch, context, device, source, itemsize)
     if as_json:

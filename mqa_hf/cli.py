@@ -233,7 +233,13 @@ def plan(
     shape: Annotated[
         str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
     ],
-    kv_heads: Annotated[str, typer.Option(help="Key/value heads to compare with the original's.")] = "1,2,4,8",
+    kv_heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them.",
+            show_default=False,
+        ),
+    ] = None,
     widths: Annotated[str, typer.Option(help="Widths of a new head in units of an old one.")] = "1,2",
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
@@ -245,7 +251,7 @@ def plan(
     """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
     from mqa_hf.eval.roofline import show
 
-    heads, wide = numbers("--kv-heads", kv_heads), numbers("--widths", widths)
+    heads, wide = None if kv_heads is None else numbers("--kv-heads", kv_heads), numbers("--widths", widths)
     show(shape, heads, wide, batch, context, device, source, dtype, as_json)
 
 
