@@ -45,6 +45,7 @@ from .metrics import Continuations, NextTokens, Translations, WordErrors
 RESULTS = "evaluation.json"
 FEW = 10  # documents; with fewer, intervals are over windows
 NOT_DECISIVE = ("batch_tokens", "tasks", "include_path", "limit")  # for what is kept of a checkpoint
+LOOKED_AT = 20  # documents for each prompt that is wanted, where most are shorter than a prompt
 POSITIONS = 1024  # of logits that are compared at once, in float32
 
 
@@ -258,7 +259,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
             prompts.append(ids[: what.prompt_tokens])
         ids = ids[: left + 1]
         end = 1  # what is predicted before it is done
-        for begin in range(0, max(len(ids) - 1, 0), stride):
+        for begin in range(0, len(ids) - 1, stride):
             last = min(begin + window + 1, len(ids))
             if last <= end:
                 break
@@ -268,7 +269,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
             windows.append(Window(number, ids[begin : last - 1], labels, len(said.encode())))
             end = last
         left -= max(len(ids) - 1, 0)
-        if left < 1:
+        if left < 1 and (len(prompts) == what.prompts or number > LOOKED_AT * what.prompts):
             break
     if not windows:
         raise ConversionError(f"{what.text}: no document has two tokens; give --text with something to predict")

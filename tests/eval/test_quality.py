@@ -344,6 +344,14 @@ def test_a_text_shorter_than_a_window_is_measured(places, tmp_path):
     assert found["next_token"]["loss_above_original_interval"] is None
 
 
+def test_prompts_are_looked_for_beyond_the_text_that_is_predicted(places, tmp_path):
+    tokenizer = write_tokenizer(tmp_path)
+    config = LlamaConfig(**SMALL)
+    few = read_text(tokenizer, config, what(places, tokens=20, prompts=5))
+    assert (len(few.prompts), sum(sum(x >= 0 for x in w.labels) for w in few.windows)) == (5, 20)
+    assert read_text(tokenizer, config, what(places, tokens=20, prompt_tokens=10_000)).prompts == []
+
+
 def test_the_command(places, tmp_path):
     words = ["evaluate", str(places / "original"), str(places / "mean"), "--output", str(tmp_path / "out")]
     words += ["--text", str(places / "text.jsonl"), "--window", "16", "--tokens", "300", "--prompts", "2"]
