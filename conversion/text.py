@@ -127,14 +127,12 @@ def token_rows(
     return tokens[: rows * length].view(rows, length)
 
 
-def source_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a checkpoint; raises ConversionError where there is none."""
+def load_tokenizer(checkpoint: str | os.PathLike, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, a directory or a hub id; raises ConversionError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
     except Exception as error:  # whatever tokenizers raise for files that are none
-        raise ConversionError(
-            f"--method shared needs the source's tokenizer, which cannot be loaded: {error}"
-        ) from error
+        raise ConversionError(f"{checkpoint} has no tokenizer that can be loaded: {error}") from error
 
 
 def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
@@ -161,7 +159,7 @@ def calibration_tokens(
     Raises:
         ConversionError: where there is no tokenizer, too little text, or an id that the model does not have.
     """
-    tokens = token_rows(documents(source, column), source_tokenizer(directory), length, count, seed).long()
+    tokens = token_rows(documents(source, column), load_tokenizer(directory), length, count, seed).long()
     if len(tokens) < 2:
         raise ConversionError(
             f"the calibration text gives less than {2 * length} tokens; at least two sequences of {length} are needed"
@@ -227,7 +225,7 @@ def seq2seq_tokens(
         length: most tokens of a side.
         config: `MQASeq2SeqConfig` of the model.
     """
-    tokenizer = source_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     generator = torch.Generator().manual_seed(seed)
     two = pairs(source, columns)
     sources: list[list[int]] = []

@@ -28,7 +28,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
-    AutoTokenizer,
 )
 from transformers.utils import logging
 
@@ -36,7 +35,7 @@ from mqa_hf.conversion import inspect
 from mqa_hf.conversion.converter import DTYPES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.source import locate
-from mqa_hf.conversion.text import documents, load, pairs
+from mqa_hf.conversion.text import documents, load, load_tokenizer, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs
 from mqa_hf.finetune.training import processes
 
@@ -165,12 +164,7 @@ def unique_names(checkpoints: Sequence[str]) -> list[str]:
 
 def common_tokenizer(paths: Sequence[Path]) -> Any:
     """The tokenizer of all checkpoints, which must be one."""
-    found = []
-    for path in paths:
-        try:
-            found.append(AutoTokenizer.from_pretrained(path))
-        except Exception as error:  # whatever tokenizers raise for files that are none
-            raise ConversionError(f"{path} has no tokenizer that can be loaded: {error}") from error
+    found = [load_tokenizer(path) for path in paths]
     for path, tokenizer in zip(paths, found):
         if tokenizer.get_vocab() != found[0].get_vocab():
             raise ConversionError(

@@ -22,7 +22,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +36,7 @@ from mqa_hf.conversion.converter import RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.output import resolve_output, written_beside
+from mqa_hf.conversion.text import load_tokenizer
 
 from .data import Part, mixture
 from .losses import Objective
@@ -231,15 +231,12 @@ def pretrain(
 def find_tokenizer(what: Pretraining, directory: Path, pairs: bool, seed: int) -> PreTrainedTokenizerBase:
     """The tokenizer that is there, or the one that a run has trained, or one trained now."""
     if what.tokenizer is not None:
-        try:
-            return AutoTokenizer.from_pretrained(what.tokenizer)
-        except Exception as error:  # whatever tokenizers raise for files that are none
-            raise ConversionError(f"--tokenizer {what.tokenizer} cannot be loaded: {error}") from error
+        return load_tokenizer(what.tokenizer)
     if not (directory / "tokenizer.json").is_file():
         rows = itertools.islice(iter(mixture(what.dataset, what.columns, what.streaming, seed)), TOKENIZER_TEXTS)
         texts = (text for row in rows for text in row.values())
         train_tokenizer(texts, what.vocab_size, pairs).save_pretrained(directory)
-    return AutoTokenizer.from_pretrained(directory)
+    return load_tokenizer(directory)
 
 
 def read_config(text: str) -> dict[str, Any]:

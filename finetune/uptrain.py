@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedModel,
     set_seed,
 )
@@ -36,6 +35,7 @@ from mqa_hf.conversion import convert, inspect
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import resolve_output, written_beside
 from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
+from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
 from .data import CollatePairs, Part, collate_packed, stamp, training_rows
@@ -223,10 +223,7 @@ def stamps(files: list[Any]) -> list[Any]:
 
 def tokenizer_of(directory: Path, size: int) -> Any:
     """The tokenizer of a checkpoint whose model has `size` words."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # whatever tokenizers raise for files that are none
-        raise ConversionError(f"{directory} has no tokenizer that can be loaded: {error}") from error
+    tokenizer = load_tokenizer(directory)
     if len(tokenizer) > size:
         raise ConversionError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
     return tokenizer
@@ -289,8 +286,8 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
                 heads = description["num_key_value_heads"]
                 convert(name, directory, kv_heads=heads, revision=revision, overwrite=True)
             name, revision = str(directory), None
-        theirs = AutoTokenizer.from_pretrained(name, revision=revision)
-        if AutoTokenizer.from_pretrained(source).get_vocab() != theirs.get_vocab():
+        theirs = load_tokenizer(name, revision)
+        if load_tokenizer(source).get_vocab() != theirs.get_vocab():
             raise ConversionError(
                 f"the teacher {name} has another tokenizer than the student; it must be the original"
             )
