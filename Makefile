@@ -1,3 +1,4 @@
+# make demo [OUTPUT=directory]                                  set up and run the whole job on a small model
 # make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
 # make test                                                     set up and run the tests
 # make docs                                                     set up and build the documentation in site/
@@ -6,13 +7,15 @@ PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
-OUTPUT ?= converted
 PIP = install --quiet --disable-pip-version-check
 
-.PHONY: convert test test-oldest lint docs
+.PHONY: demo convert test test-oldest lint docs
+
+demo: $(VENV)/installed-demo
+	$(VENV)/bin/mqa-hf demo $(OUTPUT)
 
 convert: $(VENV)/installed
-	$(VENV)/bin/mqa-hf convert "$(SOURCE)" "$(OUTPUT)"
+	$(VENV)/bin/mqa-hf convert "$(SOURCE)" "$(or $(OUTPUT),converted)"
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -q -n auto
@@ -36,6 +39,10 @@ docs: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-demo: $(VENV)/installed
+	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable ".[demo]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -23,13 +23,14 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment
 
 from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import REPORT_FILE
+from mqa_hf.conversion.source import REPORT_FILE, read_json
 from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
 
 PAGE = "index.html"
 CARD_HEADING = "## Quality and speed"
 INK = "#123456"  # stands for the colour of the page's text in pictures, light or dark
 COLOURS = ("#8a8f98", "#d1495b", "#2a9d8f", "#e09f3e", "#5b7db1", "#9b5de5", "#6a994e", "#c77dff")
+NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
 LAYER_ERRORS = {
     "attention_error": "attention output",
     "key_error": "keys",
@@ -47,11 +48,13 @@ class Data:
     Attributes:
         evaluation: what `mqa-hf evaluate` has written.
         timings: records of `mqa-hf benchmark`, with the checkpoint's `name` where it is one of the evaluation.
+        timed_as: the name of a checkpoint that was timed, for each one of the same shape that was not.
         conversions, trainings: by name of the checkpoint, what stands beside its weights.
     """
 
     evaluation: dict[str, Any]
     timings: list[dict[str, Any]]
+    timed_as: dict[str, str]
     conversions: dict[str, dict[str, Any]]
     trainings: dict[str, dict[str, Any]]
 
@@ -93,7 +96,21 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
         for file_name, entries in beside.items():
             if (directory / file_name).is_file():
                 entries[name] = json.loads((directory / file_name).read_text(encoding="utf-8"))
-    return Data(found, timings, beside[REPORT_FILE], beside[TRAINING_FILE])
+    timed = {r["name"] for r in timings}
+    shapes = {shape_of(directory): name for directory, name in names.items() if name in timed}
+    timed_as = {
+        name: shapes[shape_of(directory)]
+        for directory, name in names.items()
+        if name not in timed and shape_of(directory) in shapes
+    }
+    return Data(found, timings, timed_as, beside[REPORT_FILE], beside[TRAINING_FILE])
+
+
+def shape_of(directory: Path) -> str:
+    """What decides how long a step takes."""
+    path = directory / "config.json"
+    said = read_json(path) if path.is_file() else {"directory": str(directory)}
+    return json.dumps({name: value for name, value in said.items() if name not in NO_SHAPE}, sort_keys=True)
 
 
 def label(record: dict[str, Any]) -> str:
@@ -181,11 +198,15 @@ def cells(data: Data) -> list[tuple[int, int]]:
 
 
 def time_of(data: Data, cell: tuple[int, int]) -> dict[str, float]:
-    return {
+    """Milliseconds a step, by checkpoint."""
+    measured = {
         r["name"]: r["time_per_token_ms"]
         for r in good(data)
         if r["name"] and r["engine"] == "mqa-hf" and (r["batch"], r["context"]) == cell and r.get("beams", 1) == 1
     }
+    names = [c["name"] for c in data.checkpoints]
+    found = {name: measured.get(data.timed_as.get(name, name)) for name in names}
+    return {name: time for name, time in found.items() if time is not None}
 
 
 def time_trade(data: Data) -> Any:
@@ -492,6 +513,7 @@ def write_report(
         samples=[(c["name"], c.get("samples", [])) for c in data.checkpoints],
         commands={name: command for name, command in commands.items() if command},
         device=", ".join(sorted({r["device"] for r in data.timings})),
+        timed_as=data.timed_as,
         copied="\n".join(copied),
         data=json.dumps(content, indent=1, ensure_ascii=False).replace("</", "<\\/"),
     )

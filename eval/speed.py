@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ WARMUP = 8  # tokens that are not counted
 class Contender:
     """A model to time: `config` of this package, and the configuration of the class that `engine` runs."""
 
+    shape: str
     engine: str
     kv_heads: int
     config: Config
@@ -72,13 +73,15 @@ class Clock(BaseStreamer):
         pass
 
 
-def contenders(source: PreTrainedConfig, config: Config, kv_heads: list[int], engines: list[str]) -> list[Contender]:
+def contenders(
+    shape: str, source: PreTrainedConfig, config: Config, kv_heads: list[int], engines: list[str]
+) -> list[Contender]:
     """Every number of heads (0: as many as the source has) with every engine."""
     original = decoder_of(config).num_key_value_heads
     found = []
     for heads in dict.fromkeys(n or original for n in kv_heads):
         if original % heads:
-            raise ConversionError(f"--kv-heads {heads} must divide the {original} key/value heads of the source")
+            raise ConversionError(f"--kv-heads {heads} must divide the {original} key/value heads of {shape}")
         ours = config if heads == original else with_heads(config, heads, choose_attentions(config, None))
         theirs: PreTrainedConfig = ours
         if heads == original:
@@ -88,7 +91,7 @@ def contenders(source: PreTrainedConfig, config: Config, kv_heads: list[int], en
             with suppress(ConversionError):  # the class has no place for this model with fewer heads
                 theirs = native(source, ours) if native is not None else ours
         for engine in engines:
-            found.append(Contender(engine, heads, ours, ours if engine == "mqa-hf" else theirs))
+            found.append(Contender(shape, engine, heads, ours, ours if engine == "mqa-hf" else theirs))
     return found
 
 
@@ -228,6 +231,19 @@ def time_seq2seq(
     return record
 
 
+def said(contender: Contender, batch: int, context: int, beams: int) -> dict[str, Any]:
+    """What a record is of."""
+    return {
+        "shape": contender.shape,
+        "model": contender.name,
+        "engine": contender.engine,
+        "kv_heads": contender.kv_heads,
+        "batch": batch,
+        "context": context,
+        "beams": beams,
+    }
+
+
 def finish(
     record: dict[str, Any], contender: Contender, batch: int, context: int, beams: int, source: int, device: Device
 ) -> dict[str, Any]:
@@ -239,12 +255,7 @@ def finish(
     cost = step_cost(decoder_of(contender.config), batch * beams, context, source, itemsize)
     floor = cost.seconds(device)
     return {
-        "model": contender.name,
-        "engine": contender.engine,
-        "kv_heads": contender.kv_heads,
-        "batch": batch,
-        "context": context,
-        "beams": beams,
+        **said(contender, batch, context, beams),
         "time_per_token_ms": 1000 * median,
         "time_per_token_p10_ms": 1000 * tenths[0],
         "time_per_token_p90_ms": 1000 * tenths[-1],
@@ -260,21 +271,13 @@ def finish(
 class Bench:
     """Runs cells, holding as few models as can be."""
 
-    def __init__(self, name: str, dtype: str, device: str, tokens: int, prefill_limit: int):
+    def __init__(self, dtype: str, device: str, tokens: int, prefill_limit: int):
         if dtype not in DTYPES:
             raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.name, self.dtype, self.device, self.tokens, self.prefill_limit = (
-            name,
-            dtype,
-            device,
-            tokens,
-            prefill_limit,
-        )
-        self.source, self.config = read_shape(name)
+        self.dtype, self.device, self.tokens, self.prefill_limit = dtype, device, tokens, prefill_limit
         self.limits = measured_device(device)
         self.models: dict[tuple, Any] = {}
         self.facts = {
-            "shape": name,
             "dtype": dtype,
             "device": self.limits.name,
             "copy_bandwidth": self.limits.bandwidth,
@@ -288,7 +291,7 @@ class Bench:
         }
 
     def model(self, contender: Contender) -> Any:
-        key = (type(contender.run), contender.kv_heads, contender.engine == "mqa-hf")
+        key = (contender.shape, type(contender.run), contender.kv_heads, contender.engine == "mqa-hf")
         if key not in self.models:
             if self.device != "cpu":
                 self.models.clear()
@@ -313,8 +316,7 @@ class Bench:
             self.models.clear()
             gone = str(error).split(". ")[0]
         settle(torch.device(self.device))
-        return {"model": contender.name, "engine": contender.engine, "kv_heads": contender.kv_heads, "batch": batch,
-                "context": context, "beams": beams, "error": gone, **facts}  # fmt: skip
+        return {**said(contender, batch, context, beams), "error": gone, **facts}
 
     def largest(self, contender: Contender, context: int) -> dict[str, Any]:
         """The cell with the largest batch that fits."""
@@ -351,29 +353,36 @@ def run(
                     progress.advance(task)
             return
         for cell in cells:
-            turns: dict[str, list[dict]] = {contender.name: [] for contender in found}
+            turns: list[list[dict[str, Any]]] = [[] for _ in found]
             for _ in range(rounds):
-                for contender in found:
+                for contender, records in zip(found, turns):
                     progress.update(task, description=f"{contender.name}, batch {cell[0]}, context {cell[1]}")
-                    turns[contender.name].append(bench.cell(contender, *cell))
+                    records.append(bench.cell(contender, *cell))
                     progress.advance(task)
-            for records in turns.values():
+            for records in turns:
                 middle = sorted(records, key=lambda r: r.get("time_per_token_ms", 0.0))[len(records) // 2]
                 yield middle
 
 
+def labels(records: list[dict[str, Any]]) -> list[str]:
+    """The model of each record, with its shape where there are several."""
+    several = len({r["shape"] for r in records}) > 1
+    return [f"{Path(r['shape']).name}: {r['model']}" if several else r["model"] for r in records]
+
+
 def table(records: list[dict[str, Any]], title: str) -> Table:
     shown = Table(title=title, title_justify="left")
+    names = labels(records)
     columns = (
         "model", "batch", "context", "beams", "ms/token", "p10 to p90", "tokens/s", "first token, s", "warm-up, s",
         "cache, GB", "peak, GB", "floor, ms", "of the floor", "of copy",
     )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
-    for r in records:
+    for r, name in zip(records, names):
         size = f"{r['batch']}{' (largest)' if r.get('largest_batch') else ''}" if "batch" in r else "-"
         where = f"{r['source']} to {r['context']}" if "source" in r else str(r.get("context", "-"))
-        start = (r.get("model", "-"), size, where, str(r.get("beams", "-")))
+        start = (name, size, where, str(r.get("beams", "-")))
         if "error" in r:
             shown.add_row(*start, r["error"][:40])
             continue
@@ -398,7 +407,8 @@ def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
     from matplotlib import pyplot
 
     directory.mkdir(parents=True, exist_ok=True)
-    good = [r for r in records if "error" not in r]
+    good = [{**r, "label": name} for r, name in zip(records, labels(records)) if "error" not in r]
+    shapes = ", ".join(dict.fromkeys(Path(r["shape"]).name for r in good))
     written = []
     for over, per, quantity, label in (
         ("context", "batch", "time_per_token_ms", "ms per token"),
@@ -406,12 +416,12 @@ def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
     ):
         for fixed in sorted({r[per] for r in good if not r.get("largest_batch")}):
             figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-            for model in dict.fromkeys(r["model"] for r in good):
-                some = [r for r in good if r["model"] == model and r[per] == fixed and not r.get("largest_batch")]
+            for model in dict.fromkeys(r["label"] for r in good):
+                some = [r for r in good if r["label"] == model and r[per] == fixed and not r.get("largest_batch")]
                 some = sorted(some, key=lambda r: r[over])
                 if some:
                     axes.plot([r[over] for r in some], [r[quantity] for r in some], marker="o", label=model)
-            axes.set(xlabel=over, ylabel=label, title=f"{good[0]['shape']}, {good[0]['device']}, {per} {fixed}")
+            axes.set(xlabel=over, ylabel=label, title=f"{shapes}, {good[0]['device']}, {per} {fixed}")
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.grid(True, which="both", alpha=0.3)
@@ -424,7 +434,7 @@ def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
 
 
 def benchmark(
-    name: str,
+    shapes: list[str],
     kv_heads: list[int],
     engines: list[str],
     cells: list[tuple[int, int, int]],
@@ -438,24 +448,30 @@ def benchmark(
     output: Path | None,
     plot_directory: Path | None,
 ) -> list[dict[str, Any]]:
-    """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`."""
+    """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`.
+
+    All shapes, heads and engines are timed in one run and, with several `rounds`, in turns.
+    """
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown:
         raise ConversionError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConversionError(f"--device {device}: PyTorch sees no CUDA device; use --device cpu")
-    bench = Bench(name, dtype, device, tokens, prefill_limit)
-    config = bench.config
-    if window is not None:
-        decoder = decoder_of(config)
-        decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
-    if any(beams > 1 for *_, beams in cells) and not isinstance(config, MQASeq2SeqConfig):
-        raise ConversionError("--beams is for encoder-decoder shapes; tokens of a beam search are not streamed")
-    if largest and (device == "cpu" or isinstance(config, MQASeq2SeqConfig)):
-        raise ConversionError("--largest-batch is for decoder-only shapes on a GPU")
-    found = contenders(bench.source, config, kv_heads, engines)
-    if window is not None:  # transformers' classes would not have it
-        found = [Contender(c.engine, c.kv_heads, c.config, c.config) for c in found]
+    bench = Bench(dtype, device, tokens, prefill_limit)
+    found: list[Contender] = []
+    for shape in dict.fromkeys(shapes):
+        source, config = read_shape(shape)
+        several = isinstance(config, MQASeq2SeqConfig)
+        if any(beams > 1 for *_, beams in cells) and not several:
+            raise ConversionError("--beams is for encoder-decoder shapes; tokens of a beam search are not streamed")
+        if largest and (device == "cpu" or several):
+            raise ConversionError("--largest-batch is for decoder-only shapes on a GPU")
+        if window is not None:
+            decoder = decoder_of(config)
+            decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
+        ours = contenders(shape, source, config, kv_heads, engines)
+        # With a window all run our class; transformers' would not have it.
+        found += ours if window is None else [replace(c, run=c.config) for c in ours]
     rounds = rounds or (3 if device == "cpu" else 1)
     records = []
     console = Console()
@@ -465,7 +481,7 @@ def benchmark(
             with output.open("a") as lines:
                 lines.write(json.dumps(record) + "\n")
     limits = f"copy {bench.limits.bandwidth / 1e12:.2f} TB/s, matrix product {bench.limits.rate / 1e12:.1f} TFLOP/s"
-    title = f"{name}, {dtype}, {bench.limits.name} ({limits})" + (f", window {window}" if window else "")
+    title = f"{', '.join(shapes)}, {dtype}, {bench.limits.name} ({limits})" + (f", window {window}" if window else "")
     console.width = max(console.width, 190)
     console.print(table(records, title))
     if plot_directory is not None:

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 import mqa_hf
 from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
-from mqa_hf.conversion.converter import RUNTIME_FILES
+from mqa_hf.conversion.converter import DTYPES, RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.output import resolve_output, written_beside
@@ -161,6 +161,7 @@ def pretrain(
     what: Pretraining,
     schedule: Schedule,
     *,
+    dtype: str = "float32",
     overwrite: bool = False,
     restart: bool = False,
 ) -> dict[str, Any]:
@@ -170,6 +171,7 @@ def pretrain(
         output: directory to write.
         what: model and data.
         schedule: how long and how.
+        dtype: of the weights that are written; they are trained in float32.
         overwrite: replace a model that was pretrained at `output`.
         restart: begin again where an unfinished run lies.
 
@@ -179,6 +181,8 @@ def pretrain(
     Raises:
         ConversionError: for what cannot be, and where training diverges.
     """
+    if dtype not in DTYPES:
+        raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     state = processes()
     logging.disable_progress_bar()
     target = Path(output).resolve()
@@ -212,7 +216,7 @@ def pretrain(
     if state.is_main_process:
         if replaced:
             shutil.rmtree(target)
-        trained = load(job / "main" / "final", model.config, torch.float32)
+        trained = load(job / "main" / "final", model.config, DTYPES[dtype])
         trained.config.use_cache = True
         with written_beside(target, 4 * trained.num_parameters(), False) as partial:
             trained.save_pretrained(partial)

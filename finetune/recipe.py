@@ -16,6 +16,8 @@ Under each stand the options of its command. The results are `output/converted`,
 """
 
 import json
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,37 +102,84 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     Raises:
         ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
     """
+    recipe = read_recipe(path)
+    output = Path(recipe["output"])
+    steps = {
+        step: Step(words, output / STEPS[step], step != "evaluate")
+        for step, words in commands(recipe, known_commands()).items()
+    }
+    run_steps(steps, output / DONE, str(path), overwrite)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of this package.
+
+    Attributes:
+        words: of the command.
+        result: the file that is there when it is done.
+        costly: whether a result takes long to make again, so that it is replaced only when that is asked for.
+    """
+
+    words: list[str]
+    result: Path
+    costly: bool = False
+
+
+def known_commands() -> dict[str, Any]:
     from typer.main import get_command
 
     from mqa_hf.cli import app
 
-    recipe = read_recipe(path)
     main: Any = get_command(app)
-    known = main.commands
-    output = Path(recipe["output"])
-    record = output / DONE
-    done = json.loads(record.read_text()) if record.is_file() else {}
+    return main.commands
+
+
+def read_done(record: Path) -> dict[str, list[str]]:
+    """The words of each step that is done."""
+    return json.loads(record.read_text()) if record.is_file() else {}
+
+
+def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool = False) -> None:
+    """Run commands whose results are not there yet, in order.
+
+    Args:
+        steps: by name.
+        record: file that says which are done.
+        name: of what they are steps of, for messages.
+        overwrite: run a step that has changed, and all after it, again.
+
+    Raises:
+        ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
+    """
+    from typer.main import get_command
+
+    from mqa_hf.cli import app
+
+    main: Any = get_command(app)
+    done = read_done(record)
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    again = False
-    for step, words in commands(recipe, known).items():
-        there = (output / STEPS[step]).is_file()
-        if there and done.get(step) == words and not again:
+    names = list(steps)
+    for step, what in steps.items():
+        there = what.result.is_file()
+        if there and done.get(step) == what.words:
             console.print(f"{step}: done before")
             continue
-        if there and not again and not overwrite:
+        replaced = there and what.costly
+        if replaced and not overwrite:
+            made = f"by {shlex.join(done[step])}" if step in done else "before a step above was run again"
             raise ConversionError(
-                f"{output / STEPS[step]} was made by another command ({' '.join(done.get(step, ['unknown']))}); give "
-                "the recipe another output, or pass --overwrite to run this step and those after it again"
+                f"{what.result} was made {made}; give {name} another output, or pass --overwrite to run this step and "
+                "those after it again"
             )
-        console.print(f"{step}: mqa-hf {' '.join(words)}")
-        more = ["--overwrite"] if there and step != "evaluate" else []
+        console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
         try:
-            main([*words, *more], standalone_mode=False)
+            main([*what.words, *["--overwrite"] * replaced], standalone_mode=False)
         except Exception as error:
             if not hasattr(error, "format_message"):  # of click: an option that is none
                 raise
-            raise ConversionError(f"{path}, {step}: {error.format_message()}") from error
-        again |= there
-        output.mkdir(parents=True, exist_ok=True)
-        done[step] = words
+            raise ConversionError(f"{name}, {step}: {error.format_message()}") from error
+        record.parent.mkdir(parents=True, exist_ok=True)
+        # What later steps have made is of what was there before.
+        done = {n: words for n, words in done.items() if names.index(n) < names.index(step)} | {step: what.words}
         record.write_text(json.dumps(done, indent=2) + "\n")

@@ -257,8 +257,9 @@ def plan(
 
 @app.command()
 def benchmark(
-    shape: Annotated[
-        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
+    shapes: Annotated[
+        list[str],
+        typer.Argument(help="Published shapes by name, directories or hub ids.", show_default=False),
     ],
     kv_heads: Annotated[
         str, typer.Option(help="Key/value heads to time; `original`: the source's own.")
@@ -303,7 +304,7 @@ def benchmark(
         pairs = [(numbers("--cells", b)[0], numbers("--cells", n)[0]) for b, n in split]
     heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
     benchmark(
-        shape,
+        shapes,
         heads,
         [engine.strip() for engine in engines.split(",")],
         [(*pair, k) for pair in pairs for k in numbers("--beams", beams)],
@@ -433,6 +434,9 @@ def pretrain(
     log_every: LogEvery = 0,
     report_to: ReportTo = None,
     workers: Workers = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights written: float32, float16 or bfloat16.", rich_help_panel=OUTPUT)
+    ] = "float32",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a model pretrained at OUTPUT.", rich_help_panel=OUTPUT)
     ] = False,
@@ -451,7 +455,7 @@ def pretrain(
         equal_parameters=None if equal_parameters is None else read_config(equal_parameters),
     )
     schedule = schedule_of(locals())
-    report = run(output, what, schedule, overwrite=overwrite, restart=restart)
+    report = run(output, what, schedule, dtype=dtype, overwrite=overwrite, restart=restart)
     if processes().is_main_process:
         loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
         said = f"{output}: {report['parameters']:,} parameters, {report['tokens']:,} tokens{loss}"
@@ -660,6 +664,24 @@ def report(
 
     page = write_report(evaluation, benchmark or (), output, title, cards)
     Console(markup=False).print(str(page), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Directory for everything.")] = Path("demo"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Run steps of another version of the package again.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """The whole job on a small model that comes with the package: convert, train, measure, show."""
+    from mqa_hf.conversion import ConversionError
+
+    try:
+        from mqa_hf.eval.demo import demo
+    except ImportError as error:
+        raise ConversionError(f"this needs {error.name}: pip install 'mqa-hf[demo]'") from error
+    demo(output, overwrite, show)
 
 
 @app.command()

@@ -23,7 +23,7 @@ def benchmark(*arguments) -> object:
 
 def test_original_grouped_and_multi_query_in_every_engine(source: Path):
     theirs, ours = read_shape(str(source))
-    found = contenders(theirs, ours, [0, 3, 1], ["mqa-hf", "dynamic"])
+    found = contenders("llama", theirs, ours, [0, 3, 1], ["mqa-hf", "dynamic"])
     assert [c.name for c in found] == [
         "MQA, 6 K/V heads, mqa-hf",
         "Llama, 6 K/V heads, dynamic",
@@ -46,7 +46,7 @@ def test_original_grouped_and_multi_query_in_every_engine(source: Path):
 @pytest.mark.parametrize("engine", ["mqa-hf", "dynamic", "static"])
 def test_a_filled_cache_holds_what_it_is_said_to(source: Path, engine: str):
     theirs, ours = read_shape(str(source))
-    (contender,) = contenders(theirs, ours, [1], [engine])
+    (contender,) = contenders("llama", theirs, ours, [1], [engine])
     model = build(contender, torch.float32, "cpu")
     cache = filled_cache(contender, model, batch=2, context=7, capacity=20)
     assert int(cache.get_seq_length()) == 7
@@ -115,14 +115,25 @@ def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
     assert "MQA, 2 K/V heads, dynamic" in " ".join(result.output.split())
 
 
+def test_several_shapes_are_timed_in_one_run(source: Path, tmp_path: Path):
+    convert(source, tmp_path / "ours")
+    lines = tmp_path / "cells.jsonl"
+    arguments = ("--kv-heads", "original", "--engines", "mqa-hf", "--cells", "1x8", "--tokens", 2, "--rounds", 2)
+    result = benchmark(source, tmp_path / "ours", *arguments, "--output", lines)
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(Path(r["shape"]).name, r["kv_heads"]) for r in records] == [("source", 6), ("ours", 1)]
+    assert "ours: MQA, 1 K/V heads, mqa-hf" in " ".join(result.output.split())
+
+
 def test_pictures_of_an_empty_result_are_none(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    assert plots([{"model": "x", "error": "out of memory", "batch": 1, "context": 1}], tmp_path) == []
+    assert plots([{"shape": "x", "model": "x", "error": "out of memory", "batch": 1, "context": 1}], tmp_path) == []
 
 
 def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
     theirs, ours = read_shape("pythia-6.9b")
-    (contender,) = contenders(theirs, ours, [1], ["dynamic"])
+    (contender,) = contenders("llama", theirs, ours, [1], ["dynamic"])
     assert isinstance(contender, Contender)
     assert type(contender.run).__name__ == "MQAConfig"
 
