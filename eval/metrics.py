@@ -146,6 +146,30 @@ class Translations(evaluate.Metric):
         return {**found, "texts": len(predictions)}
 
 
+def bleu_above(ours: Sequence[str], theirs: Sequence[str], references: Sequence[str]) -> tuple[float, Interval]:
+    """How much higher the BLEU of `ours` is, and the interval of the paired difference; `None` for a single text."""
+    from sacrebleu.metrics import BLEU
+
+    metric: Any = BLEU()
+
+    def counts(texts: Sequence[str]) -> np.ndarray:  # [D, 10]: n-grams that are right, n-grams, lengths of both
+        scores = [metric.corpus_score([text], [[reference]]) for text, reference in zip(texts, references)]
+        return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
+
+    def bleu(sums: np.ndarray) -> float:
+        right, all_of_them, (ours_long, theirs_long) = (part.tolist() for part in np.split(sums, (4, 8)))
+        return BLEU.compute_bleu(right, all_of_them, ours_long, theirs_long, metric.smooth_method).score
+
+    both = counts(ours), counts(theirs)
+    value = bleu(both[0].sum(0)) - bleu(both[1].sum(0))
+    if len(ours) < 2:
+        return value, None
+    drawn = weights(len(ours))
+    samples = [bleu(one) - bleu(other) for one, other in zip(*(drawn @ found for found in both))]
+    low, high = np.quantile(samples, (0.025, 0.975))
+    return value, (float(low), float(high))
+
+
 class WordErrors(evaluate.Metric):
     """Word error rate of transcripts, by jiwer."""
 

@@ -39,7 +39,7 @@ from mqa_hf.conversion.text import documents, load, load_tokenizer, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs
 from mqa_hf.finetune.training import processes
 
-from .metrics import Continuations, NextTokens, Translations, WordErrors
+from .metrics import Continuations, NextTokens, Translations, WordErrors, bleu_above
 
 RESULTS = "evaluation.json"
 FEW = 10  # documents; with fewer, intervals are over windows
@@ -578,6 +578,10 @@ class Job:
             for kind in ("greedy", "beam"):
                 texts = [record[kind] for record in ours]
                 found[kind] = self.examples.metric.compute(predictions=texts, references=self.examples.references)
+                if "bleu" in found[kind]:
+                    before = [record[kind] for record in theirs]
+                    above = bleu_above(texts, before, self.examples.references)
+                    found[kind]["bleu_above_original"], found[kind]["bleu_above_original_interval"] = above
         found["samples"] = [
             {"prompt": self.tokenizer.decode(self.examples.prompts[r["id"]], skip_special_tokens=True)}
             | {"text": self.tokenizer.decode(r["tokens"], skip_special_tokens=True)}

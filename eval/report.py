@@ -399,7 +399,7 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
         names = (
             [("word_error_rate", "word errors", ".1%")]
             if speech
-            else [("bleu", "BLEU", ".1f"), ("chrf", "chrF", ".1f")]
+            else [("bleu", "BLEU", ".1f"), ("bleu_above_original", "BLEU above", "+.1f"), ("chrf", "chrF", ".1f")]
         )
         for kind, title in (("greedy", "greedy"), ("beam", f"beam {data.evaluation['settings']['beams']}")):
             columns += [(f"{said}, {title}", kind, name, form) for name, said, form in names]
@@ -422,8 +422,9 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
         texts += [number(c.get("tasks", {}).get("results", {}).get(task, {}), metric, ".3f") for task, metric in tasks]
         texts.append(number(c, "kv_bytes_per_token", ","))
         texts += [number({"ms": found.get(c["name"])}, "ms", ".2f") for found in times.values()]
-        if c is first:
-            texts[1] = number({}, "", "")
+        if c is first:  # which is not above itself
+            for i, (_, _, name, _) in enumerate(columns):
+                texts[i] = number({}, "", "") if name.endswith("above_original") else texts[i]
         body.append({"name": c["name"], "colour": data.colour(c["name"]), "cells": texts})
     return head, body
 

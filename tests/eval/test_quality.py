@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval import quality
-from mqa_hf.eval.metrics import Continuations, NextTokens, WordErrors, ratio
+from mqa_hf.eval.metrics import Continuations, NextTokens, WordErrors, bleu_above, ratio
 from mqa_hf.eval.quality import Evaluation, evaluate, read_text
 
 SMALL = {
@@ -296,6 +296,15 @@ def test_metrics_of_texts():
     assert found["agreeing_tokens"] == (2 + 8) / 2
     assert found["identical"] == 0.5
     assert found["repetition"] == pytest.approx(4 / 6)
+    goals = [f"the cat number {n} sat on the mat all day" for n in range(30)]
+    texts = [text.replace("sat", "lay") if n % 3 else text for n, text in enumerate(goals)]
+    other = [text.replace("all day", "at night") if n % 2 else text for n, text in enumerate(texts)]
+    above, (low, high) = bleu_above(other, texts, goals)
+    scores = [sacrebleu.corpus_bleu(said, [goals]).score for said in (other, texts)]
+    assert above == pytest.approx(scores[0] - scores[1])
+    assert low < above < high < 0
+    assert bleu_above(texts, texts, goals) == (0, (0, 0))
+    assert bleu_above(texts[:1], other[:1], goals[:1])[1] is None
     found = WordErrors().compute(predictions=["a cat sat", "dog"], references=["the cat sat", "the big dog"])
     assert found["word_error_rate"] == pytest.approx(3 / 6)
     found = NextTokens().compute(
