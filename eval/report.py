@@ -1,7 +1,7 @@
 """Quality against speed on one page: `mqa-hf report`.
 
     mqa-hf evaluate ORIGINAL CONVERTED ... --text held-out.jsonl --output evaluation
-    mqa-hf benchmark CONVERTED --kv-heads original --engines mqa-hf --output benchmark.jsonl    # one for each
+    mqa-hf benchmark ORIGINAL CONVERTED ... --kv-heads original --engines mqa-hf --output benchmark.jsonl
     mqa-hf report evaluation --benchmark benchmark.jsonl --output report
 
 writes `report/index.html`, which needs no network and no other file, its pictures as PNGs, and `report/report.json`.
