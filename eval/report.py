@@ -31,6 +31,7 @@ CARD_HEADING = "## Quality and speed"
 INK = "#123456"  # stands for the colour of the page's text in pictures, light or dark
 COLOURS = ("#8a8f98", "#d1495b", "#2a9d8f", "#e09f3e", "#5b7db1", "#9b5de5", "#6a994e", "#c77dff")
 NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
+DECIDING = 2  # columns of quality before those of cost; the others come after
 LAYER_ERRORS = {
     "attention_error": "attention output",
     "key_error": "keys",
@@ -132,31 +133,38 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def axes_of(width: float = 5.6, height: float = 3.7) -> tuple[Any, Any]:
+def axes_of(width: float = 5.6, height: float = 3.7, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes: one, or as many as `rows`, under each other."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConversionError("mqa-hf report needs matplotlib: pip install 'mqa-hf[benchmark]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.25, which="both", color=INK, lw=0.5)
-    for side in axes.spines.values():
-        side.set_color(INK)
-        side.set_linewidth(0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(which="both", colors=INK, labelsize=9)
-    return figure, axes
+    found = list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+    for axes in found:
+        axes.grid(alpha=0.25, which="both", color=INK, lw=0.5)
+        for side in axes.spines.values():
+            side.set_color(INK)
+            side.set_linewidth(0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(which="both", colors=INK, labelsize=10)
+    return figure, found if rows > 1 else found[0]
 
 
 def finish(axes: Any, x: str, y: str, legend: bool = False) -> None:
-    axes.set_xlabel(x, color=INK)
-    axes.set_ylabel(y, color=INK)
+    axes.set_xlabel(x, color=INK, fontsize=10.5)
+    axes.set_ylabel(y, color=INK, fontsize=10.5)
     if legend:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=INK)
 
 
 def plain_ticks(axis: Any) -> None:
+    """Numbers on a logarithmic axis as they are; those between powers too where there are few powers."""
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()
     axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}" if high < 12 * low else "")
+    axis.axes.tick_params(which="minor", labelsize=7)
 
 
 def trade(data: Data, points: dict[str, float], what: str) -> Any:
@@ -167,17 +175,19 @@ def trade(data: Data, points: dict[str, float], what: str) -> Any:
     losses = {c["name"]: c["next_token"] for c in data.checkpoints}
     line = front([(x, losses[name]["loss"]) for name, x in points.items()])
     axes.plot([x for x, _ in line], [y for _, y in line], color=INK, lw=1, ls=":", zorder=1)
+    below: list[tuple[float, float]] = []  # points that another one's name would lie over
     for name, x in points.items():
         found = losses[name]
+        near = any(math.isclose(x, a, rel_tol=0.05) and math.isclose(found["loss"], b, rel_tol=0.03) for a, b in below)
+        below.append((x, found["loss"]))
         low, high = found["loss_interval"] or (found["loss"],) * 2
         error = [[max(0.0, found["loss"] - low)], [max(0.0, high - found["loss"])]]
         axes.errorbar([x], [found["loss"]], yerr=error, marker="o", ms=7, color=data.colour(name), capsize=3)
-        axes.annotate(name, (x, found["loss"]), (7, 5), textcoords="offset points", fontsize=9, color=INK)
+        place = (7, -13 if near else 5)
+        axes.annotate(name, (x, found["loss"]), place, textcoords="offset points", fontsize=10, color=INK)
     axes.set_yscale("log")
-    plain_ticks(axes.yaxis)
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(which="minor", labelsize=7)
     axes.margins(0.18)
+    plain_ticks(axes.yaxis)
     finish(axes, what, "held-out loss, nats a token")
     return figure
 
@@ -235,8 +245,8 @@ def over(data: Data, x: str, fixed: str, quantity: str, what: str) -> Any:
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        plain_ticks(axis)
+    axes.xaxis.set_major_formatter("{x:g}")
+    plain_ticks(axes.yaxis)
     finish(axes, f"{x} ({fixed} {most:,})", what, legend=True)
     return figure
 
@@ -270,6 +280,8 @@ def layers(data: Data) -> Any:
     """The error of each layer's attention output after the conversion, or of its keys and values."""
     lines: list[tuple[str, str, list[float]]] = []
     for name, conversion in data.conversions.items():
+        if name in data.trainings:  # its conversion is that of the student
+            continue
         found = conversion.get("layers") or []
         for key, title in LAYER_ERRORS.items():
             values = [layer[key] for layer in found if key in layer]
@@ -285,7 +297,8 @@ def layers(data: Data) -> Any:
     if not lines:
         return None
     figure, axes = axes_of()
-    styles = dict(zip(dict.fromkeys(title for _, title, _ in lines), ("-", "--", ":", "-.")))
+    shown = {title for _, title, _ in lines}
+    styles = dict(zip((title for title in LAYER_ERRORS.values() if title in shown), ("-", "--", ":", "-.")))
     for name, title, values in lines:
         axes.plot(range(1, len(values) + 1), values, styles[title], color=data.colour(name), label=f"{name}: {title}")
     axes.set_ylim(bottom=0)
@@ -303,29 +316,40 @@ def by_context(data: Data) -> Any:
         x = [math.sqrt(r["from"] * r["to"]) for r in rows]
         axes.plot(x, [r["loss"] for r in rows], marker="o", ms=4, label=c["name"], color=data.colour(c["name"]))
     axes.set_xscale("log", base=2)
-    plain_ticks(axes.xaxis)
+    axes.xaxis.set_major_formatter("{x:g}")
     finish(axes, "tokens before the predicted one", "loss, nats a token", legend=True)
     return figure
 
 
 def training(data: Data) -> Any:
-    """Validation losses over the tokens of uptraining, or those of training where none were measured."""
-    lines = []
+    """Losses over the tokens of uptraining: of training as lines, of validation as points."""
+    from matplotlib.ticker import EngFormatter
+
+    lines: list[tuple[str, str, bool, list[tuple[float, float]]]] = []
     for name, found in data.trainings.items():
-        steps = [line for part in found["log"].values() for line in part]
-        last = max((line["step"] for line in steps), default=0)
+        if set(found["log"]) != {"main"}:  # stages have losses of their own
+            continue
+        steps = found["log"]["main"]
+        last = max((line["step"] for line in steps), default=0) or 1
         for loss in ("lm", "kl"):
-            key = f"eval_{loss}" if sum(f"eval_{loss}" in line for line in steps) > 1 else loss
-            points = [(line["step"] / last * found["tokens"] / 1e6, line[key]) for line in steps if key in line]
-            if len(points) > 1 and "main" in found["log"] and len(found["log"]) == 1:
-                lines.append((name, f"{name}: {loss}, {'validation' if 'eval' in key else 'training'}", loss, points))
-    if not lines:
+            for key, held_out in ((loss, False), (f"eval_{loss}", True)):
+                points = [(line["step"] / last * found["tokens"], line[key]) for line in steps if key in line]
+                if points:
+                    lines.append((name, loss, held_out, points))
+    kinds = [loss for loss in ("lm", "kl") if any(found[1] == loss for found in lines)]
+    if not any(len(points) > 1 for *_, points in lines):
         return None
-    figure, axes = axes_of()
-    for name, title, loss, points in lines:
-        style = "-" if loss == "lm" else "--"
-        axes.plot(*zip(*points), style, label=title, color=data.colour(name))
-    finish(axes, "tokens, millions", "nats a token", legend=True)
+    figure, found_axes = axes_of(5.6, 2.4 * len(kinds) + 0.4, rows=len(kinds))
+    first = found_axes if len(kinds) > 1 else [found_axes]
+    for axes, kind in zip(first, kinds):
+        for name, loss, held_out, points in lines:
+            if loss == kind:
+                style = {"marker": "o", "ls": ":"} if held_out else {"lw": 1}
+                said = f"{name}, {'validation' if held_out else 'training'}"
+                axes.plot(*zip(*points), label=said, color=data.colour(name), **style)
+        what = {"lm": "loss", "kl": "KL to the original"}[kind]
+        finish(axes, "tokens" if axes is first[-1] else "", f"{what}, nats", legend=axes is first[0])
+    first[-1].xaxis.set_major_formatter(EngFormatter())
     return figure
 
 
@@ -414,19 +438,32 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
     ]
     times = {cell: time_of(data, cell) for cell in dict.fromkeys(cells(data)[:1] + cells(data)[-1:])}
     head = [title for title, *_ in columns]
+    costs = ["cache, bytes a token", *(f"ms a step, batch {b}, context {n:,}" for b, n in times)]
+    head[DECIDING:DECIDING] = costs
     head += [f"{task}, {metric.removesuffix(',none')}" for task, metric in tasks]
-    head += ["cache, bytes a token", *(f"ms a step, {batch} × {context:,}" for batch, context in times)]
     body = []
     for c in data.checkpoints:
         texts = [number(c.get(part, {}), name, form) for _, part, name, form in columns]
-        texts += [number(c.get("tasks", {}).get("results", {}).get(task, {}), metric, ".3f") for task, metric in tasks]
-        texts.append(number(c, "kv_bytes_per_token", ","))
-        texts += [number({"ms": found.get(c["name"])}, "ms", ".2f") for found in times.values()]
         if c is first:  # which is not above itself
             for i, (_, _, name, _) in enumerate(columns):
                 texts[i] = number({}, "", "") if name.endswith("above_original") else texts[i]
+        found = [ratio_to(c.get("kv_bytes_per_token"), first.get("kv_bytes_per_token"), ",", "less", "more")]
+        found += [
+            ratio_to(ms.get(c["name"]), ms.get(first["name"]), ".2f", "faster", "slower") for ms in times.values()
+        ]
+        texts[DECIDING:DECIDING] = found
+        texts += [number(c.get("tasks", {}).get("results", {}).get(task, {}), metric, ".3f") for task, metric in tasks]
         body.append({"name": c["name"], "colour": data.colour(c["name"]), "cells": texts})
     return head, body
+
+
+def ratio_to(value: float | None, original: float | None, form: str, less: str, more: str) -> dict[str, str]:
+    """A cost, and how many times `less` or `more` than the original's it is."""
+    if value is None:
+        return {"value": "", "interval": ""}
+    share = 1.0 if original is None else original / value
+    times = f"{share:.2g} × {less}" if share > 1.05 else f"{1 / share:.2g} × {more}" if share < 0.95 else ""
+    return {"value": format(value, form), "interval": times}
 
 
 def add_to_card(
@@ -514,7 +551,10 @@ def write_report(
         samples=[(c["name"], c.get("samples", [])) for c in data.checkpoints],
         commands={name: command for name, command in commands.items() if command},
         device=", ".join(sorted({r["device"] for r in data.timings})),
-        timed_as=data.timed_as,
+        timed_as=[
+            (" and ".join(n for n, o in data.timed_as.items() if o == other), other)
+            for other in dict.fromkeys(data.timed_as.values())
+        ],
         copied="\n".join(copied),
         data=json.dumps(content, indent=1, ensure_ascii=False).replace("</", "<\\/"),
     )

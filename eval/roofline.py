@@ -13,6 +13,7 @@ and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are cou
 """
 
 import json
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -167,10 +168,19 @@ def measured_device(device: str | torch.device = "cuda") -> Device:
     bandwidth = 2 * size / fastest(lambda: torch.mul(a, 1.5, out=b), device)
     rate = 2 * side**3 / fastest(lambda: x @ y, device)
     if not on_gpu:
-        return Device("this CPU", 0.0, bandwidth, rate)
+        return Device(f"{processor()}, {torch.get_num_threads()} threads", 0.0, bandwidth, rate)
     return Device(
         torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory, bandwidth, rate
     )
+
+
+def processor() -> str:
+    """What the CPU calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a processor that says nothing
+        return platform.processor() or platform.machine()
 
 
 def fastest(run: Callable[[], object], device: torch.device) -> float:

@@ -17,6 +17,7 @@ Under each stand the options of its command. The results are `output/converted`,
 
 import json
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,15 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
                 "those after it again"
             )
         console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
+        before, sys.argv = sys.argv, ["mqa-hf", *what.words]  # from where commands note how they were called
         try:
             main([*what.words, *["--overwrite"] * replaced], standalone_mode=False)
         except Exception as error:
             if not hasattr(error, "format_message"):  # of click: an option that is none
                 raise
             raise ConversionError(f"{name}, {step}: {error.format_message()}") from error
+        finally:
+            sys.argv = before
         record.parent.mkdir(parents=True, exist_ok=True)
         # What later steps have made is of what was there before.
         done = {n: words for n, words in done.items() if names.index(n) < names.index(step)} | {step: what.words}
