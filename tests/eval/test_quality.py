@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import jiwer
@@ -166,6 +169,25 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_run_again(places, 
     assert len(seen) == 2 * windows + 1
     evaluate(places / "original", [places / "mean"], tmp_path / "cut", what(places, batch_tokens=60, stride=4))
     assert len(seen) > 3 * windows
+
+
+def test_two_processes_find_what_one_does(places, tmp_path):
+    asked = [str(places / "original"), str(places / "mean"), "--text", str(places / "text.jsonl"), "--window", "16"]
+    asked += ["--tokens", "300", "--prompts", "5", "--prompt-tokens", "4", "--new-tokens", "6"]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words += ["-m", "mqa_hf.eval.quality", *asked, "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = CliRunner().invoke(app, ["evaluate", *asked, "--output", str(tmp_path / "one")])
+    assert result.exit_code == 0, result.output
+    one, two = (json.loads((tmp_path / n / "evaluation.json").read_text())["checkpoints"] for n in ("one", "two"))
+    assert {path.name for path in (tmp_path / "two" / "mean").glob("tokens-*")} == {"tokens-0.jsonl", "tokens-1.jsonl"}
+    for ours, theirs in zip(one, two):
+        assert ours["writing"] == theirs["writing"]
+        assert ours["samples"] == theirs["samples"]
+        for name in ("loss", "loss_interval", "kl", "same_first_choice", "bits_per_byte"):
+            assert ours["next_token"][name] == pytest.approx(theirs["next_token"][name], rel=1e-5, abs=1e-9)
 
 
 def test_targets_and_translations_of_an_encoder_decoder_model(places, tmp_path):
