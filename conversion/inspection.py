@@ -46,7 +46,7 @@ def inspect(
     directory, commit = locate(source, revision, weights=False)
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
-    if (directory / REPORT_FILE).is_file() or result["family"] in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
+    if (directory / REPORT_FILE).is_file():
         return result | _converted(directory)
     result |= {"convertible": True, "reason": None}
     try:

@@ -54,6 +54,12 @@ def canonical_name(target: str, layer: int | None) -> str:
 
 def match(names: Iterable[str], family: Family) -> tuple[list[Step], list[str]]:
     """The steps that the family's rules make of tensor names, and the names that no rule claims."""
+    if family.canonical:
+        own = [(name, _CANONICAL_LAYER.match(name)) for name in names]
+        return [
+            Step(name, Rule(name, (name,)), (name,), found and (found.group(1) or "", int(found.group(2))))
+            for name, found in own
+        ], []
     rules = {rule.source: rule for rule in family.rules}
     steps, unclaimed = [], []
     for name in names:

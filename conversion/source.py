@@ -11,10 +11,14 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+
 from .errors import ConversionError
 from .families import check_known
 
 REPORT_FILE = "conversion.json"
+OWN = (MQAConfig.model_type, MQASeq2SeqConfig.model_type)
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",
@@ -78,6 +82,8 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     """A source that [`locate`] has found; errors as of [`open_source`]."""
     raw = read_json(directory / "config.json")
     check_known(raw.get("model_type"))
+    if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
+        raise ConversionError("the source is a converted checkpoint already; convert the original instead")
     try:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever a configuration class raises for values that it refuses

@@ -4,6 +4,7 @@ Adding a family is adding a row to one of the modules here and a line in `tests/
 walks through it. Names in the rules are without the base model's prefix on either side; `{}` is the layer.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ FAMILIES: dict[str, Family] = {
     **encoder_decoder.FAMILIES,
 }
 
+# A model of this package's own classes that was trained with all its heads.
+CANONICAL = Family(prefixes=(), config=lambda _: {}, rules=(), canonical=True)
+
 # Switches that no model's function depends on, wherever they stand; how to generate is carried over by itself.
 INERT = (
     frozenset(PreTrainedConfig().to_dict())
@@ -73,7 +77,7 @@ def family_of(model_type: Any) -> Family:
     """The row of a model type; raises ConversionError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
-            raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+            return CANONICAL
         if isinstance(model_type, str) and model_type in NATIVE_ONLY:
             raise ConversionError(
                 f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use --target native"
@@ -120,6 +124,8 @@ def canonical_config(
     """
     family = family_of(source.model_type)
     check_not_quantised(raw)
+    if isinstance(source, MQAConfig | MQASeq2SeqConfig):
+        return own_config(source, raw, ignore)
     if ignore - set(raw):
         raise ConversionError(f"--ignore-switch {listing(ignore - set(raw))}: config.json has no such switch")
     recorder = SourceConfig(source)
@@ -147,6 +153,28 @@ def canonical_config(
             "change what the model computes, name them with --ignore-switch"
         )
     return config
+
+
+def own_config(
+    source: MQAConfig | MQASeq2SeqConfig, raw: dict[str, Any], ignore: frozenset[str]
+) -> MQAConfig | MQASeq2SeqConfig:
+    """That of a model of this package's classes, as it is.
+
+    Raises:
+        ConversionError: for a switch that the class does not have, and for heads that are not as wide as `head_dim`.
+    """
+    unknown = set(raw) - set(type(source)().to_dict()) - INERT - ignore
+    if unknown:
+        raise ConversionError(f"{source.model_type} has no switches {listing(unknown)} in config.json")
+    stacks = [source] if isinstance(source, MQAConfig) else [source.encoder, source.decoder]
+    for stack in stacks:
+        wide = any(width != stack.head_dim for width in (stack.qk_head_dim, stack.v_head_dim))
+        if wide or stack.rope_frequencies is not None:
+            raise ConversionError(
+                f"its key and value heads are {stack.qk_head_dim} and {stack.v_head_dim} wide; only heads of head_dim "
+                f"({stack.head_dim}) become fewer"
+            )
+    return copy.deepcopy(source)
 
 
 def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -63,6 +63,7 @@ class Family:
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches without effect on the function of the model in evaluation.
         scales: factors on the outputs of a layer's projections that the canonical model has no switch for, by name.
+        canonical: whether names and configuration are canonical already; there are no `rules` then.
         native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
             and the converted one, gives that class's configuration.
     """
@@ -73,6 +74,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
     scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
+    canonical: bool = False
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 
