@@ -27,6 +27,8 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
     except ImportError as error:
         raise ConversionError(f"{option} {source} needs the datasets library: pip install datasets") from error
     kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
+    if path.is_file() and not path.stat().st_size:
+        raise ConversionError(f"{option} {source} is empty")
     if path.exists() and not (path.is_file() and kind):
         raise ConversionError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
     try:
@@ -43,14 +45,17 @@ def is_plain(source: str | os.PathLike) -> bool:
     return Path(source).suffix in PLAIN and Path(source).is_file()
 
 
-def documents(source: str | os.PathLike | None, column: str | None = None) -> Sequence[str]:
-    """The documents of a calibration text.
+def documents(
+    source: str | os.PathLike | None, column: str | None = None, option: str = "--calibration"
+) -> Sequence[str]:
+    """The documents of a text.
 
     Args:
         source: a text file, JSON lines, parquet or CSV (also compressed), or an id of the Hub's datasets. `None` is
             Python's own reference manual, which every installation carries: English technical prose, enough to try
             things out; text like the model's own is better.
         column: that holds the text. Default: "text", else the first that holds text.
+        option: that named the source, for messages.
 
     Raises:
         ConversionError: where there is no such text.
@@ -61,33 +66,36 @@ def documents(source: str | os.PathLike | None, column: str | None = None) -> Se
         return [topics[name] for name in sorted(topics)]
     if is_plain(source):
         return [Path(source).read_text(encoding="utf-8", errors="replace")]
-    rows = load(source)
+    rows = load(source, option)
     candidates = [column] if column else ["text", *rows.column_names]
     found = next((c for c in candidates if c in rows.column_names and len(rows) and isinstance(rows[0][c], str)), None)
     if found is None:
         wanted = f"no column {column!r} of text" if column else "no text"
-        raise ConversionError(f"--calibration {source} has {wanted}; its columns: {', '.join(rows.column_names)}")
+        raise ConversionError(f"{option} {source} has {wanted}; its columns: {', '.join(rows.column_names)}")
     return rows[found]  # read from disk row by row
 
 
-def pairs(source: str | os.PathLike | None, columns: Sequence[str]) -> tuple[Sequence[str], Sequence[str]] | None:
+def pairs(
+    source: str | os.PathLike | None, columns: Sequence[str], option: str = "--calibration"
+) -> tuple[Sequence[str], Sequence[str]] | None:
     """The texts that an encoder reads and a decoder writes, or `None` where there is one text only.
 
     Args:
         source: as in [`documents`].
         columns: of the two. Default: those of "translation", as the Hub's data sets of translations have them; also
             where the columns named are languages in there.
+        option: that named the source, for messages.
 
     Raises:
         ConversionError: where the columns do not exist.
     """
     if source is None or is_plain(source):
         if len(columns) == 2:
-            raise ConversionError("--calibration-columns needs --calibration with columns")
+            raise ConversionError(f"{option} needs a data set with the columns {', '.join(columns)}; got {source}")
         return None
     if len(columns) == 1:
         return None
-    rows = load(source)
+    rows = load(source, option)
     nested = "translation" in rows.column_names
     known = list(rows[0]["translation"]) if nested and len(rows) else rows.column_names
     if not columns and not nested:
@@ -95,7 +103,7 @@ def pairs(source: str | os.PathLike | None, columns: Sequence[str]) -> tuple[Seq
     chosen = columns or known[:2]
     missing = [name for name in chosen if name not in known]
     if missing or not len(rows):
-        raise ConversionError(f"--calibration {source} has no column {missing}; its columns: {', '.join(known)}")
+        raise ConversionError(f"{option} {source} has no column {missing}; its columns: {', '.join(known)}")
     if nested:
         both = rows["translation"]
         return [row[chosen[0]] for row in both], [row[chosen[1]] for row in both]

@@ -230,7 +230,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     A document is preceded by the tokenizer's bos, or eos where there is none, so that its first token is predicted
     too.
     """
-    texts = documents(what.text, what.columns[0] if what.columns else None)
+    texts = documents(what.text, what.columns[0] if what.columns else None, "--text")
     longest = getattr(config, "max_position_embeddings", None) or 2048
     window = what.window or min(longest, 2048)
     stride = what.stride or max(1, window // 2)
@@ -277,7 +277,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
 
 def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     """Pairs of texts, in the order drawn by the seed, until the targets have `what.tokens`."""
-    two = pairs(what.text, what.columns)
+    two = pairs(what.text, what.columns, "--text")
     if two is None:
         raise ConversionError("encoder-decoder models need pairs: --text with two --columns, such as en,de")
     longest = what.window or 512
@@ -465,7 +465,10 @@ class Job:
             raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.what.dtype!r}")
         default: Any = "auto" if state.device.type != "cpu" else torch.float32
         dtype = DTYPES[self.what.dtype] if self.what.dtype else default
-        return auto.from_pretrained(path, dtype=dtype).eval().to(state.device)
+        try:
+            return auto.from_pretrained(path, dtype=dtype).eval().to(state.device)
+        except Exception as error:  # whatever reading a file that is no checkpoint's raises
+            raise ConversionError(f"{path} cannot be loaded: {error}") from error
 
     @staticmethod
     def records(place: Path, step: str) -> list[dict[str, Any]]:

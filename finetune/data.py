@@ -46,7 +46,7 @@ def open_dataset(source: str, streaming: bool = False) -> Any:
         return load(source, "--dataset", streaming)
     import datasets
 
-    whole = datasets.Dataset.from_list([{"text": documents(source)[0]}])
+    whole = datasets.Dataset.from_list([{"text": documents(source, option="--dataset")[0]}])
     return whole.to_iterable_dataset() if streaming else whole
 
 

@@ -339,7 +339,7 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
     with pytest.raises(ConversionError, match="missing"):
         evaluate(places / "missing", [], tmp_path / "out", what(places))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ConversionError, match=r"empty\.jsonl"):
+    with pytest.raises(ConversionError, match=r"--text .*empty\.jsonl is empty"):
         evaluate(places / "original", [], tmp_path / "out", what(places, text=str(tmp_path / "empty.jsonl")))
     (tmp_path / "none.txt").write_text("")
     with pytest.raises(ConversionError, match="no document has two tokens"):
@@ -357,6 +357,12 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
     with pytest.raises(ConversionError, match=r"another tokenizer \(94 words\).*\(93 words\)"):
         evaluate(places / "original", [tmp_path / "other"], tmp_path / "out", what(places))
+
+    shutil.copytree(places / "mean", tmp_path / "cut")
+    whole = (places / "mean" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:1000])
+    with pytest.raises(ConversionError, match="cut cannot be loaded"):
+        evaluate(places / "original", [tmp_path / "cut"], tmp_path / "out", what(places))
 
     shutil.copytree(places / "mean", tmp_path / "broken")
     broken = AutoModelForCausalLM.from_pretrained(places / "mean")
