@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -59,6 +60,17 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
     assert loss < long["loss"] + 1.5
     report = convert(tmp_path / "long", tmp_path / "ours", method="shared", calibration=text, sequence_length=32)
     assert report["num_key_value_heads"] == {"before": 4, "after": 1}
+
+
+def test_weights_are_written_as_asked(tmp_path, text):
+    what = Pretraining(config=CONFIG, dataset=(Part(text),), vocab_size=300)
+    for dtype in ("float32", "float16"):
+        pretrain(tmp_path / dtype, what, Schedule(tokens=512, **SHORT), dtype=dtype)
+    exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "float16"))
+    assert all(torch.equal(rounded[name], weight.half()) for name, weight in exact.items())
+    with pytest.raises(ConversionError, match="--dtype must be one of float32, float16, bfloat16; got 'int8'"):
+        pretrain(tmp_path / "none", what, Schedule(tokens=512, **SHORT), dtype="int8")
+    assert not (tmp_path / ".none.pretrain").exists()
 
 
 @pytest.mark.parametrize(
