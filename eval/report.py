@@ -167,28 +167,47 @@ def plain_ticks(axis: Any) -> None:
     axis.axes.tick_params(which="minor", labelsize=7)
 
 
+def quality(data: Data) -> tuple[dict[str, tuple[float, float, float]], str, int]:
+    """The number that checkpoints are compared by, with its interval; what it is; and 1 where less is better, else -1.
+
+    BLEU with beams where there are translations, word errors where there are transcripts, else the loss.
+    """
+    first = data.checkpoints[0]
+    kind, name, title, sign = "next_token", "loss", "held-out loss, nats a token", 1
+    for metric, said, better in (("bleu", "BLEU", -1), ("word_error_rate", "word errors", 1)):
+        if metric in first.get("beam", {}):
+            kind, name, sign = "beam", metric, better
+            title = f"{said}, beam {data.evaluation['settings']['beams']}"
+    found = {}
+    for c in data.checkpoints:
+        value = c[kind][name]
+        low, high = c[kind][f"{name}_interval"] or (value, value)
+        found[c["name"]] = (value, min(low, value), max(high, value))
+    return found, title, sign
+
+
 def trade(data: Data, points: dict[str, float], what: str) -> Any:
-    """Loss over a cost, one point a checkpoint, the Pareto front as a line."""
+    """Quality over a cost, one point a checkpoint, the Pareto front as a line."""
     if len(points) < 2:
         return None
     figure, axes = axes_of()
-    losses = {c["name"]: c["next_token"] for c in data.checkpoints}
-    line = front([(x, losses[name]["loss"]) for name, x in points.items()])
-    axes.plot([x for x, _ in line], [y for _, y in line], color=INK, lw=1, ls=":", zorder=1)
+    found, title, sign = quality(data)
+    line = front([(x, sign * found[name][0]) for name, x in points.items()])
+    axes.plot([x for x, _ in line], [sign * y for _, y in line], color=INK, lw=1, ls=":", zorder=1)
     below: list[tuple[float, float]] = []  # points that another one's name would lie over
     for name, x in points.items():
-        found = losses[name]
-        near = any(math.isclose(x, a, rel_tol=0.05) and math.isclose(found["loss"], b, rel_tol=0.03) for a, b in below)
-        below.append((x, found["loss"]))
-        low, high = found["loss_interval"] or (found["loss"],) * 2
-        error = [[max(0.0, found["loss"] - low)], [max(0.0, high - found["loss"])]]
-        axes.errorbar([x], [found["loss"]], yerr=error, marker="o", ms=7, color=data.colour(name), capsize=3)
+        y, low, high = found[name]
+        near = any(math.isclose(x, a, rel_tol=0.05) and math.isclose(y, b, rel_tol=0.03) for a, b in below)
+        below.append((x, y))
+        error = [[y - low], [high - y]]
+        axes.errorbar([x], [y], yerr=error, marker="o", ms=7, color=data.colour(name), capsize=3)
         place = (7, -13 if near else 5)
-        axes.annotate(name, (x, found["loss"]), place, textcoords="offset points", fontsize=10, color=INK)
-    axes.set_yscale("log")
+        axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=10, color=INK)
     axes.margins(0.18)
-    plain_ticks(axes.yaxis)
-    finish(axes, what, "held-out loss, nats a token")
+    if title.startswith("held-out"):
+        axes.set_yscale("log")
+        plain_ticks(axes.yaxis)
+    finish(axes, what, title)
     return figure
 
 
@@ -353,7 +372,7 @@ def training(data: Data) -> Any:
     return figure
 
 
-TRADE = "Lower and further left is better; the dotted line is the Pareto front."
+TRADE = "Further left is cheaper; no checkpoint is better and cheaper than one on the dotted line, the Pareto front."
 # File name, heading, what it says, how it is drawn.
 PICTURES: tuple[tuple[str, str, str, Callable[[Data], Any]], ...] = (
     ("quality-time", "Quality against time", TRADE, time_trade),

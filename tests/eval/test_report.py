@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.quality import Evaluation, evaluate
-from mqa_hf.eval.report import PICTURES, front, write_report
+from mqa_hf.eval.report import PICTURES, Data, front, quality, trade, write_report
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +114,16 @@ def test_what_is_no_result_is_said(measured, tmp_path):
         write_report(measured / "nowhere", [], tmp_path)
     with pytest.raises(ConversionError, match=r"text\.jsonl holds no results of mqa-hf benchmark"):
         write_report(measured / "evaluation", [measured / "text.jsonl"], tmp_path)
+
+
+def test_translations_are_compared_by_bleu_of_which_more_is_better():
+    found = [
+        {"name": name, "next_token": {"loss": 1.0}, "beam": {"bleu": bleu, "bleu_interval": [bleu - 1, bleu + 2]}}
+        for name, bleu in (("original", 30.0), ("mean", 10.0), ("shared", 28.0), ("wide", 27.0))
+    ]
+    data = Data({"checkpoints": found, "settings": {"beams": 4}}, [], {}, {}, {})
+    values, title, sign = quality(data)
+    assert (values["mean"], title, sign) == ((10.0, 9.0, 12.0), "BLEU, beam 4", -1)
+    (axes,) = trade(data, {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}, "bytes").axes
+    line = axes.lines[0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 8], [10, 28, 30])  # not the wide one
