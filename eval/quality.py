@@ -270,7 +270,8 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     check_ids(windows, getattr(config, "vocab_size", None))
 
     def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all are as long
-        return {"input_ids": torch.tensor([prompts[i] for i in chosen])}
+        ids = torch.tensor([prompts[i] for i in chosen])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     return Examples(windows, collate_windows, prompts, ask)
 
@@ -681,15 +682,15 @@ def show(results: dict[str, Any], console: Console) -> None:
     seq2seq = "greedy" in checkpoints[0]
     beam = f"BLEU, beam {results['settings']['beams']}"
     speech = seq2seq and "word_error_rate" in checkpoints[0]["greedy"]
-    columns = ["", "loss, nats", "above the original", "perplexity", "KL", "same first choice"]
+    columns = ["", "loss,\nnats", "above the original", "perplexity", "KL", "same first\nchoice"]
     if speech:
         columns += ["word errors, greedy", f"beam {results['settings']['beams']}"]
     else:
-        columns += ["BLEU, greedy", beam, "chrF"] if seq2seq else ["tokens before it differs", "repetition"]
-    columns.append("cache, bytes per token")
+        columns += ["BLEU, greedy", beam, "chrF"] if seq2seq else ["tokens before\nit differs", "repetition"]
+    columns.append("cache,\nbytes a token")
     table = Table(title_justify="left", title="held-out text; 95% intervals over documents")
     for column in columns:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for found in checkpoints:
         next_token, writing = found["next_token"], found.get("writing", {})
         cells = [

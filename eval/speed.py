@@ -365,35 +365,52 @@ def run(
 
 
 def labels(records: list[dict[str, Any]]) -> list[str]:
-    """The model of each record, with its shape where there are several."""
-    several = len({r["shape"] for r in records}) > 1
-    return [f"{Path(r['shape']).name}: {r['model']}" if several else r["model"] for r in records]
+    """What each record is of, as far as it differs from others: the shape, the model, or both."""
+    shapes, pairs = {r["shape"] for r in records}, {(r["shape"], r["model"]) for r in records}
+    if len(shapes) == 1:
+        return [r["model"] for r in records]
+    if len(pairs) == len(shapes):
+        return [Path(r["shape"]).name for r in records]
+    return [f"{Path(r['shape']).name}: {r['model']}" for r in records]
 
 
 def table(records: list[dict[str, Any]], title: str) -> Table:
-    shown = Table(title=title, title_justify="left")
-    names = labels(records)
-    columns = (
-        "model", "batch", "context", "beams", "ms/token", "p10 to p90", "tokens/s", "first token, s", "warm-up, s",
-        "cache, GB", "peak, GB", "floor, ms", "of the floor", "of copy",
-    )  # fmt: skip
-    for column in columns:
-        shown.add_column(column, justify="left" if column == "model" else "right")
-    for r, name in zip(records, names):
-        size = f"{r['batch']}{' (largest)' if r.get('largest_batch') else ''}" if "batch" in r else "-"
-        where = f"{r['source']} to {r['context']}" if "source" in r else str(r.get("context", "-"))
-        start = (name, size, where, str(r.get("beams", "-")))
+    """A row for each record; columns that no record has anything for are left out."""
+    rows = []
+    for r, name in zip(records, labels(records)):
+        said = {
+            "model": name,
+            "batch": f"{r['batch']}{' (largest)' if r.get('largest_batch') else ''}" if "batch" in r else "-",
+            "context": f"{r['source']} to {r['context']}" if "source" in r else str(r.get("context", "-")),
+            "beams": str(r.get("beams", "-")),
+        }
         if "error" in r:
-            shown.add_row(*start, r["error"][:40])
+            rows.append({**said, "ms/token": r["error"][:40]})
             continue
-        gigabytes = [f"{r[name] / 1e9:.2f}" if name in r else "-" for name in ("cache_bytes", "peak_memory_bytes")]
-        first = f"{r['time_to_first_token_sec']:.3f}" if "time_to_first_token_sec" in r else "-"
-        shown.add_row(
-            *start, f"{r['time_per_token_ms']:.2f}",
-            f"{r['time_per_token_p10_ms']:.2f} to {r['time_per_token_p90_ms']:.2f}", f"{r['tokens_per_sec']:,.0f}",
-            first, f"{r['warmup_sec']:.1f}", *gigabytes, f"{r['floor_ms']:.2f}", f"{100 * r['floor_share']:.0f}%",
-            f"{100 * r['bandwidth_share']:.0f}%",
-        )  # fmt: skip
+        rows.append(
+            {
+                **said,
+                "ms/token": f"{r['time_per_token_ms']:.2f}",
+                "p10 to p90": f"{r['time_per_token_p10_ms']:.2f} to {r['time_per_token_p90_ms']:.2f}",
+                "tokens/s": f"{r['tokens_per_sec']:,.0f}",
+                "first token, s": f"{r['time_to_first_token_sec']:.3f}" if "time_to_first_token_sec" in r else "-",
+                "warm-up, s": f"{r['warmup_sec']:.1f}",
+                "cache, GB": f"{r['cache_bytes'] / 1e9:.2f}" if "cache_bytes" in r else "-",
+                "peak, GB": f"{r['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in r else "-",
+                "floor, ms": f"{r['floor_ms']:.2f}",
+                "of the floor": f"{100 * r['floor_share']:.0f}%",
+                "of copy": f"{100 * r['bandwidth_share']:.0f}%",
+            }
+        )
+    shown = Table(title=title, title_justify="left")
+    nothing = {name for row in rows for name in row if all(row.get(name, "-") == "-" for row in rows)}
+    if all(row["beams"] == "1" for row in rows):
+        nothing.add("beams")
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in nothing]
+    for name in names:
+        shown.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*(row.get(name, "") for name in names))
     return shown
 
 
@@ -482,7 +499,7 @@ def benchmark(
                 lines.write(json.dumps(record) + "\n")
     limits = f"copy {bench.limits.bandwidth / 1e12:.2f} TB/s, matrix product {bench.limits.rate / 1e12:.1f} TFLOP/s"
     title = f"{', '.join(shapes)}, {dtype}, {bench.limits.name} ({limits})" + (f", window {window}" if window else "")
-    console.width = max(console.width, 190)
+    console.width = max(console.width, 250)  # the table takes what it needs
     console.print(table(records, title))
     if plot_directory is not None:
         for path in plots(records, plot_directory):

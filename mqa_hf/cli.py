@@ -642,7 +642,7 @@ def evaluate(
     command = shlex.join(["mqa-hf", *sys.argv[1:]])
     results = quality.evaluate(original, checkpoints or (), output, what, command)
     if processes().is_main_process:
-        quality.show(results, Console(width=140, markup=False, highlight=False))
+        quality.show(results, Console(width=250, markup=False, highlight=False))
 
 
 @app.command()

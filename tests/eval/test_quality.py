@@ -394,7 +394,7 @@ def test_the_command(places, tmp_path):
     words += ["--text", str(places / "text.jsonl"), "--window", "16", "--tokens", "300", "--prompts", "2"]
     result = CliRunner().invoke(app, [*words, "--prompt-tokens", "8", "--new-tokens", "4"])
     assert result.exit_code == 0, result.output
-    assert "same first choice" in result.stdout
+    assert "perplexity" in result.stdout
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert [c["name"] for c in found["checkpoints"]] == ["original", "mean"]
     assert found["settings"]["tokens"] == 300

