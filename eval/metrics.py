@@ -85,7 +85,7 @@ class NextTokens(evaluate.Metric):
         found["loss_above_original"], found["loss_above_original_interval"] = ratio(nats, tokens, less=original)
         found["kl"], found["kl_interval"] = ratio(divergence, tokens)
         found["same_first_choice"], found["same_first_choice_interval"] = ratio(same, tokens)
-        return {**found, "documents": len(nats), "tokens": int(np.sum(tokens)), "bytes": int(np.sum(bytes))}
+        return {**found, "tokens": int(np.sum(tokens)), "bytes": int(np.sum(bytes))}
 
 
 class Continuations(evaluate.Metric):

@@ -569,9 +569,10 @@ class Job:
         found: dict[str, Any] = {"name": name, "checkpoint": str(path), **cache_size(path)}
         sums = {n: [record[n] for record in ours] for n in names} | {"original": [r["nats"] for r in theirs]}
         groups = [record["document"] for record in ours]
-        if len(set(groups)) >= FEW:
+        over = "documents" if len(set(groups)) >= FEW else "windows"
+        if over == "documents":
             sums = {n: list(by_document(groups, values).values()) for n, values in sums.items()}
-        found["next_token"] = NextTokens().compute(**sums)
+        found["next_token"] = {**NextTokens().compute(**sums), "documents": len(set(groups)), "intervals_over": over}
         found["loss_by_context"] = by_context(ours)
         if not self.examples.prompts:
             return found
@@ -679,6 +680,7 @@ def cache_size(path: Path) -> dict[str, Any]:
 def show(results: dict[str, Any], console: Console) -> None:
     """The main numbers as a table, with their intervals."""
     checkpoints = results["checkpoints"]
+    over = checkpoints[0]["next_token"]["intervals_over"]
     seq2seq = "greedy" in checkpoints[0]
     beam = f"BLEU, beam {results['settings']['beams']}"
     speech = seq2seq and "word_error_rate" in checkpoints[0]["greedy"]
@@ -688,7 +690,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     else:
         columns += ["BLEU, greedy", beam, "chrF"] if seq2seq else ["tokens before\nit differs", "repetition"]
     columns.append("cache,\nbytes a token")
-    table = Table(title_justify="left", title="held-out text; 95% intervals over documents")
+    table = Table(title_justify="left", title=f"held-out text; 95% intervals over {over}")
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for found in checkpoints:

@@ -515,7 +515,8 @@ def add_to_card(
         cells = [f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"]]
         title = f"**{row['name']}**" if row["name"] == name else row["name"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    lines += ["", f"Held-out text: {Path(text).name}; in brackets, 95% intervals over documents.", ""]
+    over = found["next_token"]["intervals_over"]
+    lines += ["", f"Held-out text: {Path(text).name}; in brackets, 95% intervals over {over}.", ""]
     for picture in ("quality-time", "quality-cache"):
         if (shown / f"{picture}.png").is_file():
             shutil.copyfile(shown / f"{picture}.png", directory / f"{picture}.png")

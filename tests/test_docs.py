@@ -111,6 +111,8 @@ def test_the_commands_of_a_page_run(workspace, name):
     run(["convert", "original", "converted"])
 
     for number, (_, command, *words) in enumerate(commands(DOCS / name, marked=False)):
+        if command == "demo":  # tests/eval/test_demo.py runs it
+            continue
         output = "converted" if command == "evaluate" else f"output-{number}"
         names = {"ORIGINAL": "original", "DIRECTORY_OR_ID": "original", "CONVERTED": "converted", "OUTPUT": output}
         if {"--calibration-columns", "--attention"} & set(words):
