@@ -36,9 +36,11 @@ def test_the_wheel_is_complete_and_takes_no_other_names(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"mqa_hf"}
-    for folder in ("mqa_hf", "conversion", "eval"):
+    demo = {path for path in (ROOT / "eval" / "shakespeare").rglob("*") if path.is_file()}
+    assert demo
+    for folder in ("mqa_hf", "conversion", "eval", "finetune"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".jinja") or path.name == "py.typed":
+            if path.suffix in (".py", ".jinja", ".yaml") or path.name == "py.typed" or path in demo:
                 place = path.relative_to(ROOT / folder if folder == "mqa_hf" else ROOT)
                 assert f"mqa_hf/{place}" in names
 
