@@ -559,8 +559,10 @@ def write_report(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("mqa_hf.eval").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     commands = {"evaluation": data.evaluation.get("command")}
-    commands |= {name: found.get("command") for name, found in data.conversions.items()}
-    commands |= {f"{name}, training": found.get("command") for name, found in data.trainings.items()}
+    made = {name: found for name, found in data.conversions.items() if name not in data.trainings} | data.trainings
+    commands |= {c["name"]: made[c["name"]].get("command") for c in data.checkpoints if c["name"] in made}
+    timings = dict.fromkeys(r["command"] for r in data.timings if r.get("command"))
+    commands |= {"benchmark" + f" {i}" * bool(i): command for i, command in enumerate(timings)}
     page = template.render(
         title=title or f"{data.checkpoints[0]['name']} and what was made of it",
         head=head,

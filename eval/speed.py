@@ -464,10 +464,12 @@ def benchmark(
     rounds: int | None,
     output: Path | None,
     plot_directory: Path | None,
+    command: str = "",
 ) -> list[dict[str, Any]]:
     """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`.
 
-    All shapes, heads and engines are timed in one run and, with several `rounds`, in turns.
+    All shapes, heads and engines are timed in one run and, with several `rounds`, in turns. `command` is noted in each
+    record.
     """
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown:
@@ -493,6 +495,7 @@ def benchmark(
     records = []
     console = Console()
     for record in run(bench, found, cells, rounds, largest):
+        record["command"] = command
         records.append(record)
         if output is not None:
             with output.open("a") as lines:

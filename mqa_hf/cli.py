@@ -1,6 +1,7 @@
 """The `mqa-hf` command. What takes long to import is imported by the command that needs it."""
 
 import json
+import shlex
 import signal
 import sys
 import warnings
@@ -317,6 +318,7 @@ def benchmark(
         rounds,
         output,
         plots,
+        shlex.join(["mqa-hf", *sys.argv[1:]]),
     )
 
 
@@ -532,8 +534,6 @@ def uptrain(
     restart: Restart = False,
 ) -> None:
     """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good."""
-    import shlex
-
     from transformers import AutoConfig
 
     from mqa_hf.conversion import ConversionError
@@ -627,8 +627,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """How much worse a checkpoint is than its original: likelihood, distributions, what it writes, tasks."""
-    import shlex
-
     from mqa_hf.conversion import ConversionError
 
     try:
