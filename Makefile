@@ -12,7 +12,7 @@ PIP = install --quiet --disable-pip-version-check
 .PHONY: demo convert test test-oldest lint docs
 
 demo: $(VENV)/installed-demo
-	$(VENV)/bin/mqa-hf demo $(OUTPUT)
+	$(VENV)/bin/mqa-hf demo $(if $(OUTPUT),"$(OUTPUT)")
 
 convert: $(VENV)/installed
 	$(VENV)/bin/mqa-hf convert "$(SOURCE)" "$(or $(OUTPUT),converted)"

@@ -38,7 +38,7 @@ from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError, ConversionWarning
-from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, family_of, fold_scales
+from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, check_own_heads, family_of, fold_scales
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
@@ -349,6 +349,8 @@ def make_plan(
         return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
     family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
+    if family.canonical:
+        check_own_heads(config)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:

@@ -10,7 +10,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .errors import ConversionError
-from .families import NATIVE_ONLY, canonical_config, family_of
+from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
 from .passthrough import own_class
 from .plan import canonical_shapes, decoder_of
 from .pooling import CanonicalConfig, choose_attentions, with_heads
@@ -57,14 +57,17 @@ def inspect(
     except ConversionError as error:
         return {**result, "convertible": False, "reason": str(error)}
     result |= _describe(config)
+    family = family_of(checkpoint.config.model_type)
     try:
+        if family.canonical:
+            check_own_heads(config)
         pooled = with_heads(config, kv_heads, choose_attentions(config, None))
     except ConversionError as error:
         return {**result, "convertible": False, "reason": str(error)}
     for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
         if name in result:
             result[name]["after"] = getattr(pooled, name)
-    native = family_of(checkpoint.config.model_type).native
+    native = family.native
     try:
         result["native"] = native is not None and native(checkpoint.config, decoder_of(pooled)).model_type
     except ConversionError:
@@ -74,20 +77,19 @@ def inspect(
 
 def _converted(directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"convertible": False, "reason": "it is a converted checkpoint already"}
-    if (directory / REPORT_FILE).is_file():
-        report = read_json(directory / REPORT_FILE)
-        try:
-            _ = report["command"], [layer["layer"] for layer in report["layers"]]
-            result |= {
-                "num_attention_heads": report["num_attention_heads"],
-                "num_key_value_heads": report["num_key_value_heads"]["after"],
-                "parameters": report["parameters"],
-                "kv_bytes_per_token": {"now": report["kv_bytes_per_token"]["after"]},
-                "reason": f"it is a conversion of {report['source']}",
-                "conversion": report,
-            }
-        except (KeyError, TypeError) as error:
-            raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
+    report = read_json(directory / REPORT_FILE)
+    try:
+        _ = report["command"], [layer["layer"] for layer in report["layers"]]
+        result |= {
+            "num_attention_heads": report["num_attention_heads"],
+            "num_key_value_heads": report["num_key_value_heads"]["after"],
+            "parameters": report["parameters"],
+            "kv_bytes_per_token": {"now": report["kv_bytes_per_token"]["after"]},
+            "reason": f"it is a conversion of {report['source']}",
+            "conversion": report,
+        }
+    except (KeyError, TypeError) as error:
+        raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
     canonical: dict[str, Any] = {config.model_type: config for config in (MQAConfig, MQASeq2SeqConfig)}
     model_type = read_json(directory / "config.json").get("model_type")
     if model_type in canonical:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.source import REPORT_FILE
-from mqa_hf.finetune.recipe import Step, read_done, run_steps
+from mqa_hf.finetune.recipe import Step, run_steps
 from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
 
 from .quality import RESULTS
@@ -44,15 +44,22 @@ def steps(output: Path) -> dict[str, Step]:
     training = ["--dataset", text, "--validation", held_out, "--report-to", "none", *TRAINED]
     measured = ["--text", held_out, "--output", str(evaluation), *MEASURED]
     timed = ["--kv-heads", "original", "--engines", "mqa-hf", "--device", "cpu", "--output", str(times), *TIMED]
+    converted = ("mean", "shared", "wide")
     shown = [str(evaluation), "--benchmark", str(times), "--output", str(report), "--cards"]
     return {
-        "mean": Step(["convert", original, mean], output / "mean" / REPORT_FILE, True),
-        "shared": Step(["convert", original, shared, *fitted], output / "shared" / REPORT_FILE, True),
-        "wide": Step(["convert", original, wide, *fitted, "--head-width", "2"], output / "wide" / REPORT_FILE, True),
-        "train": Step(["uptrain", shared, trained, *training], output / "trained" / TRAINING_FILE, True),
-        "evaluate": Step(["evaluate", *checkpoints, *measured], evaluation / RESULTS),
-        "benchmark": Step(["benchmark", original, shared, wide, *timed], times),
-        "report": Step(["report", *shown, "--title", "Eight heads become one"], report / PAGE),
+        "mean": Step(["convert", original, mean], output / "mean" / REPORT_FILE, costly=True),
+        "shared": Step(["convert", original, shared, *fitted], output / "shared" / REPORT_FILE, costly=True),
+        "wide": Step(
+            ["convert", original, wide, *fitted, "--head-width", "2"], output / "wide" / REPORT_FILE, costly=True
+        ),
+        "train": Step(
+            ["uptrain", shared, trained, *training], output / "trained" / TRAINING_FILE, ("shared",), costly=True
+        ),
+        "evaluate": Step(["evaluate", *checkpoints, *measured], evaluation / RESULTS, (*converted, "train")),
+        "benchmark": Step(["benchmark", original, shared, wide, *timed], times, ("shared", "wide")),
+        "report": Step(
+            ["report", *shown, "--title", "Eight heads become one"], report / PAGE, ("evaluate", "benchmark")
+        ),
     }
 
 
@@ -62,17 +69,21 @@ def put_beside(output: Path) -> None:
     Raises:
         ConversionError: where they cannot be written, or something else is there.
     """
-    if output.exists() and not (output / DONE).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"{output} is there and holds no demo; give another directory")
     try:
+        if output.exists() and not (output / DONE).is_file() and (not output.is_dir() or any(output.iterdir())):
+            raise ConversionError(f"{output} is there and holds no demo; give another directory")
         output.mkdir(parents=True, exist_ok=True)
         if not (output / DONE).is_file():
             (output / DONE).write_text("{}\n")
         with as_file(files("mqa_hf.eval") / MODEL) as place:
-            if not (output / "original" / "model.safetensors").is_file():
+            model = {path.name for path in place.iterdir() if path.is_file() and path.suffix != ".py"}
+            if any(not (output / "original" / name).is_file() for name in model):
                 partial = output / ".original.partial"
                 shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(place, partial, ignore=shutil.ignore_patterns("text", "*.py", "__pycache__"))
+                partial.mkdir()
+                for name in model:
+                    shutil.copyfile(place / name, partial / name)
+                shutil.rmtree(output / "original", ignore_errors=True)
                 partial.replace(output / "original")
             for name in TEXTS:
                 if not (output / name).is_file():
@@ -87,7 +98,7 @@ def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
 
     Args:
         output: directory for everything.
-        overwrite: run steps that were made by another version of the package again.
+        overwrite: run steps that have changed, and those that need them, again.
         show: whether the report is opened in a browser.
 
     Returns:
@@ -97,8 +108,6 @@ def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
         ConversionError: where `output` holds something else or cannot be written.
     """
     put_beside(output)
-    if "benchmark" not in read_done(output / DONE):
-        (output / "times.jsonl").unlink(missing_ok=True)  # of a run that was interrupted
     run_steps(steps(output), output / DONE, "the demo", overwrite)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     found = json.loads((output / "evaluation" / RESULTS).read_text(encoding="utf-8"))

@@ -40,6 +40,7 @@ from mqa_hf.finetune.data import IGNORED, CollatePairs
 from mqa_hf.finetune.training import processes
 
 from .metrics import Continuations, NextTokens, Translations, WordErrors, bleu_above
+from .shapes import unique_names
 
 RESULTS = "evaluation.json"
 FEW = 10  # documents; with fewer, intervals are over windows
@@ -126,7 +127,7 @@ def evaluate(
     else:
         examples = read_text(tokenizer, config, what)
     job = Job(output, names[0], paths[0], examples, what, tokenizer)
-    results = [job.measure(name, path) for name, path in zip(names, paths)]
+    results = [{**job.measure(name, path), "given": said} for name, path, said in zip(names, paths, given)]
     whole = {
         "settings": {
             **json.loads(json.dumps(asdict(what), default=str)),
@@ -150,16 +151,6 @@ def write(path: Path, content: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def unique_names(checkpoints: Sequence[str]) -> list[str]:
-    """The last parts of paths or hub ids, as many as tell them apart."""
-    parts = [Path(said).resolve().parts if Path(said).exists() else Path(said).parts for said in checkpoints]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ConversionError(f"a checkpoint is given twice: {', '.join(checkpoints)}")
 
 
 def common_tokenizer(paths: Sequence[Path]) -> Any:
@@ -566,7 +557,7 @@ class Job:
         first = self.output / self.first
         ours, theirs = self.records(place, "tokens"), self.records(first, "tokens")
         names = ("nats", "divergence", "same", "tokens", "bytes")
-        found: dict[str, Any] = {"name": name, "checkpoint": str(path), **cache_size(path)}
+        found: dict[str, Any] = {"name": name, "checkpoint": str(path.resolve()), **cache_size(path)}
         sums = {n: [record[n] for record in ours] for n in names} | {"original": [r["nats"] for r in theirs]}
         groups = [record["document"] for record in ours]
         over = "documents" if len(set(groups)) >= FEW else "windows"

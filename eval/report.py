@@ -82,14 +82,18 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
     path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        names = {Path(c["checkpoint"]).resolve(): c["name"] for c in found["checkpoints"]}
+        names = {Path(c["checkpoint"]): c["name"] for c in found["checkpoints"]}
+        given = {c.get("given"): c["name"] for c in found["checkpoints"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConversionError(f"{path} holds no results of mqa-hf evaluate: {error}") from error
     timings: list[dict[str, Any]] = []
     for file in benchmarks:
         try:
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            timings += [{**line, "name": names.get(Path(line["shape"]).resolve())} for line in lines]
+            for line in lines:
+                # With fewer heads than the checkpoint has, it is of another model.
+                name = names.get(Path(line["shape"]).resolve()) or given.get(line["shape"])
+                timings.append({**line, "name": name if line.get("original", True) else None})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConversionError(f"{file} holds no results of mqa-hf benchmark: {error}") from error
     beside: dict[str, dict[str, dict[str, Any]]] = {REPORT_FILE: {}, TRAINING_FILE: {}}
@@ -97,7 +101,7 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
         for file_name, entries in beside.items():
             if (directory / file_name).is_file():
                 entries[name] = json.loads((directory / file_name).read_text(encoding="utf-8"))
-    timed = {r["name"] for r in timings}
+    timed = {r["name"] for r in timings if "error" not in r and r["engine"] == "mqa-hf"}
     shapes = {shape_of(directory): name for directory, name in names.items() if name in timed}
     timed_as = {
         name: shapes[shape_of(directory)]
@@ -115,9 +119,10 @@ def shape_of(directory: Path) -> str:
 
 
 def label(record: dict[str, Any]) -> str:
-    """What a timing is of: the checkpoint, or the benchmark's own name; the engine where it is not this package's."""
-    name = record["name"] or record["model"]
-    return name if record["engine"] == "mqa-hf" or not record["name"] else f"{name}, {record['engine']}"
+    """What a timing is of: the checkpoint, or shape and model; the engine where it is not this package's."""
+    if record["name"]:
+        return record["name"] if record["engine"] == "mqa-hf" else f"{record['name']}, {record['engine']}"
+    return f"{Path(record['shape']).name}: {record['model']}"
 
 
 def good(data: Data) -> list[dict[str, Any]]:
@@ -481,8 +486,9 @@ def ratio_to(value: float | None, original: float | None, form: str, less: str, 
     if value is None:
         return {"value": "", "interval": ""}
     share = 1.0 if original is None else original / value
-    times = f"{share:.2g} × {less}" if share > 1.05 else f"{1 / share:.2g} × {more}" if share < 0.95 else ""
-    return {"value": format(value, form), "interval": times}
+    times, said = (share, less) if share >= 1 else (1 / share, more)
+    small = f"{times:.0f} × {said}" if times >= 10 else f"{times:.2g} × {said}"
+    return {"value": format(value, form), "interval": small if times > 1.05 else ""}
 
 
 def add_to_card(
@@ -515,8 +521,12 @@ def add_to_card(
         cells = [f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"]]
         title = f"**{row['name']}**" if row["name"] == name else row["name"]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    over = found["next_token"]["intervals_over"]
-    lines += ["", f"Held-out text: {Path(text).name}; in brackets, 95% intervals over {over}.", ""]
+    over = found["next_token"].get("intervals_over", "documents")
+    lines += [
+        "",
+        f"Held-out text: {Path(text).name}; in brackets, 95% intervals over {over}, and costs beside the original's.",
+        "",
+    ]
     for picture in ("quality-time", "quality-cache"):
         if (shown / f"{picture}.png").is_file():
             shutil.copyfile(shown / f"{picture}.png", directory / f"{picture}.png")
@@ -559,8 +569,12 @@ def write_report(
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("mqa_hf.eval").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     commands = {"evaluation": data.evaluation.get("command")}
-    made = {name: found for name, found in data.conversions.items() if name not in data.trainings} | data.trainings
-    commands |= {c["name"]: made[c["name"]].get("command") for c in data.checkpoints if c["name"] in made}
+    for name in (c["name"] for c in data.checkpoints):
+        converted = data.conversions.get(name, {}).get("command")
+        if converted not in commands.values():  # a trained checkpoint has that of its student
+            commands[name if name not in data.trainings else f"{name}, conversion"] = converted
+        if name in data.trainings:
+            commands[name] = data.trainings[name].get("command")
     timings = dict.fromkeys(r["command"] for r in data.timings if r.get("command"))
     commands |= {"benchmark" + f" {i}" * bool(i): command for i, command in enumerate(timings)}
     page = template.render(

@@ -3,6 +3,7 @@
 Each is what `config.json` of the checkpoint says about sizes, for the class of its `model_type`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32768,
     },
 }
+
+
+def unique_names(checkpoints: Sequence[str]) -> list[str]:
+    """The last parts of paths or hub ids, as many as tell them apart."""
+    parts = [Path(said).resolve().parts if Path(said).exists() else Path(said).parts for said in checkpoints]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ConversionError(f"a checkpoint is given twice: {', '.join(checkpoints)}")
 
 
 def read_shape(name: str) -> tuple[PreTrainedConfig, Config]:

@@ -39,7 +39,7 @@ from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .roofline import Device, largest_batch, measured_device, step_cost
-from .shapes import Config, read_shape
+from .shapes import Config, read_shape, unique_names
 
 ENGINES = ("mqa-hf", "dynamic", "static")
 WARMUP = 8  # tokens that are not counted
@@ -47,9 +47,13 @@ WARMUP = 8  # tokens that are not counted
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to time: `config` of this package, and the configuration of the class that `engine` runs."""
+    """A model to time: `config` of this package, and the configuration of the class that `engine` runs.
+
+    `original` says whether it has as many key/value heads as the shape.
+    """
 
     shape: str
+    original: bool
     engine: str
     kv_heads: int
     config: Config
@@ -91,7 +95,9 @@ def contenders(
             with suppress(ConversionError):  # the class has no place for this model with fewer heads
                 theirs = native(source, ours) if native is not None else ours
         for engine in engines:
-            found.append(Contender(shape, engine, heads, ours, ours if engine == "mqa-hf" else theirs))
+            found.append(
+                Contender(shape, heads == original, engine, heads, ours, ours if engine == "mqa-hf" else theirs)
+            )
     return found
 
 
@@ -235,6 +241,7 @@ def said(contender: Contender, batch: int, context: int, beams: int) -> dict[str
     """What a record is of."""
     return {
         "shape": contender.shape,
+        "original": contender.original,
         "model": contender.name,
         "engine": contender.engine,
         "kv_heads": contender.kv_heads,
@@ -323,7 +330,7 @@ class Bench:
         config = decoder_of(contender.config)
         itemsize = DTYPES[self.dtype].itemsize
         batch = largest_batch(config, context + WARMUP + self.tokens + 1, self.limits.memory, 0, itemsize)
-        record: dict[str, Any] = {"error": "it does not fit at all"}
+        record = {**said(contender, 0, context, 1), "error": "it does not fit at all", **self.facts}
         while batch > 0:
             record = self.cell(contender, batch, context)
             if "error" not in record:
@@ -369,9 +376,10 @@ def labels(records: list[dict[str, Any]]) -> list[str]:
     shapes, pairs = {r["shape"] for r in records}, {(r["shape"], r["model"]) for r in records}
     if len(shapes) == 1:
         return [r["model"] for r in records]
+    names = dict(zip(sorted(shapes), unique_names(sorted(shapes))))
     if len(pairs) == len(shapes):
-        return [Path(r["shape"]).name for r in records]
-    return [f"{Path(r['shape']).name}: {r['model']}" for r in records]
+        return [names[r["shape"]] for r in records]
+    return [f"{names[r['shape']]}: {r['model']}" for r in records]
 
 
 def table(records: list[dict[str, Any]], title: str) -> Table:
@@ -468,8 +476,8 @@ def benchmark(
 ) -> list[dict[str, Any]]:
     """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`.
 
-    All shapes, heads and engines are timed in one run and, with several `rounds`, in turns. `command` is noted in each
-    record.
+    All shapes, heads and engines are timed in one run and, with several `rounds` (the default on a CPU), in turns.
+    `command` is noted in each record.
     """
     unknown = [engine for engine in engines if engine not in ENGINES]
     if unknown:
@@ -482,9 +490,11 @@ def benchmark(
         source, config = read_shape(shape)
         several = isinstance(config, MQASeq2SeqConfig)
         if any(beams > 1 for *_, beams in cells) and not several:
-            raise ConversionError("--beams is for encoder-decoder shapes; tokens of a beam search are not streamed")
+            raise ConversionError(
+                f"--beams is for encoder-decoder shapes; tokens of a beam search are not streamed ({shape})"
+            )
         if largest and (device == "cpu" or several):
-            raise ConversionError("--largest-batch is for decoder-only shapes on a GPU")
+            raise ConversionError(f"--largest-batch is for decoder-only shapes on a GPU ({shape}, {device})")
         if window is not None:
             decoder = decoder_of(config)
             decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window

@@ -16,6 +16,7 @@ Under each stand the options of its command. The results are `output/converted`,
 """
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -105,10 +106,11 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     """
     recipe = read_recipe(path)
     output = Path(recipe["output"])
-    steps = {
-        step: Step(words, output / STEPS[step], step != "evaluate")
-        for step, words in commands(recipe, known_commands()).items()
-    }
+    needs: tuple[str, ...] = ()
+    steps: dict[str, Step] = {}
+    for step, words in commands(recipe, command_group().commands).items():
+        steps[step] = Step(words, output / STEPS[step], needs, step != "evaluate")
+        needs += (step,)
     run_steps(steps, output / DONE, str(path), overwrite)
 
 
@@ -119,26 +121,22 @@ class Step:
     Attributes:
         words: of the command.
         result: the file that is there when it is done.
+        needs: steps whose results it reads.
         costly: whether a result takes long to make again, so that it is replaced only when that is asked for.
     """
 
     words: list[str]
     result: Path
+    needs: tuple[str, ...] = ()
     costly: bool = False
 
 
-def known_commands() -> dict[str, Any]:
+def command_group() -> Any:
     from typer.main import get_command
 
     from mqa_hf.cli import app
 
-    main: Any = get_command(app)
-    return main.commands
-
-
-def read_done(record: Path) -> dict[str, list[str]]:
-    """The words of each step that is done."""
-    return json.loads(record.read_text()) if record.is_file() else {}
+    return get_command(app)
 
 
 def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool = False) -> None:
@@ -146,33 +144,34 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
 
     Args:
         steps: by name.
-        record: file that says which are done.
+        record: file beside the results that says which are done, and by which words; paths under its directory are
+            kept as they are from there.
         name: of what they are steps of, for messages.
-        overwrite: run a step that has changed, and all after it, again.
+        overwrite: run a step that has changed, and those that need it, again.
 
     Raises:
         ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
     """
-    from typer.main import get_command
-
-    from mqa_hf.cli import app
-
-    main: Any = get_command(app)
-    done = read_done(record)
+    main = command_group()
+    try:
+        done = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        done = {}
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    names = list(steps)
     for step, what in steps.items():
-        there = what.result.is_file()
-        if there and done.get(step) == what.words:
+        there, words = what.result.is_file(), [word.removeprefix(f"{record.parent}{os.sep}") for word in what.words]
+        if there and done.get(step) == words:
             console.print(f"{step}: done before")
             continue
         replaced = there and what.costly
         if replaced and not overwrite:
-            made = f"by {shlex.join(done[step])}" if step in done else "before a step above was run again"
+            made = f" ({shlex.join(done[step])})" if step in done else ""
             raise ConversionError(
-                f"{what.result} was made {made}; give {name} another output, or pass --overwrite to run this step and "
-                "those after it again"
+                f"{what.result} was made by another command{made}, or from what has been made again since; give "
+                f"{name} another output, or pass --overwrite to run this step and those that need it again"
             )
+        if there and not what.costly:
+            what.result.unlink()
         console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
         before, sys.argv = sys.argv, ["mqa-hf", *what.words]  # from where commands note how they were called
         try:
@@ -183,7 +182,8 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
             raise ConversionError(f"{name}, {step}: {error.format_message()}") from error
         finally:
             sys.argv = before
+        done = {n: kept for n, kept in done.items() if n in steps and step not in steps[n].needs} | {step: words}
         record.parent.mkdir(parents=True, exist_ok=True)
-        # What later steps have made is of what was there before.
-        done = {n: words for n, words in done.items() if names.index(n) < names.index(step)} | {step: what.words}
-        record.write_text(json.dumps(done, indent=2) + "\n")
+        partial = record.with_name(f".{record.name}.partial")
+        partial.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
+        partial.replace(record)

@@ -668,7 +668,7 @@ def report(
 def demo(
     output: Annotated[Path, typer.Argument(help="Directory for everything.")] = Path("demo"),
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Run steps of another version of the package again.")
+        bool, typer.Option("--overwrite", help="Run steps that have changed, and those that need them, again.")
     ] = False,
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..errors import ConversionError, listing
@@ -30,6 +30,7 @@ __all__ = [
     "canonical_config",
     "check_known",
     "check_not_quantised",
+    "check_own_heads",
     "family_of",
     "fold_scales",
 ]
@@ -124,10 +125,10 @@ def canonical_config(
     """
     family = family_of(source.model_type)
     check_not_quantised(raw)
-    if isinstance(source, MQAConfig | MQASeq2SeqConfig):
-        return own_config(source, raw, ignore)
     if ignore - set(raw):
         raise ConversionError(f"--ignore-switch {listing(ignore - set(raw))}: config.json has no such switch")
+    if isinstance(source, MQAConfig | MQASeq2SeqConfig):
+        return own_config(source, raw, ignore)
     recorder = SourceConfig(source)
     try:
         fields = family.config(recorder)
@@ -158,23 +159,25 @@ def canonical_config(
 def own_config(
     source: MQAConfig | MQASeq2SeqConfig, raw: dict[str, Any], ignore: frozenset[str]
 ) -> MQAConfig | MQASeq2SeqConfig:
-    """That of a model of this package's classes, as it is.
-
-    Raises:
-        ConversionError: for a switch that the class does not have, and for heads that are not as wide as `head_dim`.
-    """
+    """That of a model of this package's classes, as it is; raises ConversionError for a switch that it has not."""
     unknown = set(raw) - set(type(source)().to_dict()) - INERT - ignore
     if unknown:
         raise ConversionError(f"{source.model_type} has no switches {listing(unknown)} in config.json")
-    stacks = [source] if isinstance(source, MQAConfig) else [source.encoder, source.decoder]
-    for stack in stacks:
-        wide = any(width != stack.head_dim for width in (stack.qk_head_dim, stack.v_head_dim))
-        if wide or stack.rope_frequencies is not None:
+    return copy.deepcopy(source)
+
+
+def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
+    """Raises ConversionError for a model of this package's classes whose heads do not become fewer: fitted ones."""
+    for stack in [config] if isinstance(config, MQAConfig) else [config.encoder, config.decoder]:
+        layers = range(stack.num_hidden_layers)
+        wide = {of_layer(w, i) for w in (stack.qk_head_dim, stack.v_head_dim) for i in layers} - {stack.head_dim}
+        if wide:
             raise ConversionError(
-                f"its key and value heads are {stack.qk_head_dim} and {stack.v_head_dim} wide; only heads of head_dim "
+                f"its key or value heads are {listing(map(str, sorted(wide)))} wide; only heads of head_dim "
                 f"({stack.head_dim}) become fewer"
             )
-    return copy.deepcopy(source)
+        if stack.rope_frequencies is not None:
+            raise ConversionError("its heads are fitted ones (rope_frequencies); convert the original instead")
 
 
 def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -63,8 +63,12 @@ def test_with_all_heads_it_is_the_same_and_with_one_the_mean(model, tmp_path):
 
 def test_what_cannot_become_fewer_is_said(tmp_path):
     MQAForCausalLM(MQAConfig(**STACK, qk_head_dim=16)).save_pretrained(tmp_path / "wide")
-    with pytest.raises(ConversionError, match="heads are 16 and 8 wide"):
+    with pytest.raises(ConversionError, match=r"heads are 16 wide; only heads of head_dim \(8\)"):
         convert(tmp_path / "wide", tmp_path / "output")
+    said = inspect(tmp_path / "wide")
+    assert (said["convertible"], said["kv_bytes_per_token"]) == (False, {"now": 2 * 2 * 4 * (16 + 8)})
+    MQAForCausalLM(MQAConfig(**STACK, qk_head_dim=[8, 8])).save_pretrained(tmp_path / "listed")
+    assert inspect(tmp_path / "listed")["convertible"]
     MQAForCausalLM(MQAConfig(**STACK)).save_pretrained(tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sinks": 3}))

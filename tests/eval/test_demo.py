@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_the_texts_share_no_work_and_have_no_notes_by_others():
     assert not works["train.jsonl.xz"] & {"comus", "poemata", "poetical_works"}
 
 
-def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path):
+def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path, monkeypatch):
     result = run(tmp_path / "demo")
     assert result.exit_code == 0, f"{result.output} {result.exception}"
     assert re.findall(r"^(\w+): mqa-hf \w+", result.stderr, re.MULTILINE) == STEPS
@@ -72,6 +73,21 @@ def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path):
     assert str((tmp_path / "demo" / "report" / "index.html").resolve()) in result.output
     again = run(tmp_path / "demo")
     assert again.stderr.count("done before") == len(STEPS)
+
+    monkeypatch.chdir(tmp_path / "demo")  # the same place by another path
+    times = Path("times.jsonl").read_text()
+    shutil.rmtree("mean")
+    Path("original/tokenizer.json").unlink()
+    result = run(".")
+    assert result.exit_code == 0, f"{result.output} {result.exception}"
+    assert re.findall(r"^(\w+): mqa-hf \w+", result.stderr, re.MULTILINE) == ["mean", "evaluate", "report"]
+    assert Path("times.jsonl").read_text() == times
+    assert Path("original/tokenizer.json").is_file()
+
+    (tmp_path / "demo" / "demo.json").write_text("")  # killed while it was written
+    refused = run(".")
+    assert isinstance(refused.exception, ConversionError)
+    assert "pass --overwrite" in str(refused.exception)
 
 
 def test_an_interrupted_demo_goes_on(small, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.quality import Evaluation, evaluate
-from mqa_hf.eval.report import PICTURES, Data, front, quality, trade, write_report
+from mqa_hf.eval.report import PICTURES, Data, front, quality, read_results, time_of, trade, write_report
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,29 @@ def test_the_page_holds_the_numbers_and_nothing_from_elsewhere(measured, tmp_pat
     assert page.count("<svg") == len(drawn)
     ids = re.findall(r' id="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_times_are_those_of_the_checkpoint_itself(measured, tmp_path):
+    lines = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
+    found = read_results(measured / "evaluation", [measured / "times.jsonl"])
+    cell = lines[0]["batch"], lines[0]["context"]
+    fewer = [{**line, "original": False, "kv_heads": 1, "time_per_token_ms": 1e-9} for line in lines]
+    failed = [{**line, "error": "out of memory"} for line in lines if "<b>" in line["shape"]]
+    kept = [line for line in lines if "<b>" not in line["shape"]]
+    (tmp_path / "fewer.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + fewer))
+    (tmp_path / "failed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept + failed))
+    assert time_of(read_results(measured / "evaluation", [tmp_path / "fewer.jsonl"]), cell) == time_of(found, cell)
+    assert len(time_of(found, cell)) == 2
+    assert list(time_of(read_results(measured / "evaluation", [tmp_path / "failed.jsonl"]), cell)) == ["original"]
+
+
+def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
+    said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
+    said["checkpoints"][0]["given"] = "someone/original"
+    (tmp_path / "evaluation.json").write_text(json.dumps(said))
+    lines = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
+    (tmp_path / "times.jsonl").write_text(json.dumps({**lines[0], "shape": "someone/original"}) + "\n")
+    assert read_results(tmp_path, [tmp_path / "times.jsonl"]).timings[0]["name"] == "original"
 
 
 def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.shapes import SHAPES, read_shape
-from mqa_hf.eval.speed import Contender, build, cache_bytes, contenders, filled_cache, plots, time_tokens
+from mqa_hf.eval.speed import Contender, build, cache_bytes, contenders, filled_cache, labels, plots, time_tokens
 
 
 @pytest.fixture
@@ -124,6 +124,14 @@ def test_several_shapes_are_timed_in_one_run(source: Path, tmp_path: Path):
     records = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [(Path(r["shape"]).name, r["kv_heads"]) for r in records] == [("source", 6), ("ours", 1)]
     assert "│ ours " in result.output  # a shape has one model here
+    assert all(r["original"] for r in records)
+
+
+def test_models_of_several_shapes_are_told_apart():
+    one, other = {"shape": "a/final", "model": "x"}, {"shape": "b/final", "model": "x"}
+    assert labels([one, one]) == ["x", "x"]
+    assert labels([one, other, one]) == ["a-final", "b-final", "a-final"]
+    assert labels([one, {**other, "model": "y"}, other]) == ["a-final: x", "b-final: y", "b-final: x"]
 
 
 def test_pictures_of_an_empty_result_are_none(tmp_path: Path):
