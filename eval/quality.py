@@ -413,6 +413,7 @@ class Job:
         models: dict[Path, Any] = {}
         for step, run in steps.items():
             done = {record["id"] for record in self.records(place, step)}
+            state.wait_for_everyone()  # all share out the same rest, before one of them writes
             count = len(self.examples.windows) if step == "tokens" else len(self.examples.prompts)
             todo = [i for i in range(count) if i not in done]
             mine = todo[state.process_index :: state.num_processes]
