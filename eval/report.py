@@ -9,6 +9,7 @@ What a checkpoint's `conversion.json` and `uptraining.json` say is in there too.
 """
 
 import io
+import itertools
 import json
 import math
 import re
@@ -32,6 +33,7 @@ INK = "#123456"  # stands for the colour of the page's text in pictures, light o
 COLOURS = ("#8a8f98", "#d1495b", "#2a9d8f", "#e09f3e", "#5b7db1", "#9b5de5", "#6a994e", "#c77dff")
 NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
 DECIDING = 2  # columns of quality before those of cost; the others come after
+STYLES = ("-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1, 1, 1)))
 LAYER_ERRORS = {
     "attention_error": "attention output",
     "key_error": "keys",
@@ -307,24 +309,20 @@ def layers(data: Data) -> Any:
         if name in data.trainings:  # its conversion is that of the student
             continue
         found = conversion.get("layers") or []
-        for key, title in LAYER_ERRORS.items():
-            values = [layer[key] for layer in found if key in layer]
-            if (
-                len(values) > 1
-                and any(values)
-                and (
-                    not key.endswith(("key_error", "value_error"))
-                    or not any("attention_error" in layer for layer in found)
-                )
-            ):
-                lines.append((name, title, values))
+        fitted = any("attention_error" in layer for layer in found)
+        for stack in dict.fromkeys(layer.get("stack") for layer in found):
+            for key, title in LAYER_ERRORS.items():
+                values = [layer[key] for layer in found if layer.get("stack") == stack and key in layer]
+                shown = key.endswith("attention_error") if fitted else True
+                if shown and len(values) > 1 and any(values):
+                    lines.append((name, f"{title}, encoder" if stack == "encoder" else title, values))
     if not lines:
         return None
     figure, axes = axes_of()
-    shown = {title for _, title, _ in lines}
-    styles = dict(zip((title for title in LAYER_ERRORS.values() if title in shown), ("-", "--", ":", "-.")))
+    styles: dict[str, Any] = dict(zip(sorted({title for _, title, _ in lines}), itertools.cycle(STYLES)))
     for name, title, values in lines:
-        axes.plot(range(1, len(values) + 1), values, styles[title], color=data.colour(name), label=f"{name}: {title}")
+        drawn = {"ls": styles[title], "color": data.colour(name), "label": f"{name}: {title}"}
+        axes.plot(range(1, len(values) + 1), values, **drawn)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     finish(axes, "layer", "relative error", legend=True)
@@ -433,7 +431,7 @@ def number(found: dict[str, Any], name: str, form: str) -> dict[str, str]:
 def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
     """The head of the table, and a row for each checkpoint."""
     first = data.checkpoints[0]
-    # Heading, where the number is found, its name, its form.
+    # Heading, where the number is found, its name, its form; what decides comes first.
     columns: list[tuple[str, str, str, str]] = [
         ("loss, nats a token", "next_token", "loss", ".3f"),
         ("above the original", "next_token", "loss_above_original", "+.3f"),
@@ -443,14 +441,17 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
         ("same first choice", "next_token", "same_first_choice", ".1%"),
     ]
     if "greedy" in first:
-        speech = "word_error_rate" in first["greedy"]
-        names = (
-            [("word_error_rate", "word errors", ".1%")]
-            if speech
-            else [("bleu", "BLEU", ".1f"), ("bleu_above_original", "BLEU above", "+.1f"), ("chrf", "chrF", ".1f")]
-        )
-        for kind, title in (("greedy", "greedy"), ("beam", f"beam {data.evaluation['settings']['beams']}")):
-            columns += [(f"{said}, {title}", kind, name, form) for name, said, form in names]
+        names = [
+            ("bleu", "BLEU", ".1f"),
+            ("bleu_above_original", "above the original", "+.1f"),
+            ("chrf", "chrF", ".1f"),
+        ]
+        if "word_error_rate" in first["greedy"]:
+            names = [("word_error_rate", "word errors", ".1%")]
+        kinds = (("beam", f"beam {data.evaluation['settings']['beams']}"), ("greedy", "greedy"))
+        columns = [
+            (f"{said}, {title}", kind, name, form) for kind, title in kinds for name, said, form in names
+        ] + columns
     elif "writing" in first:
         columns.append(("tokens before it differs", "writing", "agreeing_tokens", ".1f"))
         columns.append(("repetition", "writing", "repetition", ".1%"))

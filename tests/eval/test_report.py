@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.quality import Evaluation, evaluate
-from mqa_hf.eval.report import PICTURES, Data, front, quality, read_results, time_of, trade, write_report
+from mqa_hf.eval.report import PICTURES, Data, front, layers, quality, read_results, time_of, trade, write_report
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +150,23 @@ def test_translations_are_compared_by_bleu_of_which_more_is_better():
     (axes,) = trade(data, {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}, "bytes").axes
     line = axes.lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 8], [10, 28, 30])  # not the wide one
+
+
+def test_layers_of_each_stack_are_lines_of_their_own():
+    part = {"key_error": 0.5, "value_error": 0.6}
+    encoder = [{"layer": i, "stack": "encoder", "key_error": 0.0, "value_error": 0.0} for i in range(3)]
+    decoder = [
+        {"layer": i, "stack": "decoder", **part, "cross_key_error": 0.7, "cross_value_error": 0.8} for i in range(2)
+    ]
+    both = {"checkpoints": [{"name": "mean"}, {"name": "all"}], "settings": {}}
+    known = {
+        "mean": {"layers": encoder + decoder},
+        "all": {"layers": [{**layer, **part} for layer in encoder + decoder]},
+    }
+    (axes,) = layers(Data(both, [], {}, known, {})).axes
+    drawn = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
+    names = ("keys", "values", "keys, cross-attention", "values, cross-attention")
+    assert drawn == {f"{name}: {title}": 2 for name in ("mean", "all") for title in names} | {
+        "all: keys, encoder": 3,
+        "all: values, encoder": 3,
+    }
