@@ -204,7 +204,7 @@ def trade(data: Data, points: dict[str, float], what: str) -> Any:
     below: list[tuple[float, float]] = []  # points that another one's name would lie over
     for name, x in points.items():
         y, low, high = found[name]
-        near = any(math.isclose(x, a, rel_tol=0.05) and math.isclose(y, b, rel_tol=0.03) for a, b in below)
+        near = any(math.isclose(x, a, rel_tol=0.05) and math.isclose(y, b, rel_tol=0.05) for a, b in below)
         below.append((x, y))
         error = [[y - low], [high - y]]
         axes.errorbar([x], [y], yerr=error, marker="o", ms=7, color=data.colour(name), capsize=3)
