@@ -482,6 +482,10 @@ def rows(data: Data) -> tuple[list[str], list[dict[str, Any]]]:
     return head, body
 
 
+def as_text(cell: dict[str, str]) -> str:
+    return f"{cell['value']} ({cell['interval']})" if cell["interval"] else cell["value"]
+
+
 def ratio_to(value: float | None, original: float | None, form: str, less: str, more: str) -> dict[str, str]:
     """A cost, and how many times `less` or `more` than the original's it is."""
     if value is None:
@@ -519,9 +523,8 @@ def add_to_card(
     ]
     lines = [CARD_HEADING, "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for row in body:
-        cells = [f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"]]
         title = f"**{row['name']}**" if row["name"] == name else row["name"]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        lines.append(f"| {title} | " + " | ".join(map(as_text, row["cells"])) + " |")
     over = found["next_token"].get("intervals_over", "documents")
     lines += [
         "",
@@ -559,13 +562,7 @@ def write_report(
     for name, *_ in PICTURES:
         (output / f"{name}.png").unlink(missing_ok=True)
     head, body = rows(data)
-    copied = ["\t".join(["", *head])]
-    copied += [
-        "\t".join(
-            [row["name"], *(f"{c['value']} ({c['interval']})" if c["interval"] else c["value"] for c in row["cells"])]
-        )
-        for row in body
-    ]
+    copied = ["\t".join(["", *head]), *("\t".join([row["name"], *map(as_text, row["cells"])]) for row in body)]
     content = {"evaluation": data.evaluation, "benchmark": data.timings}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("mqa_hf.eval").joinpath("report.html.jinja").read_text(encoding="utf-8"))
