@@ -11,14 +11,10 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
-from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-
 from .errors import ConversionError
-from .families import check_known
+from .families import OWN, check_known
 
 REPORT_FILE = "conversion.json"
-OWN = (MQAConfig.model_type, MQASeq2SeqConfig.model_type)
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",

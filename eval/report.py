@@ -104,12 +104,9 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
             if (directory / file_name).is_file():
                 entries[name] = json.loads((directory / file_name).read_text(encoding="utf-8"))
     timed = {r["name"] for r in timings if "error" not in r and r["engine"] == "mqa-hf"}
-    shapes = {shape_of(directory): name for directory, name in names.items() if name in timed}
-    timed_as = {
-        name: shapes[shape_of(directory)]
-        for directory, name in names.items()
-        if name not in timed and shape_of(directory) in shapes
-    }
+    shapes = {name: shape_of(directory) for directory, name in names.items()}
+    measured = {shape: name for name, shape in shapes.items() if name in timed}
+    timed_as = {n: measured[shape] for n, shape in shapes.items() if n not in timed and shape in measured}
     return Data(found, timings, timed_as, beside[REPORT_FILE], beside[TRAINING_FILE])
 
 
@@ -140,8 +137,13 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
-def axes_of(width: float = 5.6, height: float = 3.7, rows: int = 1) -> tuple[Any, Any]:
-    """A figure and its axes: one, or as many as `rows`, under each other."""
+def axes_of(width: float = 5.6, height: float = 3.7) -> tuple[Any, Any]:
+    figure, (axes,) = rows_of_axes(1, width, height)
+    return figure, axes
+
+
+def rows_of_axes(rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
+    """A figure, and as many axes under each other."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -155,7 +157,7 @@ def axes_of(width: float = 5.6, height: float = 3.7, rows: int = 1) -> tuple[Any
             side.set_linewidth(0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(which="both", colors=INK, labelsize=10)
-    return figure, found if rows > 1 else found[0]
+    return figure, found
 
 
 def finish(axes: Any, x: str, y: str, legend: bool = False) -> None:
@@ -361,17 +363,18 @@ def training(data: Data) -> Any:
     kinds = [loss for loss in ("lm", "kl") if any(found[1] == loss for found in lines)]
     if not any(len(points) > 1 for *_, points in lines):
         return None
-    figure, found_axes = axes_of(5.6, 2.4 * len(kinds) + 0.4, rows=len(kinds))
-    first = found_axes if len(kinds) > 1 else [found_axes]
-    for axes, kind in zip(first, kinds):
+    figure, below_each_other = rows_of_axes(len(kinds), 5.6, 2.4 * len(kinds) + 0.4)
+    for axes, kind in zip(below_each_other, kinds):
         for name, loss, held_out, points in lines:
             if loss == kind:
                 style = {"marker": "o", "ls": ":"} if held_out else {"lw": 1}
                 said = f"{name}, {'validation' if held_out else 'training'}"
                 axes.plot(*zip(*points), label=said, color=data.colour(name), **style)
         what = {"lm": "loss", "kl": "KL to the original"}[kind]
-        finish(axes, "tokens" if axes is first[-1] else "", f"{what}, nats", legend=axes is first[0])
-    first[-1].xaxis.set_major_formatter(EngFormatter())
+        finish(
+            axes, "tokens" if axes is below_each_other[-1] else "", f"{what}, nats", legend=axes is below_each_other[0]
+        )
+    below_each_other[-1].xaxis.set_major_formatter(EngFormatter())
     return figure
 
 

@@ -23,6 +23,7 @@ from .refused import REFUSED
 __all__ = [
     "FAMILIES",
     "NATIVE_ONLY",
+    "OWN",
     "REFUSED",
     "Family",
     "NativeOnly",
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 # A model of this package's own classes that was trained with all its heads.
+OWN = (MQAConfig.model_type, MQASeq2SeqConfig.model_type)
 CANONICAL = Family(prefixes=(), config=lambda _: {}, rules=(), canonical=True)
 
 # Switches that no model's function depends on, wherever they stand; how to generate is carried over by itself.
@@ -77,7 +79,7 @@ _ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 def family_of(model_type: Any) -> Family:
     """The row of a model type; raises ConversionError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        if model_type in (MQAConfig.model_type, MQASeq2SeqConfig.model_type):
+        if model_type in OWN:
             return CANONICAL
         if isinstance(model_type, str) and model_type in NATIVE_ONLY:
             raise ConversionError(
