@@ -16,7 +16,13 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load(source: str | os.PathLike, option: str = "--calibration", streaming: bool = False) -> Any:
-    """The rows of a data file or of an id of the Hub's datasets (`id` or `id:configuration`), as `datasets` has them.
+    """The rows of a data file or of an id of the Hub's datasets, as `datasets` has them.
+
+    Args:
+        source: a file; `id`, `id:configuration`, or either with the split that is meant, `id[validation]` (default:
+            train).
+        option: that named the source, for messages.
+        streaming: whether rows are fetched as they are needed.
 
     Raises:
         ConversionError: where there are none.
@@ -34,8 +40,9 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
     try:
         if kind and path.is_file():
             return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
-        name, _, configuration = str(source).partition(":")
-        return datasets.load_dataset(name, configuration or None, split="train", streaming=streaming)
+        where, _, split = str(source).removesuffix("]").partition("[")
+        name, _, configuration = where.partition(":")
+        return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=streaming)
     except Exception as error:  # whatever a loader raises for what it cannot read or fetch
         raise ConversionError(f"{option} {source} cannot be read: {error}") from error
 

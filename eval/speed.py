@@ -210,7 +210,8 @@ def time_to_first_token(model: Any, vocab: int, batch: int, context: int) -> flo
 def time_seq2seq(
     model: Any, vocab: int, batch: int, source: int, tokens: int, beams: int, repeats: int = 3
 ) -> dict[str, Any]:
-    """Time decoding of `tokens` tokens with a source of `source`: what the last three quarters take longer."""
+    """Time decoding of `tokens` tokens with a source of `source`, what the last three quarters take longer, and the
+    encoder (`encoder_sec`)."""
     settle(model.device)
     prompt = torch.randint(1, vocab, (batch, source), device=model.device)
     few = max(1, tokens // 4)
@@ -226,10 +227,18 @@ def time_seq2seq(
                 seconds[n].append(time.perf_counter() - start)
         if i == 0:
             first = time.perf_counter() - began
+    encoder, reading = model.get_encoder(), []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        encoder(prompt, attention_mask=torch.ones_like(prompt))
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        reading.append(time.perf_counter() - start)
     steps = [(b - a) / (tokens - few) for a, b in zip(*seconds.values())]
     usual = statistics.median(seconds[few]) + statistics.median(seconds[tokens])
     record = {"step_sec": steps, "warmup_sec": max(0.0, first - usual)}
     record["total_sec"] = statistics.median(seconds[tokens])
+    record["encoder_sec"] = statistics.median(reading[1:])
     if model.device.type == "cuda":
         record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if hasattr(model, "decoding"):
@@ -402,6 +411,7 @@ def table(records: list[dict[str, Any]], title: str) -> Table:
                 "p10 to p90": f"{r['time_per_token_p10_ms']:.2f} to {r['time_per_token_p90_ms']:.2f}",
                 "tokens/s": f"{r['tokens_per_sec']:,.0f}",
                 "first token, s": f"{r['time_to_first_token_sec']:.3f}" if "time_to_first_token_sec" in r else "-",
+                "encoder, ms": f"{1000 * r['encoder_sec']:.2f}" if "encoder_sec" in r else "-",
                 "warm-up, s": f"{r['warmup_sec']:.1f}",
                 "cache, GB": f"{r['cache_bytes'] / 1e9:.2f}" if "cache_bytes" in r else "-",
                 "peak, GB": f"{r['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in r else "-",

@@ -37,7 +37,7 @@ class Part:
 
 
 def open_dataset(source: str, streaming: bool = False) -> Any:
-    """The training split of a data file or of an id of the Hub (`id` or `id:configuration`).
+    """The rows of a text file, or of what [`load`] takes.
 
     Raises:
         ConversionError: where there is none.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from rich.console import Console
@@ -45,6 +46,7 @@ NAMES = {field.name for field in fields(TrainingArguments)}
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in NAMES)
 DIVERGED = 1.5, 1.0  # a loss above this share of the first one, and so many more nats, is none that comes back
 OPTIONS_FILE = "options.json"
+POOL = 50  # steps whose pairs are sorted by length together, as transformers has it
 
 
 def processes() -> PartialState:
@@ -525,11 +527,30 @@ def train(
 
 
 def in_order(rows: Any, schedule: Schedule) -> Any:
-    """The rows of all steps, the same for any number of processes: all of them shuffled, all again, and so on."""
+    """The rows of all steps, the same for any number of processes: all of them shuffled, all again, and so on.
+
+    The pairs of a step are of like length, as in arXiv 1706.03762, section 5.1: most of a step would be padding.
+    """
     generator = np.random.default_rng(schedule.seed)
     wanted = schedule.steps * schedule.rows
     passes = -(-wanted // len(rows))
-    return rows.select(np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted])
+    order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted]
+    if "labels" in rows.column_names:
+        columns = rows.with_format("arrow")
+        lengths = sum(pc.list_value_length(columns[name]).to_numpy() for name in ("input_ids", "labels"))
+        pool = POOL * schedule.rows
+        order = np.concatenate([by_length(part, lengths, schedule.rows, generator) for part in cut(order, pool)])
+    return rows.select(order)
+
+
+def cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(order, range(size, len(order), size))
+
+
+def by_length(order: np.ndarray, lengths: Any, rows: int, generator: np.random.Generator) -> np.ndarray:
+    """The same rows, those of like length in one step of so many; steps in random order."""
+    steps = cut(order[np.argsort(lengths[order], kind="stable")], rows)
+    return np.concatenate([steps[i] for i in generator.permutation(len(steps))])
 
 
 def as_options(schedule: Schedule) -> dict[str, Any]:

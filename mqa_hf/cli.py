@@ -328,8 +328,8 @@ TRAINING, SCHEDULE, LOGS = "What it is trained on", "How", "Checkpoints and logs
 Dataset = Annotated[
     list[str],
     typer.Option(
-        help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration); SOURCE=WEIGHT in a "
-        "mixture, for which the option is repeated.",
+        help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration[split]); SOURCE=WEIGHT "
+        "in a mixture, for which the option is repeated.",
         rich_help_panel=TRAINING,
     ),
 ]

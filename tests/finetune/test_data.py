@@ -9,7 +9,9 @@ import torch
 from tokenizer import write_tokenizer
 
 from mqa_hf.conversion import ConversionError
+from mqa_hf.conversion.text import load
 from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, collate_packed, mixture, packed, training_rows
+from mqa_hf.finetune.training import Schedule, in_order
 
 
 def write(path, rows):
@@ -100,6 +102,34 @@ def test_pairs_are_padded_and_shifted(tmp_path, tokenizer):
         assert ids[mask.bool()].tolist() == row["input_ids"]
         assert labels[labels != IGNORED].tolist() == row["labels"]
         assert written[: len(row["labels"])].tolist() == [1, *row["labels"][:-1]]
+
+
+def test_the_pairs_of_a_step_are_of_like_length_and_each_comes_once_a_pass(tmp_path, tokenizer):
+    lengths = np.random.default_rng(0).integers(2, 30, 400)
+    part = write(tmp_path / "pairs.jsonl", [{"en": "a" * n, "de": "b" * n} for n in lengths.tolist()])
+    rows = training_rows((part,), tokenizer, 64, 400, columns=("en", "de"), pairs=True)
+    schedule = Schedule(tokens=800, sequence_length=2, batch_tokens=32, row_tokens=1.0)
+    assert (schedule.rows, schedule.steps) == (16, 50)
+    size = np.array([len(row["labels"]) for row in in_order(rows, schedule)])
+    assert sorted(size.tolist()) == sorted(2 * [len(row["labels"]) for row in rows])
+    longest = size.reshape(50, 16).max(1)
+    assert size.sum() > 0.9 * 16 * longest.sum()  # in any order it is little above a half
+    assert abs(np.corrcoef(longest, np.arange(50))[0, 1]) < 0.4  # short and long ones take turns
+
+
+def test_an_id_of_the_hub_may_name_a_configuration_and_a_split(monkeypatch):
+    import datasets
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **more: asked.append((*given, more["split"])))
+    for source in ("wmt/wmt14:de-en[validation]", "wmt/wmt14:de-en", "org/texts[test]", "org/texts"):
+        load(source)
+    assert asked == [
+        ("wmt/wmt14", "de-en", "validation"),
+        ("wmt/wmt14", "de-en", "train"),
+        ("org/texts", None, "test"),
+        ("org/texts", None, "train"),
+    ]
 
 
 def test_parts_of_a_mixture_may_differ_and_have_gaps(tmp_path, tokenizer):
