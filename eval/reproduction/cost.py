@@ -1,0 +1,121 @@
+"""What the first paper's shape costs: training, encoder and decoder, with all heads and with one (arXiv 1911.02150,
+table 4: microseconds per output token)."""
+
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import set_seed
+
+from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
+from mqa_hf.eval.speed import benchmark
+from mqa_hf.finetune.data import CollatePairs
+from mqa_hf.finetune.losses import Objective
+from mqa_hf.finetune.throughput import Clock
+from mqa_hf.finetune.training import Schedule, operations_per_token, peak_rate, train
+
+from .experiments import FIRST, configured
+
+STACK: dict[str, Any] = {
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "position_embedding": "learned",
+    "max_position_embeddings": 256,
+    "gated_mlp": False,
+    "hidden_act": "relu",
+}
+WIDENED = 5440  # d_ff of multi-query at equal parameters, section 4.1
+WINDOW = 32
+MODELS: dict[str, dict[str, Any]] = {
+    FIRST: {},
+    "multi-query": {"kv_heads": 1},
+    "multi-head local": {"window": WINDOW},
+    "multi-query local": {"kv_heads": 1, "window": WINDOW},
+}
+
+
+def paper_config(name: str, scale: int = 1) -> dict[str, Any]:
+    """A model of the paper's tables, all widths divided by `scale`."""
+    stack = {**STACK, "intermediate_size": WIDENED if "kv_heads" in MODELS[name] else STACK["intermediate_size"]}
+    for field in ("hidden_size", "intermediate_size"):
+        stack[field] = stack[field] // scale
+    shape = {
+        "model_type": "mqa_seq2seq",
+        "encoder": {**stack, "causal": False},
+        "decoder": {**stack, "cross_num_key_value_heads": 8},
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return configured(shape, **MODELS[name])
+
+
+def training_cost(name: str, config: dict[str, Any], rows: int, length: int, steps: int) -> dict[str, Any]:
+    """Seconds of a training step of `rows` random pairs with `length` tokens on each side."""
+    generator = torch.Generator().manual_seed(0)
+    vocab: int = config["decoder"]["vocab_size"]
+    ids = torch.randint(1, vocab, (2, rows, length), generator=generator).tolist()
+    pairs = datasets.Dataset.from_dict({"input_ids": ids[0], "labels": ids[1]})
+    schedule = Schedule(
+        tokens=steps * rows * length,
+        sequence_length=length,
+        batch_tokens=rows * length,
+        micro_batch=rows,
+        learning_rate=1e-5,
+        save_every=10**9,
+        log_every=max(1, steps // 12),
+        report_to="none",
+    )
+    set_seed(0)
+    fields = {k: v for k, v in config.items() if k != "model_type"}
+    model, clock = MQAForConditionalGeneration(MQASeq2SeqConfig(**fields)), Clock()
+    with tempfile.TemporaryDirectory() as job:
+        train(name, model, Objective({"lm": 1.0}), schedule, pairs, CollatePairs(0, 0), Path(job), callbacks=[clock])
+    seconds, peak = clock.seconds_per_step(), peak_rate()
+    operations = rows * length * operations_per_token(model, None, length)
+    return {
+        "parameters": model.num_parameters(),
+        "training_rows": rows,
+        "training_length": length,
+        "training_step_sec": seconds,
+        "training_us_per_token": 1e6 * seconds / (rows * length),
+        "training_operations_per_token": operations / (rows * length),
+        "training_mfu": None if peak is None else operations / seconds / peak,
+    }
+
+
+def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: int) -> None:
+    """Time all models; one line each in `work/cost.jsonl`, replaced by a later run."""
+    work.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *sys.argv[1:]])
+    found = []
+    for name in MODELS:
+        config = paper_config(name, scale)
+        shape = work / "shapes" / name.replace(" ", "-")
+        MQASeq2SeqConfig(**{k: v for k, v in config.items() if k != "model_type"}).save_pretrained(shape)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        cells = [(batch, length, beams) for beams in (1, 4)]
+        timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
+        trained = training_cost(name, config, rows, 2 * length, steps)
+        kept = (
+            "device",
+            "time_per_token_ms",
+            "encoder_sec",
+            "bytes_per_step",
+            "floor_ms",
+            "copy_bandwidth",
+            "versions",
+        )
+        for record in timed:
+            said = {"model": name, "batch": batch, "length": length, "beams": record["beams"]}
+            found.append(said | {k: record[k] for k in kept} | trained | {"command": command})
+    path = work / "cost.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")

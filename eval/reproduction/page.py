@@ -1,0 +1,312 @@
+"""Tables and pictures of docs/reproduction.md, from what was measured (docs/reproduction/*.jsonl).
+
+The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which are made here.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mqa_hf.conversion.errors import ConversionError
+
+from .experiments import FIRST
+
+Record = dict[str, Any]
+# Two-sided 95% quantiles of Student's t by degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# By task, what a reduced model is called here -> heads of the paper's; then the paper's numbers (arXiv 1911.02150).
+REDUCED = {"1 head of": 1, "2 heads of": 2, "4 heads of": 4, "8 heads of": 8}
+PAPER_TRANSLATION = {
+    FIRST: (1.424, 26.7, 27.7, 28.4),
+    "multi-query": (1.439, 26.5, 27.5, 28.5),
+    1: (1.518, None, None, None),
+    2: (1.480, None, None, None),
+    4: (1.488, None, None, None),
+    8: (1.513, None, None, None),
+}
+PAPER_LANGUAGE = {FIRST: 29.9, "multi-query": 30.2, 1: 31.2, 2: 31.1, 4: 31.0, 8: 30.9}
+# Microseconds per output token on a TPUv2: training; encoder + decoder, greedy; the same, beam 4.
+PAPER_COST = {
+    FIRST: (13.2, 1.7, 46, 2.0, 203),
+    "multi-query": (13.0, 1.5, 3.8, 1.6, 32),
+    "multi-head local": (None, 1.7, 23, 1.9, 47),
+    "multi-query local": (None, 1.5, 3.3, 1.6, 16),
+}
+STYLES = {
+    "original": {"color": "black", "ls": "--"},
+    "mean": {"color": "tab:orange", "ls": ":"},
+    "first": {"color": "tab:red", "ls": ":"},
+    "random": {"color": "tab:gray", "ls": ":"},
+    "shared": {"color": "tab:blue", "ls": "-"},
+    "shared, width": {"color": "tab:green", "ls": "-"},
+}
+TITLES = {"translation": "translation", "language": "language model"}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half the length of its 95% interval over seeds (Student's t); `None` of a single value."""
+    if len(values) < 2:
+        return values[0], None
+    half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), half
+
+
+def said(values: Sequence[float], form: str) -> str:
+    """`mean ± half`."""
+    if not values:
+        return ""
+    middle, half = spread(values)
+    return format(middle, form) + ("" if half is None else f" ± {format(half, form.lstrip('+'))}")
+
+
+def of(records: Sequence[Record], **wanted: Any) -> list[Record]:
+    """Records in which these fields are so, in order of their seeds."""
+    found = [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
+    return sorted(found, key=lambda r: r.get("seed", 0))
+
+
+def differences(records: Sequence[Record], model: str, field: str) -> list[float]:
+    """Of a model and the first one with the same seed."""
+    first = {r["seed"]: r[field] for r in of(records, model=FIRST)}
+    return [r[field] - first[r["seed"]] for r in of(records, model=model) if r["seed"] in first]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def paper_key(model: str) -> Any:
+    """What the paper's numbers go by: a name, or the heads of a reduced model."""
+    return next((heads for start, heads in REDUCED.items() if model.startswith(start)), model)
+
+
+def shown(value: float | None, form: str = "") -> str:
+    return "" if value is None else format(value, form)
+
+
+def quality(records: Sequence[Record], task: str) -> str:
+    """Tables 1 and 2, or 3, of the first paper."""
+    records = of(records, task=task, table="models")
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        these, key = of(records, model=model), paper_key(model)
+        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}"]
+        row.append(said([r["loss"] for r in these], ".3f"))
+        row.append("" if model == FIRST else said(differences(records, model, "loss"), "+.3f"))
+        if task == "translation":
+            fields = ("validation_bleu_greedy", "test_bleu_greedy", "test_bleu_beam")
+            row += [said([r[name] for r in these], ".1f") for name in fields]
+            loss, *bleu = PAPER_TRANSLATION.get(key, (None,) * 4)
+            above = None if loss is None or model == FIRST else loss - PAPER_TRANSLATION[FIRST][0]
+            row += [shown(loss, ".3f"), shown(above, "+.3f"), *(shown(b, ".1f") for b in bleu)]
+        else:
+            row.append(said([2.718281828459045 ** r["loss"] for r in these], ".2f"))
+            there = PAPER_LANGUAGE.get(key)
+            ratio = statistics.fmean(2.718281828459045**d for d in differences(records, model, "loss"))
+            row.append("" if model == FIRST else f"{ratio - 1:+.1%}")
+            row.append(shown(there, ".1f"))
+            row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
+        rows.append(row)
+    header = ["", "d_ff", "parameters", "ln(perplexity)", "above multi-head"]
+    if task == "translation":
+        header += ["BLEU, dev", "BLEU, test", "beam 4"]
+        header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev", "BLEU, test", "beam 4"]
+    else:
+        header += ["perplexity", "above multi-head", "paper: perplexity", "above multi-head"]
+    return markdown(header, rows)
+
+
+def cost(records: Sequence[Record]) -> str:
+    """Table 4 of the first paper: microseconds per output token."""
+    header = ["", "training", "encoder", "decoder, greedy", "decoder, beam 4", "least, greedy", "least, beam 4"]
+    header += ["paper: training", "encoder + decoder, greedy", "encoder + decoder, beam 4"]
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        greedy, beam = (of(records, model=model, beams=beams)[0] for beams in (1, 4))
+        encoder = 1e6 * greedy["encoder_sec"] / greedy["batch"] / greedy["length"]
+        row = [model, f"{greedy['training_us_per_token']:.2f}", f"{encoder:.2f}"]
+        for field in ("time_per_token_ms", "floor_ms"):
+            row += [f"{1000 * r[field] / r['batch']:.2f}" for r in (greedy, beam)]
+        there = PAPER_COST[model]
+        row += [shown(there[0], ".1f"), f"{there[1]} + {there[2]}", f"{there[3]} + {there[4]}"]
+        rows.append(row)
+    first, query = (
+        [of(records, model=model, beams=beams)[0]["time_per_token_ms"] for beams in (1, 4)]
+        for model in (FIRST, "multi-query")
+    )
+    ratios = [a / b for a, b in zip(first, query)]
+    theirs = [PAPER_COST[FIRST][i] / PAPER_COST["multi-query"][i] for i in (2, 4)]  # type: ignore[operator]
+    rows.append(
+        ["**multi-head : multi-query**", "", "", *(f"**{r:.1f}**" for r in ratios), "", "", ""]
+        + [f"**{r:.1f}** (decoder)" for r in theirs]
+    )
+    return markdown(header, rows)
+
+
+def operations(records: Sequence[Record]) -> str:
+    """What a decoding step reads and computes."""
+    header = ["", "bytes a step, greedy", "beam 4", "share of copy bandwidth, greedy", "beam 4"]
+    header += ["training: operations per token", "model FLOP utilisation"]
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in records):
+        greedy, beam = (of(records, model=model, beams=beams)[0] for beams in (1, 4))
+        share = [r["bytes_per_step"] / r["copy_bandwidth"] / (r["time_per_token_ms"] / 1000) for r in (greedy, beam)]
+        row = [model, *(f"{r['bytes_per_step'] / 1e9:.2f} GB" for r in (greedy, beam)), *(f"{s:.0%}" for s in share)]
+        row += [f"{greedy['training_operations_per_token'] / 1e9:.2f} · 10⁹", shown(greedy["training_mfu"], ".0%")]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def conversions(records: Sequence[Record], task: str) -> str:
+    """Loss above the original's after shares of the pretraining tokens; BLEU of translations beside it."""
+    models = of(records, task=task, table="models", model=FIRST)
+    found = of(records, task=task, table="conversions")
+    original = {r["seed"]: r["loss"] for r in models}
+    shares = sorted({r["share"] for r in found})
+    header = ["", "trained on", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
+    if task == "translation":
+        header += ["BLEU, test, 0%", *(f"{s:.0%}" for s in shares if s)]
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in found):
+        these = of(found, model=model)
+        row = [model, these[0]["loss_function"].upper(), f"{these[0]['cache_bytes']:,}"]
+        for share in shares:
+            row.append(said([r["loss"] - original[r["seed"]] for r in of(these, share=share)], "+.3f"))
+        if task == "translation":
+            row += [said([r["test_bleu_greedy"] for r in of(these, share=share)], ".1f") for share in shares]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def times(records: Sequence[Record], task: str) -> str:
+    """Milliseconds a step."""
+    found = of(records, task=task, table="times")
+    header = ["", "batch", "context", "beams", "ms a step", "least", "original's time"]
+    rows = []
+    for r in found:
+        same = {name: r[name] for name in ("batch", "context", "beams")}
+        (first,) = of(found, model=FIRST, **same)
+        row = [r["model"], f"{r['batch']:,}", f"{r['context']:,}", str(r["beams"]), f"{r['time_per_token_ms']:.2f}"]
+        row += [f"{r['floor_ms']:.2f}", f"{first['time_per_token_ms'] / r['time_per_token_ms']:.2f}×"]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def style(model: str) -> dict[str, Any]:
+    return STYLES["shared, width" if "width" in model else model.split(",")[0]]
+
+
+def panel(axes: Any, records: Sequence[Record], task: str, kind: str) -> None:
+    """One picture of GQA's: loss above the original's over the share of training, or after 5% over cache or time."""
+    models = of(records, task=task, table="models", model=FIRST)
+    original = {r["seed"]: r["loss"] for r in models}
+    found = of(records, task=task, table="conversions")
+    seconds = {r["model"]: r["time_per_token_ms"] for r in of(records, task=task, table="times", beams=1)}
+
+    def above(these: Sequence[Record]) -> tuple[float, float]:
+        middle, half = spread([r["loss"] - original[r["seed"]] for r in these])
+        return middle, half or 0.0
+
+    axes.grid(alpha=0.3, which="both")
+    axes.set_title(TITLES.get(task, task), fontsize=10)
+    if kind == "share":
+        for model in (m for m in dict.fromkeys(r["model"] for r in found) if "," not in m):
+            these = of(found, model=model)
+            shares = sorted({r["share"] for r in these})
+            points = [(100 * s, *above(of(these, share=s))) for s in shares if s or model != "original"]
+            x, y, error = zip(*points)
+            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.5, capsize=2, label=model, **style(model))
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.axhline(0, color="black", lw=0.6)
+        axes.set_xlabel("tokens of training, % of the pretraining")
+        return
+    lines = {"mean": ["mean"], "shared": ["shared"], "shared, width": ["shared"]}
+    for model in dict.fromkeys(r["model"] for r in found):
+        line = "shared, width" if "width" in model else model.split(",")[0]
+        if "," in model and line in lines:
+            lines[line].append(model)
+    for line, members in lines.items():
+        points = []
+        for model in members:
+            these = of(found, model=model, share=0.05)
+            at = these[0]["cache_bytes"] if kind == "cache" and these else seconds.get(model)
+            if these and at is not None:
+                points.append((at, *above(these)))
+        if points:
+            x, y, error = zip(*sorted(points))
+            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.5, capsize=2, label=line, **STYLES[line])
+    these = of(found, model="original", share=0.05)
+    x = these[0]["cache_bytes"] if kind == "cache" and these else seconds.get(FIRST)
+    if these and x is not None:
+        axes.errorbar(
+            [x], [above(these)[0]], yerr=[above(these)[1]], marker="s", color="black", ls="", label="original"
+        )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.3g}" if kind == "time" else "{x:,.0f}")
+    axes.set_xlabel("cache, bytes per token" if kind == "cache" else "ms per decoding step")
+
+
+def picture(records: Sequence[Record], kind: str, path: Path) -> None:
+    """A panel for each task."""
+    from matplotlib.figure import Figure
+
+    tasks = list(dict.fromkeys(r["task"] for r in records if r["table"] == "conversions"))
+    if kind == "time":
+        tasks = [t for t in tasks if of(records, task=t, table="times")]
+    if not tasks:
+        return
+    figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks):
+        panel(axes, records, task, kind)
+    panels[0].set_ylabel("loss above the original's, nats a token")
+    panels[-1].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+
+
+def read(path: Path) -> list[Record]:
+    if not path.is_file():
+        raise ConversionError(f"{path} is not there; python -m mqa_hf.eval.reproduction run and cost make it")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def blocks(directory: Path) -> dict[str, Callable[[], str]]:
+    """By name, what makes a block of the page."""
+    results, costs = read(directory / "results.jsonl"), read(directory / "cost.jsonl")
+    found: dict[str, Callable[[], str]] = {"cost": lambda: cost(costs), "operations": lambda: operations(costs)}
+    for task in dict.fromkeys(r["task"] for r in results):
+        for name, make in (("quality", quality), ("conversions", conversions), ("times", times)):
+            found[f"{name} {task}"] = lambda make=make, task=task: make(results, task)  # type: ignore[misc]
+    return found
+
+
+def filled(page: str, directory: Path) -> str:
+    """The page with its blocks made anew.
+
+    Raises:
+        ConversionError: for a block of which nothing was measured.
+    """
+    makers = blocks(directory)
+
+    def block(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in makers:
+            raise ConversionError(f"nothing was measured for {name!r}; there is {', '.join(makers)}")
+        return f"<!-- {name} -->\n\n{makers[name]()}\n\n<!-- end -->"
+
+    return re.sub(
+        r"<!-- ((?:quality|conversions|times|cost|operations)[^>]*?) -->\n.*?<!-- end -->", block, page, flags=re.S
+    )
+
+
+def fill(docs: Path) -> None:
+    """Make the blocks and pictures of `docs/reproduction.md`."""
+    page, directory = docs / "reproduction.md", docs / "reproduction"
+    page.write_text(filled(page.read_text(encoding="utf-8"), directory), encoding="utf-8")
+    results = read(directory / "results.jsonl")
+    for kind in ("share", "cache", "time"):
+        picture(results, kind, directory / f"{kind}.png")
