@@ -18,7 +18,6 @@ from mqa_hf.finetune.recipe import Step, command_group, flags
 from mqa_hf.finetune.uptrain import REPORT as UPTRAINING
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
-SPLITS = ("validation", "test")
 
 
 def configured(
@@ -170,13 +169,15 @@ class Experiment:
             *flags(options, command_group().commands[command]),
         ]
 
-    def evaluations(self, checkpoint: Path, directory: Path, needs: tuple[str, ...]) -> dict[str, Step]:
+    def evaluations(
+        self, checkpoint: Path, directory: Path, needs: tuple[str, ...], splits: tuple[str, ...] = ("test",)
+    ) -> dict[str, Step]:
         """Steps that translate; a language model has none."""
         if "evaluate" not in self.recipe:
             return {}
         options = flags(self.recipe["evaluate"], command_group().commands["evaluate"])
         found = {}
-        for split in SPLITS:
+        for split in splits:
             output = directory / split
             words = ["evaluate", str(checkpoint), "--text", self.split(split), *self.columns, "--output", str(output)]
             found[f"{split} {checkpoint.name}"] = Step([*words, *options], output / RESULTS, needs)
@@ -201,7 +202,7 @@ class Experiment:
         words += ["--tokenizer", str(self.tokenizer), "--tokens", str(self.recipe["tokens"])]
         report = place / "model" / PRETRAINING
         steps = {"pretrain": Step([*words, *self.training("pretrain", seed)], report, costly=True)}
-        translated = self.evaluations(place / "model", place, ("pretrain",))
+        translated = self.evaluations(place / "model", place, ("pretrain",), ("validation", "test"))
         said = {"task": self.task, "table": "models", "model": name, "seed": seed}
         measured = Measured(said, place / "model", report, evaluations=self.results(translated))
         return self.chain(name, seed, {**steps, **translated}, (), [measured])

@@ -4,6 +4,7 @@ The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which 
 """
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -104,9 +105,9 @@ def quality(records: Sequence[Record], task: str) -> str:
             above = None if loss is None or model == FIRST else loss - PAPER_TRANSLATION[FIRST][0]
             row += [shown(loss, ".3f"), shown(above, "+.3f"), *(shown(b, ".1f") for b in bleu)]
         else:
-            row.append(said([2.718281828459045 ** r["loss"] for r in these], ".2f"))
+            row.append(said([math.e ** r["loss"] for r in these], ".2f"))
             there = PAPER_LANGUAGE.get(key)
-            ratio = statistics.fmean(2.718281828459045**d for d in differences(records, model, "loss"))
+            ratio = statistics.fmean(math.e**d for d in differences(records, model, "loss"))
             row.append("" if model == FIRST else f"{ratio - 1:+.1%}")
             row.append(shown(there, ".1f"))
             row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
@@ -196,62 +197,52 @@ def times(records: Sequence[Record], task: str) -> str:
     return markdown(header, rows)
 
 
-def style(model: str) -> dict[str, Any]:
-    return STYLES["shared, width" if "width" in model else model.split(",")[0]]
+class Above:
+    """Loss above the original's of conversions of a task, and the style that it is drawn in."""
 
+    def __init__(self, records: Sequence[Record], task: str):
+        self.original = {r["seed"]: r["loss"] for r in of(records, task=task, table="models", model=FIRST)}
+        self.found = of(records, task=task, table="conversions")
+        self.models = list(dict.fromkeys(r["model"] for r in self.found))
+        self.seconds = {r["model"]: r["time_per_token_ms"] for r in of(records, task=task, table="times", beams=1)}
 
-def panel(axes: Any, records: Sequence[Record], task: str, kind: str) -> None:
-    """One picture of GQA's: loss above the original's over the share of training, or after 5% over cache or time."""
-    models = of(records, task=task, table="models", model=FIRST)
-    original = {r["seed"]: r["loss"] for r in models}
-    found = of(records, task=task, table="conversions")
-    seconds = {r["model"]: r["time_per_token_ms"] for r in of(records, task=task, table="times", beams=1)}
+    def draw(self, axes: Any, points: Sequence[tuple[float, str, float]], line: str, **style: Any) -> None:
+        """Points (x, model, share) that were measured, with intervals over seeds."""
+        known = [(x, of(self.found, model=model, share=share)) for x, model, share in sorted(points)]
+        xs = [x for x, these in known if these]
+        spreads = [spread([r["loss"] - self.original[r["seed"]] for r in these]) for _, these in known if these]
+        if xs:
+            middle, half = [m for m, _ in spreads], [h or 0.0 for _, h in spreads]
+            options = {"marker": "o", "ms": 4, "lw": 1.5, "capsize": 2, "label": line, **STYLES[line], **style}
+            axes.errorbar(xs, middle, yerr=half, **options)
 
-    def above(these: Sequence[Record]) -> tuple[float, float]:
-        middle, half = spread([r["loss"] - original[r["seed"]] for r in these])
-        return middle, half or 0.0
-
-    axes.grid(alpha=0.3, which="both")
-    axes.set_title(TITLES.get(task, task), fontsize=10)
-    if kind == "share":
-        for model in (m for m in dict.fromkeys(r["model"] for r in found) if "," not in m):
-            these = of(found, model=model)
-            shares = sorted({r["share"] for r in these})
-            points = [(100 * s, *above(of(these, share=s))) for s in shares if s or model != "original"]
-            x, y, error = zip(*points)
-            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.5, capsize=2, label=model, **style(model))
+    def over_shares(self, axes: Any) -> None:
+        for model in (m for m in self.models if "," not in m):
+            shares = sorted({r["share"] for r in of(self.found, model=model)})
+            self.draw(axes, [(100 * s, model, s) for s in shares if s or model != "original"], model)
         axes.set_yscale("symlog", linthresh=0.1)
         axes.axhline(0, color="black", lw=0.6)
         axes.set_xlabel("tokens of training, % of the pretraining")
-        return
-    lines = {"mean": ["mean"], "shared": ["shared"], "shared, width": ["shared"]}
-    for model in dict.fromkeys(r["model"] for r in found):
-        line = "shared, width" if "width" in model else model.split(",")[0]
-        if "," in model and line in lines:
-            lines[line].append(model)
-    for line, members in lines.items():
-        points = []
-        for model in members:
-            these = of(found, model=model, share=0.05)
-            at = these[0]["cache_bytes"] if kind == "cache" and these else seconds.get(model)
-            if these and at is not None:
-                points.append((at, *above(these)))
-        if points:
-            x, y, error = zip(*sorted(points))
-            axes.errorbar(x, y, yerr=error, marker="o", ms=4, lw=1.5, capsize=2, label=line, **STYLES[line])
-    these = of(found, model="original", share=0.05)
-    x = these[0]["cache_bytes"] if kind == "cache" and these else seconds.get(FIRST)
-    if these and x is not None:
-        axes.errorbar(
-            [x], [above(these)[0]], yerr=[above(these)[1]], marker="s", color="black", ls="", label="original"
-        )
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:,.3g}" if kind == "time" else "{x:,.0f}")
-    axes.set_xlabel("cache, bytes per token" if kind == "cache" else "ms per decoding step")
+
+    def over_sizes(self, axes: Any, kind: str) -> None:
+        """After 5% of the tokens; `kind` is cache or time."""
+        sizes = {r["model"]: r["cache_bytes"] for r in self.found}
+        if kind == "time":
+            sizes = {**self.seconds, "original": self.seconds.get(FIRST)}
+        for line, begins in (("mean", "mean, "), ("shared", "shared, "), ("shared, width", "shared, width")):
+            members = [m for m in self.models if m == line.split(",")[0] or m.startswith(begins)]
+            members = [m for m in members if line != "shared" or "width" not in m]
+            self.draw(axes, [(sizes[m], m, 0.05) for m in members if sizes.get(m)], line)
+        if sizes.get("original"):
+            self.draw(axes, [(sizes["original"], "original", 0.05)], "original", marker="s", ls="")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.3g}" if kind == "time" else "{x:,.0f}")
+        axes.set_xlabel("ms per decoding step" if kind == "time" else "cache, bytes per token")
 
 
 def picture(records: Sequence[Record], kind: str, path: Path) -> None:
-    """A panel for each task."""
+    """A picture of GQA's, with a panel for each task: loss above the original's over the share of training, or after
+    5% over cache bytes or the time of a step."""
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(r["task"] for r in records if r["table"] == "conversions"))
@@ -262,7 +253,13 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks):
-        panel(axes, records, task, kind)
+        above = Above(records, task)
+        axes.grid(alpha=0.3, which="both")
+        axes.set_title(TITLES.get(task, task), fontsize=10)
+        if kind == "share":
+            above.over_shares(axes)
+        else:
+            above.over_sizes(axes, kind)
     panels[0].set_ylabel("loss above the original's, nats a token")
     panels[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=140)

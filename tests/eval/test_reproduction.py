@@ -1,0 +1,176 @@
+"""The papers' experiments: recipes, the queue of chains, and the page made of what was measured."""
+
+import copy
+import json
+import lzma
+import math
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
+from mqa_hf.conversion import ConversionError
+from mqa_hf.eval.reproduction.__main__ import app
+from mqa_hf.eval.reproduction.cost import MODELS, paper_config
+from mqa_hf.eval.reproduction.experiments import FIRST, Experiment, configured
+from mqa_hf.eval.reproduction.page import filled, picture, read, spread
+from mqa_hf.finetune.pretrain import train_tokenizer, widened
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p.name for p in (files("mqa_hf.eval.reproduction") / "recipes").iterdir())
+
+
+def shipped(name):
+    return yaml.safe_load((files("mqa_hf.eval.reproduction") / "recipes" / name).read_text())
+
+
+@pytest.fixture
+def small(tmp_path):
+    """The recipe for translation with tiny models, and pairs."""
+    recipe = shipped("translation.yaml")
+    for stack in (recipe["shape"]["encoder"], recipe["shape"]["decoder"]):
+        stack |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    recipe["models"] = {FIRST: {}, "multi-query": {"kv_heads": 1}}
+    recipe["convert"] = {name: recipe["convert"][name] for name in ("shared", "original")}
+    recipe |= {"seeds": [3], "tokens": 4000, "vocab_size": 400, "shares": [0.05]}
+    recipe["train"] = {"sequence-length": 16, "batch-tokens": 256, "validation-tokens": 64, "save-every": 2}
+    recipe["calibrate"] = {"calibration-tokens": 1024, "sequence-length": 16}
+    recipe["evaluate"] |= {"prompts": 4, "tokens": 64, "new-tokens": 4}
+    recipe["times"] = {"cells": "2x8", "tokens": 8, "rounds": 1}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    (tmp_path / "text").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"en": f"{split} word {i} and {i + 1}", "de": f"{split} Wort {i} und {i + 1}"} for i in range(60)]
+        (tmp_path / "text" / f"{split}.jsonl.xz").write_bytes(
+            lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+        )
+    return path
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
+    work, said = tmp_path / "work", f"{small}={tmp_path / 'text'}"
+    first = run("run", work, said, "--limit", "4")
+    assert first.exit_code == 0
+    assert "4 chains are not done" in first.output
+    second = run("run", work, said, "--per-device", "2")
+    assert second.exit_code == 0, second.output
+    assert "0 chains are not done" in second.output
+    assert run("times", work, said).exit_code == 0
+    results = read(work / "results.jsonl")
+    models = {r["model"]: r for r in results if r["table"] == "models"}
+    assert set(models) == {FIRST, "multi-query"}
+    assert abs(models["multi-query"]["parameters"] / models[FIRST]["parameters"] - 1) < 0.02
+    assert models["multi-query"]["intermediate_size"] > 64 == models[FIRST]["intermediate_size"]
+    converted = {(r["model"], r["share"]): r for r in results if r["table"] == "conversions"}
+    assert set(converted) == {(name, share) for name in ("shared", "original") for share in (0.0, 0.05)}
+    # With all its heads a conversion is the original.
+    assert converted["original", 0.0]["loss"] == pytest.approx(models[FIRST]["loss"], abs=1e-5)
+    assert converted["original", 0.0]["test_bleu_greedy"] == models[FIRST]["test_bleu_greedy"]
+    assert 8 * converted["shared", 0.0]["cache_bytes"] == models[FIRST]["cache_bytes"]
+    assert converted["shared", 0.05]["tokens"] > 0
+    assert {r["model"] for r in results if r["table"] == "times"} == {FIRST, "shared"}
+
+    again = run("run", work, said)
+    assert "0 chains are not done" in again.output
+    assert read(work / "results.jsonl") == results
+
+    (work / "cost.jsonl").write_text((ROOT / "docs" / "reproduction" / "cost.jsonl").read_text())
+    page = "<!-- quality small -->\n<!-- end -->\n\n<!-- conversions small -->\n<!-- end -->\nprose\n"
+    made = filled(page, work)
+    assert f"{models[FIRST]['loss']:.3f}" in made
+    assert f"{converted['shared', 0.05]['loss'] - models[FIRST]['loss']:+.3f}" in made
+    assert filled(made, work) == made
+    for kind in ("share", "cache", "time"):
+        picture(results, kind, tmp_path / f"{kind}.png")
+        assert (tmp_path / f"{kind}.png").stat().st_size > 1000
+
+
+def test_a_chain_that_fails_is_named_with_what_it_said(tmp_path, small):
+    recipe = yaml.safe_load(small.read_text())
+    recipe["models"] = {FIRST: {}}
+    recipe["convert"] = {"shared": recipe["convert"]["shared"]}
+    recipe["train"]["batch-tokens"] = 10**6  # more rows than there are
+    small.write_text(yaml.safe_dump(recipe))
+    work = tmp_path / "work"
+    result = run("run", work, f"{small}={tmp_path / 'text'}")
+    assert isinstance(result.exception, ConversionError)
+    assert "1 chains failed: small/seed-3/multi-head" in str(result.exception)
+    assert "2 chains are not done" in result.output
+    assert "a step takes" in result.output
+    assert not (work / "small" / "seed-3" / "multi-head" / "model").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_models_of_a_recipe_have_the_heads_that_they_say_and_equal_parameters(name):
+    recipe = shipped(name)
+    tokenizer = train_tokenizer(["some text"], 400, "columns" in recipe)
+    first = configured(recipe["shape"])
+    counts = {}
+    for model, options in recipe["models"].items():
+        fields = configured(recipe["shape"], **options)
+        fields = fields if model == FIRST else widened(fields, first, tokenizer)
+        several = "decoder" in fields
+        made = {k: v for k, v in copy.deepcopy(fields).items() if k != "model_type"}
+        config = MQASeq2SeqConfig(**made) if several else MQAConfig(**made)
+        with torch.device("meta"):
+            counts[model] = (MQAForConditionalGeneration if several else MQAForCausalLM)(config).num_parameters()
+        for stack in (config.encoder, config.decoder) if several else (config,):
+            assert stack.num_attention_heads == options.get("heads", 8)
+            assert stack.num_key_value_heads == options.get("kv_heads", stack.num_attention_heads)
+            if "head_dim" in options:  # one head's width in all
+                assert stack.num_attention_heads * stack.head_dim == stack.hidden_size // 8
+            if stack.cross_num_key_value_heads:
+                assert stack.cross_num_key_value_heads == stack.num_key_value_heads
+        windows = {stack.sliding_window for stack in (config.encoder, config.decoder)} if several else {None}
+        assert windows == ({None, 32} if "window" in options else {None})
+    assert max(counts.values()) / min(counts.values()) < 1.005
+
+
+def test_the_timed_shape_has_the_parameters_of_the_paper():
+    for name in MODELS:
+        fields = {k: v for k, v in paper_config(name).items() if k != "model_type"}
+        with torch.device("meta"):
+            model = MQAForConditionalGeneration(MQASeq2SeqConfig(**fields))
+        assert model.num_parameters() == pytest.approx(211e6, rel=0.005)
+
+
+def test_costs_are_timed_for_each_model(tmp_path):
+    result = run("cost", tmp_path, *["--batch", "2", "--length", "8", "--rows", "2", "--steps", "6", "--scale", "16"])
+    assert result.exit_code == 0, result.output
+    found = read(tmp_path / "cost.jsonl")
+    assert [(r["model"], r["beams"]) for r in found] == [(name, beams) for name in MODELS for beams in (1, 4)]
+    for record in found:
+        for field in ("time_per_token_ms", "encoder_sec", "training_us_per_token", "floor_ms"):
+            assert record[field] > 0
+
+
+@pytest.mark.parametrize("said", ["translation", "nonesuch=text", "missing.yaml=text"])
+def test_what_is_no_recipe_is_said(tmp_path, said):
+    with pytest.raises(ConversionError, match="RECIPE is a YAML file or one of language, translation"):
+        Experiment.parse(said, tmp_path, "cpu")
+
+
+def test_texts_of_the_hub_have_their_splits(tmp_path):
+    experiment = Experiment.parse("translation=wmt/wmt14:de-en", tmp_path, "cpu")
+    assert [experiment.split(s) for s in ("train", "test")] == ["wmt/wmt14:de-en", "wmt/wmt14:de-en[test]"]
+
+
+def test_an_interval_over_seeds_is_students():
+    middle, half = spread([1.0, 2.0, 3.0])
+    assert middle == 2
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert spread([1.5]) == (1.5, None)
+
+
+def test_the_page_shows_what_was_measured():
+    page = (ROOT / "docs" / "reproduction.md").read_text()
+    assert filled(page, ROOT / "docs" / "reproduction") == page
