@@ -19,6 +19,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,7 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
         if there and not what.costly:
             what.result.unlink()
         console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
+        begun = time.monotonic()
         before, sys.argv = sys.argv, ["mqa-hf", *what.words]  # from where commands note how they were called
         try:
             main([*what.words, *["--overwrite"] * replaced], standalone_mode=False)
@@ -182,6 +184,7 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
             raise ConversionError(f"{name}, {step}: {error.format_message()}") from error
         finally:
             sys.argv = before
+        console.print(f"{step}: done in {time.monotonic() - begun:.0f} s")
         done = {n: kept for n, kept in done.items() if n in steps and step not in steps[n].needs} | {step: words}
         record.parent.mkdir(parents=True, exist_ok=True)
         partial = record.with_name(f".{record.name}.partial")

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -263,6 +263,9 @@ class LossTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # what compute_loss gives is over the tokens of the whole step
         self._sums: Any = 0
         self._first_loss: float | None = None
+        # Steps of pairs differ by how long these are: there, means over all lengths are compared.
+        self._window = math.ceil(POOL / self.args.logging_steps) if by_like_length(self.train_dataset) else 1
+        self._recent: list[float] = []  # losses of so many logs
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
 
@@ -298,15 +301,21 @@ class LossTrainer(Trainer):
 
     def _check(self, loss: float, grad_norm: float) -> None:
         """Stop where training has diverged. All processes see the same numbers."""
-        if self._first_loss is None:
-            self._first_loss = loss
-        share, more = DIVERGED
-        if math.isfinite(loss) and math.isfinite(grad_norm) and loss <= share * abs(self._first_loss) + more:
-            return
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self._recent.append(loss)
+            if len(self._recent) < self._window:
+                return
+            loss, self._recent = sum(self._recent) / self._window, []
+            if self._first_loss is None:
+                self._first_loss = loss
+            share, more = DIVERGED
+            if loss <= share * abs(self._first_loss) + more:
+                return
+        began = "" if self._first_loss is None else f"; it began at {self._first_loss:.4g}"
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise ConversionError(
             f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
-            f"gradient {grad_norm:.4g}; it began at {self._first_loss:.4g}. "
+            f"gradient {grad_norm:.4g}{began}. "
             + (f"{kept} is from before that. " if kept else "")
             + f"Lower --learning-rate ({self.args.learning_rate:g}) or raise --batch-tokens, and begin again with "
             "--restart"
@@ -443,6 +452,18 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             raise ConversionError(f"{directory} cannot be written: {error}") from error
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """PyTorch's other attention kernels only: from 2.11 on it prefers cuDNN's on Hopper GPUs, whose backward pass
+    gives NaN with masks of some sizes (pytorch/pytorch#196678)."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def operations_per_token(model: nn.Module, teacher: nn.Module | None, length: int) -> float:
     """Multiplications and additions a token: 6 for each weight, 2 for each of the teacher's, and attention's own."""
     config = core(model).config
@@ -509,7 +530,7 @@ def train(
     )
     if trainer.is_fsdp_enabled:
         sum_in_float32(trainer.accelerator)
-    with objective.attach(model):
+    with objective.attach(model), without_cudnn_attention():
         if objective.teacher is not None:
             objective.teacher = prepare_teacher(trainer, objective.teacher)  # type: ignore[arg-type]
         with state.main_process_first():
@@ -535,12 +556,17 @@ def in_order(rows: Any, schedule: Schedule) -> Any:
     wanted = schedule.steps * schedule.rows
     passes = -(-wanted // len(rows))
     order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted]
-    if "labels" in rows.column_names:
+    if by_like_length(rows):
         columns = rows.with_format("arrow")
         lengths = sum(pc.list_value_length(columns[name]).to_numpy() for name in ("input_ids", "labels"))
         pool = POOL * schedule.rows
         order = np.concatenate([by_length(part, lengths, schedule.rows, generator) for part in cut(order, pool)])
     return rows.select(order)
+
+
+def by_like_length(rows: Any) -> bool:
+    """Whether they are pairs, and not streamed."""
+    return hasattr(rows, "__len__") and "labels" in rows.column_names
 
 
 def cut(order: np.ndarray, size: int) -> list[np.ndarray]:

@@ -85,6 +85,12 @@ def paper_key(model: str) -> Any:
     return next((heads for start, heads in REDUCED.items() if model.startswith(start)), model)
 
 
+def place(model: str) -> tuple[int, str]:
+    """Where a model stands in a table: as in the paper's."""
+    names, key = [*PAPER_COST, *REDUCED.values()], paper_key(model)
+    return names.index(key) if key in names else len(names), model
+
+
 def shown(value: float | None, form: str = "") -> str:
     return "" if value is None else format(value, form)
 
@@ -93,9 +99,9 @@ def quality(records: Sequence[Record], task: str) -> str:
     """Tables 1 and 2, or 3, of the first paper."""
     records = of(records, task=task, table="models")
     rows = []
-    for model in dict.fromkeys(r["model"] for r in records):
+    for model in sorted({r["model"] for r in records}, key=place):
         these, key = of(records, model=model), paper_key(model)
-        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}"]
+        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}", str(len(these))]
         row.append(said([r["loss"] for r in these], ".3f"))
         row.append("" if model == FIRST else said(differences(records, model, "loss"), "+.3f"))
         if task == "translation":
@@ -112,7 +118,7 @@ def quality(records: Sequence[Record], task: str) -> str:
             row.append(shown(there, ".1f"))
             row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
         rows.append(row)
-    header = ["", "d_ff", "parameters", "ln(perplexity)", "above multi-head"]
+    header = ["", "d_ff", "parameters", "seeds", "ln(perplexity)", "above multi-head"]
     if task == "translation":
         header += ["BLEU, dev", "BLEU, test", "beam 4"]
         header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev", "BLEU, test", "beam 4"]
@@ -168,13 +174,14 @@ def conversions(records: Sequence[Record], task: str) -> str:
     found = of(records, task=task, table="conversions")
     original = {r["seed"]: r["loss"] for r in models}
     shares = sorted({r["share"] for r in found})
-    header = ["", "trained on", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
+    header = ["", "trained on", "seeds", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
     if task == "translation":
         header += ["BLEU, test, 0%", *(f"{s:.0%}" for s in shares if s)]
     rows = []
     for model in dict.fromkeys(r["model"] for r in found):
         these = of(found, model=model)
-        row = [model, these[0]["loss_function"].upper(), f"{these[0]['cache_bytes']:,}"]
+        seeds = str(len({r["seed"] for r in these}))
+        row = [model, these[0]["loss_function"].upper(), seeds, f"{these[0]['cache_bytes']:,}"]
         for share in shares:
             row.append(said([r["loss"] - original[r["seed"]] for r in of(these, share=share)], "+.3f"))
         if task == "translation":

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from isolated import run_without_the_package
@@ -23,6 +24,7 @@ from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.finetune import training
 from mqa_hf.finetune.data import Part, training_rows
+from mqa_hf.finetune.pretrain import Pretraining, pretrain
 from mqa_hf.finetune.training import Schedule, last_checkpoint
 from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain
 
@@ -225,6 +227,42 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
     assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-4")
     with pytest.raises(ConversionError, match="diverged"):  # far above the start, though finite
         uptrain(home / "student", tmp_path / "high", what(home), replace(SCHEDULE, learning_rate=30.0))
+
+
+def test_steps_of_longer_pairs_are_no_divergence(tmp_path):
+    """Short pairs are learnt at once, long ones never: the loss of a step says how long its pairs are."""
+    generator = np.random.default_rng(0)
+    rows = [{"en": "a", "de": "aa"} for _ in range(800)]
+    rows += [{"en": "b", "de": "".join(generator.choice(list("cdefghijkl"), 20))} for _ in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stack = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = {"encoder": {**stack, "causal": False}, "decoder": {**stack, "cross_num_key_value_heads": 1}}
+    data = Pretraining(
+        config={"model_type": "mqa_seq2seq", **config},
+        dataset=(Part(str(tmp_path / "pairs.jsonl")),),
+        columns=("en", "de"),
+        vocab_size=400,
+    )
+    schedule = Schedule(tokens=4000, sequence_length=24, batch_tokens=24 * 16, learning_rate=1e-2, log_every=1)
+    report = pretrain(tmp_path / "out", data, replace(schedule, report_to="none"))
+    losses = [line["loss"] for line in report["log"] if "loss" in line]
+    assert max(losses[20:]) > 1.5 * min(losses) + 1
+    with pytest.raises(ConversionError, match="diverged"):
+        pretrain(tmp_path / "high", data, replace(schedule, learning_rate=300.0, report_to="none"))
+
+
+def test_training_leaves_out_cudnns_attention_and_lets_it_be_used_again(home, tmp_path, monkeypatch):
+    plain, seen = training.LossTrainer.training_step, set()
+
+    def watched(self, *args, **kwargs):
+        seen.add(torch.backends.cuda.cudnn_sdp_enabled())
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+    assert seen == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
