@@ -205,6 +205,8 @@ def training_rows(
         )
 
     opened = mixture(parts, columns, streaming, seed)  # here, so that what is wrong with it is said as it is
+    if pairs and len(columns) == 2 and not streaming:
+        count = min(count, len(opened))  # the same rows are kept once, however many more were wanted
 
     nothing = f"{', '.join(part.source for part in parts)}: no row of {length} tokens in the text; add text or lower "
     nothing += "--sequence-length"

@@ -38,6 +38,7 @@ STEPS = {
     "evaluate": "evaluation/evaluation.json",
 }
 DONE = "recipe.json"  # the commands that made what is there
+BEGUN = "begun"  # and in it those that were begun
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -140,7 +141,40 @@ def command_group() -> Any:
     return get_command(app)
 
 
-def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool = False) -> None:
+def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By step, the words of those that are done, and of those that were begun."""
+    try:
+        done = json.loads(record.read_text(encoding="utf-8"))
+        return done, done.pop(BEGUN, {})
+    except (OSError, ValueError):
+        return {}, {}
+
+
+def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f".{record.name}.partial")
+    partial.write_text(json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n", encoding="utf-8")
+    partial.replace(record)
+
+
+def kept_words(step: Step, record: Path) -> list[str]:
+    """The words of a step, paths under the record's directory as they are from there."""
+    return [word.removeprefix(f"{record.parent}{os.sep}") for word in step.words]
+
+
+def unfinished(steps: dict[str, Step], record: Path) -> list[str]:
+    """Steps whose results are not there, or were made by other words."""
+    done, _ = read_record(record)
+    return [
+        name
+        for name, step in steps.items()
+        if not (step.result.is_file() and done.get(name) == kept_words(step, record))
+    ]
+
+
+def run_steps(
+    steps: dict[str, Step], record: Path, name: str, overwrite: bool = False, keep_going: bool = False
+) -> None:
     """Run commands whose results are not there yet, in order.
 
     Args:
@@ -149,44 +183,63 @@ def run_steps(steps: dict[str, Step], record: Path, name: str, overwrite: bool =
             kept as they are from there.
         name: of what they are steps of, for messages.
         overwrite: run a step that has changed, and those that need it, again.
+        keep_going: run steps that need none of those that failed, too, before the first error is raised.
 
     Raises:
         ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
     """
     main = command_group()
-    try:
-        done = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        done = {}
+    done, begun = read_record(record)
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    failed: dict[str, Exception] = {}
     for step, what in steps.items():
-        there, words = what.result.is_file(), [word.removeprefix(f"{record.parent}{os.sep}") for word in what.words]
-        if there and done.get(step) == words:
+        there, words = what.result.is_file(), kept_words(what, record)
+        if set(what.needs) & set(failed):
+            continue
+        # A costly result appears whole; it may have come to be there just before its run was killed.
+        if there and (done.get(step) == words or (what.costly and begun.get(step) == words)):
             console.print(f"{step}: done before")
+            if step not in done:
+                done |= {step: begun.pop(step)}
+                write_record(record, done, begun)
             continue
         replaced = there and what.costly
-        if replaced and not overwrite:
-            made = f" ({shlex.join(done[step])})" if step in done else ""
-            raise ConversionError(
-                f"{what.result} was made by another command{made}, or from what has been made again since; give "
-                f"{name} another output, or pass --overwrite to run this step and those that need it again"
-            )
-        if there and not what.costly:
-            what.result.unlink()
-        console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
-        begun = time.monotonic()
-        before, sys.argv = sys.argv, ["mqa-hf", *what.words]  # from where commands note how they were called
         try:
-            main([*what.words, *["--overwrite"] * replaced], standalone_mode=False)
+            if replaced and not overwrite:
+                made = f" ({shlex.join(done[step])})" if step in done else ""
+                raise ConversionError(
+                    f"{what.result} was made by another command{made}, or from what has been made again since; give "
+                    f"{name} another output, or pass --overwrite to run this step and those that need it again"
+                )
+            if there and not what.costly:
+                what.result.unlink()
+            done = {n: kept for n, kept in done.items() if n in steps and n != step and step not in steps[n].needs}
+            begun[step] = words
+            write_record(record, done, begun)
+            console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
+            start = time.monotonic()
+            run_command(main, [*what.words, *["--overwrite"] * replaced], f"{name}, {step}")
         except Exception as error:
-            if not hasattr(error, "format_message"):  # of click: an option that is none
+            if not keep_going:
                 raise
-            raise ConversionError(f"{name}, {step}: {error.format_message()}") from error
-        finally:
-            sys.argv = before
-        console.print(f"{step}: done in {time.monotonic() - begun:.0f} s")
-        done = {n: kept for n, kept in done.items() if n in steps and step not in steps[n].needs} | {step: words}
-        record.parent.mkdir(parents=True, exist_ok=True)
-        partial = record.with_name(f".{record.name}.partial")
-        partial.write_text(json.dumps(done, indent=2) + "\n", encoding="utf-8")
-        partial.replace(record)
+            console.print(f"{step}: {type(error).__name__}: {error}")
+            failed[step] = error
+            continue
+        console.print(f"{step}: done in {time.monotonic() - start:.0f} s")
+        done[step] = begun.pop(step)
+        write_record(record, done, begun)
+    if failed:
+        raise next(iter(failed.values()))
+
+
+def run_command(main: Any, words: list[str], name: str) -> None:
+    """Run a command of this package in this process; `name` says in messages what it is."""
+    before, sys.argv = sys.argv, ["mqa-hf", *words]  # from where commands note how they were called
+    try:
+        main(words, standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of click: an option that is none
+            raise
+        raise ConversionError(f"{name}: {error.format_message()}") from error
+    finally:
+        sys.argv = before

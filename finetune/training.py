@@ -262,10 +262,6 @@ class LossTrainer(Trainer):
         self.objective = objective
         self.model_accepts_loss_kwargs = True  # what compute_loss gives is over the tokens of the whole step
         self._sums: Any = 0
-        self._first_loss: float | None = None
-        # Steps of pairs differ by how long these are: there, means over all lengths are compared.
-        self._window = math.ceil(POOL / self.args.logging_steps) if by_like_length(self.train_dataset) else 1
-        self._recent: list[float] = []  # losses of so many logs
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
 
@@ -301,22 +297,20 @@ class LossTrainer(Trainer):
 
     def _check(self, loss: float, grad_norm: float) -> None:
         """Stop where training has diverged. All processes see the same numbers."""
+        first = loss
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._recent.append(loss)
-            if len(self._recent) < self._window:
-                return
-            loss, self._recent = sum(self._recent) / self._window, []
-            if self._first_loss is None:
-                self._first_loss = loss
+            logged = [(int(line["step"]), line["loss"]) for line in self.state.log_history if "loss" in line]
+            # Steps of pairs differ by how long these are: there, means over all lengths are compared.
+            first, loss = ends(logged, POOL if by_like_length(self.train_dataset) else 1)
             share, more = DIVERGED
-            if loss <= share * abs(self._first_loss) + more:
+            if loss <= share * abs(first) + more:
                 return
-        began = "" if self._first_loss is None else f"; it began at {self._first_loss:.4g}"
+        began = f"; it began at {first:.4g}" if math.isfinite(first) else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise ConversionError(
             f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
             f"gradient {grad_norm:.4g}{began}. "
-            + (f"{kept} is from before that. " if kept else "")
+            + (f"{kept} has the last weights that are numbers. " if kept else "")
             + f"Lower --learning-rate ({self.args.learning_rate:g}) or raise --batch-tokens, and begin again with "
             "--restart"
         )
@@ -356,6 +350,27 @@ class LossTrainer(Trainer):
             batch = self.data_collator([rows[i if known else 0] for i, known in enumerate(there, start)])
             batch["labels"][~torch.tensor(there)] = IGNORED
             yield batch
+
+
+def ends(logged: Sequence[tuple[int, float]], window: int) -> tuple[float, float]:
+    """Mean losses of the first and of the last steps, at least `window` of each (fewer where there are no more).
+
+    Args:
+        logged: step, and mean loss of the steps since the line before.
+        window: steps.
+    """
+
+    def mean(lines: Sequence[tuple[int, float]]) -> float:
+        total, steps = 0.0, 0
+        for count, loss in lines:
+            total, steps = total + count * loss, steps + count
+            if steps >= window:
+                break
+        return total / steps
+
+    counts = [step - before for before, (step, _) in zip([0, *(step for step, _ in logged)], logged)]
+    lines = [(max(count, 1), loss) for count, (_, loss) in zip(counts, logged)]
+    return mean(lines), mean(lines[::-1])
 
 
 def check_disk(directory: Path, size: float) -> None:
@@ -455,7 +470,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
     """PyTorch's other attention kernels only: from 2.11 on it prefers cuDNN's on Hopper GPUs, whose backward pass
-    gives NaN with masks of some sizes (pytorch/pytorch#196678)."""
+    gives NaN with a mask where lengths are 64 more than a multiple of 128 (pytorch/pytorch#196678)."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:

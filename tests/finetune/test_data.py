@@ -90,6 +90,14 @@ def test_a_stream_gives_the_same_rows_and_does_not_end(tmp_path, tokenizer):
     assert all(len(row["input_ids"]) == 8 for row in rows)
 
 
+def test_pairs_are_tokenised_once_however_many_are_wanted(tmp_path, tokenizer):
+    part = write(tmp_path / "pairs.jsonl", [{"en": "ab" * n, "de": "cde" * n} for n in range(1, 9)])
+    options = {"columns": ("en", "de"), "pairs": True}
+    few, all_of_them, more = (training_rows((part,), tokenizer, 32, count, **options) for count in (3, 8, 500))
+    assert (len(few), len(all_of_them), len(more)) == (3, 8, 8)
+    assert more.cache_files == all_of_them.cache_files != few.cache_files
+
+
 def test_pairs_are_padded_and_shifted(tmp_path, tokenizer):
     part = write(tmp_path / "pairs.jsonl", [{"translation": {"en": "ab" * n, "de": "cde" * n}} for n in (1, 2, 3)])
     rows = list(training_rows((part,), tokenizer, 32, 3, columns=("en", "de"), pairs=True))

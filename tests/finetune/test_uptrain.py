@@ -25,7 +25,7 @@ from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.finetune import training
 from mqa_hf.finetune.data import Part, training_rows
 from mqa_hf.finetune.pretrain import Pretraining, pretrain
-from mqa_hf.finetune.training import Schedule, last_checkpoint
+from mqa_hf.finetune.training import Schedule, ends, last_checkpoint
 from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain
 
 SCHEDULE = Schedule(
@@ -221,7 +221,9 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
         return plain(self, model, *args, **kwargs)
 
     monkeypatch.setattr(training.LossTrainer, "training_step", poisoned)
-    with pytest.raises(ConversionError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 is from before"):
+    with pytest.raises(
+        ConversionError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last weights that are"
+    ):
         uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
     assert not (tmp_path / "out").exists()
     assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-4")
@@ -229,26 +231,39 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
         uptrain(home / "student", tmp_path / "high", what(home), replace(SCHEDULE, learning_rate=30.0))
 
 
-def test_steps_of_longer_pairs_are_no_divergence(tmp_path):
-    """Short pairs are learnt at once, long ones never: the loss of a step says how long its pairs are."""
+def test_the_ends_of_a_training_are_means_over_as_many_steps():
+    logged = [(1, 8.0), (10, 2.0), (20, 3.0), (30, 5.0), (35, 7.0)]  # logged after the first step and each ten
+    assert ends(logged, 1) == (8.0, 7.0)
+    assert ends(logged, 10) == (pytest.approx((8 + 9 * 2) / 10), pytest.approx((5 * 7 + 10 * 5) / 15))
+    assert ends(logged, 100) == (pytest.approx(ends(logged, 35)[0]),) * 2
+    assert ends([(500, 4.0), (501, 5.0)], 1) == (4.0, 5.0)
+
+
+def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
+    """A model that has learnt short pairs by heart sees long ones, which nobody can know."""
     generator = np.random.default_rng(0)
-    rows = [{"en": "a", "de": "aa"} for _ in range(800)]
-    rows += [{"en": "b", "de": "".join(generator.choice(list("cdefghijkl"), 20))} for _ in range(80)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short, long = ({"en": "a", "de": "aa"}, {"en": "b", "de": "".join(generator.choice(list("cdefghijkl"), 20))})
+    for name, rows in (("short", [short] * 64), ("both", [short] * 640 + [long] * 64)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stack = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = {"encoder": {**stack, "causal": False}, "decoder": {**stack, "cross_num_key_value_heads": 1}}
+    schedule = Schedule(tokens=900, sequence_length=24, batch_tokens=24 * 16, learning_rate=1e-2, log_every=1)
+    schedule = replace(schedule, report_to="none")
     data = Pretraining(
         config={"model_type": "mqa_seq2seq", **config},
-        dataset=(Part(str(tmp_path / "pairs.jsonl")),),
+        dataset=(Part(str(tmp_path / "short.jsonl")),),
         columns=("en", "de"),
         vocab_size=400,
     )
-    schedule = Schedule(tokens=4000, sequence_length=24, batch_tokens=24 * 16, learning_rate=1e-2, log_every=1)
-    report = pretrain(tmp_path / "out", data, replace(schedule, report_to="none"))
-    losses = [line["loss"] for line in report["log"] if "loss" in line]
-    assert max(losses[20:]) > 1.5 * min(losses) + 1
+    pretrain(tmp_path / "model", data, schedule)
+    more = Uptraining(dataset=(Part(str(tmp_path / "both.jsonl")),), columns=("en", "de"))
+    report = uptrain(tmp_path / "model", tmp_path / "out", more, schedule)
+    losses = [line["loss"] for line in report["log"]["main"] if "loss" in line]
+    share, plus = training.DIVERGED
+    assert max(losses) > share * losses[0] + plus
+    monkeypatch.setattr(training, "ends", lambda logged, window: ends(logged, 1))
     with pytest.raises(ConversionError, match="diverged"):
-        pretrain(tmp_path / "high", data, replace(schedule, learning_rate=300.0, report_to="none"))
+        uptrain(tmp_path / "model", tmp_path / "again", more, schedule)
 
 
 def test_training_leaves_out_cudnns_attention_and_lets_it_be_used_again(home, tmp_path, monkeypatch):
