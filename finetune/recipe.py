@@ -197,7 +197,7 @@ def run_steps(
         if set(what.needs) & set(failed):
             continue
         # A costly result appears whole; it may have come to be there just before its run was killed.
-        if there and (done.get(step) == words or (what.costly and begun.get(step) == words)):
+        if there and words in (done.get(step), begun.get(step)):
             console.print(f"{step}: done before")
             if step not in done:
                 done |= {step: begun.pop(step)}
@@ -214,7 +214,9 @@ def run_steps(
             if there and not what.costly:
                 what.result.unlink()
             done = {n: kept for n, kept in done.items() if n in steps and n != step and step not in steps[n].needs}
-            begun[step] = words
+            begun.pop(step, None)
+            if what.costly and not there:
+                begun[step] = words
             write_record(record, done, begun)
             console.print(f"{step}: mqa-hf {shlex.join(what.words)}")
             start = time.monotonic()
@@ -226,7 +228,8 @@ def run_steps(
             failed[step] = error
             continue
         console.print(f"{step}: done in {time.monotonic() - start:.0f} s")
-        done[step] = begun.pop(step)
+        done[step] = words
+        begun.pop(step, None)
         write_record(record, done, begun)
     if failed:
         raise next(iter(failed.values()))

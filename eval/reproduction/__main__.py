@@ -1,8 +1,13 @@
-"""`python -m mqa_hf.eval.reproduction`: run, cost, page."""
+"""`python -m mqa_hf.eval.reproduction`: run, times, cost, page."""
 
+import fcntl
 import json
+import shutil
+import signal
+import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,10 +19,11 @@ from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.pretrain import Pretraining, find_tokenizer
 from mqa_hf.finetune.recipe import run_steps
 
-from .experiments import Chain, Experiment
+from .experiments import RECORD, TIMES, Chain, Experiment
 from .queue import run_chains
 
 MODULE = "mqa_hf.eval.reproduction"
+RESULTS = "results.jsonl"
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Work = Annotated[Path, typer.Argument(help="Directory for everything.")]
@@ -25,14 +31,18 @@ Recipes = Annotated[
     list[str],
     typer.Argument(
         help="RECIPE=TEXT: translation, language or a YAML file; a directory with train.jsonl.xz, validation.jsonl.xz "
-        "and test.jsonl.xz, or an id of the Hub's data sets with these splits."
+        "and, for translation, test.jsonl.xz, or an id of the Hub's data sets with these splits."
     ),
 ]
 
 
 def read(work: Path, recipes: list[str]) -> list[Experiment]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [Experiment.parse(said, work.resolve(), device) for said in recipes]
+    experiments = [Experiment.parse(said, work.resolve(), device) for said in recipes]
+    tasks = [experiment.task for experiment in experiments]
+    if len(set(tasks)) < len(tasks):
+        raise ConversionError(f"recipes need different names; got {', '.join(tasks)}")
+    return experiments
 
 
 def chains_of(experiments: list[Experiment]) -> list[Chain]:
@@ -44,28 +54,66 @@ def chains_of(experiments: list[Experiment]) -> list[Chain]:
 def run(
     work: Work,
     recipes: Recipes,
-    per_device: Annotated[int, typer.Option(min=1, help="Chains at once on a GPU.")] = 3,
+    per_device: Annotated[
+        int | None, typer.Option(min=1, help="Chains at once on a GPU. Default: 3; 1 without a GPU.")
+    ] = None,
     limit: Annotated[float, typer.Option(help="Stop after so many seconds.")] = float("inf"),
     only: Annotated[str | None, typer.Option(help="Chains whose names have this in them.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin trainings of these chains that are not whole anew.")
+    ] = False,
 ) -> None:
     """Run experiments, or what is left of them; results are in WORK/results.jsonl."""
+    deadline = time.monotonic() + limit
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # stop chains where a terminal is closed, too
     experiments = read(work, recipes)
-    for experiment in experiments:
-        what = Pretraining(
-            config={},
-            dataset=(Part(experiment.split("train")),),
-            columns=tuple(experiment.recipe.get("columns", "").split(",")) if experiment.columns else (),
-            vocab_size=experiment.recipe["vocab_size"],
-        )
-        find_tokenizer(what, experiment.tokenizer, bool(experiment.columns), 0)
     chains = chains_of(experiments)
     chosen = [chain for chain in chains if only is None or only in chain.name]
-    left, failed = run_chains(chosen, [MODULE, "chain", str(work), *recipes], work, per_device, limit)
+    done = {chain.name for chain in chains if chain.done}
+    needed = {name for chain in chosen for name in chain.needs} - done - {chain.name for chain in chosen}
+    if not chosen:
+        raise ConversionError(f"--only {only}: no chain has this in its name, such as {chains[0].name}")
+    if needed:
+        raise ConversionError(f"--only {only}: these chains need {', '.join(sorted(needed))}, not run yet")
+    for experiment in experiments:
+        prepare_tokenizer(experiment)
+    if restart:
+        for chain in chosen:
+            for job in chain.place.glob(".*.*train"):
+                shutil.rmtree(job)
+    per_device = per_device or (3 if torch.cuda.is_available() else 1)
+    try:
+        left, failed = run_chains(chosen, [MODULE, "chain", str(work), *recipes], per_device, deadline, done)
+    finally:
+        collect(work, experiments)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    collect(work, experiments)
-    console.print(f"{work / 'results.jsonl'}; {left} chains are not done")
+    console.print(f"{work / RESULTS}; {len(left)} of {len(chosen)} chains are not done")
     if failed:
-        raise ConversionError(f"{len(failed)} chains failed: {', '.join(failed)}; see log.txt in their directories")
+        raise ConversionError(f"not all chains are whole: {', '.join(failed)}; log.txt in their directories says why")
+
+
+def prepare_tokenizer(experiment: Experiment) -> None:
+    """Train the tokenizer that all models of an experiment have, or find it again.
+
+    Raises:
+        ConversionError: where one with another vocabulary or of another text is there.
+    """
+    made_of = {"text": experiment.text, "vocab_size": experiment.recipe["vocab_size"]}
+    note = experiment.tokenizer.with_name("tokenizer.json")
+    if note.is_file() and json.loads(note.read_text()) != made_of:
+        raise ConversionError(
+            f"{experiment.tokenizer} is the tokenizer of {json.loads(note.read_text())}, not of {made_of}; give "
+            "another WORK"
+        )
+    columns = experiment.recipe.get("columns")
+    what = Pretraining(
+        config={},
+        dataset=(Part(experiment.split("train")),),
+        columns=tuple(columns.split(",")) if columns else (),
+        vocab_size=made_of["vocab_size"],
+    )
+    find_tokenizer(what, experiment.tokenizer, columns is not None, 0)
+    note.write_text(json.dumps(made_of))
 
 
 @app.command(hidden=True)
@@ -73,25 +121,40 @@ def chain(work: Work, recipes: Recipes) -> None:
     """Run the chain that the last of the arguments names."""
     *recipes, name = recipes
     found = next(c for c in chains_of(read(work, recipes)) if c.name == name)
-    run_steps(found.steps, work.resolve() / name / "steps.json", name)
+    found.place.mkdir(parents=True, exist_ok=True)
+    with (found.place / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConversionError(f"another process is running {name}; wait for it, or end it") from None
+        run_steps(found.steps, found.place / RECORD, name, keep_going=True)
 
 
 @app.command()
 def times(work: Work, recipes: Recipes) -> None:
     """Time decoding of what was converted, while nothing else runs; results are added to WORK/results.jsonl."""
     experiments = read(work, recipes)
-    steps = {e.task: e.times for e in experiments}
-    run_steps(steps, work.resolve() / "times.json", "times")
+    steps = {e.task: step for e in experiments if (step := e.times) is not None}
+    for experiment in experiments:
+        for path in experiment.timed.values():
+            if not path.is_dir():
+                raise ConversionError(f"{path} is not there yet; python -m {MODULE} run makes it")
+    run_steps(steps, work.resolve() / TIMES, "times")
     collect(work, experiments)
 
 
 def collect(work: Path, experiments: list[Experiment]) -> None:
-    """Write what has been measured, one line a checkpoint."""
-    measured = [m.record() for chain in chains_of(experiments) for m in chain.measured]
-    found = [record for record in measured if record is not None]
+    """Write what has been measured, one line a checkpoint, beside what there is of other experiments."""
+    path, tasks = work / RESULTS, {experiment.task for experiment in experiments}
+    found: list[dict[str, Any]] = []
+    if path.is_file():
+        found = [r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if r["task"] not in tasks]
+    measured = [m.record() for chain in chains_of(experiments) if chain.place.is_dir() for m in chain.measured]
+    found += [record for record in measured if record is not None]
     found += [record for experiment in experiments for record in experiment.time_records()]
-    path = work / "results.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    partial = path.with_name(f".{RESULTS}.partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    partial.replace(path)
 
 
 @app.command()
@@ -111,11 +174,17 @@ def cost(
 
 @app.command()
 def page(
-    docs: Annotated[Path, typer.Argument(help="Directory with reproduction.md and what was measured.")],
+    docs: Annotated[Path, typer.Argument(help="Directory with reproduction.md.")],
+    work: Annotated[
+        Path | None, typer.Option(help="Take results.jsonl and cost.jsonl from here first.", show_default=False)
+    ] = None,
 ) -> None:
-    """Make tables and pictures of reproduction.md from reproduction/*.jsonl."""
+    """Make tables and pictures of reproduction.md from reproduction/*.jsonl beside it."""
     from .page import fill
 
+    for name in (RESULTS, "cost.jsonl"):
+        if work is not None and (work / name).is_file():
+            shutil.copyfile(work / name, docs / "reproduction" / name)
     fill(docs)
 
 

@@ -1,5 +1,5 @@
 """What the first paper's shape costs: training, encoder and decoder, with all heads and with one (arXiv 1911.02150,
-table 4: microseconds per output token)."""
+table 2: microseconds per output token)."""
 
 import json
 import shlex
@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
+from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.eval.speed import benchmark
 from mqa_hf.finetune.data import CollatePairs
 from mqa_hf.finetune.losses import Objective
@@ -28,7 +29,6 @@ STACK: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_attention_heads": 8,
     "position_embedding": "learned",
-    "max_position_embeddings": 256,
     "gated_mlp": False,
     "hidden_act": "relu",
 }
@@ -42,9 +42,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def paper_config(name: str, scale: int = 1) -> dict[str, Any]:
-    """A model of the paper's tables, all widths divided by `scale`."""
+def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]:
+    """A model of the paper's tables with `length` positions, all widths divided by `scale`."""
     stack = {**STACK, "intermediate_size": WIDENED if "kv_heads" in MODELS[name] else STACK["intermediate_size"]}
+    stack["max_position_embeddings"] = length
     for field in ("hidden_size", "intermediate_size"):
         stack[field] = stack[field] // scale
     shape = {
@@ -92,30 +93,26 @@ def training_cost(name: str, config: dict[str, Any], rows: int, length: int, ste
 
 
 def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: int) -> None:
-    """Time all models; one line each in `work/cost.jsonl`, replaced by a later run."""
+    """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
     work.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *sys.argv[1:]])
-    found = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    kept = ("device", "copy_bandwidth", "versions", "time_per_token_ms", "encoder_sec", "bytes_per_step", "floor_ms")
+    lines = work / "cost.jsonl"
+    lines.unlink(missing_ok=True)
     for name in MODELS:
-        config = paper_config(name, scale)
+        config = paper_config(name, scale, 2 * length)
         shape = work / "shapes" / name.replace(" ", "-")
         MQASeq2SeqConfig(**{k: v for k, v in config.items() if k != "model_type"}).save_pretrained(shape)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = "bfloat16" if device == "cuda" else "float32"
         cells = [(batch, length, beams) for beams in (1, 4)]
         timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
+        failed = [record["error"] for record in timed if "error" in record]
+        if failed:
+            raise ConversionError(f"{name}: {failed[0]}; lower --batch ({batch}) or --length ({length})")
         trained = training_cost(name, config, rows, 2 * length, steps)
-        kept = (
-            "device",
-            "time_per_token_ms",
-            "encoder_sec",
-            "bytes_per_step",
-            "floor_ms",
-            "copy_bandwidth",
-            "versions",
-        )
-        for record in timed:
-            said = {"model": name, "batch": batch, "length": length, "beams": record["beams"]}
-            found.append(said | {k: record[k] for k in kept} | trained | {"command": command})
-    path = work / "cost.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+        with lines.open("a", encoding="utf-8") as file:
+            for record in timed:
+                said = {"model": name, "batch": batch, "length": length, "beams": record["beams"]}
+                found = said | {k: record[k] for k in kept} | trained | {"command": command}
+                file.write(json.dumps(found) + "\n")

@@ -2,8 +2,11 @@
 
 import copy
 import json
+import os
+import re
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,15 @@ from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.source import REPORT_FILE
 from mqa_hf.eval.quality import RESULTS, cache_size
 from mqa_hf.finetune.pretrain import REPORT as PRETRAINING
-from mqa_hf.finetune.recipe import Step, command_group, flags
+from mqa_hf.finetune.recipe import Step, command_group, flags, unfinished
 from mqa_hf.finetune.uptrain import REPORT as UPTRAINING
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
+TIMES = "times.json"  # which experiments have been timed
+RECORD = "steps.json"  # in a chain's directory, which of its steps are done
+NEEDED = ("shape", "vocab_size", "models", "seeds", "tokens", "train")
+KNOWN = (*NEEDED, "columns", "pretrain", "uptrain", "evaluate", "calibrate", "times", "shares", "convert")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
 def configured(
@@ -40,9 +48,9 @@ def configured(
     for stack in stacks:
         stack["head_dim"] = head_dim or stack["hidden_size"] // stack["num_attention_heads"]
         stack["num_attention_heads"] = heads or stack["num_attention_heads"]
-        for name in ("num_key_value_heads", "cross_num_key_value_heads"):
-            if name == "num_key_value_heads" or name in stack:
-                stack[name] = kv_heads or stack["num_attention_heads"]
+        stack["num_key_value_heads"] = kv_heads or stack["num_attention_heads"]
+        if "cross_num_key_value_heads" in stack:
+            stack["cross_num_key_value_heads"] = stack["num_key_value_heads"]
     if window is not None:
         stacks[-1]["layer_types"] = ["sliding_attention"] * stacks[-1]["num_hidden_layers"]
         stacks[-1]["sliding_window"] = window
@@ -57,6 +65,7 @@ class Measured:
         said: what it is.
         checkpoint: its directory.
         training: the report of `mqa-hf pretrain` or `mqa-hf uptrain` with its loss.
+        command: that made the report.
         after: whether the loss is that after the training; before: of the checkpoint that was trained.
         evaluations: results of `mqa-hf evaluate` by split, where the model translates.
     """
@@ -64,17 +73,18 @@ class Measured:
     said: dict[str, Any]
     checkpoint: Path
     training: Path
+    command: str
     after: bool = True
-    evaluations: dict[str, Path] | None = None
+    evaluations: dict[str, Path] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any] | None:
         """What was measured, or `None` where that is not done."""
-        evaluations = self.evaluations or {}
-        if not all(path.is_file() for path in (self.training, *evaluations.values())):
+        if not all(path.is_file() for path in (self.training, *self.evaluations.values())):
             return None
         report = json.loads(self.training.read_text())
         found = {**self.said, "tokens": report["tokens"] if self.after else 0}
-        found["cache_bytes"] = sum(cache_size(self.checkpoint).values())
+        cache = cache_size(self.checkpoint)  # of pairs a token more of the target and one more of the source
+        found["cache_bytes"] = sum(cache.values())
         if "parameters" in report:
             config = report["config"]
             found["parameters"] = report["parameters"]
@@ -82,13 +92,13 @@ class Measured:
             found["loss"] = report["loss"]
         else:
             found["loss"] = report["validation"]["after" if self.after else "before"]["lm"]
-        for split, path in evaluations.items():
+        for split, path in self.evaluations.items():
             result = json.loads(path.read_text())
             (checkpoint,) = result["checkpoints"]
             for kind in ("greedy", "beam"):
                 found[f"{split}_bleu_{kind}"] = checkpoint[kind]["bleu"]
             found["bleu_signature"] = checkpoint["greedy"]["bleu_signature"]
-        return found
+        return {**found, "command": self.command}
 
 
 @dataclass(frozen=True)
@@ -96,12 +106,14 @@ class Chain:
     """Commands that run in one process, one after another.
 
     Attributes:
-        name: of its directory.
+        place: its directory.
+        name: of its directory under that of all experiments.
         steps: of [`run_steps`].
         needs: chains that must be done.
         measured: checkpoints.
     """
 
+    place: Path
     name: str
     steps: dict[str, Step]
     needs: tuple[str, ...]
@@ -109,7 +121,7 @@ class Chain:
 
     @property
     def done(self) -> bool:
-        return all(step.result.is_file() for step in self.steps.values())
+        return not unfinished(self.steps, self.place / RECORD)
 
 
 @dataclass(frozen=True)
@@ -136,7 +148,7 @@ class Experiment:
         """`RECIPE=TEXT`; a recipe is one of this package's by its name, or a file.
 
         Raises:
-            ConversionError: where there is no such recipe.
+            ConversionError: where there is no such recipe or text, or the recipe says what is not understood.
         """
         name, sign, text = said.partition("=")
         shipped = files("mqa_hf.eval.reproduction") / "recipes"
@@ -144,10 +156,24 @@ class Experiment:
         if not sign or not path.is_file():
             known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir()))
             raise ConversionError(f"{said!r} is no RECIPE=TEXT, where RECIPE is a YAML file or one of {known}")
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return cls(Path(name).stem, recipe, text, work, device)
+        try:
+            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConversionError(f"{name} cannot be read: {error}") from error
+        check(recipe, name)
+        experiment = cls(Path(name).stem, recipe, text, work, device)
+        splits = ("train", "validation", *(("test",) if "evaluate" in recipe else ()))
+        missing = [experiment.split(split) for split in splits if not Path(experiment.split(split)).is_file()]
+        if Path(text).is_dir() and missing:
+            raise ConversionError(f"{text} has not all texts that {name} needs: {', '.join(missing)} is not there")
+        if not Path(text).is_dir() and not HUB_ID.fullmatch(text):
+            raise ConversionError(
+                f"{text} is no directory, and no id of the Hub's data sets (name/name:configuration)"
+            )
+        return experiment
 
     def split(self, name: str) -> str:
+        """Where the text of a split is."""
         if Path(self.text).is_dir():
             return str((Path(self.text) / f"{name}.jsonl.xz").resolve())
         return self.text if name == "train" else f"{self.text}[{name}]"
@@ -184,14 +210,19 @@ class Experiment:
         return found
 
     def place(self, name: str, seed: int) -> Path:
+        """The directory of a chain."""
         return self.work / self.task / f"seed-{seed}" / name.replace(",", "").replace(" ", "-")
 
-    def chain(self, name: str, seed: int, steps: dict[str, Step], needs: tuple[str, ...], measured: list[Measured]):
-        return Chain(str(self.place(name, seed).relative_to(self.work)), steps, needs, tuple(measured))
+    def chain(
+        self, name: str, seed: int, steps: dict[str, Step], measured: list[Measured], needs: tuple[Path, ...] = ()
+    ) -> Chain:
+        place, *before = (str(path.relative_to(self.work)) for path in (self.place(name, seed), *needs))
+        return Chain(self.place(name, seed), place, steps, tuple(before), tuple(measured))
 
-    def results(self, steps: dict[str, Step]) -> dict[str, Path] | None:
-        """By split, of [`evaluations`]."""
-        return {name.split()[0]: step.result for name, step in steps.items()} or None
+    def shown(self, words: list[str]) -> str:
+        """A command as it is noted: where work and text are is left out."""
+        line = shlex.join(["mqa-hf", *words]).replace(f"{self.work}{os.sep}", "")
+        return line.replace(f"{Path(self.text).resolve()}{os.sep}", "") if Path(self.text).is_dir() else line
 
     def model(self, name: str, seed: int) -> Chain:
         """A model of the tables: pretrained, measured."""
@@ -200,79 +231,88 @@ class Experiment:
         equal = [] if name == FIRST else ["--equal-parameters", json.dumps(configured(shape))]
         words = ["pretrain", str(place / "model"), "--config", json.dumps(config), *equal]
         words += ["--tokenizer", str(self.tokenizer), "--tokens", str(self.recipe["tokens"])]
+        words += self.training("pretrain", seed)
         report = place / "model" / PRETRAINING
-        steps = {"pretrain": Step([*words, *self.training("pretrain", seed)], report, costly=True)}
         translated = self.evaluations(place / "model", place, ("pretrain",), ("validation", "test"))
-        said = {"task": self.task, "table": "models", "model": name, "seed": seed}
-        measured = Measured(said, place / "model", report, evaluations=self.results(translated))
-        return self.chain(name, seed, {**steps, **translated}, (), [measured])
+        measured = Measured(
+            {"task": self.task, "table": "models", "model": name, "seed": seed},
+            place / "model",
+            report,
+            self.shown(words),
+            evaluations=by_split(translated),
+        )
+        return self.chain(name, seed, {"pretrain": Step(words, report, costly=True), **translated}, [measured])
 
     def conversion(self, name: str, seed: int) -> Chain:
         """A conversion of the first model, trained on shares of its tokens, each with a schedule of its own."""
         options = dict(self.recipe["convert"][name])
         loss, shares = options.pop("loss"), options.pop("shares", self.recipe["shares"])
         source, place = self.place(FIRST, seed) / "model", self.place(f"from {name}", seed)
+        options["seed"] = seed
         if options.get("method") == "shared":
             text = {"calibration": self.split("train"), "device": self.device, **self.recipe["calibrate"]}
             options |= text | ({"calibration-columns": self.recipe["columns"]} if self.columns else {})
         converted = place / "converted"
         words = ["convert", str(source), str(converted), *flags(options, command_group().commands["convert"])]
         steps = {"convert": Step(words, converted / REPORT_FILE, costly=True)}
-        translated = self.evaluations(converted, place / "0", ("convert",))
         said = {"task": self.task, "table": "conversions", "model": name, "seed": seed, "loss_function": loss}
-        measured: list[Measured] = []
+        translated = self.evaluations(converted, place / "0", ("convert",))
+        # The loss before a training stands in the report of the first one.
+        before = place / f"trained-{shares[0]:g}" / UPTRAINING
+        measured = [Measured(said | {"share": 0.0}, converted, before, self.shown(words), False, by_split(translated))]
+        steps |= translated
         for share in shares:
-            trained = place / f"trained-{share:g}"
+            trained, step = place / f"trained-{share:g}", f"train {share:g}"
             words = ["uptrain", str(converted), str(trained), "--tokens", str(round(share * self.recipe["tokens"]))]
             words += ["--loss", loss, *self.training("uptrain", seed)]
             words += ["--teacher", "none"] if loss == "lm" else []
-            report, step = trained / UPTRAINING, f"train {share:g}"
-            steps[step] = Step(words, report, ("convert",), costly=True)
-            if not measured:
-                before = Measured(said | {"share": 0.0}, converted, report, False, self.results(translated))
-                steps |= translated
-                measured.append(before)
-            after = self.evaluations(trained, place / f"{share:g}", ("convert", step))
-            steps |= after
-            measured.append(Measured(said | {"share": share}, trained, report, True, self.results(after)))
-        return self.chain(f"from {name}", seed, steps, (self.chain_name(FIRST, seed),), measured)
+            steps[step] = Step(words, trained / UPTRAINING, ("convert",), costly=True)
+            translated = self.evaluations(trained, place / f"{share:g}", ("convert", step))
+            steps |= translated
+            measured.append(
+                Measured(
+                    said | {"share": share},
+                    trained,
+                    trained / UPTRAINING,
+                    self.shown(words),
+                    evaluations=by_split(translated),
+                )
+            )
+        return self.chain(f"from {name}", seed, steps, measured, (self.place(FIRST, seed),))
 
     @property
-    def times(self) -> Step:
-        """Time the first model and what it was converted to."""
-        seed = self.recipe["seeds"][0]
-        place, output = self.place, self.work / self.task / "times.jsonl"
-        timed = [place(FIRST, seed) / "model", *(place(f"from {n}", seed) / "converted" for n in self.timed[1:])]
-        words = [
-            "benchmark",
-            *map(str, timed),
-            "--kv-heads",
-            "original",
-            "--engines",
-            "mqa-hf",
-            "--output",
-            str(output),
-        ]
-        return Step([*words, *flags(self.recipe["times"], command_group().commands["benchmark"])], output)
+    def times(self) -> Step | None:
+        """Time the first model and conversions that differ from it and from each other in shape."""
+        if "times" not in self.recipe:
+            return None
+        output = self.work / self.task / "times.jsonl"
+        words = ["benchmark", *map(str, self.timed.values()), "--kv-heads", "original", "--engines", "mqa-hf"]
+        options = flags(self.recipe["times"], command_group().commands["benchmark"])
+        return Step([*words, "--output", str(output), *options], output)
 
     @property
-    def timed(self) -> list[str]:
-        """The first model, and conversions that differ in shape."""
-        alike = ("first", "random", "original")  # in shape to "mean", or to the first model
-        return [FIRST, *(name for name in self.recipe["convert"] if name not in alike)]
+    def timed(self) -> dict[str, Path]:
+        """By name, the checkpoints that are timed."""
+        seed, shape = self.recipe["seeds"][0], self.recipe["shape"]
+        heads = shape.get("decoder", shape)["num_attention_heads"]
+        found = {(heads, 1): (FIRST, self.place(FIRST, seed) / "model")}
+        for name, options in self.recipe.get("convert", {}).items():
+            key = options.get("kv-heads", 1), options.get("head-width", 1)
+            found.setdefault(key, (name, self.place(f"from {name}", seed) / "converted"))
+        return dict(found.values())
 
     def time_records(self) -> list[dict[str, Any]]:
         """What [`times`] has measured."""
-        if not self.times.result.is_file():
+        step = self.times
+        if step is None or unfinished({self.task: step}, self.work / TIMES):
             return []
         kept = ("batch", "context", "source", "beams", "time_per_token_ms", "bytes_per_step", "floor_ms", "device")
-        found = [json.loads(line) for line in self.times.result.read_text().splitlines()]
+        found = [json.loads(line) for line in step.result.read_text().splitlines()]
         names = dict(zip(dict.fromkeys(r["shape"] for r in found), self.timed))
-        said = {"task": self.task, "table": "times"}
-        return [said | {"model": names[r["shape"]]} | {k: r[k] for k in kept if k in r} for r in found]
-
-    def chain_name(self, name: str, seed: int) -> str:
-        return str(self.place(name, seed).relative_to(self.work))
+        said = {"task": self.task, "table": "times", "command": self.shown(step.words)}
+        return [
+            said | {"model": names[r["shape"]]} | {k: r[k] for k in kept if k in r} for r in found if "error" not in r
+        ]
 
     def chains(self) -> Iterator[Chain]:
         """All, those that others need first."""
@@ -280,5 +320,23 @@ class Experiment:
             for name in self.recipe["models"]:
                 yield self.model(name, seed)
         for seed in self.recipe["seeds"]:
-            for name in self.recipe["convert"]:
+            for name in self.recipe.get("convert", {}):
                 yield self.conversion(name, seed)
+
+
+def by_split(steps: dict[str, Step]) -> dict[str, Path]:
+    """Results of [`Experiment.evaluations`]."""
+    return {name.split()[0]: step.result for name, step in steps.items()}
+
+
+def check(recipe: Any, name: str) -> None:
+    """Raise ConversionError for a recipe that lacks something, or says what nothing reads."""
+    if not isinstance(recipe, dict) or not set(NEEDED) <= set(recipe):
+        raise ConversionError(f"{name} needs {', '.join(NEEDED)}")
+    unknown = [str(key) for key in recipe if key not in KNOWN]
+    if unknown:
+        raise ConversionError(f"{name}: {', '.join(unknown)}: a recipe has {', '.join(KNOWN)}")
+    if FIRST not in recipe["models"]:
+        raise ConversionError(f"{name} needs a model called {FIRST}, which the others are compared with")
+    if "convert" in recipe and not {"shares", "calibrate"} <= set(recipe):
+        raise ConversionError(f"{name} needs shares and calibrate beside convert")

@@ -18,23 +18,26 @@ from .experiments import FIRST
 Record = dict[str, Any]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# By task, what a reduced model is called here -> heads of the paper's; then the paper's numbers (arXiv 1911.02150).
+# Heads of a reduced model by what its name begins with; then the paper's numbers (arXiv 1911.02150): table 1, of
+# translation: ln(perplexity), BLEU on development data, on test data greedily and with 4 beams; table 3, of a language
+# model: perplexity; table 2: microseconds per output token on a TPUv2: training; encoder and decoder, greedy; beam 4.
 REDUCED = {"1 head of": 1, "2 heads of": 2, "4 heads of": 4, "8 heads of": 8}
-PAPER_TRANSLATION = {
+PAPER_TRANSLATION: dict[Any, tuple[float | None, ...]] = {
     FIRST: (1.424, 26.7, 27.7, 28.4),
     "multi-query": (1.439, 26.5, 27.5, 28.5),
-    1: (1.518, None, None, None),
-    2: (1.480, None, None, None),
-    4: (1.488, None, None, None),
-    8: (1.513, None, None, None),
+    "multi-head local": (1.427, 26.6, 27.5, 28.3),
+    "multi-query local": (1.437, 26.5, 27.6, 28.2),
+    1: (1.518, 25.8, None, None),
+    2: (1.480, 26.2, 26.8, 27.9),
+    4: (1.488, 26.1, None, None),
+    8: (1.513, 25.8, None, None),
 }
-PAPER_LANGUAGE = {FIRST: 29.9, "multi-query": 30.2, 1: 31.2, 2: 31.1, 4: 31.0, 8: 30.9}
-# Microseconds per output token on a TPUv2: training; encoder + decoder, greedy; the same, beam 4.
+PAPER_LANGUAGE: dict[Any, float] = {FIRST: 29.9, "multi-query": 30.2, 1: 31.2, 2: 31.1, 4: 31.0, 8: 30.9}
 PAPER_COST = {
     FIRST: (13.2, 1.7, 46, 2.0, 203),
     "multi-query": (13.0, 1.5, 3.8, 1.6, 32),
-    "multi-head local": (None, 1.7, 23, 1.9, 47),
-    "multi-query local": (None, 1.5, 3.3, 1.6, 16),
+    "multi-head local": (13.2, 1.7, 23, 1.9, 47),
+    "multi-query local": (13.0, 1.5, 3.3, 1.6, 16),
 }
 STYLES = {
     "original": {"color": "black", "ls": "--"},
@@ -55,7 +58,7 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), half
 
 
-def said(values: Sequence[float], form: str) -> str:
+def interval(values: Sequence[float], form: str) -> str:
     """`mean ± half`."""
     if not values:
         return ""
@@ -85,7 +88,7 @@ def paper_key(model: str) -> Any:
     return next((heads for start, heads in REDUCED.items() if model.startswith(start)), model)
 
 
-def place(model: str) -> tuple[int, str]:
+def rank(model: str) -> tuple[int, str]:
     """Where a model stands in a table: as in the paper's."""
     names, key = [*PAPER_COST, *REDUCED.values()], paper_key(model)
     return names.index(key) if key in names else len(names), model
@@ -95,97 +98,105 @@ def shown(value: float | None, form: str = "") -> str:
     return "" if value is None else format(value, form)
 
 
+def translates(records: Sequence[Record]) -> bool:
+    return any("test_bleu_greedy" in r for r in records)
+
+
 def quality(records: Sequence[Record], task: str) -> str:
-    """Tables 1 and 2, or 3, of the first paper."""
+    """Tables 1 or 3 of the first paper; its numbers stand beside those of the recipes that follow it."""
     records = of(records, task=task, table="models")
+    pairs = translates(records)
+    header = ["", "d_ff", "parameters", "seeds", "ln(perplexity)", "above multi-head (seeds)"]
+    header += ["BLEU, dev", "BLEU, test", "beam 4"] if pairs else ["perplexity", "above multi-head"]
+    if task == "translation":
+        header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev", "BLEU, test", "beam 4"]
+    if task == "language":
+        header += ["paper: perplexity", "above multi-head"]
     rows = []
-    for model in sorted({r["model"] for r in records}, key=place):
+    for model in sorted({r["model"] for r in records}, key=rank):
         these, key = of(records, model=model), paper_key(model)
-        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}", str(len(these))]
-        row.append(said([r["loss"] for r in these], ".3f"))
-        row.append("" if model == FIRST else said(differences(records, model, "loss"), "+.3f"))
-        if task == "translation":
+        above = [] if model == FIRST else differences(records, model, "loss")
+        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}"]
+        row += [", ".join(str(r["seed"]) for r in these), interval([r["loss"] for r in these], ".3f")]
+        row.append(f"{interval(above, '+.3f')} ({len(above)})" if above else "")
+        if pairs:
             fields = ("validation_bleu_greedy", "test_bleu_greedy", "test_bleu_beam")
-            row += [said([r[name] for r in these], ".1f") for name in fields]
-            loss, *bleu = PAPER_TRANSLATION.get(key, (None,) * 4)
-            above = None if loss is None or model == FIRST else loss - PAPER_TRANSLATION[FIRST][0]
-            row += [shown(loss, ".3f"), shown(above, "+.3f"), *(shown(b, ".1f") for b in bleu)]
+            row += [interval([r[name] for r in these], ".1f") for name in fields]
         else:
-            row.append(said([math.e ** r["loss"] for r in these], ".2f"))
+            row.append(interval([math.exp(r["loss"]) for r in these], ".2f"))
+            row.append(f"{statistics.fmean(map(math.exp, above)) - 1:+.1%}" if above else "")
+        if task == "translation":
+            loss, *bleu = PAPER_TRANSLATION.get(key, (None,) * 4)
+            first = PAPER_TRANSLATION[FIRST][0]
+            row.append(shown(loss, ".3f"))
+            row.append("" if loss is None or first is None or model == FIRST else f"{loss - first:+.3f}")
+            row += [shown(b, ".1f") for b in bleu]
+        if task == "language":
             there = PAPER_LANGUAGE.get(key)
-            ratio = statistics.fmean(math.e**d for d in differences(records, model, "loss"))
-            row.append("" if model == FIRST else f"{ratio - 1:+.1%}")
             row.append(shown(there, ".1f"))
             row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
         rows.append(row)
-    header = ["", "d_ff", "parameters", "seeds", "ln(perplexity)", "above multi-head"]
-    if task == "translation":
-        header += ["BLEU, dev", "BLEU, test", "beam 4"]
-        header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev", "BLEU, test", "beam 4"]
-    else:
-        header += ["perplexity", "above multi-head", "paper: perplexity", "above multi-head"]
     return markdown(header, rows)
 
 
 def cost(records: Sequence[Record]) -> str:
-    """Table 4 of the first paper: microseconds per output token."""
-    header = ["", "training", "encoder", "decoder, greedy", "decoder, beam 4", "least, greedy", "least, beam 4"]
+    """Table 2 of the first paper: microseconds per output token."""
+    header = ["", "training", "encoder", "decoder, greedy", "decoder, beam 4", "floor, greedy", "floor, beam 4"]
     header += ["paper: training", "encoder + decoder, greedy", "encoder + decoder, beam 4"]
     rows = []
-    for model in dict.fromkeys(r["model"] for r in records):
-        greedy, beam = (of(records, model=model, beams=beams)[0] for beams in (1, 4))
-        encoder = 1e6 * greedy["encoder_sec"] / greedy["batch"] / greedy["length"]
-        row = [model, f"{greedy['training_us_per_token']:.2f}", f"{encoder:.2f}"]
-        for field in ("time_per_token_ms", "floor_ms"):
-            row += [f"{1000 * r[field] / r['batch']:.2f}" for r in (greedy, beam)]
-        there = PAPER_COST[model]
-        row += [shown(there[0], ".1f"), f"{there[1]} + {there[2]}", f"{there[3]} + {there[4]}"]
+    decoding: dict[str, list[float]] = {}
+    for model in sorted({r["model"] for r in records}, key=rank):
+        both = [of(records, model=model, beams=beams)[0] for beams in (1, 4)]
+        encoder = 1e6 * both[0]["encoder_sec"] / both[0]["batch"] / both[0]["length"]
+        decoding[model] = [1000 * r["time_per_token_ms"] / r["batch"] for r in both]
+        row = [model, f"{both[0]['training_us_per_token']:.2f}", f"{encoder:.2f}"]
+        row += [f"{us:.2f}" for us in decoding[model]]
+        row += [f"{1000 * r['floor_ms'] / r['batch']:.2f}" for r in both]
+        training, *theirs = PAPER_COST[model]
+        row += [f"{training}", f"{theirs[0]} + {theirs[1]}", f"{theirs[2]} + {theirs[3]}"]
         rows.append(row)
-    first, query = (
-        [of(records, model=model, beams=beams)[0]["time_per_token_ms"] for beams in (1, 4)]
-        for model in (FIRST, "multi-query")
-    )
-    ratios = [a / b for a, b in zip(first, query)]
-    theirs = [PAPER_COST[FIRST][i] / PAPER_COST["multi-query"][i] for i in (2, 4)]  # type: ignore[operator]
-    rows.append(
-        ["**multi-head : multi-query**", "", "", *(f"**{r:.1f}**" for r in ratios), "", "", ""]
-        + [f"**{r:.1f}** (decoder)" for r in theirs]
-    )
+    ratios = [a / b for a, b in zip(decoding[FIRST], decoding["multi-query"])]
+    theirs = [PAPER_COST[FIRST][i] / PAPER_COST["multi-query"][i] for i in (2, 4)]
+    bold = [f"**{r:.1f}**" for r in ratios], [f"**{r:.1f}** (decoder)" for r in theirs]
+    rows.append(["**multi-head : multi-query**", "", "", *bold[0], "", "", "", *bold[1]])
     return markdown(header, rows)
 
 
 def operations(records: Sequence[Record]) -> str:
-    """What a decoding step reads and computes."""
+    """What a decoding step reads, and what a token of training computes."""
     header = ["", "bytes a step, greedy", "beam 4", "share of copy bandwidth, greedy", "beam 4"]
     header += ["training: operations per token", "model FLOP utilisation"]
     rows = []
-    for model in dict.fromkeys(r["model"] for r in records):
-        greedy, beam = (of(records, model=model, beams=beams)[0] for beams in (1, 4))
-        share = [r["bytes_per_step"] / r["copy_bandwidth"] / (r["time_per_token_ms"] / 1000) for r in (greedy, beam)]
-        row = [model, *(f"{r['bytes_per_step'] / 1e9:.2f} GB" for r in (greedy, beam)), *(f"{s:.0%}" for s in share)]
-        row += [f"{greedy['training_operations_per_token'] / 1e9:.2f} · 10⁹", shown(greedy["training_mfu"], ".0%")]
+    for model in sorted({r["model"] for r in records}, key=rank):
+        both = [of(records, model=model, beams=beams)[0] for beams in (1, 4)]
+        share = [r["bytes_per_step"] / r["copy_bandwidth"] / (r["time_per_token_ms"] / 1000) for r in both]
+        row = [model, *(f"{r['bytes_per_step'] / 1e9:.2f} GB" for r in both), *(f"{s:.0%}" for s in share)]
+        row += [f"{both[0]['training_operations_per_token'] / 1e9:.2f} · 10⁹", shown(both[0]["training_mfu"], ".0%")]
         rows.append(row)
     return markdown(header, rows)
 
 
 def conversions(records: Sequence[Record], task: str) -> str:
-    """Loss above the original's after shares of the pretraining tokens; BLEU of translations beside it."""
+    """Loss above the original's after shares of the pretraining tokens; of translations BLEU, too."""
     models = of(records, task=task, table="models", model=FIRST)
     found = of(records, task=task, table="conversions")
-    original = {r["seed"]: r["loss"] for r in models}
+    original = {r["seed"]: r for r in models}
     shares = sorted({r["share"] for r in found})
     header = ["", "trained on", "seeds", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
-    if task == "translation":
-        header += ["BLEU, test, 0%", *(f"{s:.0%}" for s in shares if s)]
+    if translates(found):
+        header += [f"{'BLEU, test, ' * (not i)}{share:.0%}" for i, share in enumerate(shares)]
+
+    def above(these: Sequence[Record], field: str) -> list[float]:
+        return [r[field] - original[r["seed"]][field] for r in these if r["seed"] in original]
+
     rows = []
     for model in dict.fromkeys(r["model"] for r in found):
         these = of(found, model=model)
-        seeds = str(len({r["seed"] for r in these}))
+        seeds = ", ".join(map(str, sorted({r["seed"] for r in these})))
         row = [model, these[0]["loss_function"].upper(), seeds, f"{these[0]['cache_bytes']:,}"]
-        for share in shares:
-            row.append(said([r["loss"] - original[r["seed"]] for r in of(these, share=share)], "+.3f"))
-        if task == "translation":
-            row += [said([r["test_bleu_greedy"] for r in of(these, share=share)], ".1f") for share in shares]
+        row += [interval(above(of(these, share=share), "loss"), "+.3f") for share in shares]
+        if translates(found):
+            row += [interval(above(of(these, share=share), "test_bleu_greedy"), "+.1f") for share in shares]
         rows.append(row)
     return markdown(header, rows)
 
@@ -193,13 +204,14 @@ def conversions(records: Sequence[Record], task: str) -> str:
 def times(records: Sequence[Record], task: str) -> str:
     """Milliseconds a step."""
     found = of(records, task=task, table="times")
-    header = ["", "batch", "context", "beams", "ms a step", "least", "original's time"]
+    header = ["", "batch", "context or source", "beams", "ms a step", "floor", "faster than the original"]
     rows = []
     for r in found:
         same = {name: r[name] for name in ("batch", "context", "beams")}
-        (first,) = of(found, model=FIRST, **same)
-        row = [r["model"], f"{r['batch']:,}", f"{r['context']:,}", str(r["beams"]), f"{r['time_per_token_ms']:.2f}"]
-        row += [f"{r['floor_ms']:.2f}", f"{first['time_per_token_ms'] / r['time_per_token_ms']:.2f}×"]
+        first = of(found, model=FIRST, **same)
+        row = [r["model"], f"{r['batch']:,}", f"{r.get('source', r['context']):,}", str(r["beams"])]
+        row += [f"{r['time_per_token_ms']:.2f}", f"{r['floor_ms']:.2f}"]
+        row.append(f"{first[0]['time_per_token_ms'] / r['time_per_token_ms']:.2f}×" if first else "")
         rows.append(row)
     return markdown(header, rows)
 
@@ -220,7 +232,7 @@ class Above:
         spreads = [spread([r["loss"] - self.original[r["seed"]] for r in these]) for _, these in known if these]
         if xs:
             middle, half = [m for m, _ in spreads], [h or 0.0 for _, h in spreads]
-            options = {"marker": "o", "ms": 4, "lw": 1.5, "capsize": 2, "label": line, **STYLES[line], **style}
+            options = {"marker": "o", "ms": 4, "lw": 1.5, "capsize": 2, "label": line, **STYLES.get(line, {}), **style}
             axes.errorbar(xs, middle, yerr=half, **options)
 
     def over_shares(self, axes: Any) -> None:
@@ -259,6 +271,7 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
         return
     figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    handles: dict[str, Any] = {}
     for axes, task in zip(panels, tasks):
         above = Above(records, task)
         axes.grid(alpha=0.3, which="both")
@@ -267,8 +280,10 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
             above.over_shares(axes)
         else:
             above.over_sizes(axes, kind)
+        lines, names = axes.get_legend_handles_labels()
+        handles |= dict(zip(names, lines))
     panels[0].set_ylabel("loss above the original's, nats a token")
-    panels[-1].legend(frameon=False, fontsize=8)
+    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=140)
 
 

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,96 +22,112 @@ from .experiments import Chain
 
 POLL = 0.5  # seconds
 STOP = 30.0  # seconds that a chain has to stop in
+THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 @dataclass
 class Running:
+    """A chain's process on a GPU (`None`: on the CPU); `log` has what it said from `start` on."""
+
     chain: Chain
-    slot: int
+    gpu: str | None
     process: subprocess.Popen
     begun: float
+    log: Path
+    start: int
 
 
-def slots_of(per_device: int) -> list[str | None]:
-    """The GPU of each place where a chain can run; `None` on a CPU."""
-    count = torch.cuda.device_count()
+def gpus() -> list[str | None]:
+    """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them; `None` for the CPU where there are none."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    gpus: list[str | None] = list(visible or map(str, range(count))) if count else [None]
-    return gpus * per_device
+    return [*(visible or map(str, range(torch.cuda.device_count())))][: torch.cuda.device_count()] or [None]
 
 
 def run_chains(
-    chains: Sequence[Chain], command: Sequence[str], work: Path, per_device: int, limit: float
-) -> tuple[int, list[str]]:
+    chains: Sequence[Chain], command: Sequence[str], per_device: int, deadline: float, done: set[str]
+) -> tuple[list[str], list[str]]:
     """Run chains until all are done or the time is up.
 
     Args:
         chains: in the order in which they begin where they can.
         command: words that run a chain when its name follows them.
-        work: directory of the chains' directories.
         per_device: chains at once on a GPU.
-        limit: seconds after which all are stopped.
+        deadline: of `time.monotonic`, at which all are stopped.
+        done: names of chains that are, whether they are among `chains` or not.
 
     Returns:
-        How many chains are not done, and the names of those that failed.
+        Names of the chains that are not done, and of those that failed.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    slots = slots_of(per_device)
-    free = list(range(len(slots)))
-    done = {chain.name for chain in chains if chain.done}
+    places = Counter(dict.fromkeys(gpus(), per_device))
+    threads = max(1, (os.cpu_count() or 1) // places.total())
     waiting = [chain for chain in chains if chain.name not in done]
-    console.print(f"{len(done)} of {len(chains)} chains are done; {len(slots)} at a time")
+    console.print(f"{len(chains) - len(waiting)} of {len(chains)} chains are done; {places.total()} at a time")
     running: list[Running] = []
     failed: list[str] = []
-    begun = time.monotonic()
-    try:
-        while (waiting or running) and time.monotonic() - begun < limit:
-            for chain in [c for c in waiting if set(c.needs) <= done][: len(free)]:
-                waiting.remove(chain)
-                slot = free.pop(0)
-                running.append(Running(chain, slot, start(chain, command, work, slots[slot]), time.monotonic()))
-            if not running:
-                break  # what is left needs what has failed
-            time.sleep(POLL)
-            for job in [r for r in running if r.process.poll() is not None]:
-                running.remove(job)
-                free.append(job.slot)
-                name, seconds = job.chain.name, time.monotonic() - job.begun
-                if job.process.returncode == 0:
-                    done.add(name)
-                    console.print(f"{len(done)}/{len(chains)}  {name}  {seconds:.0f} s")
-                    continue
+
+    def reap() -> None:
+        for job in [r for r in running if r.process.poll() is not None]:
+            running.remove(job)
+            name, seconds = job.chain.name, time.monotonic() - job.begun
+            if job.chain.done:
+                done.add(name)
+                console.print(
+                    f"{len(chains) - len(waiting) - len(running) - len(failed)}/{len(chains)}  {name}  {seconds:.0f} s"
+                )
+            elif job.process.returncode not in (-signal.SIGTERM, 128 + signal.SIGTERM):
                 failed.append(name)
-                log = (work / name / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                console.print(f"failed  {name}  {seconds:.0f} s\n  " + "\n  ".join(log[-3:]))
+                said = job.log.read_bytes()[job.start :].decode(errors="replace").strip().splitlines()
+                lines = "\n  ".join(said[-3:])
+                console.print(f"failed ({job.process.returncode})  {name}  {seconds:.0f} s\n  {lines}")
+
+    try:
+        while (waiting or running) and time.monotonic() < deadline:
+            for chain in [c for c in waiting if set(c.needs) <= done]:
+                here = Counter(r.gpu for r in running)
+                gpu = min(places, key=lambda g: here[g])
+                if here[gpu] == per_device:
+                    break
+                waiting.remove(chain)
+                running.append(start(chain, command, gpu, threads))
+            if not running:
+                break  # what is left needs what is not done
+            time.sleep(POLL)
+            reap()
     finally:
         stop([r.process for r in running])
-    return len(chains) - len(done), failed
+        reap()
+    return [chain.name for chain in chains if chain.name not in done], failed
 
 
-def start(chain: Chain, command: Sequence[str], work: Path, gpu: str | None) -> subprocess.Popen:
-    place = work / chain.name
-    place.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
+def start(chain: Chain, command: Sequence[str], gpu: str | None, threads: int) -> Running:
+    """Start the process of a chain; what it says goes to `log.txt` in its directory."""
+    chain.place.mkdir(parents=True, exist_ok=True)
+    environment = {**dict.fromkeys(THREADS, str(threads)), **os.environ}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
-    with (place / "log.txt").open("a", encoding="utf-8") as log:
-        return subprocess.Popen(
+    log = chain.place / "log.txt"
+    with log.open("ab") as file:
+        begin = file.tell()
+        process = subprocess.Popen(
             [sys.executable, "-m", *command, chain.name],
             env=environment,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that workers that read data stop with it
         )
+    return Running(chain, gpu, process, time.monotonic(), log, begin)
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
+    """Let processes clean up, and kill those that take too long, with what they have started."""
     for process in processes:
         process.terminate()
     end = time.monotonic() + STOP
     for process in processes:
         try:
             process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,6 +1,7 @@
 """The papers' experiments: recipes, the queue of chains, and the page made of what was measured."""
 
 import copy
+import fcntl
 import json
 import lzma
 import math
@@ -60,10 +61,15 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     work, said = tmp_path / "work", f"{small}={tmp_path / 'text'}"
     first = run("run", work, said, "--limit", "4")
     assert first.exit_code == 0
-    assert "4 chains are not done" in first.output
-    second = run("run", work, said, "--per-device", "2")
+    assert "4 of 4 chains are not done" in first.output
+    with pytest.raises(ConversionError, match="these chains need small/seed-3/multi-head, not run yet"):
+        raise run("run", work, said, "--only", "from-shared").exception
+    with pytest.raises(ConversionError, match="no chain has this in its name"):
+        raise run("run", work, said, "--only", "from shared").exception
+    second = run("run", work, said, "--per-device", "2", "--only", "multi")
     assert second.exit_code == 0, second.output
-    assert "0 chains are not done" in second.output
+    assert "0 of 2 chains are not done" in second.output
+    assert run("run", work, said, "--per-device", "2").exit_code == 0
     assert run("times", work, said).exit_code == 0
     results = read(work / "results.jsonl")
     models = {r["model"]: r for r in results if r["table"] == "models"}
@@ -79,8 +85,17 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     assert converted["shared", 0.05]["tokens"] > 0
     assert {r["model"] for r in results if r["table"] == "times"} == {FIRST, "shared"}
 
+    recipe = yaml.safe_load(small.read_text())
+    small.write_text(yaml.safe_dump({**recipe, "tokens": 5000}))
+    changed = run("run", work, said, "--only", "multi-query")
+    assert isinstance(changed.exception, ConversionError)  # what was made by another recipe is not taken for done
+    assert "1 of 1 chains are not done" in changed.output
+    small.write_text(yaml.safe_dump({**recipe, "vocab_size": 500}))
+    with pytest.raises(ConversionError, match=r"is the tokenizer of .*400.*, not of .*500"):
+        raise run("run", work, said).exception
+    small.write_text(yaml.safe_dump(recipe))
     again = run("run", work, said)
-    assert "0 chains are not done" in again.output
+    assert "0 of 4 chains are not done" in again.output
     assert read(work / "results.jsonl") == results
 
     (work / "cost.jsonl").write_text((ROOT / "docs" / "reproduction" / "cost.jsonl").read_text())
@@ -103,8 +118,8 @@ def test_a_chain_that_fails_is_named_with_what_it_said(tmp_path, small):
     work = tmp_path / "work"
     result = run("run", work, f"{small}={tmp_path / 'text'}")
     assert isinstance(result.exception, ConversionError)
-    assert "1 chains failed: small/seed-3/multi-head" in str(result.exception)
-    assert "2 chains are not done" in result.output
+    assert "not all chains are whole: small/seed-3/multi-head" in str(result.exception)
+    assert "2 of 2 chains are not done" in result.output
     assert "a step takes" in result.output
     assert not (work / "small" / "seed-3" / "multi-head" / "model").exists()
 
@@ -157,6 +172,41 @@ def test_costs_are_timed_for_each_model(tmp_path):
 def test_what_is_no_recipe_is_said(tmp_path, said):
     with pytest.raises(ConversionError, match="RECIPE is a YAML file or one of language, translation"):
         Experiment.parse(said, tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"evalute": {}}, "evalute: a recipe has shape"),
+        ({"models": {"multi-query": {"kv_heads": 1}}}, "needs a model called multi-head"),
+        ({"tokens": None}, None),
+    ],
+)
+def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, change, message):
+    recipe = yaml.safe_load(small.read_text()) | change
+    small.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    with pytest.raises(ConversionError, match=message or "needs shape, vocab_size, models, seeds, tokens, train"):
+        Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
+
+
+def test_a_text_that_is_not_there_is_said(tmp_path, small):
+    with pytest.raises(ConversionError, match="is no directory, and no id"):
+        Experiment.parse(f"{small}={tmp_path / 'nowhere'}", tmp_path, "cpu")
+    (tmp_path / "text" / "test.jsonl.xz").unlink()
+    with pytest.raises(ConversionError, match=r"test\.jsonl\.xz is not there"):
+        Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
+
+
+def test_a_chain_that_is_running_is_not_started_again(tmp_path, small):
+    said = f"{small}={tmp_path / 'text'}"
+    place = tmp_path / "work" / "small" / "seed-3" / "multi-head"
+    place.mkdir(parents=True)
+    with (place / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConversionError, match="another process is running small/seed-3/multi-head"):
+            raise run("chain", tmp_path / "work", said, "small/seed-3/multi-head").exception
+    with pytest.raises(ConversionError, match="recipes need different names; got small, small"):
+        raise run("run", tmp_path / "work", said, said).exception
 
 
 def test_texts_of_the_hub_have_their_splits(tmp_path):

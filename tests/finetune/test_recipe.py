@@ -1,6 +1,7 @@
 """Convert, train and evaluate by one file."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError
+from mqa_hf.finetune import recipe as recipes
 from mqa_hf.finetune import training
 from mqa_hf.finetune.recipe import commands, flags
 
@@ -84,6 +86,38 @@ def test_an_interrupted_recipe_goes_on(tmp_path, recipe, monkeypatch):
     assert result.exit_code == 0, result.output
     assert "convert: done before" in result.stderr
     assert "goes on from step 4 of 8" in result.stderr
+
+
+def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, monkeypatch):
+    assert run(tmp_path, recipe).exit_code == 0
+    record = tmp_path / "results" / "recipe.json"
+    whole = json.loads(record.read_text())
+
+    plain = recipes.write_record
+
+    def killed(path, done, begun):  # just after the result was there
+        if "uptrain" in done:
+            raise KeyboardInterrupt
+        plain(path, done, begun)
+
+    record.write_text(json.dumps({k: v for k, v in whole.items() if k == "convert"}))
+    shutil.rmtree(tmp_path / "results" / "trained")
+    monkeypatch.setattr(recipes, "write_record", killed)
+    assert run(tmp_path, recipe).exit_code != 0
+    monkeypatch.undo()
+    assert json.loads(record.read_text())["begun"].keys() == {"uptrain"}
+    result = run(tmp_path, recipe)
+    assert result.exit_code == 0, result.output
+    assert "uptrain: done before" in result.stderr
+    assert json.loads(record.read_text()) == whole
+
+    recipe["uptrain"]["tokens"] = 512
+    monkeypatch.setattr(recipes, "run_command", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(tmp_path, recipe, "--overwrite").exit_code != 0
+    monkeypatch.undo()
+    refused = run(tmp_path, recipe)  # the old result is not taken for the new one
+    assert isinstance(refused.exception, ConversionError)
+    assert "was made by another command" in str(refused.exception)
 
 
 @pytest.mark.parametrize(
