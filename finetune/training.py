@@ -7,6 +7,8 @@ for each phase with the checkpoints of transformers' Trainer; `final` is the pha
 import json
 import math
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -237,6 +239,31 @@ class LastStep(TrainerCallback):
         if state.global_step == state.max_steps:
             control.should_evaluate |= self.evaluate
             control.should_save = False
+
+
+class SaveWhenTold(TrainerCallback):
+    """Where the process is told to stop (SIGTERM), a checkpoint after the step at hand, and the end.
+
+    Several processes get the signal at different steps, and would wait for each other; they stop where they are.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.told and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if processes().num_processes > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def peak_rate() -> float | None:
@@ -516,6 +543,7 @@ def train(
 
     Raises:
         ConversionError: where training diverges, rows are fewer than a step takes, or the disk is full.
+        SystemExit: where the process was told to stop (SIGTERM), after a checkpoint.
     """
     state = processes()
     history = directory / "final" / "history.json"
@@ -534,6 +562,7 @@ def train(
         rows = in_order(rows, schedule)
     set_seed(schedule.seed)
     operations = operations_per_token(model, objective.teacher, schedule.sequence_length)
+    saving = SaveWhenTold()
     trainer = LossTrainer(
         objective,
         model=model,
@@ -541,7 +570,7 @@ def train(
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=collate,
-        callbacks=[Progress(name, schedule, operations), LastStep(validation is not None), *callbacks],
+        callbacks=[Progress(name, schedule, operations), LastStep(validation is not None), saving, *callbacks],
     )
     if trainer.is_fsdp_enabled:
         sum_in_float32(trainer.accelerator)
@@ -551,7 +580,10 @@ def train(
         with state.main_process_first():
             found = last_checkpoint(directory)
         trainer.args.eval_on_start = validation is not None and found is None
-        trainer.train(resume_from_checkpoint=found)
+        with saving.listening():
+            trainer.train(resume_from_checkpoint=found)
+        if saving.told and trainer.state.global_step < trainer.state.max_steps:
+            raise SystemExit(128 + signal.SIGTERM)
     unset_hf_deepspeed_config()  # or what is read next would come in shards
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

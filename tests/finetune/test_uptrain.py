@@ -266,6 +266,28 @@ def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
         uptrain(tmp_path / "model", tmp_path / "again", more, schedule)
 
 
+def test_a_job_that_is_told_to_stop_saves_and_goes_on_from_there(home, tmp_path, monkeypatch):
+    uptrain(home / "student", tmp_path / "whole", what(home), SCHEDULE)
+    plain = training.LossTrainer.training_step
+
+    def told(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.LossTrainer, "training_step", told)
+    schedule = replace(SCHEDULE, save_every=100)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        uptrain(home / "student", tmp_path / "out", what(home), schedule)
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-5")
+    uptrain(home / "student", tmp_path / "out", what(home), schedule)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_training_leaves_out_cudnns_attention_and_lets_it_be_used_again(home, tmp_path, monkeypatch):
     plain, seen = training.LossTrainer.training_step, set()
 
