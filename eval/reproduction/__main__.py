@@ -98,7 +98,7 @@ def prepare_tokenizer(experiment: Experiment) -> None:
     Raises:
         ConversionError: where one with another vocabulary or of another text is there.
     """
-    made_of = {"text": experiment.text, "vocab_size": experiment.recipe["vocab_size"]}
+    made_of = {"text": experiment.split("train"), "vocab_size": experiment.recipe["vocab_size"]}
     note = experiment.tokenizer.with_name("tokenizer.json")
     if note.is_file() and json.loads(note.read_text()) != made_of:
         raise ConversionError(
