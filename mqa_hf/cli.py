@@ -575,6 +575,16 @@ def uptrain(
         before, after = report["validation"]["before"], report["validation"]["after"]
         said += "; " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in after if name in before)
     Console(markup=False).print(said, highlight=False, soft_wrap=True)
+    worse = [name for name, _ in what.losses if report["validation"] and after.get(name, 0.0) > before.get(name, 0.0)]
+    if worse:
+        Console(stderr=True).print(
+            f"warning: {', '.join(worse)} on --validation is higher after the training than before it; lower "
+            f"--learning-rate ({learning_rate:g}), or train on more --tokens",
+            style="yellow",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

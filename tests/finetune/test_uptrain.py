@@ -482,4 +482,4 @@ def test_names_and_defaults():
     assert Part.parse("a=0.3") == Part("a", 0.3)
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
-    assert default_learning_rate("all", 512) == pytest.approx(6.8e-4)
+    assert default_learning_rate("all", 512) == default_learning_rate("all", 64) == pytest.approx(6.8e-4)
