@@ -164,6 +164,17 @@ def command(home, output, *more, student="student"):
     return [*words, "--save-every", "3", "--learning-rate", "3e-3", "--report-to", "none", *more]
 
 
+def test_a_training_that_made_it_worse_is_said(home, tmp_path):
+    held_out = ("--validation", str(home / "text.jsonl"), "--validation-tokens", "512", "--tokens", "256")
+    result = CliRunner().invoke(app, command(home, tmp_path / "worse", *held_out, "--learning-rate", "0.15"))
+    assert result.exit_code == 0, result.output
+    before, after = json.loads((tmp_path / "worse" / "uptraining.json").read_text())["validation"].values()
+    assert after["kl"] > before["kl"]
+    assert "warning: kl on --validation is higher after the training than before it" in result.stderr
+    result = CliRunner().invoke(app, command(home, tmp_path / "better", *held_out, "--learning-rate", "1e-3"))
+    assert "warning: kl" not in result.stderr
+
+
 def test_a_killed_run_ends_where_an_undisturbed_one_does(home, tmp_path):
     words = [sys.executable, "-m", "mqa_hf.cli", *command(home, tmp_path / "killed")]
     job = tmp_path / ".killed.uptrain" / "main"
