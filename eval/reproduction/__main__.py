@@ -149,8 +149,7 @@ def collect(work: Path, experiments: list[Experiment]) -> None:
     found: list[dict[str, Any]] = []
     if path.is_file():
         found = [r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if r["task"] not in tasks]
-    measured = [m.record() for chain in chains_of(experiments) if chain.place.is_dir() for m in chain.measured]
-    found += [record for record in measured if record is not None]
+    found += [record for chain in chains_of(experiments) for record in chain.records()]
     found += [record for experiment in experiments for record in experiment.time_records()]
     partial = path.with_name(f".{RESULTS}.partial")
     partial.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")

@@ -77,10 +77,8 @@ class Measured:
     after: bool = True
     evaluations: dict[str, Path] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Any] | None:
-        """What was measured, or `None` where that is not done."""
-        if not all(path.is_file() for path in (self.training, *self.evaluations.values())):
-            return None
+    def record(self) -> dict[str, Any]:
+        """What was measured."""
         report = json.loads(self.training.read_text())
         found = {**self.said, "tokens": report["tokens"] if self.after else 0}
         cache = cache_size(self.checkpoint)  # of pairs a token more of the target and one more of the source
@@ -122,6 +120,11 @@ class Chain:
     @property
     def done(self) -> bool:
         return not unfinished(self.steps, self.place / RECORD)
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was measured by the steps that are done."""
+        missing = {self.steps[name].result for name in unfinished(self.steps, self.place / RECORD)}
+        return [m.record() for m in self.measured if not missing & {m.training, *m.evaluations.values()}]
 
 
 @dataclass(frozen=True)

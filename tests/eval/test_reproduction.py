@@ -90,6 +90,7 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     changed = run("run", work, said, "--only", "multi-query")
     assert isinstance(changed.exception, ConversionError)  # what was made by another recipe is not taken for done
     assert "1 of 1 chains are not done" in changed.output
+    assert {r["table"] for r in read(work / "results.jsonl")} == {"times"}  # and its numbers not for the new ones
     small.write_text(yaml.safe_dump({**recipe, "vocab_size": 500}))
     with pytest.raises(ConversionError, match=r"is the tokenizer of .*400.*, not of .*500"):
         raise run("run", work, said).exception
