@@ -213,8 +213,8 @@ def run_steps(
                 )
             if there and not what.costly:
                 what.result.unlink()
-            done = {n: kept for n, kept in done.items() if n in steps and n != step and step not in steps[n].needs}
-            begun.pop(step, None)
+            stay = {n for n, other in steps.items() if n != step and step not in other.needs}
+            done, begun = ({n: kept for n, kept in said.items() if n in stay} for said in (done, begun))
             if what.costly and not there:
                 begun[step] = words
             write_record(record, done, begun)
