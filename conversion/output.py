@@ -18,6 +18,14 @@ from .source import COMPANIONS, REPORT_FILE, read_json
 VOCABULARIES = ("tokenizer*", "vocab.*", "*.model", "*.spm", "*.tiktoken")  # one of these is a tokenizer's
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool) -> Path:
     """The absolute path of the output, links followed.
 

@@ -34,6 +34,7 @@ from transformers.utils import logging
 from mqa_hf.conversion import inspect
 from mqa_hf.conversion.converter import DTYPES
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import locate
 from mqa_hf.conversion.text import documents, load, load_tokenizer, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs
@@ -147,10 +148,7 @@ def evaluate(
 
 def write(path: Path, content: Any) -> None:
     """JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def common_tokenizer(paths: Sequence[Path]) -> Any:

@@ -24,6 +24,7 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment
 
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import REPORT_FILE, read_json
 from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
 
@@ -595,9 +596,7 @@ def write_report(
         copied="\n".join(copied),
         data=json.dumps(content, indent=1, ensure_ascii=False).replace("</", "<\\/"),
     )
-    partial = output / f".{PAGE}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(output / PAGE)
+    write_whole(output / PAGE, page)
     (output / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if cards:
         for c in data.checkpoints:

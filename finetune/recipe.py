@@ -15,6 +15,7 @@ Under each stand the options of its command. The results are `output/converted`,
 `output/evaluation`. A step whose result is whole is not run again; one that was interrupted goes on.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ import yaml
 from rich.console import Console
 
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import REPORT_FILE
 
 from .uptrain import REPORT
@@ -41,16 +43,21 @@ DONE = "recipe.json"  # the commands that made what is there
 BEGUN = "begun"  # and in it those that were begun
 
 
+def read_yaml(path: Any) -> Any:
+    """What stands in a YAML file, a `Path` or a package's; raises ConversionError where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConversionError(f"{path} cannot be read: {error}") from error
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a file.
 
     Raises:
         ConversionError: where it is none.
     """
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
+    recipe = read_yaml(path)
     known = ("source", "output", *STEPS)
     if not isinstance(recipe, dict) or not {"source", "output", "convert"} <= set(recipe):
         raise ConversionError(f"{path} needs source, output and convert")
@@ -133,7 +140,9 @@ class Step:
     costly: bool = False
 
 
+@functools.cache
 def command_group() -> Any:
+    """All commands; made once, since typer takes milliseconds for that and many steps ask."""
     from typer.main import get_command
 
     from mqa_hf.cli import app
@@ -151,10 +160,7 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
 
 
 def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    partial = record.with_name(f".{record.name}.partial")
-    partial.write_text(json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n", encoding="utf-8")
-    partial.replace(record)
+    write_whole(record, json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n")
 
 
 def kept_words(step: Step, record: Path) -> list[str]:

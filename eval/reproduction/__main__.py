@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,11 +15,12 @@ from rich.console import Console
 
 from mqa_hf.cli import main
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import write_whole
 from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.pretrain import Pretraining, find_tokenizer
 from mqa_hf.finetune.recipe import run_steps
 
-from .experiments import RECORD, TIMES, Chain, Experiment
+from .experiments import RECORD, TIMES, Chain, Experiment, read_lines
 from .queue import run_chains
 
 MODULE = "mqa_hf.eval.reproduction"
@@ -146,14 +147,10 @@ def times(work: Work, recipes: Recipes) -> None:
 def collect(work: Path, experiments: list[Experiment]) -> None:
     """Write what has been measured, one line a checkpoint, beside what there is of other experiments."""
     path, tasks = work / RESULTS, {experiment.task for experiment in experiments}
-    found: list[dict[str, Any]] = []
-    if path.is_file():
-        found = [r for r in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if r["task"] not in tasks]
+    found = [r for r in read_lines(path) if r["task"] not in tasks] if path.is_file() else []
     found += [record for chain in chains_of(experiments) for record in chain.records()]
     found += [record for experiment in experiments for record in experiment.time_records()]
-    partial = path.with_name(f".{RESULTS}.partial")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in found))
 
 
 @app.command()

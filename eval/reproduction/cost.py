@@ -12,11 +12,12 @@ import datasets
 import torch
 from transformers import set_seed
 
-from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
+from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.eval.speed import benchmark
 from mqa_hf.finetune.data import CollatePairs
 from mqa_hf.finetune.losses import Objective
+from mqa_hf.finetune.pretrain import configuration
 from mqa_hf.finetune.throughput import Clock
 from mqa_hf.finetune.training import Schedule, operations_per_token, peak_rate, train
 
@@ -58,11 +59,10 @@ def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]
     return configured(shape, **MODELS[name])
 
 
-def training_cost(name: str, config: dict[str, Any], rows: int, length: int, steps: int) -> dict[str, Any]:
+def training_cost(name: str, config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
     """Seconds of a training step of `rows` random pairs with `length` tokens on each side."""
     generator = torch.Generator().manual_seed(0)
-    vocab: int = config["decoder"]["vocab_size"]
-    ids = torch.randint(1, vocab, (2, rows, length), generator=generator).tolist()
+    ids = torch.randint(1, config.vocab_size, (2, rows, length), generator=generator).tolist()
     pairs = datasets.Dataset.from_dict({"input_ids": ids[0], "labels": ids[1]})
     schedule = Schedule(
         tokens=steps * rows * length,
@@ -75,8 +75,7 @@ def training_cost(name: str, config: dict[str, Any], rows: int, length: int, ste
         report_to="none",
     )
     set_seed(0)
-    fields = {k: v for k, v in config.items() if k != "model_type"}
-    model, clock = MQAForConditionalGeneration(MQASeq2SeqConfig(**fields)), Clock()
+    model, clock = MQAForConditionalGeneration(config), Clock()
     with tempfile.TemporaryDirectory() as job:
         train(name, model, Objective({"lm": 1.0}), schedule, pairs, CollatePairs(0, 0), Path(job), callbacks=[clock])
     seconds, peak = clock.seconds_per_step(), peak_rate()
@@ -102,9 +101,9 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
     lines = work / "cost.jsonl"
     lines.unlink(missing_ok=True)
     for name in MODELS:
-        config = paper_config(name, scale, 2 * length)
+        config = configuration(paper_config(name, scale, 2 * length))
         shape = work / "shapes" / name.replace(" ", "-")
-        MQASeq2SeqConfig(**{k: v for k, v in config.items() if k != "model_type"}).save_pretrained(shape)
+        config.save_pretrained(shape)
         cells = [(batch, length, beams) for beams in (1, 4)]
         timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
         failed = [record["error"] for record in timed if "error" in record]

@@ -11,13 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.source import REPORT_FILE
 from mqa_hf.eval.quality import RESULTS, cache_size
 from mqa_hf.finetune.pretrain import REPORT as PRETRAINING
-from mqa_hf.finetune.recipe import Step, command_group, flags, unfinished
+from mqa_hf.finetune.recipe import Step, command_group, flags, read_yaml, unfinished
 from mqa_hf.finetune.uptrain import REPORT as UPTRAINING
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
@@ -159,10 +157,7 @@ class Experiment:
         if not sign or not path.is_file():
             known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir()))
             raise ConversionError(f"{said!r} is no RECIPE=TEXT, where RECIPE is a YAML file or one of {known}")
-        try:
-            recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConversionError(f"{name} cannot be read: {error}") from error
+        recipe = read_yaml(path)
         check(recipe, name)
         experiment = cls(Path(name).stem, recipe, text, work, device)
         splits = ("train", "validation", *(("test",) if "evaluate" in recipe else ()))
@@ -195,7 +190,7 @@ class Experiment:
         return [
             *("--dataset", self.split("train"), "--validation", self.split("validation")),
             *self.columns,
-            *flags(options, command_group().commands[command]),
+            *option_words(command, options),
         ]
 
     def evaluations(
@@ -204,7 +199,7 @@ class Experiment:
         """Steps that translate; a language model has none."""
         if "evaluate" not in self.recipe:
             return {}
-        options = flags(self.recipe["evaluate"], command_group().commands["evaluate"])
+        options = option_words("evaluate", self.recipe["evaluate"])
         found = {}
         for split in splits:
             output = directory / split
@@ -256,7 +251,7 @@ class Experiment:
             text = {"calibration": self.split("train"), "device": self.device, **self.recipe["calibrate"]}
             options |= text | ({"calibration-columns": self.recipe["columns"]} if self.columns else {})
         converted = place / "converted"
-        words = ["convert", str(source), str(converted), *flags(options, command_group().commands["convert"])]
+        words = ["convert", str(source), str(converted), *option_words("convert", options)]
         steps = {"convert": Step(words, converted / REPORT_FILE, costly=True)}
         said = {"task": self.task, "table": "conversions", "model": name, "seed": seed, "loss_function": loss}
         translated = self.evaluations(converted, place / "0", ("convert",))
@@ -290,8 +285,7 @@ class Experiment:
             return None
         output = self.work / self.task / "times.jsonl"
         words = ["benchmark", *map(str, self.timed.values()), "--kv-heads", "original", "--engines", "mqa-hf"]
-        options = flags(self.recipe["times"], command_group().commands["benchmark"])
-        return Step([*words, "--output", str(output), *options], output)
+        return Step([*words, "--output", str(output), *option_words("benchmark", self.recipe["times"])], output)
 
     @property
     def timed(self) -> dict[str, Path]:
@@ -310,7 +304,7 @@ class Experiment:
         if step is None or unfinished({self.task: step}, self.work / TIMES):
             return []
         kept = ("batch", "context", "source", "beams", "time_per_token_ms", "bytes_per_step", "floor_ms", "device")
-        found = [json.loads(line) for line in step.result.read_text().splitlines()]
+        found = read_lines(step.result)
         names = dict(zip(dict.fromkeys(r["shape"] for r in found), self.timed))
         said = {"task": self.task, "table": "times", "command": self.shown(step.words)}
         return [
@@ -325,6 +319,16 @@ class Experiment:
         for seed in self.recipe["seeds"]:
             for name in self.recipe.get("convert", {}):
                 yield self.conversion(name, seed)
+
+
+def option_words(command: str, options: dict[str, Any]) -> list[str]:
+    """Options of a command of `mqa-hf` as words."""
+    return flags(options, command_group().commands[command])
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def by_split(steps: dict[str, Step]) -> dict[str, Path]:

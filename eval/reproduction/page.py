@@ -3,7 +3,6 @@
 The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which are made here.
 """
 
-import json
 import math
 import re
 import statistics
@@ -13,7 +12,7 @@ from typing import Any
 
 from mqa_hf.conversion.errors import ConversionError
 
-from .experiments import FIRST
+from .experiments import FIRST, read_lines
 
 Record = dict[str, Any]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -47,7 +46,7 @@ STYLES = {
     "shared": {"color": "tab:blue", "ls": "-"},
     "shared, width": {"color": "tab:green", "ls": "-"},
 }
-TITLES = {"translation": "translation", "language": "language model"}
+TITLES = {"language": "language model"}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
@@ -72,10 +71,14 @@ def of(records: Sequence[Record], **wanted: Any) -> list[Record]:
     return sorted(found, key=lambda r: r.get("seed", 0))
 
 
-def differences(records: Sequence[Record], model: str, field: str) -> list[float]:
-    """Of a model and the first one with the same seed."""
-    first = {r["seed"]: r[field] for r in of(records, model=FIRST)}
-    return [r[field] - first[r["seed"]] for r in of(records, model=model) if r["seed"] in first]
+def originals(records: Sequence[Record], task: str) -> dict[int, Record]:
+    """The first model of each seed."""
+    return {r["seed"]: r for r in of(records, task=task, table="models", model=FIRST)}
+
+
+def differences(these: Sequence[Record], first: dict[int, Record], field: str) -> list[float]:
+    """How much more a field is than that of the first model with the same seed."""
+    return [r[field] - first[r["seed"]][field] for r in these if r["seed"] in first]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -104,7 +107,7 @@ def translates(records: Sequence[Record]) -> bool:
 
 def quality(records: Sequence[Record], task: str) -> str:
     """Tables 1 or 3 of the first paper; its numbers stand beside those of the recipes that follow it."""
-    records = of(records, task=task, table="models")
+    records, first = of(records, task=task, table="models"), originals(records, task)
     pairs = translates(records)
     header = ["", "d_ff", "parameters", "seeds", "ln(perplexity)", "above multi-head (seeds)"]
     header += ["BLEU, dev", "BLEU, test", "beam 4"] if pairs else ["perplexity", "above multi-head"]
@@ -115,7 +118,7 @@ def quality(records: Sequence[Record], task: str) -> str:
     rows = []
     for model in sorted({r["model"] for r in records}, key=rank):
         these, key = of(records, model=model), paper_key(model)
-        above = [] if model == FIRST else differences(records, model, "loss")
+        above = [] if model == FIRST else differences(these, first, "loss")
         row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}"]
         row += [", ".join(str(r["seed"]) for r in these), interval([r["loss"] for r in these], ".3f")]
         row.append(f"{interval(above, '+.3f')} ({len(above)})" if above else "")
@@ -127,9 +130,9 @@ def quality(records: Sequence[Record], task: str) -> str:
             row.append(f"{statistics.fmean(map(math.exp, above)) - 1:+.1%}" if above else "")
         if task == "translation":
             loss, *bleu = PAPER_TRANSLATION.get(key, (None,) * 4)
-            first = PAPER_TRANSLATION[FIRST][0]
+            best = PAPER_TRANSLATION[FIRST][0]
             row.append(shown(loss, ".3f"))
-            row.append("" if loss is None or first is None or model == FIRST else f"{loss - first:+.3f}")
+            row.append("" if loss is None or best is None or model == FIRST else f"{loss - best:+.3f}")
             row += [shown(b, ".1f") for b in bleu]
         if task == "language":
             there = PAPER_LANGUAGE.get(key)
@@ -178,25 +181,18 @@ def operations(records: Sequence[Record]) -> str:
 
 def conversions(records: Sequence[Record], task: str) -> str:
     """Loss above the original's after shares of the pretraining tokens; of translations BLEU, too."""
-    models = of(records, task=task, table="models", model=FIRST)
-    found = of(records, task=task, table="conversions")
-    original = {r["seed"]: r for r in models}
+    found, first = of(records, task=task, table="conversions"), originals(records, task)
     shares = sorted({r["share"] for r in found})
-    header = ["", "trained on", "seeds", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
-    if translates(found):
-        header += [f"{'BLEU, test, ' * (not i)}{share:.0%}" for i, share in enumerate(shares)]
-
-    def above(these: Sequence[Record], field: str) -> list[float]:
-        return [r[field] - original[r["seed"]][field] for r in these if r["seed"] in original]
-
+    columns = {"loss": ("", "+.3f"), **({"test_bleu_greedy": ("BLEU, test, ", "+.1f")} if translates(found) else {})}
+    header = ["", "trained on", "seeds", "cache, bytes per token"]
+    header += [f"{title * (not i)}{s:.0%}" for title, _ in columns.values() for i, s in enumerate(shares)]
     rows = []
     for model in dict.fromkeys(r["model"] for r in found):
         these = of(found, model=model)
         seeds = ", ".join(map(str, sorted({r["seed"] for r in these})))
         row = [model, these[0]["loss_function"].upper(), seeds, f"{these[0]['cache_bytes']:,}"]
-        row += [interval(above(of(these, share=share), "loss"), "+.3f") for share in shares]
-        if translates(found):
-            row += [interval(above(of(these, share=share), "test_bleu_greedy"), "+.1f") for share in shares]
+        for field, (_, form) in columns.items():
+            row += [interval(differences(of(these, share=share), first, field), form) for share in shares]
         rows.append(row)
     return markdown(header, rows)
 
@@ -216,22 +212,29 @@ def times(records: Sequence[Record], task: str) -> str:
     return markdown(header, rows)
 
 
+def line_of(model: str) -> str:
+    """The line of a picture that a conversion is on."""
+    return "shared, width" if "width" in model else model.split(",")[0]
+
+
 class Above:
     """Loss above the original's of conversions of a task, and the style that it is drawn in."""
 
     def __init__(self, records: Sequence[Record], task: str):
-        self.original = {r["seed"]: r["loss"] for r in of(records, task=task, table="models", model=FIRST)}
+        self.first = originals(records, task)
         self.found = of(records, task=task, table="conversions")
         self.models = list(dict.fromkeys(r["model"] for r in self.found))
         self.seconds = {r["model"]: r["time_per_token_ms"] for r in of(records, task=task, table="times", beams=1)}
 
     def draw(self, axes: Any, points: Sequence[tuple[float, str, float]], line: str, **style: Any) -> None:
         """Points (x, model, share) that were measured, with intervals over seeds."""
-        known = [(x, of(self.found, model=model, share=share)) for x, model, share in sorted(points)]
-        xs = [x for x, these in known if these]
-        spreads = [spread([r["loss"] - self.original[r["seed"]] for r in these]) for _, these in known if these]
-        if xs:
-            middle, half = [m for m, _ in spreads], [h or 0.0 for _, h in spreads]
+        known = [
+            (x, *spread(values))
+            for x, model, share in sorted(points)
+            if (values := differences(of(self.found, model=model, share=share), self.first, "loss"))
+        ]
+        if known:
+            xs, middle, half = zip(*((x, mean, error or 0.0) for x, mean, error in known))
             options = {"marker": "o", "ms": 4, "lw": 1.5, "capsize": 2, "label": line, **STYLES.get(line, {}), **style}
             axes.errorbar(xs, middle, yerr=half, **options)
 
@@ -248,9 +251,8 @@ class Above:
         sizes = {r["model"]: r["cache_bytes"] for r in self.found}
         if kind == "time":
             sizes = {**self.seconds, "original": self.seconds.get(FIRST)}
-        for line, begins in (("mean", "mean, "), ("shared", "shared, "), ("shared, width", "shared, width")):
-            members = [m for m in self.models if m == line.split(",")[0] or m.startswith(begins)]
-            members = [m for m in members if line != "shared" or "width" not in m]
+        for line in ("mean", "shared", "shared, width"):
+            members = [m for m in self.models if line_of(m) == line or m == line.split(",")[0]]
             self.draw(axes, [(sizes[m], m, 0.05) for m in members if sizes.get(m)], line)
         if sizes.get("original"):
             self.draw(axes, [(sizes["original"], "original", 0.05)], "original", marker="s", ls="")
@@ -290,7 +292,7 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
 def read(path: Path) -> list[Record]:
     if not path.is_file():
         raise ConversionError(f"{path} is not there; python -m mqa_hf.eval.reproduction run and cost make it")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path)
 
 
 def blocks(directory: Path) -> dict[str, Callable[[], str]]:
