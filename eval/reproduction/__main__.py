@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import sys
@@ -47,8 +48,9 @@ def read(work: Path, recipes: list[str]) -> list[Experiment]:
 
 
 def chains_of(experiments: list[Experiment]) -> list[Chain]:
-    """Of all experiments, those first that others need."""
-    return sorted((chain for e in experiments for chain in e.chains()), key=lambda chain: len(chain.needs))
+    """Of all experiments, those first that others need; of these, one seed after another."""
+    chains = (chain for experiment in experiments for chain in experiment.chains())
+    return sorted(chains, key=lambda chain: (len(chain.needs), chain.seed))
 
 
 @app.command()
@@ -59,7 +61,7 @@ def run(
         int | None, typer.Option(min=1, help="Chains at once on a GPU. Default: 3; 1 without a GPU.")
     ] = None,
     limit: Annotated[float, typer.Option(help="Stop after so many seconds.")] = float("inf"),
-    only: Annotated[str | None, typer.Option(help="Chains whose names have this in them.")] = None,
+    only: Annotated[str | None, typer.Option(help="Chains in whose names this regular expression is found.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin trainings of these chains that are not whole anew.")
     ] = False,
@@ -69,11 +71,14 @@ def run(
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # stop chains where a terminal is closed, too
     experiments = read(work, recipes)
     chains = chains_of(experiments)
-    chosen = [chain for chain in chains if only is None or only in chain.name]
+    try:
+        chosen = [chain for chain in chains if only is None or re.search(only, chain.name)]
+    except re.error as error:
+        raise ConversionError(f"--only {only} is no regular expression: {error}") from None
     done = {chain.name for chain in chains if chain.done}
     needed = {name for chain in chosen for name in chain.needs} - done - {chain.name for chain in chosen}
     if not chosen:
-        raise ConversionError(f"--only {only}: no chain has this in its name, such as {chains[0].name}")
+        raise ConversionError(f"--only {only}: found in no chain's name, such as {chains[0].name}")
     if needed:
         raise ConversionError(f"--only {only}: these chains need {', '.join(sorted(needed))}, not run yet")
     for experiment in experiments:

@@ -104,6 +104,7 @@ class Chain:
     Attributes:
         place: its directory.
         name: of its directory under that of all experiments.
+        seed: of its trainings.
         steps: of [`run_steps`].
         needs: chains that must be done.
         measured: checkpoints.
@@ -111,6 +112,7 @@ class Chain:
 
     place: Path
     name: str
+    seed: int
     steps: dict[str, Step]
     needs: tuple[str, ...]
     measured: tuple[Measured, ...]
@@ -215,7 +217,7 @@ class Experiment:
         self, name: str, seed: int, steps: dict[str, Step], measured: list[Measured], needs: tuple[Path, ...] = ()
     ) -> Chain:
         place, *before = (str(path.relative_to(self.work)) for path in (self.place(name, seed), *needs))
-        return Chain(self.place(name, seed), place, steps, tuple(before), tuple(measured))
+        return Chain(self.place(name, seed), place, seed, steps, tuple(before), tuple(measured))
 
     def shown(self, words: list[str]) -> str:
         """A command as it is noted: where work and text are is left out."""

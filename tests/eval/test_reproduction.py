@@ -64,9 +64,11 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     assert "4 of 4 chains are not done" in first.output
     with pytest.raises(ConversionError, match="these chains need small/seed-3/multi-head, not run yet"):
         raise run("run", work, said, "--only", "from-shared").exception
-    with pytest.raises(ConversionError, match="no chain has this in its name"):
+    with pytest.raises(ConversionError, match="found in no chain's name"):
         raise run("run", work, said, "--only", "from shared").exception
-    second = run("run", work, said, "--per-device", "2", "--only", "multi")
+    with pytest.raises(ConversionError, match="is no regular expression"):
+        raise run("run", work, said, "--only", "from-(").exception
+    second = run("run", work, said, "--per-device", "2", "--only", "multi-(head|query)$")
     assert second.exit_code == 0, second.output
     assert "0 of 2 chains are not done" in second.output
     assert run("run", work, said, "--per-device", "2").exit_code == 0
