@@ -10,9 +10,11 @@ are the same on one process and on many. The job keeps its checkpoints in `.OUTP
 from the last one when the same command is given again, and removes them once OUTPUT is whole.
 """
 
+import copy
 import itertools
 import json
 import math
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +65,8 @@ class Uptraining:
         attention_tokens: of a first stage that fits each attention layer to the teacher's.
         train: all, attention or lora.
         lora_rank: of the adapters, which are merged at the end.
+        dropout: whether the student's dropout works while it trains. `None`: without a teacher; a teacher's
+            distribution is that of a model without noise, and what learns it under noise comes out too sure.
         liger: whether the losses of tokens run on Liger's kernels.
     """
 
@@ -77,6 +81,7 @@ class Uptraining:
     attention_tokens: int = 0
     train: str = "all"
     lora_rank: int = 32
+    dropout: bool | None = None
     liger: bool = False
 
 
@@ -101,9 +106,20 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
 
 
 def load(directory: str | Path, config: Any, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A checkpoint with its head, in the class that it names."""
+    """A checkpoint with its head, in the class that `config` names."""
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(directory, dtype=dtype, revision=revision)
+    return auto.from_pretrained(directory, config=config, dtype=dtype, revision=revision)
+
+
+def without_dropout(config: Any) -> Any:
+    """A copy of a configuration, with all of its stacks, in which every probability of dropout is 0."""
+    config = copy.deepcopy(config)
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    for stack in (config, *(part for part in parts if part is not None)):
+        for name, value in vars(stack).items():
+            if re.search(r"dropout|_pdrop|layerdrop", name) and isinstance(value, float):
+                setattr(stack, name, 0.0)
+    return config
 
 
 def uptrain(
@@ -149,7 +165,8 @@ def uptrain(
         restart,
     )
 
-    tuned = load(source, config, torch.float32)
+    dropout = what.teacher is None if what.dropout is None else what.dropout
+    tuned = load(source, config if dropout else without_dropout(config), torch.float32)
     tuned.config.use_cache = False
     teacher = load_teacher(what, source, tuned, job / "teacher")
     tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)

@@ -518,6 +518,15 @@ def uptrain(
     bf16: Bf16 = None,
     gradient_checkpointing: Checkpointing = False,
     compile: Compile = False,
+    dropout: Annotated[
+        bool | None,
+        typer.Option(
+            "--dropout/--no-dropout",
+            help="Keep the model's own dropout. Default: only without a teacher.",
+            rich_help_panel=SCHEDULE,
+            show_default=False,
+        ),
+    ] = None,
     liger: Annotated[
         bool, typer.Option("--liger", help="Liger's fused losses, where installed.", rich_help_panel=SCHEDULE)
     ] = False,
@@ -562,6 +571,7 @@ def uptrain(
         attention_tokens=attention_tokens,
         train=train,
         lora_rank=lora_rank,
+        dropout=dropout,
         liger=liger,
     )
     learning_rate = learning_rate or default_learning_rate(train, width)

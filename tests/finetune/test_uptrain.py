@@ -17,7 +17,14 @@ import torch
 from isolated import run_without_the_package
 from safetensors.torch import load_file
 from tokenizer import write_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from mqa_hf.cli import app
@@ -26,7 +33,7 @@ from mqa_hf.finetune import training
 from mqa_hf.finetune.data import Part, training_rows
 from mqa_hf.finetune.pretrain import Pretraining, pretrain
 from mqa_hf.finetune.training import Schedule, ends, last_checkpoint
-from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain
+from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain, without_dropout
 
 SCHEDULE = Schedule(
     tokens=8 * 128,
@@ -432,6 +439,35 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
     assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
     with pytest.raises(ConversionError, match="no sentinels"):
         uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
+
+
+def test_a_teacher_is_followed_without_dropout(tmp_path):
+    """A student that is its teacher has no divergence from it: what is left is the noise of its own dropout."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 93, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0, dropout_rate=0.3))
+    model.save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "student", dtype="float32", kv_heads=4)
+    rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def first_divergence(name, **options):
+        given = Uptraining(
+            dataset=(Part(str(tmp_path / "pairs.jsonl")),),
+            columns=("en", "de"),
+            teacher=str(tmp_path / "source"),
+            losses=(("kl", 1.0),),
+            **options,
+        )
+        schedule = replace(SCHEDULE, tokens=256, sequence_length=32)
+        return uptrain(tmp_path / "student", tmp_path / name, given, schedule)["log"]["main"][0]["kl"]
+
+    assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-6)
+    assert first_divergence("noisy", dropout=True) > 1e-4
+    config = AutoConfig.from_pretrained(tmp_path / "quiet")
+    assert config.decoder.hidden_dropout == 0.3  # as the student has it
+    assert without_dropout(config).decoder.hidden_dropout == without_dropout(config).encoder.hidden_dropout == 0.0
 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
