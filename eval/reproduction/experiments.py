@@ -291,26 +291,36 @@ class Experiment:
 
     @property
     def timed(self) -> dict[str, Path]:
-        """By name, the checkpoints that are timed."""
-        seed, shape = self.recipe["seeds"][0], self.recipe["shape"]
+        """By name, the checkpoints that are timed: one of each shape."""
+        seed = self.recipe["seeds"][0]
+        place = {FIRST: self.place(FIRST, seed) / "model"}
+        return {
+            names[0]: place.get(names[0], self.place(f"from {names[0]}", seed) / "converted") for names in self.shapes
+        }
+
+    @property
+    def shapes(self) -> list[list[str]]:
+        """Names of the first model and of its conversions, those of one shape together."""
+        shape = self.recipe["shape"]
         heads = shape.get("decoder", shape)["num_attention_heads"]
-        found = {(heads, 1): (FIRST, self.place(FIRST, seed) / "model")}
+        found = {(heads, 1): [FIRST]}
         for name, options in self.recipe.get("convert", {}).items():
-            key = options.get("kv-heads", 1), options.get("head-width", 1)
-            found.setdefault(key, (name, self.place(f"from {name}", seed) / "converted"))
-        return dict(found.values())
+            found.setdefault((options.get("kv-heads", 1), options.get("head-width", 1)), []).append(name)
+        return list(found.values())
 
     def time_records(self) -> list[dict[str, Any]]:
-        """What [`times`] has measured."""
+        """What [`times`] has measured; `models` are all that have the shape."""
         step = self.times
         if step is None or unfinished({self.task: step}, self.work / TIMES):
             return []
         kept = ("batch", "context", "source", "beams", "time_per_token_ms", "bytes_per_step", "floor_ms", "device")
         found = read_lines(step.result)
-        names = dict(zip(dict.fromkeys(r["shape"] for r in found), self.timed))
+        names = dict(zip(dict.fromkeys(r["shape"] for r in found), self.shapes))
         said = {"task": self.task, "table": "times", "command": self.shown(step.words)}
         return [
-            said | {"model": names[r["shape"]]} | {k: r[k] for k in kept if k in r} for r in found if "error" not in r
+            {**said, "model": names[r["shape"]][0], "models": names[r["shape"]], **{k: r[k] for k in kept if k in r}}
+            for r in found
+            if "error" not in r
         ]
 
     def chains(self) -> Iterator[Chain]:

@@ -44,7 +44,7 @@ STYLES = {
     "first": {"color": "tab:red", "ls": ":"},
     "random": {"color": "tab:gray", "ls": ":"},
     "shared": {"color": "tab:blue", "ls": "-"},
-    "shared, width": {"color": "tab:green", "ls": "-"},
+    "shared, width": {"color": "tab:green", "ls": "-", "label": "shared, one wider head"},
 }
 TITLES = {"language": "language model"}
 
@@ -58,11 +58,28 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def interval(values: Sequence[float], form: str) -> str:
-    """`mean ± half`."""
+    """`mean ± half`, which no line breaks."""
     if not values:
         return ""
     middle, half = spread(values)
-    return format(middle, form) + ("" if half is None else f" ± {format(half, form.lstrip('+'))}")
+    return format(middle, form) + (
+        "" if half is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{half:{form.lstrip('+')}}"
+    )
+
+
+def seeds_of(records: Sequence[Record]) -> list[int]:
+    return sorted({r["seed"] for r in records})
+
+
+def named(model: str, these: Sequence[Record], records: Sequence[Record]) -> str:
+    """A model, with its seeds where others have more."""
+    seeds = seeds_of(these)
+    return model if seeds == seeds_of(records) else f"{model} (seeds {', '.join(map(str, seeds))})"
+
+
+def said(records: Sequence[Record], more: str = "") -> str:
+    """What is so for a whole table."""
+    return f"\n\nSeeds {', '.join(map(str, seeds_of(records)))}{more}."
 
 
 def of(records: Sequence[Record], **wanted: Any) -> list[Record]:
@@ -109,19 +126,18 @@ def quality(records: Sequence[Record], task: str) -> str:
     """Tables 1 or 3 of the first paper; its numbers stand beside those of the recipes that follow it."""
     records, first = of(records, task=task, table="models"), originals(records, task)
     pairs = translates(records)
-    header = ["", "d_ff", "parameters", "seeds", "ln(perplexity)", "above multi-head (seeds)"]
+    header = ["", "d_ff", "ln(perplexity)", "above multi-head"]
     header += ["BLEU, dev", "BLEU, test", "beam 4"] if pairs else ["perplexity", "above multi-head"]
     if task == "translation":
-        header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev", "BLEU, test", "beam 4"]
+        header += ["paper: ln(perplexity)", "above multi-head", "BLEU, dev / test / beam 4"]
     if task == "language":
         header += ["paper: perplexity", "above multi-head"]
     rows = []
     for model in sorted({r["model"] for r in records}, key=rank):
         these, key = of(records, model=model), paper_key(model)
         above = [] if model == FIRST else differences(these, first, "loss")
-        row = [model, f"{these[0]['intermediate_size']:,}", f"{these[0]['parameters']:,}"]
-        row += [", ".join(str(r["seed"]) for r in these), interval([r["loss"] for r in these], ".3f")]
-        row.append(f"{interval(above, '+.3f')} ({len(above)})" if above else "")
+        row = [named(model, these, records), f"{these[0]['intermediate_size']:,}"]
+        row += [interval([r["loss"] for r in these], ".3f"), interval(above, "+.3f")]
         if pairs:
             fields = ("validation_bleu_greedy", "test_bleu_greedy", "test_bleu_beam")
             row += [interval([r[name] for r in these], ".1f") for name in fields]
@@ -133,19 +149,20 @@ def quality(records: Sequence[Record], task: str) -> str:
             best = PAPER_TRANSLATION[FIRST][0]
             row.append(shown(loss, ".3f"))
             row.append("" if loss is None or best is None or model == FIRST else f"{loss - best:+.3f}")
-            row += [shown(b, ".1f") for b in bleu]
+            row.append(" / ".join(shown(b, ".1f") for b in bleu if b is not None))
         if task == "language":
             there = PAPER_LANGUAGE.get(key)
             row.append(shown(there, ".1f"))
             row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
         rows.append(row)
-    return markdown(header, rows)
+    sizes = sorted({f"{r['parameters']:,}" for r in records})
+    return markdown(header, rows) + said(records, f"; {' to '.join(sizes[:: max(1, len(sizes) - 1)])} parameters each")
 
 
 def cost(records: Sequence[Record]) -> str:
     """Table 2 of the first paper: microseconds per output token."""
-    header = ["", "training", "encoder", "decoder, greedy", "decoder, beam 4", "floor, greedy", "floor, beam 4"]
-    header += ["paper: training", "encoder + decoder, greedy", "encoder + decoder, beam 4"]
+    header = ["", "training", "encoder", "decoder, greedy (floor)", "beam 4 (floor)"]
+    header += ["paper: training", "encoder + decoder, greedy", "beam 4"]
     rows = []
     decoding: dict[str, list[float]] = {}
     for model in sorted({r["model"] for r in records}, key=rank):
@@ -153,15 +170,15 @@ def cost(records: Sequence[Record]) -> str:
         encoder = 1e6 * both[0]["encoder_sec"] / both[0]["batch"] / both[0]["length"]
         decoding[model] = [1000 * r["time_per_token_ms"] / r["batch"] for r in both]
         row = [model, f"{both[0]['training_us_per_token']:.2f}", f"{encoder:.2f}"]
-        row += [f"{us:.2f}" for us in decoding[model]]
-        row += [f"{1000 * r['floor_ms'] / r['batch']:.2f}" for r in both]
+        floors = [1000 * r["floor_ms"] / r["batch"] for r in both]
+        row += [f"{us:.2f} ({floor:.2f})" for us, floor in zip(decoding[model], floors)]
         training, *theirs = PAPER_COST[model]
         row += [f"{training}", f"{theirs[0]} + {theirs[1]}", f"{theirs[2]} + {theirs[3]}"]
         rows.append(row)
     ratios = [a / b for a, b in zip(decoding[FIRST], decoding["multi-query"])]
     theirs = [PAPER_COST[FIRST][i] / PAPER_COST["multi-query"][i] for i in (2, 4)]
     bold = [f"**{r:.1f}**" for r in ratios], [f"**{r:.1f}** (decoder)" for r in theirs]
-    rows.append(["**multi-head : multi-query**", "", "", *bold[0], "", "", "", *bold[1]])
+    rows.append(["**multi-head : multi-query**", "", "", *bold[0], "", *bold[1]])
     return markdown(header, rows)
 
 
@@ -183,18 +200,22 @@ def conversions(records: Sequence[Record], task: str) -> str:
     """Loss above the original's after shares of the pretraining tokens; of translations BLEU, too."""
     found, first = of(records, task=task, table="conversions"), originals(records, task)
     shares = sorted({r["share"] for r in found})
-    columns = {"loss": ("", "+.3f"), **({"test_bleu_greedy": ("BLEU, test, ", "+.1f")} if translates(found) else {})}
-    header = ["", "trained on", "seeds", "cache, bytes per token"]
-    header += [f"{title * (not i)}{s:.0%}" for title, _ in columns.values() for i, s in enumerate(shares)]
+    models = {model: of(found, model=model) for model in dict.fromkeys(r["model"] for r in found)}
+
+    def cells(these: Sequence[Record], field: str, form: str) -> list[str]:
+        return [interval(differences(of(these, share=share), first, field), form) for share in shares]
+
+    header = ["", "trained on", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
     rows = []
-    for model in dict.fromkeys(r["model"] for r in found):
-        these = of(found, model=model)
-        seeds = ", ".join(map(str, sorted({r["seed"] for r in these})))
-        row = [model, these[0]["loss_function"].upper(), seeds, f"{these[0]['cache_bytes']:,}"]
-        for field, (_, form) in columns.items():
-            row += [interval(differences(of(these, share=share), first, field), form) for share in shares]
-        rows.append(row)
-    return markdown(header, rows)
+    for model, these in models.items():
+        row = [named(model, these, found), these[0]["loss_function"].upper(), f"{these[0]['cache_bytes']:,}"]
+        rows.append(row + cells(these, "loss", "+.3f"))
+    made = markdown(header, rows) + said(found)
+    if translates(found):
+        header = ["BLEU, test, greedy", *header[3:]]
+        rows = [[model, *cells(these, "test_bleu_greedy", "+.1f")] for model, these in models.items()]
+        made += "\n\n" + markdown(header, rows)
+    return made
 
 
 def times(records: Sequence[Record], task: str) -> str:
@@ -205,7 +226,8 @@ def times(records: Sequence[Record], task: str) -> str:
     for r in found:
         same = {name: r[name] for name in ("batch", "context", "beams")}
         first = of(found, model=FIRST, **same)
-        row = [r["model"], f"{r['batch']:,}", f"{r.get('source', r['context']):,}", str(r["beams"])]
+        row = [" · ".join(m for m in r["models"] if m != "original"), f"{r['batch']:,}"]
+        row += [f"{r.get('source', r['context']):,}", str(r["beams"])]
         row += [f"{r['time_per_token_ms']:.2f}", f"{r['floor_ms']:.2f}"]
         row.append(f"{first[0]['time_per_token_ms'] / r['time_per_token_ms']:.2f}×" if first else "")
         rows.append(row)
@@ -217,21 +239,29 @@ def line_of(model: str) -> str:
     return "shared, width" if "width" in model else model.split(",")[0]
 
 
-class Above:
-    """Loss above the original's of conversions of a task, and the style that it is drawn in."""
+class Panel:
+    """A panel of a picture: how much more a field of a task's conversions is than the original's.
 
-    def __init__(self, records: Sequence[Record], task: str):
+    Args:
+        field: loss, or test_bleu_greedy.
+    """
+
+    def __init__(self, records: Sequence[Record], task: str, field: str):
+        self.field, self.title = field, TITLES.get(task, task) + (", BLEU" if "bleu" in field else "")
         self.first = originals(records, task)
         self.found = of(records, task=task, table="conversions")
         self.models = list(dict.fromkeys(r["model"] for r in self.found))
-        self.seconds = {r["model"]: r["time_per_token_ms"] for r in of(records, task=task, table="times", beams=1)}
+        self.times = of(records, task=task, table="times", beams=1)
+        self.cache = {r["model"]: r["cache_bytes"] for r in self.found}
+        # The first model and a conversion with all its heads have one shape.
+        self.seconds = {model: r["time_per_token_ms"] for r in self.times for model in r["models"]}
 
     def draw(self, axes: Any, points: Sequence[tuple[float, str, float]], line: str, **style: Any) -> None:
         """Points (x, model, share) that were measured, with intervals over seeds."""
         known = [
             (x, *spread(values))
             for x, model, share in sorted(points)
-            if (values := differences(of(self.found, model=model, share=share), self.first, "loss"))
+            if (values := differences(of(self.found, model=model, share=share), self.first, self.field))
         ]
         if known:
             xs, middle, half = zip(*((x, mean, error or 0.0) for x, mean, error in known))
@@ -242,49 +272,60 @@ class Above:
         for model in (m for m in self.models if "," not in m):
             shares = sorted({r["share"] for r in of(self.found, model=model)})
             self.draw(axes, [(100 * s, model, s) for s in shares if s or model != "original"], model)
-        axes.set_yscale("symlog", linthresh=0.1)
-        axes.axhline(0, color="black", lw=0.6)
+        if self.field == "loss":
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("tokens of training, % of the pretraining")
 
     def over_sizes(self, axes: Any, kind: str) -> None:
         """After 5% of the tokens; `kind` is cache or time."""
-        sizes = {r["model"]: r["cache_bytes"] for r in self.found}
-        if kind == "time":
-            sizes = {**self.seconds, "original": self.seconds.get(FIRST)}
+        sizes = self.cache if kind == "cache" else self.seconds
         for line in ("mean", "shared", "shared, width"):
             members = [m for m in self.models if line_of(m) == line or m == line.split(",")[0]]
-            self.draw(axes, [(sizes[m], m, 0.05) for m in members if sizes.get(m)], line)
-        if sizes.get("original"):
+            self.draw(axes, [(sizes[m], m, 0.05) for m in members if m in sizes], line)
+        if "original" in sizes:
             self.draw(axes, [(sizes["original"], "original", 0.05)], "original", marker="s", ls="")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:,.3g}" if kind == "time" else "{x:,.0f}")
-        axes.set_xlabel("ms per decoding step" if kind == "time" else "cache, bytes per token")
+        if kind == "cache":
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(set(sizes.values())), minor=False)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.set_xlabel("cache, bytes per token")
+        else:
+            axes.set_xlim(left=0)
+            axes.set_xlabel(f"ms per step of {self.times[0]['batch']:,} rows, greedy")
 
 
 def picture(records: Sequence[Record], kind: str, path: Path) -> None:
-    """A picture of GQA's, with a panel for each task: loss above the original's over the share of training, or after
-    5% over cache bytes or the time of a step."""
+    """A picture of GQA's, with panels for each task: how much worse than the original a conversion is over the share
+    of training, or after 5% over cache bytes or the time of a step."""
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(r["task"] for r in records if r["table"] == "conversions"))
+    converted = of(records, table="conversions")
+    panels = [
+        Panel(records, task, field)
+        for task in dict.fromkeys(r["task"] for r in converted)
+        for field in ("loss", "test_bleu_greedy")
+        if field == "loss" or translates(of(converted, task=task))
+    ]
     if kind == "time":
-        tasks = [t for t in tasks if of(records, task=t, table="times")]
-    if not tasks:
+        panels = [panel for panel in panels if panel.times]
+    if not panels:
         return
-    figure = Figure(figsize=(4.6 * len(tasks), 3.8), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
     handles: dict[str, Any] = {}
-    for axes, task in zip(panels, tasks):
-        above = Above(records, task)
-        axes.grid(alpha=0.3, which="both")
-        axes.set_title(TITLES.get(task, task), fontsize=10)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        axes.grid(alpha=0.3)
+        axes.axhline(0, color="black", lw=0.6)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_ylabel(
+            "loss above the original's, nats a token" if panel.field == "loss" else "BLEU above the original's, test"
+        )
         if kind == "share":
-            above.over_shares(axes)
+            panel.over_shares(axes)
         else:
-            above.over_sizes(axes, kind)
+            panel.over_sizes(axes, kind)
         lines, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, lines))
-    panels[0].set_ylabel("loss above the original's, nats a token")
     figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(handles))
     figure.savefig(path, dpi=140)
 

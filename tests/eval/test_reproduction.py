@@ -85,7 +85,8 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     assert converted["original", 0.0]["test_bleu_greedy"] == models[FIRST]["test_bleu_greedy"]
     assert 8 * converted["shared", 0.0]["cache_bytes"] == models[FIRST]["cache_bytes"]
     assert converted["shared", 0.05]["tokens"] > 0
-    assert {r["model"] for r in results if r["table"] == "times"} == {FIRST, "shared"}
+    shapes = {r["model"]: r["models"] for r in results if r["table"] == "times"}
+    assert shapes == {FIRST: [FIRST, "original"], "shared": ["shared"]}
 
     recipe = yaml.safe_load(small.read_text())
     small.write_text(yaml.safe_dump({**recipe, "tokens": 5000}))
