@@ -80,7 +80,7 @@ def home(tmp_path_factory):
 
 def what(home, **options):
     given = {"dataset": (Part(str(home / "text.jsonl")),), "teacher": str(home / "source"), "losses": (("kl", 1.0),)}
-    return Uptraining(**{**given, **options})
+    return Uptraining(**{**given, "dropout": True, **options})  # whose noise is to be the same in each run
 
 
 def weights(directory):
@@ -168,7 +168,7 @@ def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
 def command(home, output, *more, student="student"):
     words = ["uptrain", str(home / student), str(output), "--dataset", str(home / "text.jsonl")]
     words += ["--tokens", "5120", "--sequence-length", "16", "--batch-tokens", "128", "--micro-batch", "4"]
-    return [*words, "--save-every", "3", "--learning-rate", "3e-3", "--report-to", "none", *more]
+    return [*words, "--save-every", "3", "--learning-rate", "3e-3", "--report-to", "none", "--dropout", *more]
 
 
 def test_a_training_that_made_it_worse_is_said(home, tmp_path):
