@@ -65,8 +65,8 @@ class Uptraining:
         attention_tokens: of a first stage that fits each attention layer to the teacher's.
         train: all, attention or lora.
         lora_rank: of the adapters, which are merged at the end.
-        dropout: whether the student's dropout works while it trains. `None`: without a teacher; a teacher's
-            distribution is that of a model without noise, and what learns it under noise comes out too sure.
+        dropout: whether the student's dropout works while it trains. `None`: unless it learns from its teacher, whose
+            distribution is that of a model without noise (docs/uptraining.md).
         liger: whether the losses of tokens run on Liger's kernels.
     """
 
@@ -158,6 +158,8 @@ def uptrain(
     job = target.with_name(f".{target.name}.uptrain")
     config = AutoConfig.from_pretrained(source)
     check(what, schedule, config)
+    if what.dropout is None:
+        what = replace(what, dropout=dict(what.losses).keys() == {"lm"})
     files = [source, *([] if what.teacher is None else [what.teacher]), *(part.source for part in what.dataset)]
     begin(
         job,
@@ -165,8 +167,7 @@ def uptrain(
         restart,
     )
 
-    dropout = what.teacher is None if what.dropout is None else what.dropout
-    tuned = load(source, config if dropout else without_dropout(config), torch.float32)
+    tuned = load(source, config if what.dropout else without_dropout(config), torch.float32)
     tuned.config.use_cache = False
     teacher = load_teacher(what, source, tuned, job / "teacher")
     tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)

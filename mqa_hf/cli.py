@@ -522,7 +522,7 @@ def uptrain(
         bool | None,
         typer.Option(
             "--dropout/--no-dropout",
-            help="Keep the model's own dropout. Default: only without a teacher.",
+            help="Keep the model's own dropout. Default: unless it learns from its teacher.",
             rich_help_panel=SCHEDULE,
             show_default=False,
         ),

@@ -71,15 +71,14 @@ def seeds_of(records: Sequence[Record]) -> list[int]:
     return sorted({r["seed"] for r in records})
 
 
-def named(model: str, these: Sequence[Record], records: Sequence[Record]) -> str:
-    """A model, with its seeds where others have more."""
-    seeds = seeds_of(these)
-    return model if seeds == seeds_of(records) else f"{model} (seeds {', '.join(map(str, seeds))})"
+def cell(values: Sequence[float], form: str, seeds: Sequence[int]) -> str:
+    """An interval, with the number of its seeds where the table has more."""
+    return interval(values, form) + (f" ({len(values)})" if 0 < len(values) < len(seeds) else "")
 
 
-def said(records: Sequence[Record], more: str = "") -> str:
+def said(seeds: Sequence[int], more: str = "") -> str:
     """What is so for a whole table."""
-    return f"\n\nSeeds {', '.join(map(str, seeds_of(records)))}{more}."
+    return f"\n\nSeeds {', '.join(map(str, seeds))}{more}."
 
 
 def of(records: Sequence[Record], **wanted: Any) -> list[Record]:
@@ -125,7 +124,7 @@ def translates(records: Sequence[Record]) -> bool:
 def quality(records: Sequence[Record], task: str) -> str:
     """Tables 1 or 3 of the first paper; its numbers stand beside those of the recipes that follow it."""
     records, first = of(records, task=task, table="models"), originals(records, task)
-    pairs = translates(records)
+    pairs, seeds = translates(records), seeds_of(records)
     header = ["", "d_ff", "ln(perplexity)", "above multi-head"]
     header += ["BLEU, dev", "BLEU, test", "beam 4"] if pairs else ["perplexity", "above multi-head"]
     if task == "translation":
@@ -136,13 +135,13 @@ def quality(records: Sequence[Record], task: str) -> str:
     for model in sorted({r["model"] for r in records}, key=rank):
         these, key = of(records, model=model), paper_key(model)
         above = [] if model == FIRST else differences(these, first, "loss")
-        row = [named(model, these, records), f"{these[0]['intermediate_size']:,}"]
-        row += [interval([r["loss"] for r in these], ".3f"), interval(above, "+.3f")]
+        row = [model, f"{these[0]['intermediate_size']:,}"]
+        row += [cell([r["loss"] for r in these], ".3f", seeds), cell(above, "+.3f", seeds)]
         if pairs:
             fields = ("validation_bleu_greedy", "test_bleu_greedy", "test_bleu_beam")
-            row += [interval([r[name] for r in these], ".1f") for name in fields]
+            row += [cell([r[name] for r in these], ".1f", seeds) for name in fields]
         else:
-            row.append(interval([math.exp(r["loss"]) for r in these], ".2f"))
+            row.append(cell([math.exp(r["loss"]) for r in these], ".2f", seeds))
             row.append(f"{statistics.fmean(map(math.exp, above)) - 1:+.1%}" if above else "")
         if task == "translation":
             loss, *bleu = PAPER_TRANSLATION.get(key, (None,) * 4)
@@ -155,8 +154,9 @@ def quality(records: Sequence[Record], task: str) -> str:
             row.append(shown(there, ".1f"))
             row.append("" if there is None or model == FIRST else f"{there / PAPER_LANGUAGE[FIRST] - 1:+.1%}")
         rows.append(row)
-    sizes = sorted({f"{r['parameters']:,}" for r in records})
-    return markdown(header, rows) + said(records, f"; {' to '.join(sizes[:: max(1, len(sizes) - 1)])} parameters each")
+    sizes = [r["parameters"] for r in records]
+    size = f"{min(sizes):,}" + (f" to {max(sizes):,}" if min(sizes) < max(sizes) else "")
+    return markdown(header, rows) + said(seeds, f"; {size} parameters each")
 
 
 def cost(records: Sequence[Record]) -> str:
@@ -202,15 +202,17 @@ def conversions(records: Sequence[Record], task: str) -> str:
     shares = sorted({r["share"] for r in found})
     models = {model: of(found, model=model) for model in dict.fromkeys(r["model"] for r in found)}
 
+    seeds = seeds_of(found)
+
     def cells(these: Sequence[Record], field: str, form: str) -> list[str]:
-        return [interval(differences(of(these, share=share), first, field), form) for share in shares]
+        return [cell(differences(of(these, share=share), first, field), form, seeds) for share in shares]
 
     header = ["", "trained on", "cache, bytes per token", *(f"{share:.0%}" for share in shares)]
     rows = []
     for model, these in models.items():
-        row = [named(model, these, found), these[0]["loss_function"].upper(), f"{these[0]['cache_bytes']:,}"]
+        row = [model, these[0]["loss_function"].upper(), f"{these[0]['cache_bytes']:,}"]
         rows.append(row + cells(these, "loss", "+.3f"))
-    made = markdown(header, rows) + said(found)
+    made = markdown(header, rows) + said(seeds)
     if translates(found):
         header = ["BLEU, test, greedy", *header[3:]]
         rows = [[model, *cells(these, "test_bleu_greedy", "+.1f")] for model, these in models.items()]

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.conversion import ConversionError
-from mqa_hf.eval.reproduction.__main__ import app
+from mqa_hf.eval.reproduction.__main__ import app, chains_of
 from mqa_hf.eval.reproduction.cost import MODELS, paper_config
 from mqa_hf.eval.reproduction.experiments import FIRST, Experiment, configured
-from mqa_hf.eval.reproduction.page import filled, picture, read, spread
+from mqa_hf.eval.reproduction.page import filled, picture, quality, read, spread
 from mqa_hf.finetune.pretrain import train_tokenizer, widened
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +170,26 @@ def test_costs_are_timed_for_each_model(tmp_path):
     for record in found:
         for field in ("time_per_token_ms", "encoder_sec", "training_us_per_token", "floor_ms"):
             assert record[field] > 0
+
+
+def test_chains_run_models_first_and_one_seed_after_another(tmp_path, small):
+    recipe = yaml.safe_load(small.read_text()) | {"seeds": [3, 10]}
+    small.write_text(yaml.safe_dump(recipe))
+    names = [c.name for c in chains_of([Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")])]
+    kinds = ("multi-head", "multi-query", "from-original", "from-shared")
+    wanted = [f"small/seed-{seed}/{kind}" for part in (kinds[:2], kinds[2:]) for seed in (3, 10) for kind in part]
+    assert names == wanted
+
+
+def test_a_table_says_where_seeds_or_parameters_differ():
+    records = [
+        {"task": "t", "table": "models", "model": model, "seed": seed, "loss": 2.0 + seed / 10, "parameters": size}
+        | {"intermediate_size": 64}
+        for model, seed, size in ((FIRST, 0, 999), (FIRST, 1, 999), ("multi-query", 0, 1001))
+    ]
+    made = quality(records, "t")
+    assert "2.000 (1)" in made
+    assert "Seeds 0, 1; 999 to 1,001 parameters each." in made
 
 
 @pytest.mark.parametrize("said", ["translation", "nonesuch=text", "missing.yaml=text"])

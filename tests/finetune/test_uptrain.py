@@ -20,8 +20,10 @@ from tokenizer import write_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -463,11 +465,36 @@ def test_a_teacher_is_followed_without_dropout(tmp_path):
         schedule = replace(SCHEDULE, tokens=256, sequence_length=32)
         return uptrain(tmp_path / "student", tmp_path / name, given, schedule)["log"]["main"][0]["kl"]
 
-    assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-6)
+    assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-5)
     assert first_divergence("noisy", dropout=True) > 1e-4
     config = AutoConfig.from_pretrained(tmp_path / "quiet")
     assert config.decoder.hidden_dropout == 0.3  # as the student has it
     assert without_dropout(config).decoder.hidden_dropout == without_dropout(config).encoder.hidden_dropout == 0.0
+
+
+@pytest.mark.parametrize("config", [GPT2Config(), OPTConfig(layerdrop=0.1, attention_dropout=0.1), LlamaConfig()])
+def test_no_dropout_is_left_under_any_name(config):
+    left = vars(without_dropout(config)).items()
+    assert not [name for name, value in left if "drop" in name and isinstance(value, float) and value]
+    assert without_dropout(config).to_dict().keys() == config.to_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ((), False),
+        (("--loss", "kl=1,lm=1"), False),
+        (("--loss", "lm"), True),
+        (("--teacher", "none"), True),
+        (("--dropout",), True),
+        (("--loss", "lm", "--no-dropout"), False),
+    ],
+)
+def test_dropout_is_kept_unless_a_teacher_is_learnt_from(home, tmp_path, words, kept):
+    said = [word for word in command(home, tmp_path / "out", "--tokens", "128") if word != "--dropout"]
+    result = CliRunner().invoke(app, [*said, *words])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "uptraining.json").read_text())["options"]["dropout"] is kept
 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
