@@ -119,7 +119,7 @@ def prepare_tokenizer(experiment: Experiment) -> None:
         vocab_size=made_of["vocab_size"],
     )
     find_tokenizer(what, experiment.tokenizer, columns is not None, 0)
-    note.write_text(json.dumps(made_of))
+    write_whole(note, json.dumps(made_of))
 
 
 @app.command(hidden=True)
@@ -142,7 +142,7 @@ def times(work: Work, recipes: Recipes) -> None:
     experiments = read(work, recipes)
     steps = {e.task: step for e in experiments if (step := e.times) is not None}
     for experiment in experiments:
-        for path in experiment.timed.values():
+        for path in experiment.timed:
             if not path.is_dir():
                 raise ConversionError(f"{path} is not there yet; python -m {MODULE} run makes it")
     run_steps(steps, work.resolve() / TIMES, "times")

@@ -286,21 +286,19 @@ class Experiment:
         if "times" not in self.recipe:
             return None
         output = self.work / self.task / "times.jsonl"
-        words = ["benchmark", *map(str, self.timed.values()), "--kv-heads", "original", "--engines", "mqa-hf"]
+        words = ["benchmark", *map(str, self.timed), "--kv-heads", "original", "--engines", "mqa-hf"]
         return Step([*words, "--output", str(output), *option_words("benchmark", self.recipe["times"])], output)
 
     @property
-    def timed(self) -> dict[str, Path]:
-        """By name, the checkpoints that are timed: one of each shape."""
+    def timed(self) -> list[Path]:
+        """The checkpoints that are timed: one of each of [`shapes`]."""
         seed = self.recipe["seeds"][0]
-        place = {FIRST: self.place(FIRST, seed) / "model"}
-        return {
-            names[0]: place.get(names[0], self.place(f"from {names[0]}", seed) / "converted") for names in self.shapes
-        }
+        first, *others = (names[0] for names in self.shapes)
+        return [self.place(first, seed) / "model", *(self.place(f"from {n}", seed) / "converted" for n in others)]
 
     @property
     def shapes(self) -> list[list[str]]:
-        """Names of the first model and of its conversions, those of one shape together."""
+        """Names of the first model and of its conversions, alike ones together, its own first."""
         shape = self.recipe["shape"]
         heads = shape.get("decoder", shape)["num_attention_heads"]
         found = {(heads, 1): [FIRST]}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.output import write_whole
 
 from .experiments import FIRST, read_lines
 
@@ -57,23 +58,19 @@ def spread(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), half
 
 
-def interval(values: Sequence[float], form: str) -> str:
-    """`mean ± half`, which no line breaks."""
-    if not values:
-        return ""
-    middle, half = spread(values)
-    return format(middle, form) + (
-        "" if half is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{half:{form.lstrip('+')}}"
-    )
-
-
 def seeds_of(records: Sequence[Record]) -> list[int]:
     return sorted({r["seed"] for r in records})
 
 
 def cell(values: Sequence[float], form: str, seeds: Sequence[int]) -> str:
-    """An interval, with the number of its seeds where the table has more."""
-    return interval(values, form) + (f" ({len(values)})" if 0 < len(values) < len(seeds) else "")
+    """`mean ± half` on one line, with the number of values where the table has more seeds; empty without values."""
+    if not values:
+        return ""
+    middle, half = spread(values)
+    made = format(middle, form)
+    if half is not None:
+        made += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{half:{form.lstrip('+')}}"
+    return made if len(values) == len(seeds) else f"{made} ({len(values)})"
 
 
 def said(seeds: Sequence[int], more: str = "") -> str:
@@ -201,7 +198,6 @@ def conversions(records: Sequence[Record], task: str) -> str:
     found, first = of(records, task=task, table="conversions"), originals(records, task)
     shares = sorted({r["share"] for r in found})
     models = {model: of(found, model=model) for model in dict.fromkeys(r["model"] for r in found)}
-
     seeds = seeds_of(found)
 
     def cells(these: Sequence[Record], field: str, form: str) -> list[str]:
@@ -370,7 +366,7 @@ def filled(page: str, directory: Path) -> str:
 def fill(docs: Path) -> None:
     """Make the blocks and pictures of `docs/reproduction.md`."""
     page, directory = docs / "reproduction.md", docs / "reproduction"
-    page.write_text(filled(page.read_text(encoding="utf-8"), directory), encoding="utf-8")
+    write_whole(page, filled(page.read_text(encoding="utf-8"), directory))
     results = read(directory / "results.jsonl")
     for kind in ("share", "cache", "time"):
         picture(results, kind, directory / f"{kind}.png")

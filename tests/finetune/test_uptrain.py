@@ -415,22 +415,27 @@ def test_accumulation_does_not_change_the_result(home, tmp_path):
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_translation_model_learns_from_its_teacher(tmp_path):
+def translation(directory, kv_heads=1, **config):
+    """A source that translates, a conversion of it and pairs; returned is what the latter is trained on."""
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=93, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    )
-    model.save_pretrained(tmp_path / "source")
-    write_tokenizer(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "student", dtype="float32")
+    shape = {"vocab_size": 93, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0, **config))
+    model.save_pretrained(directory / "source")
+    write_tokenizer(directory / "source")
+    convert(directory / "source", directory / "student", dtype="float32", kv_heads=kv_heads)
+    pairs = directory / "pairs.jsonl"
     rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(60)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = Uptraining(
-        dataset=(Part(str(tmp_path / "pairs.jsonl")),),
-        columns=("en", "de"),
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Uptraining(
+        dataset=(Part(str(pairs)),), columns=("en", "de"), teacher=str(directory / "source"), losses=(("kl", 1.0),)
+    )
+
+
+def test_a_translation_model_learns_from_its_teacher(tmp_path):
+    options = replace(
+        translation(tmp_path),
         validation=str(tmp_path / "pairs.jsonl"),
         validation_tokens=320,
-        teacher=str(tmp_path / "source"),
         losses=(("kl", 1.0), ("hidden", 1.0)),
         attention_tokens=256,
     )
@@ -445,25 +450,12 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
 
 def test_a_teacher_is_followed_without_dropout(tmp_path):
     """A student that is its teacher has no divergence from it: what is left is the noise of its own dropout."""
-    torch.manual_seed(0)
-    shape = {"vocab_size": 93, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0, dropout_rate=0.3))
-    model.save_pretrained(tmp_path / "source")
-    write_tokenizer(tmp_path / "source")
-    convert(tmp_path / "source", tmp_path / "student", dtype="float32", kv_heads=4)
-    rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(60)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = translation(tmp_path, kv_heads=4, dropout_rate=0.3)
+    schedule = replace(SCHEDULE, tokens=256, sequence_length=32)
 
-    def first_divergence(name, **options):
-        given = Uptraining(
-            dataset=(Part(str(tmp_path / "pairs.jsonl")),),
-            columns=("en", "de"),
-            teacher=str(tmp_path / "source"),
-            losses=(("kl", 1.0),),
-            **options,
-        )
-        schedule = replace(SCHEDULE, tokens=256, sequence_length=32)
-        return uptrain(tmp_path / "student", tmp_path / name, given, schedule)["log"]["main"][0]["kl"]
+    def first_divergence(name, dropout=None):
+        report = uptrain(tmp_path / "student", tmp_path / name, replace(options, dropout=dropout), schedule)
+        return report["log"]["main"][0]["kl"]
 
     assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-5)
     assert first_divergence("noisy", dropout=True) > 1e-4
