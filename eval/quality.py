@@ -121,6 +121,7 @@ def evaluate(
             raise ConversionError(f"{said} is no checkpoint: it has no config.json")
     tokenizer = common_tokenizer(paths)
     config = AutoConfig.from_pretrained(paths[0])
+    note = compared_words(names, paths, tokenizer)
     if getattr(config, "num_mel_bins", None):
         examples = read_speech(paths[0], config, what)
     elif config.is_encoder_decoder:
@@ -138,6 +139,7 @@ def evaluate(
         "command": command,
         "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "sacrebleu")},
         "checkpoints": results,
+        **({"note": note} if note else {}),
     }
     state = processes()
     if state.is_main_process:
@@ -161,6 +163,34 @@ def common_tokenizer(paths: Sequence[Path]) -> Any:
                 "that their losses cannot be compared"
             )
     return found[0]
+
+
+def compared_words(names: Sequence[str], paths: Sequence[Path], tokenizer: Any) -> str:
+    """What to say where models have different numbers of words (embeddings padded to a multiple); "" where not.
+
+    Raises:
+        ConversionError: where the tokenizer has an id that one of them does not have.
+    """
+    sizes = [vocabulary(AutoConfig.from_pretrained(path)) for path in paths]
+    found = {name: size for name, size in zip(names, sizes) if size is not None}
+    if len(set(found.values())) < 2 or names[0] not in found:
+        return ""
+    said = ", ".join(f"{name} {size:,}" for name, size in found.items())
+    most = max(tokenizer.get_vocab().values())
+    if most >= min(found.values()):
+        raise ConversionError(
+            f"the models have different numbers of words ({said}), and the tokenizer gives ids up to {most:,}; they "
+            "can be compared only where each has all of the tokenizer's words"
+        )
+    return (
+        f"The models have different numbers of words ({said}). Each loss is over all words of its model; KL and first "
+        "choice are over those that it has in common with the original."
+    )
+
+
+def vocabulary(config: Any) -> int | None:
+    """Words that a model writes, as far as its configuration says."""
+    return getattr(config.get_text_config(decoder=True), "vocab_size", None)
 
 
 @dataclass(frozen=True)
@@ -256,7 +286,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
             break
     if not windows:
         raise ConversionError(f"{what.text}: no document has two tokens; give --text with something to predict")
-    check_ids(windows, getattr(config, "vocab_size", None))
+    check_ids(windows, vocabulary(config))
 
     def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all are as long
         ids = torch.tensor([prompts[i] for i in chosen])
@@ -290,7 +320,7 @@ def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
             break
     if not windows:
         raise ConversionError(f"{what.text}: there is no pair of texts")
-    check_ids(windows, getattr(getattr(config, "decoder", config), "vocab_size", None))
+    check_ids(windows, vocabulary(config))
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     inner = CollatePairs(pad, config.decoder_start_token_id)
 
@@ -339,7 +369,7 @@ def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
             break
     if not windows:
         raise ConversionError(f"{what.text}: there is no recording")
-    check_ids(windows, getattr(getattr(config, "decoder", config), "vocab_size", None))
+    check_ids(windows, vocabulary(config))
     targets = CollatePairs(config.pad_token_id, config.decoder_start_token_id)
 
     def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -617,8 +647,11 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def compare(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Of each place: nats of its label, KL(theirs ‖ ours) in nats, and whether both have the same first choice.
 
+    Each model's loss is over all of its own words. Where one has more (a padded embedding), the other two numbers are
+    of the distributions over the words that both have.
+
     Args:
-        ours, theirs: logits [T, V].
+        ours, theirs: logits [T, V] and [T, V'].
         labels: [T].
         places: [n] of T.
 
@@ -632,7 +665,10 @@ def compare(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, plac
         if theirs is ours:
             found.append(torch.stack((nats, torch.zeros_like(nats), torch.ones_like(nats))))
             continue
-        log_q = theirs[part.to(theirs.device)].float().log_softmax(-1).to(log_p.device)
+        words = min(ours.shape[-1], theirs.shape[-1])
+        if words < ours.shape[-1]:
+            log_p = log_p[:, :words].log_softmax(-1)
+        log_q = theirs[part.to(theirs.device), :words].float().log_softmax(-1).to(log_p.device)
         divergence = (log_q.exp() * (log_q - log_p)).sum(-1)
         found.append(torch.stack((nats, divergence, (log_p.argmax(-1) == log_q.argmax(-1)).to(nats.dtype))))
     return torch.cat(found, 1).double().cpu()
@@ -703,6 +739,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         size = found.get("kv_bytes_per_token")
         table.add_row(*cells, f"{size:,}" if size is not None else "")
     console.print(table)
+    if "note" in results:
+        console.print(results["note"])
 
 
 def spread(found: dict[str, Any], name: str, form: str) -> str:

@@ -594,7 +594,8 @@ def write_report(
             for other in dict.fromkeys(data.timed_as.values())
         ],
         copied="\n".join(copied),
-        data=json.dumps(content, indent=1, ensure_ascii=False).replace("</", "<\\/"),
+        # No tag, nor a comment, which a browser would read a script within to the end of the page.
+        data=json.dumps(content, indent=1, ensure_ascii=False).replace("<", "\\u003c"),
     )
     write_whole(output / PAGE, page)
     (output / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

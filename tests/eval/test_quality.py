@@ -142,6 +142,47 @@ def test_a_model_with_all_its_heads_is_the_original_and_a_pooled_one_is_not(plac
     assert mean["next_token"]["kl"] * mean["next_token"]["tokens"] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("padded", ["original", "checkpoint"])
+def test_models_with_padded_embeddings_are_compared_over_the_words_that_both_have(places, tmp_path, padded):
+    model = AutoModelForCausalLM.from_pretrained(places / "original")
+    model.resize_token_embeddings(94, pad_to_multiple_of=32, mean_resizing=False)
+    model.save_pretrained(tmp_path / "wide")
+    write_tokenizer(tmp_path / "wide")
+    convert(tmp_path / "wide", tmp_path / "wide-mean")
+    pairs = {"original": ("wide", "mean"), "checkpoint": ("original", "wide-mean")}[padded]
+    one, other = ((tmp_path if name.startswith("wide") else places) / name for name in pairs)
+    found = evaluate(one, [other], tmp_path / "out", what(places))
+    sizes = {"original": "wide 96, mean 93", "checkpoint": "original 93, wide-mean 96"}[padded]
+    assert f"different numbers of words ({sizes})" in found["note"]
+
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (one, other)]
+    nats, divergence, same, count = [0.0, 0.0], 0.0, 0, 0
+    for window in read_text(write_tokenizer(tmp_path), models[0].config, what(places)).windows:
+        with torch.no_grad():
+            logits = [model(torch.tensor([window.ids])).logits[0].double() for model in models]
+        labels = torch.tensor(window.labels)
+        for i, x in enumerate(logits):
+            nats[i] += float(torch.nn.functional.cross_entropy(x, labels, ignore_index=-100, reduction="sum"))
+        p, q = (x[labels >= 0, :93].softmax(-1) for x in logits)
+        divergence += float((p * (p / q).log()).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(p)
+    for i, checkpoint in enumerate(found["checkpoints"]):
+        assert checkpoint["next_token"]["loss"] == pytest.approx(nats[i] / count, rel=1e-5)
+    compared = found["checkpoints"][1]["next_token"]
+    assert compared["kl"] == pytest.approx(divergence / count, rel=1e-4)
+    assert compared["same_first_choice"] == pytest.approx(same / count)
+
+
+def test_models_of_other_sizes_are_refused_where_the_tokenizer_has_words_beyond_one(places, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(places / "original")
+    model.resize_token_embeddings(90)
+    model.save_pretrained(tmp_path / "fewer")
+    write_tokenizer(tmp_path / "fewer")
+    with pytest.raises(ConversionError, match=r"\(original 93, fewer 90\), and the tokenizer gives ids up to 92"):
+        evaluate(places / "original", [tmp_path / "fewer"], tmp_path / "out", what(places))
+
+
 def test_an_interrupted_run_goes_on_and_a_finished_one_is_not_run_again(places, tmp_path, monkeypatch):
     asked = what(places, batch_tokens=60)
     whole = evaluate(places / "original", [places / "mean"], tmp_path / "whole", asked)

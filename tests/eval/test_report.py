@@ -76,6 +76,21 @@ def test_the_page_holds_the_numbers_and_nothing_from_elsewhere(measured, tmp_pat
     assert len(ids) == len(set(ids))
 
 
+def test_no_text_ends_the_page_and_its_remarks_are_shown(measured, tmp_path):
+    said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
+    sample = "<!--<script> </script> --> &lt;"
+    said["checkpoints"][0]["samples"][0]["text"] = sample
+    (tmp_path / "evaluation.json").write_text(json.dumps({**said, "note": "other <words>"}))
+    page = write_report(tmp_path / "evaluation.json", [], tmp_path / "report").read_text()
+    begin = page.index('<script type="application/json"')
+    data, rest = page[begin:].split(">", 1)[1].split("</script>", 1)
+    assert "<" not in data
+    assert rest.split() == ["</body>", "</html>"]
+    assert json.loads(data)["evaluation"]["checkpoints"][0]["samples"][0]["text"] == sample
+    assert "other &lt;words&gt;" in page[:begin]
+    assert "<!--" not in page[:begin].split("</style>")[1].split("<svg")[0]
+
+
 def test_times_are_those_of_the_checkpoint_itself(measured, tmp_path):
     lines = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
     found = read_results(measured / "evaluation", [measured / "times.jsonl"])
