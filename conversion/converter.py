@@ -38,7 +38,16 @@ from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .errors import ConversionError, ConversionWarning
-from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, check_own_heads, family_of, fold_scales
+from .families import (
+    FAMILIES,
+    NATIVE_ONLY,
+    Family,
+    canonical_config,
+    check_own_heads,
+    family_of,
+    fold_scales,
+    native_config,
+)
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
@@ -366,13 +375,7 @@ def make_plan(
     output: PreTrainedConfig = pooled
     output_family: Family | None = None
     if target == "native":
-        if family.native is None:
-            raise ConversionError(
-                f"--target native: no class of transformers holds a {source.config.model_type} with fewer key/value "
-                "heads; use --target mqa"
-            )
-        assert isinstance(pooled, MQAConfig)
-        output = family.native(source.config, pooled)
+        output = native_config(source.config, decoder_of(pooled))
         output.tie_word_embeddings = config.tie_word_embeddings
         output_family = FAMILIES[output.model_type]
     for part in (output, *(getattr(output, name) for name in output.sub_configs)):

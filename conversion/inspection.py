@@ -122,7 +122,7 @@ def _describe_own_class(source: Source, kv_heads: int) -> dict[str, Any]:
     own = own_class(source, kv_heads)
     cache = {"now": own.config.kv_bytes_per_token, "after": own.pooled.kv_bytes_per_token}
     return {
-        "reason": f"only with --target native: {NATIVE_ONLY[source.config.model_type].why}",
+        "reason": f"only with mqa-hf convert --target native: {NATIVE_ONLY[source.config.model_type].why}",
         "layers": source.config.num_hidden_layers,
         "num_attention_heads": own.config.num_attention_heads,
         "num_key_value_heads": own.config.num_key_value_heads,

@@ -35,12 +35,14 @@ class OwnClass:
         config, pooled: the attention of the layers that have keys and values, before and after. They say nothing else
             of the model.
         model: the source's class on `meta`.
+        shapes: of its parameters with the heads that are asked for.
     """
 
     output: PreTrainedConfig
     config: MQAConfig
     pooled: MQAConfig
     model: PreTrainedModel
+    shapes: Mapping[str, Shape]
 
 
 def own_class(source: Source, kv_heads: int) -> OwnClass:
@@ -85,7 +87,7 @@ def own_class(source: Source, kv_heads: int) -> OwnClass:
             f"{before.model_type}: more than the keys and values depends on the number of key/value heads: "
             f"{listing(changed)}"
         )
-    return OwnClass(output, config, pooled, model)
+    return OwnClass(output, config, pooled, model, after)
 
 
 def own_class_plan(source: Source, *, kv_heads: int, dtype: torch.dtype | None) -> dict[str, Any]:

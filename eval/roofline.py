@@ -10,6 +10,8 @@ and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are cou
 
     bytes = weights + b · (keys and values of n positions)        operations = 2 · b · (weights + 2 · h · n · widths)
     time ≥ max(weights / bandwidth, matrix operations / rate) + (keys and values) / bandwidth
+
+Of a mixture of experts, a step reads those that b tokens choose, here independently of each other.
 """
 
 import json
@@ -26,10 +28,12 @@ from rich.table import Table
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion import ConversionError
+from mqa_hf.conversion.converter import TARGETS
+from mqa_hf.conversion.families import family_of, native_config
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
-from .shapes import Config, read_shape
+from .shapes import Config, OwnShape, Weights, read_shape
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,21 @@ def step_weights(config: MQAConfig) -> int:
     return total
 
 
-def step_cost(config: MQAConfig, batch: int, context: int, source: int = 0, itemsize: int = 2) -> StepCost:
+def weights_of(config: MQAConfig) -> Weights:
+    """Of a decoder, to within biases and norms."""
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.embedding_size
+    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
+    cross = 0
+    if config.cross_num_key_value_heads:
+        for i in range(config.num_hidden_layers):
+            widths = of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i)
+            cross += config.hidden_size * config.cross_num_key_value_heads * widths
+    return Weights(step_weights(config), looked_up=embedding + positions + cross)
+
+
+def step_cost(
+    config: MQAConfig, batch: int, context: int, source: int = 0, itemsize: int = 2, weights: Weights | None = None
+) -> StepCost:
     """Bytes and operations of a step.
 
     Args:
@@ -111,7 +129,9 @@ def step_cost(config: MQAConfig, batch: int, context: int, source: int = 0, item
         context: positions in the cache.
         source: positions of the encoder's output, for a decoder with one.
         itemsize: bytes of a number.
+        weights: of a model of which `config` says the attention only.
     """
+    weights = weights or weights_of(config)
     cached = computed = 0
     H, G = config.num_attention_heads, config.num_key_value_heads
     for i, kind in enumerate(config.layer_types):
@@ -123,38 +143,37 @@ def step_cost(config: MQAConfig, batch: int, context: int, source: int = 0, item
             width = of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i)
             cached += config.cross_num_key_value_heads * width * source
             computed += H * width * source
-    weights = step_weights(config)
-    return StepCost(weights * itemsize, batch * cached * itemsize, 2.0 * batch * weights, 2.0 * batch * computed)
+    operations = 2.0 * batch * weights.of_a_token
+    return StepCost(weights.read(batch) * itemsize, batch * cached * itemsize, operations, 2.0 * batch * computed)
 
 
-def prefill_ratio(config: MQAConfig, batch: int, length: int, itemsize: int = 2) -> float:
+def prefill_ratio(
+    config: MQAConfig, batch: int, length: int, itemsize: int = 2, weights: Weights | None = None
+) -> float:
     """Bytes per operation where `length` positions of `batch` rows are computed at once, as in training."""
-    weights, tokens = step_weights(config), batch * length
+    weights, tokens = weights or weights_of(config), batch * length
     H, G = config.num_attention_heads, config.num_key_value_heads
     heads = sum(
         of_layer(config.qk_head_dim, i) + of_layer(config.v_head_dim, i) for i in range(config.num_hidden_layers)
     )
     activations = tokens * (config.num_hidden_layers * (4 * config.hidden_size) + (H + G) * heads)
-    operations = 2.0 * tokens * weights + tokens * length * H * heads  # causal: half of 2 · length
-    return itemsize * (weights + activations) / operations
+    # Causal: half of 2 · length.
+    operations = 2.0 * tokens * weights.of_a_token + tokens * length * H * heads
+    return itemsize * (weights.read(tokens) + activations) / operations
 
 
-def parameters(config: MQAConfig) -> int:
-    """Of the decoder, to within biases and norms: those of a step and those that are only looked up."""
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.embedding_size
-    positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
-    cross = 0
-    if config.cross_num_key_value_heads:
-        for i in range(config.num_hidden_layers):
-            widths = of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i)
-            cross += config.hidden_size * config.cross_num_key_value_heads * widths
-    return step_weights(config) + embedding + positions + cross
-
-
-def largest_batch(config: MQAConfig, context: int, memory: float, source: int = 0, itemsize: int = 2) -> int:
+def largest_batch(
+    config: MQAConfig,
+    context: int,
+    memory: float,
+    source: int = 0,
+    itemsize: int = 2,
+    weights: Weights | None = None,
+) -> int:
     """Rows of `context` positions whose cache fits beside the weights, with 4 % of the memory left for the rest."""
     row = (config.kv_bytes_per_token * context + config.cross_kv_bytes_per_token * source) * itemsize / 2
-    return max(0, int((0.96 * memory - parameters(config) * itemsize) // row))
+    total = (weights or weights_of(config)).total
+    return max(0, int((0.96 * memory - total * itemsize) // row))
 
 
 def measured_device(device: str | torch.device = "cuda") -> Device:
@@ -224,8 +243,15 @@ def choices(config: Config, kv_heads: list[int], widths: list[int]) -> dict[str,
     return found
 
 
+def own_choices(shape: OwnShape, kv_heads: list[int]) -> dict[str, OwnShape]:
+    """A model in its own class by name: as it is, then with every number of heads."""
+    original = shape.config.num_key_value_heads
+    fewer = {f"{heads}": shape.with_heads(heads) for heads in kv_heads if heads != original}
+    return {f"original ({original})": shape, **fewer}
+
+
 def plan(
-    config: Config,
+    config: Config | OwnShape,
     kv_heads: list[int],
     widths: list[int],
     batch: int,
@@ -236,11 +262,15 @@ def plan(
 ) -> list[dict]:
     """One record per choice of heads and width; the keys say what and in which unit."""
     records: list[dict] = []
-    for title, decoder in choices(config, kv_heads, widths).items():
-        cost = step_cost(decoder, batch, context, source, itemsize)
+    if isinstance(config, OwnShape):
+        models = {name: (own.config, own.weights) for name, own in own_choices(config, kv_heads).items()}
+    else:
+        models = {name: (stack, weights_of(stack)) for name, stack in choices(config, kv_heads, widths).items()}
+    for title, (decoder, weights) in models.items():
+        cost = step_cost(decoder, batch, context, source, itemsize, weights)
         step = cost.seconds(device)
-        rows = largest_batch(decoder, context, device.memory, source, itemsize) if device.memory else 0
-        most = rows / step_cost(decoder, rows, context, source, itemsize).seconds(device) if rows else 0.0
+        rows = largest_batch(decoder, context, device.memory, source, itemsize, weights) if device.memory else 0
+        most = rows / step_cost(decoder, rows, context, source, itemsize, weights).seconds(device) if rows else 0.0
         first = records[0] if records else None
         records.append(
             {
@@ -249,7 +279,7 @@ def plan(
                 "cross_kv_bytes_per_token": decoder.cross_kv_bytes_per_token * itemsize // 2,
                 **asdict(cost),
                 "bytes_per_operation": cost.bytes_per_operation,
-                "prefill_bytes_per_operation": prefill_ratio(decoder, batch, context, itemsize),
+                "prefill_bytes_per_operation": prefill_ratio(decoder, batch, context, itemsize, weights),
                 "floor_ms": 1000 * step,
                 "tokens_per_sec": batch / step,
                 "speedup": (batch / step) / first["tokens_per_sec"] if first else 1.0,
@@ -266,16 +296,24 @@ def plan(
 def show(
     name: str,
     kv_heads: list[int] | None,
-    widths: list[int],
+    widths: list[int] | None,
     batch: int,
     context: int,
     device_name: str,
     source: int,
     dtype: str,
     as_json: bool,
-    output: Path | None = None,
+    target: str | None = None,
 ) -> None:
-    """The command: a table of [`plan`], or JSON. `kv_heads`: those of 1, 2, 4, 8 that divide the original's."""
+    """The command: a table of [`plan`], or JSON.
+
+    Args:
+        name: of a shape or a checkpoint.
+        kv_heads: default: those of 1, 2, 4, 8 that divide the original's.
+        widths: default: 1 and 2, of native targets 1.
+        target: the class that holds the result, as of a conversion. Default: this package's, where it can.
+        batch, context, device_name, source, dtype, as_json: as of the command.
+    """
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}.get(dtype)
     if itemsize is None:
         raise ConversionError(f"--dtype must be float32, bfloat16, float16 or float8, got {dtype!r}")
@@ -285,11 +323,24 @@ def show(
         device = DEVICES[device_name]
     else:
         raise ConversionError(f"--device must be measured or one of {', '.join(DEVICES)}, got {device_name!r}")
-    _, config = read_shape(name)
+    if target not in (None, *TARGETS):
+        raise ConversionError(f"--target must be one of {', '.join(TARGETS)}, got {target!r}")
+    original, config = read_shape(name)
+    if target == "mqa":
+        family_of(original.model_type)  # an error where it has its own class only
+    native = target == "native" or isinstance(config, OwnShape)
+    if native and widths is not None and widths != [1]:
+        raise ConversionError(
+            "--widths is for --target mqa: the heads of transformers' classes have the source's width"
+        )
+    attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
     if kv_heads is None:
-        kv_heads = [n for n in (1, 2, 4, 8) if decoder_of(config).num_key_value_heads % n == 0]
+        kv_heads = [n for n in (1, 2, 4, 8) if attention.num_key_value_heads % n == 0]
+    if target == "native" and not isinstance(config, OwnShape):
+        for decoder in list(choices(config, kv_heads, [1]).values())[1:]:
+            native_config(original, decoder)
     source = source if isinstance(config, MQASeq2SeqConfig) else 0
-    records = plan(config, kv_heads, widths, batch, context, device, source, itemsize)
+    records = plan(config, kv_heads, widths or ([1] if native else [1, 2]), batch, context, device, source, itemsize)
     if as_json:
         print(json.dumps({"device": asdict(device), "choices": records}, indent=2))
         return

@@ -3,19 +3,28 @@
 Each is what `config.json` of the checkpoint says about sizes, for the class of its `model_type`.
 """
 
+import copy
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.families import canonical_config
-from mqa_hf.conversion.source import locate, read_json, read_source
+from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
+from mqa_hf.conversion.passthrough import own_class
+from mqa_hf.conversion.source import Source, locate, read_json, read_source
 
 Config = MQAConfig | MQASeq2SeqConfig
+# What configurations call the experts of a layer, and those that a token goes to.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k")
 
 
 def llama(
@@ -97,7 +106,95 @@ def unique_names(checkpoints: Sequence[str]) -> list[str]:
     raise ConversionError(f"a checkpoint is given twice: {', '.join(checkpoints)}")
 
 
-def read_shape(name: str) -> tuple[PreTrainedConfig, Config]:
+@dataclass(frozen=True)
+class Weights:
+    """How many weights a model has.
+
+    Attributes:
+        always: that every step multiplies with, the head's included.
+        experts: of all the experts that tokens choose among.
+        chosen: the share of these that a token goes to.
+        looked_up: the embeddings' that are no head.
+    """
+
+    always: int
+    experts: int = 0
+    chosen: float = 1.0
+    looked_up: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.always + self.experts + self.looked_up
+
+    @property
+    def of_a_token(self) -> float:
+        return self.always + self.chosen * self.experts
+
+    def read(self, tokens: int) -> float:
+        """Those that a step with so many tokens reads, which choose their experts independently of each other."""
+        return self.always + (1 - (1 - self.chosen) ** tokens) * self.experts
+
+
+@dataclass(frozen=True)
+class OwnShape:
+    """A model that runs in its own class of transformers (`families/native_only.py`), with some number of heads.
+
+    Attributes:
+        source: the checkpoint.
+        run: the configuration of its class with these heads.
+        config: the attention of the layers that have keys and values, with their windows; nothing else of the model.
+        weights: of the model. States of layers without keys and values are counted nowhere.
+    """
+
+    source: Source
+    run: PreTrainedConfig
+    config: MQAConfig
+    weights: Weights
+
+    @property
+    def why(self) -> str:
+        """Why this package's class and loop cannot have it, as a clause."""
+        return NATIVE_ONLY[self.run.model_type].why
+
+    def with_heads(self, kv_heads: int) -> "OwnShape":
+        return self if kv_heads == self.config.num_key_value_heads else own_shape(self.source, kv_heads)
+
+
+def own_shape(source: Source, kv_heads: int) -> OwnShape:
+    """A source in its own class with fewer key/value heads; raises ConversionError where that cannot be."""
+    own = own_class(source, kv_heads)
+    config = copy.deepcopy(own.pooled)
+    windows = list(attention_layers(source.config).values())
+    config.sliding_window = max((w for w in windows if w is not None), default=None)
+    config.layer_types = ["full_attention" if w is None else "sliding_attention" for w in windows]
+    model, head = own.model, own.model.get_output_embeddings()
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    looked_up = sum(w.numel() for w in tables if head is None or w is not head.weight)
+    experts = sum(math.prod(shape) for name, shape in own.shapes.items() if ".experts." in name)
+    total = sum(math.prod(shape) for shape in own.shapes.values())
+    chosen = chosen_share(source.config) if experts else 1.0
+    return OwnShape(source, own.output, config, Weights(total - looked_up - experts, experts, chosen, looked_up))
+
+
+def chosen_share(config: PreTrainedConfig) -> float:
+    """The share of a layer's experts that a token goes to."""
+    said = getattr(config, "ffn_config", config)
+    counts = [
+        next((n for n in (getattr(said, name, None) for name in names) if isinstance(n, int)), None)
+        for names in (CHOSEN, EXPERTS)
+    ]
+    if counts[0] is None or not counts[1]:
+        raise ConversionError(f"{config.model_type}: config.json does not say how many experts a token goes to")
+    return min(1.0, counts[0] / counts[1])
+
+
+def attention_layers(config: PreTrainedConfig) -> dict[int, int | None]:
+    """The layers of a class of transformers that have a cache of keys and values, and the window of each."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return {i: getattr(x, "sliding_window", None) for i, x in enumerate(layers) if isinstance(x, DynamicLayer)}
+
+
+def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     """A shape by its name, or that of a checkpoint: the source's configuration and the canonical one.
 
     Raises:
@@ -119,4 +216,6 @@ def read_shape(name: str) -> tuple[PreTrainedConfig, Config]:
             config = ours.from_pretrained(directory)
             return config, config
     source = read_source(name, directory, commit)
+    if source.config.model_type in NATIVE_ONLY:
+        return source.config, own_shape(source, source.config.num_key_value_heads)
     return source.config, canonical_config(source.config, source.raw)

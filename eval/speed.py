@@ -7,7 +7,8 @@ that at least (`roofline.py`).
 
 Engines are `mqa-hf` (this package's loop), `dynamic` (transformers' loop with its growing cache) and `static`
 (transformers' loop with a static cache, compiled), the last two with the class of transformers that can hold the
-model, or with ours where there is none.
+model, or with ours where there is none. Types that are converted in their own class only are timed in that class, with
+transformers' loops.
 """
 
 import gc
@@ -39,7 +40,7 @@ from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .roofline import Device, largest_batch, measured_device, step_cost
-from .shapes import Config, read_shape, unique_names
+from .shapes import Config, OwnShape, Weights, attention_layers, read_shape, unique_names
 
 ENGINES = ("mqa-hf", "dynamic", "static")
 WARMUP = 8  # tokens that are not counted
@@ -49,7 +50,8 @@ WARMUP = 8  # tokens that are not counted
 class Contender:
     """A model to time: `config` of this package, and the configuration of the class that `engine` runs.
 
-    `original` says whether it has as many key/value heads as the shape.
+    `original` says whether it has as many key/value heads as the shape; `weights` how many weights it has, where
+    `config` is only its attention.
     """
 
     shape: str
@@ -58,6 +60,7 @@ class Contender:
     kv_heads: int
     config: Config
     run: PreTrainedConfig
+    weights: Weights | None = None
 
     @property
     def name(self) -> str:
@@ -101,6 +104,24 @@ def contenders(
     return found
 
 
+def own_contenders(shape: str, own: OwnShape, kv_heads: list[int], engines: list[str]) -> list[Contender]:
+    """The same for a model in its own class, which transformers' loops run."""
+    if "mqa-hf" in engines:
+        raise ConversionError(
+            f"{shape}: {own.run.model_type} runs in its own class, with transformers' loops only ({own.why}); use "
+            "--engines dynamic, static or both"
+        )
+    original = own.config.num_key_value_heads
+    models = [own.with_heads(heads) for heads in dict.fromkeys(n or original for n in kv_heads)]
+    return [
+        Contender(
+            shape, fewer is own, engine, fewer.config.num_key_value_heads, fewer.config, fewer.run, fewer.weights
+        )
+        for fewer in models
+        for engine in engines
+    ]
+
+
 def build(contender: Contender, dtype: torch.dtype, device: str) -> Any:
     """The model, with random weights."""
     classes: dict[bool, Any] = {False: AutoModelForCausalLM, True: AutoModelForSeq2SeqLM}
@@ -135,7 +156,7 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     other: Any = DynamicCache(config=text)
     if contender.engine == "static":
         other = StaticCache(config=text, max_cache_len=capacity)
-    for i in range(config.num_hidden_layers):
+    for i in attention_layers(text):
         shapes = [(batch, contender.kv_heads, context, w) for w in (config.qk_head_dim, config.v_head_dim)]
         other.update(*(torch.randn(shape, dtype=dtype, device=device) for shape in shapes), i)
     return other
@@ -268,7 +289,7 @@ def finish(
     median = statistics.median(steps)
     tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else steps * 9
     itemsize = DTYPES[record["dtype"]].itemsize
-    cost = step_cost(decoder_of(contender.config), batch * beams, context, source, itemsize)
+    cost = step_cost(decoder_of(contender.config), batch * beams, context, source, itemsize, contender.weights)
     floor = cost.seconds(device)
     return {
         **said(contender, batch, context, beams),
@@ -331,6 +352,13 @@ class Bench:
         except torch.OutOfMemoryError as error:
             self.models.clear()
             gone = str(error).split(". ")[0]
+        except Exception as error:  # whatever a class raises whose cache holds more than keys and values
+            if contender.weights is None:
+                raise
+            raise ConversionError(
+                f"{contender.shape}: {contender.run.model_type} does not run from a cache of {context} positions with "
+                f"--engines {contender.engine}: {error}"
+            ) from error
         settle(torch.device(self.device))
         return {**said(contender, batch, context, beams), "error": gone, **facts}
 
@@ -338,7 +366,8 @@ class Bench:
         """The cell with the largest batch that fits."""
         config = decoder_of(contender.config)
         itemsize = DTYPES[self.dtype].itemsize
-        batch = largest_batch(config, context + WARMUP + self.tokens + 1, self.limits.memory, 0, itemsize)
+        capacity = context + WARMUP + self.tokens + 1
+        batch = largest_batch(config, capacity, self.limits.memory, 0, itemsize, contender.weights)
         record = {**said(contender, 0, context, 1), "error": "it does not fit at all", **self.facts}
         while batch > 0:
             record = self.cell(contender, batch, context)
@@ -471,7 +500,7 @@ def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
 def benchmark(
     shapes: list[str],
     kv_heads: list[int],
-    engines: list[str],
+    engines: list[str] | None,
     cells: list[tuple[int, int, int]],
     tokens: int,
     dtype: str,
@@ -487,9 +516,9 @@ def benchmark(
     """The command: a table, one JSON line per cell in `output`, pictures in `plot_directory`.
 
     All shapes, heads and engines are timed in one run and, with several `rounds` (the default on a CPU), in turns.
-    `command` is noted in each record.
+    `engines`: default mqa-hf and dynamic, of models in their own class dynamic. `command` is noted in each record.
     """
-    unknown = [engine for engine in engines if engine not in ENGINES]
+    unknown = [engine for engine in engines or () if engine not in ENGINES]
     if unknown:
         raise ConversionError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -505,10 +534,15 @@ def benchmark(
             )
         if largest and (device == "cpu" or several):
             raise ConversionError(f"--largest-batch is for decoder-only shapes on a GPU ({shape}, {device})")
+        if isinstance(config, OwnShape):
+            if window is not None:
+                raise ConversionError(f"--window is for models in this package's class; {shape} runs in its own")
+            found += own_contenders(shape, config, kv_heads, engines or ["dynamic"])
+            continue
         if window is not None:
             decoder = decoder_of(config)
             decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
-        ours = contenders(shape, source, config, kv_heads, engines)
+        ours = contenders(shape, source, config, kv_heads, engines or ["mqa-hf", "dynamic"])
         # With a window all run our class; transformers' would not have it.
         found += ours if window is None else [replace(c, run=c.config) for c in ours]
     rounds = rounds or (3 if device == "cpu" else 1)

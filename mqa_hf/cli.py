@@ -241,7 +241,20 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    widths: Annotated[str, typer.Option(help="Widths of a new head in units of an old one.")] = "1,2",
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            help="Widths of a new head in units of an old one. Default: 1,2; of native targets 1.", show_default=False
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="mqa or native, as of convert. Default: mqa; native where the type is converted in its own class "
+            "only.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
     context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
     source: Annotated[int, typer.Option(min=0, help="Positions of the encoder's output, where there is one.")] = 512,
@@ -252,8 +265,9 @@ def plan(
     """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
     from mqa_hf.eval.roofline import show
 
-    heads, wide = None if kv_heads is None else numbers("--kv-heads", kv_heads), numbers("--widths", widths)
-    show(shape, heads, wide, batch, context, device, source, dtype, as_json)
+    heads = None if kv_heads is None else numbers("--kv-heads", kv_heads)
+    wide = None if widths is None else numbers("--widths", widths)
+    show(shape, heads, wide, batch, context, device, source, dtype, as_json, target)
 
 
 @app.command()
@@ -266,8 +280,13 @@ def benchmark(
         str, typer.Option(help="Key/value heads to time; `original`: the source's own.")
     ] = "original,1",
     engines: Annotated[
-        str, typer.Option(help="mqa-hf; dynamic and static are transformers' loops.")
-    ] = "mqa-hf,dynamic",
+        str | None,
+        typer.Option(
+            help="mqa-hf; dynamic and static are transformers' loops. Default: mqa-hf,dynamic; dynamic for types that "
+            "run in their own class only.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Rows decoded at once.")] = "1",
     context: Annotated[str, typer.Option(help="Positions in the cache, or tokens of the source.")] = "512",
     cells: Annotated[
@@ -307,7 +326,7 @@ def benchmark(
     benchmark(
         shapes,
         heads,
-        [engine.strip() for engine in engines.split(",")],
+        None if engines is None else [engine.strip() for engine in engines.split(",")],
         [(*pair, k) for pair in pairs for k in numbers("--beams", beams)],
         tokens,
         dtype or ("float32" if device == "cpu" else "bfloat16"),

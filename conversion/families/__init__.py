@@ -34,6 +34,7 @@ __all__ = [
     "check_own_heads",
     "family_of",
     "fold_scales",
+    "native_config",
 ]
 
 FAMILIES: dict[str, Family] = {
@@ -96,6 +97,17 @@ def family_of(model_type: Any) -> Family:
             "CONTRIBUTING.md says how to add one"
         )
     return FAMILIES[model_type]
+
+
+def native_config(source: PreTrainedConfig, pooled: MQAConfig) -> PreTrainedConfig:
+    """That of the class of transformers which holds a pooled model; raises ConversionError where there is none."""
+    native = family_of(source.model_type).native
+    if native is None:
+        raise ConversionError(
+            f"--target native: no class of transformers holds a {source.model_type} with fewer key/value heads; use "
+            "--target mqa"
+        )
+    return native(source, pooled)
 
 
 def check_known(model_type: Any) -> None:

@@ -214,7 +214,7 @@ def test_inspection_says_the_same(qwen3):
     result = inspect(qwen3)
     theirs = AutoModelForCausalLM.from_pretrained(qwen3)
     assert (result["convertible"], result["native"]) == (True, "qwen3")
-    assert result["reason"] == "only with --target native: its queries and keys are normalised by head"
+    assert result["reason"] == "only with mqa-hf convert --target native: its queries and keys are normalised by head"
     assert result["parameters"] == theirs.num_parameters()
     assert result["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
     assert (result["layers"], result["num_key_value_heads"], result["head_dim"]) == (2, 4, 8)

@@ -1,12 +1,15 @@
 """The counts of a plan against the tensors of real models."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from native_sources import BASE, CONFIGS, make_native
 from sources import LLAMA, make_model, save
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration
@@ -14,8 +17,9 @@ from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.plan import decoder_of
-from mqa_hf.eval.roofline import DEVICES, Device, choices, largest_batch, parameters, plan, step_cost, step_weights
-from mqa_hf.eval.shapes import SHAPES, read_shape
+from mqa_hf.conversion.source import Source
+from mqa_hf.eval.roofline import DEVICES, Device, choices, largest_batch, plan, step_cost, step_weights, weights_of
+from mqa_hf.eval.shapes import SHAPES, own_shape, read_shape
 
 
 def decoder_parts(config):
@@ -39,7 +43,7 @@ def test_weights_are_those_of_the_model(name):
     assert step_weights(decoder) == sum(once.values()) + model.lm_head.weight.numel()
     tied = decoder.vocab_size * decoder.embedding_size if decoder.tie_word_embeddings else 0
     total = sum(p.numel() for p in stack.parameters()) + model.lm_head.weight.numel() - tied
-    assert parameters(decoder) == pytest.approx(total, rel=5e-3)
+    assert weights_of(decoder).total == pytest.approx(total, rel=5e-3)
 
 
 def test_operations_and_bytes_of_a_step():
@@ -71,7 +75,7 @@ def test_the_cache_of_the_largest_batch_fits_as_said():
     cache = DecodeCache(config, rows, 256, torch.bfloat16, "meta")
     size = sum(2 * t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
     row = size // rows
-    assert size + 2 * parameters(config) <= 0.96 * memory < size + row + 2 * parameters(config)
+    assert size + 2 * weights_of(config).total <= 0.96 * memory < size + row + 2 * weights_of(config).total
 
 
 def test_time_is_the_larger_of_reading_and_computing():
@@ -115,3 +119,60 @@ def test_plans_of_every_shape():
         _, config = read_shape(name)
         records = plan(config, [1], [1], 8, 1024, DEVICES["a100-80gb"], source=64)
         assert records[-1]["tokens_per_sec"] >= 0.99 * records[0]["tokens_per_sec"]
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_weights_of_a_model_in_its_own_class_are_those_of_the_class(model_type):
+    config = AutoConfig.for_model(model_type, **{**BASE, **CONFIGS[model_type]})
+    own = own_shape(Source("source", Path(), None, config, {}), 4)
+    for shape in (own, own.with_heads(1)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape.run)
+        assert shape.weights.total == model.num_parameters()
+        experts = {n: p for n, p in model.named_parameters() if ".experts." in n}
+        assert shape.weights.experts == sum(p.numel() for p in experts.values())
+        assert shape.weights.chosen == (0.5 if experts else 1)  # two of four
+        assert all(p.shape[0] == 4 for p in experts.values() if p.ndim == 3)
+    assert own.config.kv_bytes_per_token == 4 * own.with_heads(1).config.kv_bytes_per_token
+    records = plan(own, [1, 2], [1], 2, 64, DEVICES["l4"])
+    assert [r["kv_heads"] for r in records] == ["original (4)", "1", "2"]
+    assert records[0]["cache_bytes"] == 4 * records[1]["cache_bytes"]
+
+
+def test_a_step_reads_the_experts_that_its_rows_choose_and_the_window_of_a_layer():
+    """Of four experts each row chooses two: 2 are read by one row, 3 in the mean by two, nearly all by many."""
+    config = AutoConfig.for_model("mixtral", **{**BASE, **CONFIGS["mixtral"]})
+    own = own_shape(Source("source", Path(), None, config, {}), 4)
+    one_expert = 2 * 3 * 48 * 56  # in two layers
+    attention = 2 * 48 * 8 * (8 + 4 + 4 + 8)
+    small = 2 * 4 * 48 + 5 * 48  # routers and norms
+    for rows, experts in ((1, 2), (2, 3), (64, 4)):
+        cost = step_cost(own.config, rows, 10, weights=own.weights)
+        assert cost.weight_bytes == pytest.approx(2 * (experts * one_expert + attention + small + 101 * 48))
+        assert cost.weight_operations == 2 * rows * (2 * one_expert + attention + small + 101 * 48)
+    config = AutoConfig.for_model("gemma2", **{**BASE, **CONFIGS["gemma2"]})
+    own = own_shape(Source("source", Path(), None, config, {}), 4)
+    assert step_cost(own.config, 3, 40, weights=own.weights).cache_bytes == 3 * 2 * 4 * 16 * (5 + 40)
+
+
+def test_the_command_plans_what_convert_takes(tmp_path: Path):
+    qwen3 = save(make_native("qwen3"), tmp_path / "qwen3")
+    llama = save(make_model("llama", LLAMA), tmp_path / "llama")
+    bloom = save(
+        make_model("bloom", {"hidden_size": 48, "n_head": 6, "n_layer": 1, "vocab_size": 99}), tmp_path / "bloom"
+    )
+    for arguments in ([qwen3], [qwen3, "--target", "native"], [llama, "--target", "native"]):
+        result = CliRunner().invoke(app, ["plan", *map(str, arguments), "--kv-heads", "1", "--json"])
+        assert result.exit_code == 0, result.output
+        assert [r["kv_heads"][:4] for r in json.loads(result.output)["choices"]] == ["orig", "1"]
+    for arguments, message in (
+        ([qwen3, "--target", "mqa"], "converted in its own class only: .*; use --target native"),
+        ([qwen3, "--widths", "2"], "--widths is for --target mqa"),
+        ([llama, "--target", "native", "--widths", "1,2"], "--widths is for --target mqa"),
+        ([qwen3, "--kv-heads", "3"], "--kv-heads 3 does not divide the source's 4"),
+        ([bloom, "--target", "native"], "no class of transformers holds a bloom"),
+        ([llama, "--target", "vllm"], "--target must be one of mqa, native"),
+    ):
+        result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
+        assert isinstance(result.exception, ConversionError), result.output
+        assert re.search(message, str(result.exception))

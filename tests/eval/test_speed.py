@@ -1,15 +1,27 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from native_sources import make_native
 from sources import LLAMA, make_model, save
 from typer.testing import CliRunner
 
 from mqa_hf.cli import app
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.shapes import SHAPES, read_shape
-from mqa_hf.eval.speed import Contender, build, cache_bytes, contenders, filled_cache, labels, plots, time_tokens
+from mqa_hf.eval.speed import (
+    Contender,
+    build,
+    cache_bytes,
+    contenders,
+    filled_cache,
+    labels,
+    own_contenders,
+    plots,
+    time_tokens,
+)
 
 
 @pytest.fixture
@@ -113,6 +125,56 @@ def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
     result = benchmark(tmp_path / "ours", "--kv-heads", "original", "--cells", "1x8", "--tokens", 2, "--rounds", 1)
     assert result.exit_code == 0, result.output
     assert "MQA, 2 K/V heads, dynamic" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "mixtral", "gemma2", "nemotron_h", "zamba"])
+def test_a_model_in_its_own_class_is_timed_there(tmp_path: Path, model_type: str):
+    path = save(make_native(model_type), tmp_path / "source")
+    _, own = read_shape(str(path))
+    for contender in own_contenders("source", own, [0, 1], ["dynamic"]):
+        model = build(contender, torch.float32, "cpu")
+        assert type(model).__name__.lower().startswith(model_type.replace("_", ""))
+        assert sum(p.numel() for p in model.parameters()) == contender.weights.total
+        record = time_tokens(contender, model, batch=2, context=4, tokens=2)
+        seen = 4 + 8 + 2 - 1  # all but the last token
+        windows = [seen if kind == "full_attention" else 4 for kind in contender.config.layer_types]  # window 5
+        assert record["cache_bytes"] == 2 * 2 * contender.kv_heads * 8 * sum(windows) * 4
+
+
+def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_path: Path):
+    source = save(make_native("qwen3"), tmp_path / "source")
+    convert(source, tmp_path / "native", target="native")
+    lines = tmp_path / "cells.jsonl"
+    arguments = ("--cells", "1x8", "--tokens", 2, "--rounds", 1, "--output", lines)
+    for shapes in ((source,), (tmp_path / "native", "--kv-heads", "original", "--engines", "dynamic,static")):
+        result = benchmark(*shapes, *arguments)
+        assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [(r["engine"], r["kv_heads"], r["original"]) for r in records] == [
+        ("dynamic", 4, True),
+        ("dynamic", 1, False),
+        ("dynamic", 1, True),
+        ("static", 1, True),
+    ]
+    assert {r["model"].split(",")[0] for r in records} == {"Qwen3"}
+    for more, message in (
+        (
+            ("--engines", "mqa-hf,dynamic"),
+            "qwen3 runs in its own class, with transformers' loops .*use --engines dynamic",
+        ),
+        (("--window", 4), "--window is for models in this package's class"),
+        (("--kv-heads", 3), "--kv-heads 3 does not divide the source's 4"),
+        (("--beams", 2), "--beams is for encoder-decoder shapes"),
+        (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
+    ):
+        result = benchmark(source, *more)
+        assert isinstance(result.exception, ConversionError), result.output
+        assert re.search(message, str(result.exception))
+        assert "--target" not in str(result.exception)
+    minimax = save(make_native("minimax"), tmp_path / "minimax")
+    result = benchmark(minimax, *arguments)
+    assert isinstance(result.exception, ConversionError), result.output
+    assert "minimax does not run from a cache of 8 positions with --engines dynamic" in str(result.exception)
 
 
 def test_several_shapes_are_timed_in_one_run(source: Path, tmp_path: Path):
