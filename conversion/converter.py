@@ -164,13 +164,13 @@ def convert(
         )
     if cache_budget is not None and target == "native":
         raise ConversionError("--cache-budget is for --target mqa: native heads have the source's width")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    check_device(device)
     factors = (head_width if key_width is None else key_width, head_width if value_width is None else value_width)
-    if min(factors) <= 0 or sequence_length < 4 or calibration_tokens < 1:
-        raise ConversionError("widths must be above 0, --calibration-tokens at least 1, --sequence-length at least 4")
+    if not all(0 < f < math.inf for f in factors) or sequence_length < 4 or calibration_tokens < 1:
+        raise ConversionError(
+            "widths must be numbers above 0, --calibration-tokens at least 1, --sequence-length at least 4; got "
+            f"{factors[0]:g} and {factors[1]:g}, {calibration_tokens}, {sequence_length}"
+        )
     asked: dict[str, Any] = {
         "kv_heads": kv_heads,
         "attentions": attentions,
@@ -249,6 +249,16 @@ def convert(
     return report
 
 
+def check_device(device: str) -> None:
+    """Raises ConversionError for a device on which nothing can be computed."""
+    try:
+        made = torch.empty(0, device=device)
+    except Exception as error:  # whatever PyTorch raises for a name, or for a backend that is not there
+        raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if made.is_meta:
+        raise ConversionError("--device meta holds no numbers; use cpu or cuda")
+
+
 def _longest(config: CanonicalConfig) -> int:
     stacks = (config,) if isinstance(config, MQAConfig) else (config.encoder, config.decoder)
     limited = [
@@ -262,9 +272,7 @@ def _examples(
 ) -> Examples:
     directory = plan.source.directory
     if isinstance(plan.config, MQAConfig):
-        if len(columns) > 1:
-            raise ConversionError(f"--calibration-columns {','.join(columns)}: a decoder-only model reads one column")
-        vocab_size, column = plan.config.vocab_size, columns[0] if columns else None
+        vocab_size, column = plan.config.vocab_size, text.one_column(columns, "--calibration-columns")
         return Examples(text.calibration_tokens(directory, calibration, count, length, vocab_size, seed, column))
     source, source_valid, tokens, valid = text.seq2seq_tokens(
         directory, calibration, columns, count, length, plan.config, seed

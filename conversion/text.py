@@ -35,6 +35,8 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
     kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
     if path.is_file() and not path.stat().st_size:
         raise ConversionError(f"{option} {source} is empty")
+    if path.is_dir():
+        raise ConversionError(f"{option} {source} is a directory; give a file")
     if path.exists() and not (path.is_file() and kind):
         raise ConversionError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
     try:
@@ -44,7 +46,7 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
         name, _, configuration = where.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=streaming)
     except Exception as error:  # whatever a loader raises for what it cannot read or fetch
-        raise ConversionError(f"{option} {source} cannot be read: {error}") from error
+        raise ConversionError(f"{option} {source} cannot be read: {error.__cause__ or error}") from error
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -52,8 +54,91 @@ def is_plain(source: str | os.PathLike) -> bool:
     return Path(source).suffix in PLAIN and Path(source).is_file()
 
 
+class Texts(Sequence[str]):
+    """The texts of a column, read as they are asked for: of strings or of chats, "" where a row has none."""
+
+    def __init__(self, rows: Any, column: str, name: str, tokenizer: Any = None):
+        """`name` is for messages; a `tokenizer` makes texts of chats."""
+        self.rows, self.column, self.name, self.tokenizer = rows.select_columns([column]), column, name, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        try:
+            cell = self.rows[index][self.column]
+        except IndexError:
+            raise
+        except Exception as error:  # whatever stands in a file that is no UTF-8
+            raise ConversionError(f"{self.name} cannot be read, row {index}: {error}") from error
+        return (cell or "") if self.tokenizer is None else chat_text(cell, self.tokenizer)
+
+
+def chat_text(messages: Any, tokenizer: Any) -> str:
+    """A chat as the tokenizer's template writes it, without the bos that the tokenizer itself puts before a text.
+
+    Args:
+        messages: `role` and `content` of each; `None`: no chat.
+        tokenizer: of transformers.
+
+    Raises:
+        ConversionError: where the tokenizer has no template, or it does not take these messages.
+    """
+    if not messages:
+        return ""
+    try:
+        # Fields that other rows have are null in this one.
+        said = [{name: value for name, value in message.items() if value is not None} for message in messages]
+        if not all("role" in message for message in said):
+            raise ValueError("messages need role and content")
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+    except Exception as error:  # whatever a template raises, and transformers where there is none
+        raise ConversionError(f"the tokenizer makes no text of a chat ({str(messages)[:80]} ...): {error}") from error
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(bos)
+    return text
+
+
+def features_of(rows: Any) -> Any:
+    """Columns and their types; of a stream that does not say, those of its first rows."""
+    if rows.features is not None:
+        return rows.features
+    import datasets
+
+    return datasets.Dataset.from_list(list(rows.take(100))).features
+
+
+def holds_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def holds_chats(feature: Any) -> bool:
+    """Whether it is a list of messages, each with `role` and `content`, or of objects that are not alike."""
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return type(inner).__name__ == "Json" or (isinstance(inner, dict) and {"role", "content"} <= set(inner))
+
+
+def no_text(source: str | os.PathLike, option: str, columns: Sequence[str], known: Sequence[str]) -> ConversionError:
+    """The error for a data set without such a column of text."""
+    said = f"no column {', '.join(map(repr, columns))} of text" if columns else "no text"
+    return ConversionError(f"{option} {source} has {said}; its columns: {', '.join(known)}")
+
+
+def one_column(columns: Sequence[str], option: str) -> str | None:
+    """The column that a decoder-only model reads; raises ConversionError where more are named."""
+    if len(columns) > 1:
+        raise ConversionError(
+            f"{option} {','.join(columns)}: a decoder-only model reads one column, of texts or of chats (lists of "
+            "messages)"
+        )
+    return columns[0] if columns else None
+
+
 def documents(
-    source: str | os.PathLike | None, column: str | None = None, option: str = "--calibration"
+    source: str | os.PathLike | None, column: str | None = None, option: str = "--calibration", tokenizer: Any = None
 ) -> Sequence[str]:
     """The documents of a text.
 
@@ -61,8 +146,9 @@ def documents(
         source: a text file, JSON lines, parquet or CSV (also compressed), or an id of the Hub's datasets. `None` is
             Python's own reference manual, which every installation carries: English technical prose, enough to try
             things out; text like the model's own is better.
-        column: that holds the text. Default: "text", else the first that holds text.
+        column: that holds the text, or chats. Default: "text", else the first that holds text.
         option: that named the source, for messages.
+        tokenizer: whose template makes texts of chats.
 
     Raises:
         ConversionError: where there is no such text.
@@ -72,14 +158,23 @@ def documents(
 
         return [topics[name] for name in sorted(topics)]
     if is_plain(source):
-        return [Path(source).read_text(encoding="utf-8", errors="replace")]
+        return [read_plain(source, option)]
     rows = load(source, option)
-    candidates = [column] if column else ["text", *rows.column_names]
-    found = next((c for c in candidates if c in rows.column_names and len(rows) and isinstance(rows[0][c], str)), None)
+    features = features_of(rows)
+    candidates = [column] if column else ["text", *features]
+    found = next((name for name in candidates if len(rows) and holds_text(features.get(name))), None)
+    if found is None and column and len(rows) and tokenizer is not None and holds_chats(features.get(column)):
+        return Texts(rows, column, f"{option} {source}", tokenizer)
     if found is None:
-        wanted = f"no column {column!r} of text" if column else "no text"
-        raise ConversionError(f"{option} {source} has {wanted}; its columns: {', '.join(rows.column_names)}")
-    return rows[found]  # read from disk row by row
+        raise no_text(source, option, [column] if column else [], features)
+    return Texts(rows, found, f"{option} {source}")
+
+
+def read_plain(source: str | os.PathLike, option: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConversionError(f"{option} {source} cannot be read: {error}") from error
 
 
 def pairs(
@@ -94,8 +189,10 @@ def pairs(
         option: that named the source, for messages.
 
     Raises:
-        ConversionError: where the columns do not exist.
+        ConversionError: where the columns do not exist, or hold no text.
     """
+    if len(columns) > 2:
+        raise ConversionError(f"an encoder-decoder model takes one or two columns; got {', '.join(columns)}")
     if source is None or is_plain(source):
         if len(columns) == 2:
             raise ConversionError(f"{option} needs a data set with the columns {', '.join(columns)}; got {source}")
@@ -104,17 +201,17 @@ def pairs(
         return None
     rows = load(source, option)
     nested = "translation" in rows.column_names
-    known = list(rows[0]["translation"]) if nested and len(rows) else rows.column_names
     if not columns and not nested:
         return None
+    inside = "translation." if nested else ""
+    rows = rows.flatten() if nested else rows
+    known = [name.removeprefix(inside) for name in rows.column_names if name.startswith(inside)]
     chosen = columns or known[:2]
-    missing = [name for name in chosen if name not in known]
-    if missing or not len(rows):
-        raise ConversionError(f"{option} {source} has no column {missing}; its columns: {', '.join(known)}")
-    if nested:
-        both = rows["translation"]
-        return [row[chosen[0]] for row in both], [row[chosen[1]] for row in both]
-    return rows[chosen[0]], rows[chosen[1]]
+    wrong = [name for name in chosen if name not in known or not holds_text(rows.features[inside + name])]
+    if wrong or len(chosen) < 2 or not len(rows):
+        raise no_text(source, option, wrong, known)
+    one, other = (Texts(rows, inside + name, f"{option} {source}") for name in chosen)
+    return one, other
 
 
 def token_rows(
@@ -132,7 +229,8 @@ def token_rows(
     pieces: list[torch.Tensor] = []
     total = 0
     for chunk in torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).split(CHUNK):
-        batch = tokenizer([texts[i] for i in chunk.tolist()], verbose=False).input_ids
+        some = [text for text in (texts[i] for i in chunk.tolist()) if text]
+        batch = tokenizer(some, verbose=False).input_ids if some else []
         pieces += [torch.tensor(ids + end, dtype=torch.int32) for ids in batch]
         total += sum(len(ids) + len(end) for ids in batch)
         if count is not None and total >= count:
@@ -174,7 +272,8 @@ def calibration_tokens(
     Raises:
         ConversionError: where there is no tokenizer, too little text, or an id that the model does not have.
     """
-    tokens = token_rows(documents(source, column), load_tokenizer(directory), length, count, seed).long()
+    tokenizer = load_tokenizer(directory)
+    tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
         raise ConversionError(
             f"the calibration text gives less than {2 * length} tokens; at least two sequences of {length} are needed"
@@ -248,7 +347,7 @@ def seq2seq_tokens(
     total = 0
     if two is None:
         sentinels = sentinel_ids(tokenizer)
-        texts = documents(source, columns[0] if columns else None)
+        texts = documents(source, columns[0] if columns else None, tokenizer=tokenizer)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         for row in token_rows(texts, tokenizer, length - 2, count, seed).tolist():
             if len(sentinels) > 1:
@@ -260,7 +359,10 @@ def seq2seq_tokens(
             targets.append(other)
     else:
         for chunk in torch.randperm(len(two[0]), generator=generator).split(CHUNK):
-            texts, goals = ([side[i] for i in chunk.tolist()] for side in two)
+            both = [(two[0][i], two[1][i]) for i in chunk.tolist()]
+            texts, goals = ([pair[side] for pair in both if all(pair)] for side in (0, 1))
+            if not texts:
+                continue
             options = {"truncation": True, "max_length": length, "verbose": False}
             batch = tokenizer(texts, **options).input_ids, tokenizer(text_target=goals, **options).input_ids
             kept = [(one, other) for one, other in zip(*batch) if len(one) > 1 and len(other) > 1]

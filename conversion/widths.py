@@ -97,7 +97,7 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
     except ValueError:
         share = -1.0
     now = config.cross_kv_bytes_per_token if attention == "cross" else config.kv_bytes_per_token
-    if not (0 < share <= 1 or (share > 1 and share == int(share) and not budget.endswith("%"))):
+    if not (0 < share <= 1 or (share > 1 and share.is_integer() and not budget.endswith("%"))):
         raise ConversionError(f"--cache-budget {budget} is neither a number of bytes nor a share such as 0.25 or 25%")
     if share > 1 and isinstance(config, MQASeq2SeqConfig):
         raise ConversionError("--cache-budget of an encoder-decoder model is a share: it has a cache for each side")

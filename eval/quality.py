@@ -36,7 +36,7 @@ from mqa_hf.conversion.converter import DTYPES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import locate
-from mqa_hf.conversion.text import documents, load, load_tokenizer, pairs
+from mqa_hf.conversion.text import documents, load, load_tokenizer, one_column, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs
 from mqa_hf.finetune.training import processes
 
@@ -249,7 +249,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     A document is preceded by the tokenizer's bos, or eos where there is none, so that its first token is predicted
     too.
     """
-    texts = documents(what.text, what.columns[0] if what.columns else None, "--text")
+    texts = documents(what.text, one_column(what.columns, "--columns"), "--text", tokenizer)
     longest = getattr(config, "max_position_embeddings", None) or 2048
     window = what.window or min(longest, 2048)
     stride = what.stride or max(1, window // 2)
@@ -345,6 +345,8 @@ def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
         raise ConversionError("speech models need --text with recordings and transcripts (columns audio and text)")
     processor: Any = AutoProcessor.from_pretrained(path)
     rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
+    if len(what.columns) not in (0, 2):
+        raise ConversionError(f"speech models need two --columns, such as audio,text; got {', '.join(what.columns)}")
     rows, (sound, said) = load(what.text, "--text"), what.columns or ("audio", "text")
     if not {sound, said} <= set(rows.column_names):
         raise ConversionError(f"{what.text} has no columns {sound} and {said}; its columns: {rows.column_names}")

@@ -34,7 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, __version__
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.converter import DTYPES
+from mqa_hf.conversion.converter import DTYPES, check_device
 from mqa_hf.conversion.families import family_of
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
@@ -523,6 +523,7 @@ def benchmark(
         raise ConversionError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConversionError(f"--device {device}: PyTorch sees no CUDA device; use --device cpu")
+    check_device(device)
     bench = Bench(dtype, device, tokens, prefill_limit)
     found: list[Contender] = []
     for shape in dict.fromkeys(shapes):

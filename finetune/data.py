@@ -3,8 +3,10 @@
 Everything is read through `datasets`: local text, JSON lines, parquet or CSV, or an id of the Hub, whole or streamed.
 """
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,19 @@ import numpy as np
 import torch
 
 from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.text import corrupt_spans, documents, is_plain, load, sentinel_ids
+from mqa_hf.conversion.text import (
+    chat_text,
+    corrupt_spans,
+    documents,
+    features_of,
+    holds_chats,
+    holds_text,
+    is_plain,
+    load,
+    no_text,
+    one_column,
+    sentinel_ids,
+)
 
 IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
@@ -54,31 +68,51 @@ def column_names(rows: Any) -> list[str]:
     return list(rows.column_names or next(iter(rows), {}))
 
 
-def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
+def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: Any = None) -> Any:
     """The same rows with one column "text", or with "source" and "target" where two columns are named.
 
-    Columns may also be languages of "translation", as the Hub's data sets of translations have them.
+    Columns may also be languages of "translation", as the Hub's data sets of translations have them. Chats become text
+    by the template of the tokenizer.
     """
     import datasets
 
-    known = column_names(rows)
+    features = reading(f"--dataset {source}", features_of, rows)
+    known = list(features)
     if "translation" in known and len(columns) == 2:
         one, other = columns
-        languages = list(next(iter(rows), {"translation": {}})["translation"])
+        inside = features["translation"]
+        languages = list(inside) if isinstance(inside, dict) else list(getattr(inside, "languages", ()))
         if not set(columns) <= set(languages):
             raise ConversionError(
                 f"--dataset {source} has translations in {', '.join(languages)}, not {one} and {other}"
             )
-        rows = rows.map(
-            lambda row: {"source": row["translation"][one], "target": row["translation"][other]}, remove_columns=known
-        )
-        return rows
+        wrong = [name for name in columns if isinstance(inside, dict) and not holds_text(inside[name])]
+        if wrong:
+            raise no_text(source, "--dataset", wrong, languages)
+
+        def sides(row: dict[str, Any]) -> dict[str, Any]:
+            both = row["translation"] or {}
+            return {"source": both.get(one), "target": both.get(other)}
+
+        return rows.map(sides, remove_columns=known)
     wanted = list(columns) or ["text"]
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise ConversionError(
-            f"--dataset {source} has no column {', '.join(missing)}; its columns: {', '.join(known)}"
-        )
+    if len(wanted) == 1 and holds_chats(features.get(wanted[0])):
+        (name,) = wanted
+        if tokenizer is None:
+            raise ConversionError(
+                f"--dataset {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
+                "--tokenizer"
+            )
+
+        def chat(row: dict[str, Any]) -> dict[str, str]:
+            return {"text": chat_text(row[name], tokenizer)}
+
+        text = datasets.Features({"text": datasets.Value("string")})
+        return reading(f"--dataset {source}", rows.map, chat, remove_columns=known, features=text)
+    # A part of a mixture, or the beginning of a stream, may have none.
+    wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
+    if wrong:
+        raise no_text(source, "--dataset", wrong, known)
     names = ["text"] if len(wanted) == 1 else ["source", "target"]
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
@@ -87,7 +121,23 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str]) -> Any:
     return rows
 
 
-def mixture(parts: Sequence[Part], columns: Sequence[str] = (), streaming: bool = False, seed: int = 0) -> Any:
+def reading(name: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `read` gives; raises ConversionError for whatever it raises of a text that cannot be read."""
+    try:
+        return read(*args, **options)
+    except (ConversionError, StopIteration):
+        raise
+    except Exception as error:
+        raise ConversionError(f"{name} cannot be read: {error.__cause__ or error}") from error
+
+
+def mixture(
+    parts: Sequence[Part],
+    columns: Sequence[str] = (),
+    streaming: bool = False,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> Any:
     """All parts in one data set, drawn at random by their weights until each has been read through.
 
     Args:
@@ -95,17 +145,20 @@ def mixture(parts: Sequence[Part], columns: Sequence[str] = (), streaming: bool 
         columns: one that holds text (default: "text"), or two, read by an encoder and written by a decoder.
         streaming: whether rows are fetched as they are needed.
         seed: of the order.
+        tokenizer: whose template makes text of chats.
 
     Raises:
         ConversionError: for what cannot be read, columns that are not there, and weights that are none.
     """
     import datasets
 
-    if not parts or any(part.weight <= 0 for part in parts):
+    if len(columns) > 2:
+        raise ConversionError(f"--columns takes one column, or two of pairs; got {', '.join(columns)}")
+    if not parts or not all(0 < part.weight < math.inf for part in parts):
         raise ConversionError(f"--dataset needs weights above 0; got {[part.weight for part in parts]}")
     found = []
     for part in parts:
-        rows = choose_columns(part.source, open_dataset(part.source, streaming), columns)
+        rows = choose_columns(part.source, open_dataset(part.source, streaming), columns, tokenizer)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
     if len(found) == 1:
         return found[0]
@@ -115,8 +168,16 @@ def mixture(parts: Sequence[Part], columns: Sequence[str] = (), streaming: bool 
 
 
 def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
-    for batch in rows.iter(batch_size=BATCH):
+    for batch in read_batches(rows):
         yield [text for text in batch[column] if text]  # none where a row has none
+
+
+def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
+    """Rows in batches; raises ConversionError where one cannot be read."""
+    found = rows.iter(batch_size=BATCH)
+    with suppress(StopIteration):
+        while True:
+            yield reading("the text", next, found)
 
 
 def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[dict[str, np.ndarray]]:
@@ -154,7 +215,7 @@ def paired(
     names = column_names(rows)
     if "target" in names:
         options = {"truncation": True, "max_length": length, "verbose": False}
-        for batch in rows.iter(batch_size=BATCH):
+        for batch in read_batches(rows):
             both = [(one, other) for one, other in zip(batch["source"], batch["target"]) if one and other]
             if not both:
                 continue
@@ -198,13 +259,17 @@ def training_rows(
     import datasets
     from datasets.fingerprint import Hasher
 
+    if not pairs:
+        one_column(columns, "--columns")
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
         raise ConversionError(
             "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
         )
 
-    opened = mixture(parts, columns, streaming, seed)  # here, so that what is wrong with it is said as it is
+    opened = mixture(
+        parts, columns, streaming, seed, tokenizer
+    )  # here, so that what is wrong with it is said as it is
     if pairs and len(columns) == 2 and not streaming:
         count = min(count, len(opened))  # the same rows are kept once, however many more were wanted
 
@@ -212,7 +277,7 @@ def training_rows(
     nothing += "--sequence-length"
 
     def once(turn: int) -> Iterator[dict[str, Any]]:
-        rows = mixture(parts, columns, streaming, seed + turn) if turn else opened
+        rows = mixture(parts, columns, streaming, seed + turn, tokenizer) if turn else opened
         if pairs:
             yield from paired(rows, tokenizer, length, seed + turn, sentinels)
         else:
@@ -238,14 +303,20 @@ def training_rows(
         return datasets.IterableDataset.from_generator(endless)
     known = [(part.source, part.weight, *stamp(part.source)) for part in parts]
     vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
-    made_of = (known, vocabulary, tokenizer.eos_token_id, length, count, list(columns), pairs, seed, "1")
+    words = (vocabulary, tokenizer.eos_token_id, tokenizer.chat_template)
+    made_of = (known, words, length, count, list(columns), pairs, seed, "1")
     numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
     names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
     if count < 1 or next(iter(first()), None) is None:
         raise ConversionError(nothing)
-    rows = datasets.Dataset.from_generator(
-        first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
-    )
+    try:
+        rows = datasets.Dataset.from_generator(
+            first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ConversionError):
+            raise error.__cause__ from None
+        raise
     return rows if pairs else rows.with_format("numpy")
 
 

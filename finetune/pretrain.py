@@ -36,9 +36,9 @@ from mqa_hf.conversion.converter import DTYPES, RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.text import load_tokenizer
+from mqa_hf.conversion.text import load_tokenizer, one_column
 
-from .data import Part, mixture
+from .data import Part, mixture, read_batches
 from .losses import Objective
 from .training import Schedule, as_options, begin, processes, train
 from .uptrain import examples, load, stamps
@@ -191,6 +191,8 @@ def pretrain(
         target = resolve_output(output, Path(what.dataset[0].source), False)
     job = target.with_name(f".{target.name}.pretrain")
     pairs = bool(configuration(what.config).is_encoder_decoder)
+    if not pairs:
+        one_column(what.columns, "--columns")
     files = stamps([part.source for part in what.dataset])
     begin(job, {"files": files, **asdict(what), **as_options(schedule)}, restart)
 
@@ -237,8 +239,12 @@ def find_tokenizer(what: Pretraining, directory: Path, pairs: bool, seed: int) -
     if what.tokenizer is not None:
         return load_tokenizer(what.tokenizer)
     if not (directory / "tokenizer.json").is_file():
-        rows = itertools.islice(iter(mixture(what.dataset, what.columns, what.streaming, seed)), TOKENIZER_TEXTS)
-        texts = (text for row in rows for text in row.values())
+        rows = (
+            row
+            for batch in read_batches(mixture(what.dataset, what.columns, what.streaming, seed))
+            for row in zip(*batch.values())
+        )
+        texts = (text for row in itertools.islice(rows, TOKENIZER_TEXTS) for text in row if text)
         train_tokenizer(texts, what.vocab_size, pairs).save_pretrained(directory)
     return load_tokenizer(directory)
 

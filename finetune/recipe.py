@@ -30,7 +30,7 @@ from rich.console import Console
 
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import REPORT_FILE
+from mqa_hf.conversion.source import REPORT_FILE, read_json
 
 from .uptrain import REPORT
 
@@ -63,6 +63,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} needs source, output and convert")
     unknown = [name for name in recipe if name not in known]
     wrong = [name for name in STEPS if name in recipe and not isinstance(recipe[name] or {}, dict)]
+    for name in ("source", "output"):
+        if not isinstance(recipe[name], str) or not recipe[name]:
+            raise ConversionError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
     if unknown or wrong:
         raise ConversionError(f"{path}: {', '.join(map(str, unknown + wrong))}: a recipe has {', '.join(known)}")
     return recipe
@@ -70,17 +73,26 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def flags(options: dict[str, Any] | None, command: Any) -> list[str]:
     """Options of a command as words: `true` is a flag, `false` its negation where there is one, a list the same option
-    many times, or its parts with commas between them."""
-    known = {option: parameter for parameter in command.params for option in parameter.opts}
+    many times, or its parts with commas between them.
+
+    Raises:
+        ConversionError: for a value that is none.
+    """
+    known = {option: p for p in command.params for option in (*p.opts, *p.secondary_opts)}
     words: list[str] = []
     for name, value in (options or {}).items():
         flag = "--" + str(name).replace("_", "-")
         parameter = known.get(flag)
+        if parameter is None:
+            raise ConversionError(f"{command.name}: No such option: {flag}")
+        if isinstance(value, bool) != parameter.is_flag or value is None or isinstance(value, dict):
+            kind = "true or false" if parameter.is_flag else "a value"
+            raise ConversionError(f"{command.name}: {name} takes {kind}, not {json.dumps(value, default=str)}")
         if value is True:
             words.append(flag)
         elif value is False:
-            words += [] if parameter is None else list(parameter.secondary_opts)
-        elif isinstance(value, list) and not (parameter is not None and parameter.multiple):
+            words += parameter.secondary_opts if flag in parameter.opts else parameter.opts
+        elif isinstance(value, list) and not parameter.multiple:
             words += [flag, ",".join(map(str, value))]
         else:
             for item in value if isinstance(value, list) else [value]:
@@ -117,7 +129,11 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     output = Path(recipe["output"])
     needs: tuple[str, ...] = ()
     steps: dict[str, Step] = {}
-    for step, words in commands(recipe, command_group().commands).items():
+    try:
+        words_of = commands(recipe, command_group().commands)
+    except ConversionError as error:
+        raise ConversionError(f"{path}, {error}") from error
+    for step, words in words_of.items():
         steps[step] = Step(words, output / STEPS[step], needs, step != "evaluate")
         needs += (step,)
     run_steps(steps, output / DONE, str(path), overwrite)
@@ -151,12 +167,18 @@ def command_group() -> Any:
 
 
 def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By step, the words of those that are done, and of those that were begun."""
-    try:
-        done = json.loads(record.read_text(encoding="utf-8"))
-        return done, done.pop(BEGUN, {})
-    except (OSError, ValueError):
+    """By step, the words of those that are done, and of those that were begun; raises ConversionError for a file that
+    is no such record."""
+    if not record.is_file():
         return {}, {}
+    done = read_json(record)
+    begun = done.pop(BEGUN, {})
+    for steps in (done, begun):
+        if not isinstance(steps, dict) or not all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words) for words in steps.values()
+        ):
+            raise ConversionError(f"{record} does not say which steps are done; remove it to begin again")
+    return done, begun
 
 
 def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:

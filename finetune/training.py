@@ -38,6 +38,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.source import read_json
 from mqa_hf.eval.roofline import DEVICES
 
 from .data import IGNORED
@@ -68,7 +69,7 @@ class Schedule:
             as `sequence_length` each here.
         micro_batch: rows at once on a process. Default: all of a step's, as many as 16,384 tokens at most.
         learning_rate: at its peak, of AdamW (0.9, 0.95); down to a tenth along a cosine.
-        warmup: share of the steps.
+        warmup: share of the steps, below 1.
         weight_decay: of matrices.
         bf16: autocast; weights and optimizer stay in float32. Default: where the device has it.
         gradient_checkpointing, compile: as in transformers.
@@ -102,8 +103,14 @@ class Schedule:
     row_tokens: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.learning_rate > 0:
-            raise ConversionError(f"--learning-rate must be above 0; got {self.learning_rate:g}")
+        for name, value, holds, said in (
+            ("learning-rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number above 0"),
+            ("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps, at least 0 and below 1"),
+            ("weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number, at least 0"),
+            ("seed", self.seed, 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
+        ):
+            if not holds:
+                raise ConversionError(f"--{name} must be {said}; got {value:g}")
         unknown = set((self.report_to or "none").split(",")) - {"tensorboard", "wandb", "none"}
         if unknown:
             raise ConversionError(f"--report-to takes tensorboard, wandb and none; got {self.report_to!r}")
@@ -470,7 +477,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         options = json.loads(json.dumps(options, default=str))
         path = directory / OPTIONS_FILE
-        before = json.loads(path.read_text()) if path.is_file() else {}
+        before = read_json(path) if path.is_file() else {}
         gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
         if gone_far:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
@@ -548,7 +555,8 @@ def train(
     state = processes()
     history = directory / "final" / "history.json"
     if history.is_file():
-        return json.loads(history.read_text())
+        with suppress(ValueError):  # one that was being written is made again
+            return json.loads(history.read_text())
     if hasattr(rows, "__len__") and len(rows) < schedule.rows:
         raise ConversionError(
             f"the text gives {len(rows)} rows of {schedule.sequence_length} tokens, and a step takes {schedule.rows}; "

@@ -99,7 +99,7 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
             found.append((name, float(weight) if weight else 1.0))
         except ValueError:
             raise ConversionError(f"--loss takes names with weights such as kl=1,hidden=0.5; got {text!r}") from None
-    unknown = [name for name, weight in found if name not in LOSSES or not weight > 0]
+    unknown = [name for name, weight in found if name not in LOSSES or not 0 < weight < math.inf]
     if unknown:
         raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {text!r}")
     return tuple(found)
@@ -418,7 +418,10 @@ def original_of(student: Path) -> tuple[str | None, str | None]:
     """The source that `conversion.json` names, and its revision."""
     path = student / REPORT_FILE
     said = read_json(path) if path.is_file() else {}
-    return said.get("source"), said.get("revision")
+    found = said.get("source"), said.get("revision")
+    if not all(isinstance(name, str | None) for name in found):
+        raise ConversionError(f"{path} names no source: {found[0]!r}, revision {found[1]!r}; say it with --teacher")
+    return found
 
 
 if __name__ == "__main__":

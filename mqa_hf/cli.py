@@ -354,7 +354,9 @@ Dataset = Annotated[
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(help="Column of the text (default: text), or two for translation: en,de.", rich_help_panel=TRAINING),
+    typer.Option(
+        help="Column of the text (default: text) or of chats, or two for translation: en,de.", rich_help_panel=TRAINING
+    ),
 ]
 Streaming = Annotated[bool, typer.Option("--streaming", help="Fetch text on the way.", rich_help_panel=TRAINING)]
 Validation = Annotated[str | None, typer.Option(help="Text that losses are measured on.", rich_help_panel=TRAINING)]
@@ -572,7 +574,9 @@ def uptrain(
     if (tokens is None) == (alpha is None) or (alpha is None) != (pretraining_tokens is None):
         raise ConversionError("pass --tokens, or --alpha with --pretraining-tokens")
     if tokens is None:
-        tokens = max(1, round((alpha or 0) * (pretraining_tokens or 0)))
+        if alpha is None or not 0 < alpha < float("inf"):
+            raise ConversionError(f"--alpha must be a share above 0; got {alpha}")
+        tokens = max(1, round(alpha * (pretraining_tokens or 0)))
     if not (Path(student) / "config.json").is_file():
         raise ConversionError(f"{student} is no checkpoint: it has no config.json")
     teacher_revision = None
@@ -593,7 +597,7 @@ def uptrain(
         dropout=dropout,
         liger=liger,
     )
-    learning_rate = learning_rate or default_learning_rate(train, width)
+    learning_rate = default_learning_rate(train, width) if learning_rate is None else learning_rate
     schedule = schedule_of(locals())
     command = shlex.join(["mqa-hf", *sys.argv[1:]])
     report = run(student, output, what, schedule, overwrite=overwrite, restart=restart, command=command)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizer import write_tokenizer
+from tokenizers import processors
+from transformers import LlamaConfig
 
 from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.text import load
-from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, collate_packed, mixture, packed, training_rows
+from mqa_hf.conversion.text import chat_text, documents, load
+from mqa_hf.eval.quality import Evaluation, read_text
+from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, batches, collate_packed, mixture, packed, training_rows
 from mqa_hf.finetune.training import Schedule, in_order
 
 
@@ -142,11 +145,53 @@ def test_an_id_of_the_hub_may_name_a_configuration_and_a_split(monkeypatch):
 
 def test_parts_of_a_mixture_may_differ_and_have_gaps(tmp_path, tokenizer):
     one = write(tmp_path / "one.jsonl", [{"text": "words here"}, {"text": None}] * 20)
-    two = write(tmp_path / "two.jsonl", [{"text": 12345}] * 20)
+    two = write(tmp_path / "two.jsonl", [{"text": None}] * 20)
     assert len(training_rows((one, two), tokenizer, 8, 10)) == 10
     both = write(tmp_path / "pairs.jsonl", [{"translation": {"en": "a b c", "de": "d e f"}}] * 5)
     with pytest.raises(ConversionError, match="translations in en, de, not en and fr"):
         training_rows((both,), tokenizer, 8, 10, columns=("en", "fr"), pairs=True)
+
+
+def test_chats_are_the_text_that_the_template_makes_of_them(tmp_path, tokenizer):
+    """The same for training, streamed or not, for calibration and for evaluation."""
+    chats = [[{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a" * n}] for n in range(1, 30)]
+    rows = [{"messages": chat} for chat in chats] + [{"messages": None}]
+    rows[3]["messages"][0]["name"] = "x"  # a field that the others have not
+    part = write(tmp_path / "chats.jsonl", rows)
+    expected = [f"<user>q{n}<assistant>{'a' * n}" for n in range(1, 30)]
+    assert sorted(documents(part.source, "messages", tokenizer=tokenizer)) == sorted([*expected, ""])
+    for streaming in (False, True):
+        found = mixture([part], ["messages"], streaming, tokenizer=tokenizer)
+        assert sorted(text for texts in batches(found) for text in texts) == sorted(expected)
+    assert len(training_rows((part,), tokenizer, 16, 5, columns=("messages",))) == 5
+    config = LlamaConfig(vocab_size=93)
+    windows = read_text(tokenizer, config, Evaluation(text=part.source, columns=("messages",))).windows
+    said = [tokenizer.decode([window.ids[0], *window.labels])[3:] for window in windows]
+    assert sorted(text.removeprefix("<s>") for text in said) == sorted(expected)
+
+
+def test_a_template_that_begins_with_bos_gives_it_once(tokenizer):
+    chat = [{"role": "user", "content": "q"}]
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    assert chat_text(chat, tokenizer) == "<s><user>q"  # this tokenizer puts none before a text
+    begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begins
+    ids = tokenizer(chat_text(chat, tokenizer)).input_ids
+    assert (ids[0], ids.count(1)) == (1, 1)
+
+
+def test_a_template_that_is_not_there_or_does_not_take_a_chat_is_said(tmp_path, tokenizer):
+    part = write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 9)
+    tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
+    for options in ({}, {"streaming": True}):
+        with pytest.raises(ConversionError, match=r"makes no text of a chat .*roles must take turns"):
+            next(iter(training_rows((part,), tokenizer, 4, 2, columns=("messages",), **options)))
+    other = write(tmp_path / "other.jsonl", [{"messages": [{"from": "user"}, {"value": n}]} for n in (1, "a")])
+    with pytest.raises(ConversionError, match=r"messages need role and content|has no column 'messages' of text"):
+        documents(other.source, "messages", tokenizer=tokenizer)[0]
+    tokenizer.chat_template = None
+    with pytest.raises(ConversionError, match="makes no text of a chat"):
+        documents(part.source, "messages", tokenizer=tokenizer)[0]
 
 
 def test_texts_that_the_tokenizer_ends_are_ended_once(tmp_path):

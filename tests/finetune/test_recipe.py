@@ -1,5 +1,6 @@
 """Convert, train and evaluate by one file."""
 
+import datetime
 import json
 import shutil
 
@@ -127,12 +128,32 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
         ({"uptrain": {"tokns": 5}}, "recipe.yaml, uptrain: No such option"),
         ({"convert": None, "source": "nowhere"}, "nowhere"),
         ({"convert": [1]}, "convert: a recipe has"),
+        ({"output": None}, "output must be a text, in quotes if need be; got None"),
+        ({"output": ["results"]}, r"output must be a text, in quotes if need be; got ['results']"),
+        ({"output": datetime.date(2026, 1, 1)}, "output must be a text"),
+        ({"source": 5}, "source must be a text"),
+        ({"convert": {"zz": False}}, "recipe.yaml, convert: No such option: --zz"),
+        ({"convert": {"zz": None}}, "recipe.yaml, convert: No such option: --zz"),
+        ({"uptrain": {"tokens": True}}, "uptrain: tokens takes a value, not true"),
+        ({"uptrain": {"teacher": None}}, "uptrain: teacher takes a value, not null"),
+        ({"uptrain": {"tokens": {"main": 5}}}, 'uptrain: tokens takes a value, not {"main": 5}'),
+        ({"uptrain": {"compile": 1}}, "uptrain: compile takes true or false, not 1"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
     result = run(tmp_path, {**recipe, **change})
     assert isinstance(result.exception, ConversionError), result.output
     assert message in str(result.exception)
+    assert not (tmp_path / "results" / "converted").exists()
+
+
+@pytest.mark.parametrize("record", ["[]", "{", '{"convert": 5}', '{"convert": [1]}', '{"begun": []}', "null"])
+def test_a_record_of_steps_that_is_none_is_said(tmp_path, recipe, record):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "recipe.json").write_text(record)
+    result = run(tmp_path, recipe)
+    assert isinstance(result.exception, ConversionError), result.output
+    assert "recipe.json" in str(result.exception)
 
 
 def test_options_become_words(recipe):
@@ -141,12 +162,25 @@ def test_options_become_words(recipe):
         "compile": True,
         "streaming": False,
         "bf16": False,
+        "no_dropout": False,
         "dataset": ["x", "y"],
         "columns": ["en", "de"],
         "keep": 3,
     }
     assert flags(given, known["uptrain"]) == [
-        *("--compile", "--no-bf16", "--dataset", "x", "--dataset", "y", "--columns", "en,de", "--keep", "3")
+        *(
+            "--compile",
+            "--no-bf16",
+            "--dropout",
+            "--dataset",
+            "x",
+            "--dataset",
+            "y",
+            "--columns",
+            "en,de",
+            "--keep",
+            "3",
+        )
     ]
     del recipe["uptrain"], recipe["evaluate"]
     assert list(commands(recipe, known)) == ["convert"]

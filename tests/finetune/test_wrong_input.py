@@ -1,0 +1,143 @@
+"""Text and numbers that are none end each command with one message."""
+
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizer import write_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert
+
+SIZES = {"vocab_size": 93, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+NO_TEXT = "has no (column 'text' of )?text; its columns: text"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("wrong")
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).save_pretrained(directory / "source")
+    write_tokenizer(directory / "source")
+    convert(directory / "source", directory / "one")
+    (directory / "text.jsonl").write_text((json.dumps({"text": "some words of a text"}) + "\n") * 40)
+    return directory
+
+
+def lines(*cells, count=40):
+    return "".join(json.dumps({"text": cell}) + "\n" for cell in cells for _ in range(count)).encode()
+
+
+def parquet(cell):
+    """A column of bytes that claims to be text."""
+    column = pa.array([cell] * 40, pa.binary()).view(pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": column}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# Name of the file, what is in it, what is said.
+TEXTS = {
+    "numbers": ("numbers.jsonl", lines(5), NO_TEXT),
+    "lists": ("lists.jsonl", lines(["a", "b"]), NO_TEXT),
+    "objects": ("objects.jsonl", lines({"a": "b"}), NO_TEXT),
+    "nulls": ("nulls.jsonl", lines(None), f"{NO_TEXT}|no row of 16 tokens"),
+    "texts and an object": ("mixed.jsonl", lines("words", {"a": "b"}), "cannot be read|has no"),
+    "another column": ("other.jsonl", b'{"body": 1}\n', "has no (column 'text' of )?text; its columns: body"),
+    "no UTF-8 in JSON": ("latin.jsonl", lines("some words").replace(b"words", b"w\xf6rds"), "cannot be read"),
+    "no UTF-8 in parquet": ("latin.parquet", parquet(b"some w\xf6rds of a text"), "cannot be read"),
+    "no parquet": ("broken.parquet", b"PAR1", "cannot be read"),
+    "no JSON": ("broken.jsonl", b'{"text": "a"', "cannot be read"),
+    "nothing": ("empty.jsonl", b"", "is empty"),
+    "no rows": ("rows.csv", b"text\n", "cannot be read|no row of 16 tokens|has no column"),
+    "a directory": ("directory.jsonl", None, "is a directory; give a file"),
+}
+QUICK = ("--sequence-length", "16", "--batch-tokens", "32", "--tokens", "64", "--report-to", "none")
+PRETRAIN = ("--config", json.dumps({"model_type": "llama", **SIZES, "num_hidden_layers": 1, "vocab_size": 300}))
+COMMANDS = {
+    "uptrain": ("uptrain", "one", "OUTPUT", *QUICK, "--dataset"),
+    "uptrain, streaming": ("uptrain", "one", "OUTPUT", *QUICK, "--streaming", "--dataset"),
+    "pretrain": ("pretrain", "OUTPUT", *PRETRAIN, *QUICK, "--vocab-size", "300", "--dataset"),
+    "convert": ("convert", "source", "OUTPUT", "--method", "shared", "--sequence-length", "16", "--calibration"),
+    "evaluate": ("evaluate", "source", "one", "--output", "OUTPUT", "--window", "16", "--text"),
+}
+
+
+def refused(place, words, message):
+    """The command fails with the message, and writes no checkpoint."""
+    names = {"OUTPUT": place / "output", "one": place / "one", "source": place / "source"}
+    result = CliRunner().invoke(app, [str(names.get(word, word)) for word in words])
+    assert isinstance(result.exception, ConversionError), f"{result.exception!r}\n{result.output}"
+    assert re.search(message, str(result.exception)), str(result.exception)
+    assert "Traceback" not in str(result.exception)
+    assert not (place / "output" / "config.json").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_is_none_is_said(place, tmp_path, text, command):
+    name, content, message = TEXTS[text]
+    if content is None:
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_bytes(content)
+    refused(place, [*COMMANDS[command], str(tmp_path / name)], message)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_prompt_and_its_completion_are_no_one_text(place, tmp_path, command):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "some words"}) + "\n")
+    columns = "--calibration-columns" if command == "convert" else "--columns"
+    words = [*COMMANDS[command], str(tmp_path / "rows.jsonl"), columns, "prompt,completion"]
+    refused(place, words, f"{columns} prompt,completion: a decoder-only model reads one column")
+
+
+def test_chats_need_a_tokenizer(place, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "q"}]}) + "\n")
+    words = [*COMMANDS["pretrain"], str(tmp_path / "rows.jsonl"), "--columns", "messages"]
+    refused(place, words, "messages holds chats, .* pass --tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        *(("weight", value, "weights above 0; got") for value in ("nan", "inf", "-1", "0")),
+        *(("--warmup", value, "--warmup must be a share of the steps") for value in ("nan", "-0.1", "1", "inf")),
+        *(("--learning-rate", value, "--learning-rate must be a number above 0") for value in ("nan", "inf", "0")),
+        *(("--weight-decay", value, "--weight-decay must be a number, at least 0") for value in ("nan", "inf", "-1")),
+        ("--seed", "-1", "--seed must be at least 0"),
+        ("--loss", "kl=inf", "--loss takes .*each with a weight above 0"),
+        ("--loss", "kl=nan", "--loss takes .*each with a weight above 0"),
+    ],
+)
+def test_numbers_of_a_training_that_are_none_are_said(place, option, value, message):
+    text = str(place / "text.jsonl")
+    more = [f"{text}={value}"] if option == "weight" else [text, option, value]
+    refused(place, [*COMMANDS["uptrain"], *more], message)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
+    words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", value]
+    refused(place, [*words, "--pretraining-tokens", "1000"], "--alpha must be a share above 0")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0"])
+@pytest.mark.parametrize("option", ["--head-width", "--key-width", "--value-width"])
+def test_a_width_that_is_none_is_said(place, option, value):
+    words = ["convert", "source", "OUTPUT", "--method", "shared", option, value]
+    refused(place, words, "widths must be numbers above 0")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "nan%", "-1", "abc"])
+def test_a_cache_budget_that_is_none_is_said(place, value):
+    refused(place, ["convert", "source", "OUTPUT", "--method", "shared", "--cache-budget", value], "--cache-budget")
+
+
+@pytest.mark.parametrize("device", ["meta", "nowhere", "cuda:99", "mps", "hpu", "cpu:x"])
+@pytest.mark.parametrize("command", [("convert", "source", "OUTPUT"), ("benchmark", "source")])
+def test_a_device_that_holds_no_numbers_is_said(place, command, device):
+    refused(place, [*command, "--device", device], f"--device {device}")
