@@ -469,7 +469,7 @@ class Job:
         dtype = what.dtype or ("auto" if state.device.type != "cpu" else "float32")
         asked = [list(what.tasks), str(what.include_path), what.limit, dtype]
         before = read(kept)
-        if before is None or before["asked"] != asked:
+        if not isinstance(before, dict) or before.get("asked") != asked:
             before = {
                 "asked": asked,
                 **run_tasks(path, what.tasks, what.include_path, what.limit, dtype, str(state.device)),

@@ -44,6 +44,28 @@ LAYER_ERRORS = {
     "cross_value_error": "values, cross-attention",
 }
 
+# What a report reads, for [`checked`].
+NUMBERS = ("loss", "loss_above_original", "perplexity", "bits_per_byte", "kl", "same_first_choice")
+NEXT_TOKEN = dict.fromkeys((*NUMBERS, "tokens", "documents"), 0.0) | {"loss_interval": None}
+EVALUATION = {
+    "settings": {"text": None, "beams": None},
+    "versions": {},
+    "checkpoints": [
+        {
+            "name": "",
+            "checkpoint": "",
+            "next_token": NEXT_TOKEN,
+            "loss_by_context": [{"from": 0.0, "to": 0.0, "loss": 0.0}],
+        }
+    ],
+}
+TIMING = {"shape": "", "model": "", "engine": "", "device": "", "batch": 0.0, "context": 0.0}
+TIMES = {"time_per_token_ms": 0.0, "tokens_per_sec": 0.0}
+BESIDE: dict[str, dict[str, Any]] = {
+    REPORT_FILE: {"layers?": [{}]},
+    TRAINING_FILE: {"tokens": 0.0, "log": {"main?": [{"step": 0.0}]}},
+}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -83,32 +105,66 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
         ConversionError: where there are no such results.
     """
     path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
+    what = f"{path} holds no results of mqa-hf evaluate"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = {Path(c["checkpoint"]): c["name"] for c in found["checkpoints"]}
-        given = {c.get("given"): c["name"] for c in found["checkpoints"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(f"{path} holds no results of mqa-hf evaluate: {error}") from error
+        found = checked(what, json.loads(path.read_text(encoding="utf-8")), EVALUATION)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConversionError(f"{what}: {error}") from error
+    if not found["checkpoints"]:
+        raise ConversionError(f"{what}: it has no checkpoints")
+    names = {Path(c["checkpoint"]): c["name"] for c in found["checkpoints"]}
+    given = {c.get("given"): c["name"] for c in found["checkpoints"]}
     timings: list[dict[str, Any]] = []
     for file in benchmarks:
+        what = f"{file} holds no results of mqa-hf benchmark"
         try:
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-            for line in lines:
-                # With fewer heads than the checkpoint has, it is of another model.
-                name = names.get(Path(line["shape"]).resolve()) or given.get(line["shape"])
-                timings.append({**line, "name": name if line.get("original", True) else None})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConversionError(f"{file} holds no results of mqa-hf benchmark: {error}") from error
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ConversionError(f"{what}: {error}") from error
+        for line in lines:
+            checked(what, line, TIMING if "error" in checked(what, line, {}) else TIMING | TIMES)
+            # With fewer heads than the checkpoint has, it is of another model.
+            name = names.get(Path(line["shape"]).resolve()) or given.get(line["shape"])
+            timings.append({**line, "name": name if line.get("original", True) else None})
     beside: dict[str, dict[str, dict[str, Any]]] = {REPORT_FILE: {}, TRAINING_FILE: {}}
     for directory, name in names.items():
         for file_name, entries in beside.items():
-            if (directory / file_name).is_file():
-                entries[name] = json.loads((directory / file_name).read_text(encoding="utf-8"))
+            path = directory / file_name
+            if path.is_file():
+                entries[name] = checked(f"{path} is not whole", read_json(path), BESIDE[file_name])
     timed = {r["name"] for r in timings if "error" not in r and r["engine"] == "mqa-hf"}
     shapes = {name: shape_of(directory) for directory, name in names.items()}
     measured = {shape: name for name, shape in shapes.items() if name in timed}
     timed_as = {n: measured[shape] for n, shape in shapes.items() if n not in timed and shape in measured}
     return Data(found, timings, timed_as, beside[REPORT_FILE], beside[TRAINING_FILE])
+
+
+def checked(what: str, found: Any, like: Any, place: str = "") -> Any:
+    """`found`, where it is like `like`: an object with (at least) these names, a list of such entries, the same types.
+
+    Args:
+        what: is wrong with a file where it is not so.
+        found: of a JSON file.
+        like: `None` for anything; names that end with "?" may be missing.
+        place: of `found` in the file.
+
+    Raises:
+        ConversionError: for what is missing or of another type.
+    """
+    kinds = {dict: "object", list: "list", str: "text", float: "number"}
+    fits = isinstance(found, int | float) if isinstance(like, float) else isinstance(found, type(like))
+    if like is not None and not fits:
+        raise ConversionError(f"{what}: {place or 'it'} is no {kinds[type(like)]}")
+    if isinstance(like, list):
+        for i, part in enumerate(found):
+            checked(what, part, like[0], f"{place}[{i}]")
+    for name, part in like.items() if isinstance(like, dict) else ():
+        key, inside = name.removesuffix("?"), f"{place}.{name}".strip(".?")
+        if key in found:
+            checked(what, found[key], part, inside)
+        elif key == name:
+            raise ConversionError(f"{what}: {inside} is missing")
+    return found
 
 
 def shape_of(directory: Path) -> str:

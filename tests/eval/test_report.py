@@ -154,6 +154,70 @@ def test_what_is_no_result_is_said(measured, tmp_path):
         write_report(measured / "evaluation", [measured / "text.jsonl"], tmp_path)
 
 
+def without(content, *path):
+    """The same without what stands at a path."""
+    inside = content = json.loads(json.dumps(content))
+    for part in path[:-1]:
+        inside = inside[part]
+    del inside[path[-1]]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said: json.dumps(said)[: len(json.dumps(said)) // 2], "evaluation.json holds no results .*evaluate: "),
+        (lambda said: "", "evaluation.json holds no results of mqa-hf evaluate: Expecting value"),
+        (lambda said: json.dumps([said]), "evaluation.json .*: it is no object"),
+        (lambda said: json.dumps({**said, "checkpoints": []}), "it has no checkpoints"),
+        (lambda said: json.dumps({**said, "checkpoints": {}}), "checkpoints is no list"),
+        (lambda said: json.dumps({**said, "settings": []}), "settings is no object"),
+        (lambda said: json.dumps(without(said, "settings")), "settings is missing"),
+        (lambda said: json.dumps(without(said, "versions")), "versions is missing"),
+        (
+            lambda said: json.dumps(without(said, "checkpoints", 1, "next_token")),
+            r"checkpoints\[1\]\.next_token is missing",
+        ),
+        (
+            lambda said: json.dumps(without(said, "checkpoints", 0, "next_token", "loss")),
+            r"next_token\.loss is missing",
+        ),
+        (lambda said: json.dumps(without(said, "checkpoints", 0, "name")), r"checkpoints\[0\]\.name is missing"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
+    said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
+    (tmp_path / "evaluation.json").write_text(change(said))
+    with pytest.raises(ConversionError, match=message):
+        write_report(tmp_path, [], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("conversion.json", '{"source": ', r"conversion\.json cannot be read"),
+        ("conversion.json", "[]", r"conversion\.json holds a list, not an object"),
+        ("conversion.json", '{"layers": [5]}', r"conversion\.json is not whole: layers\[0\] is no object"),
+        ("uptraining.json", "[1]", r"uptraining\.json holds a list, not an object"),
+        ("uptraining.json", "{}", r"uptraining\.json is not whole: tokens is missing"),
+        ("uptraining.json", '{"tokens": 5, "log": {"main": [{}]}}', r"log\.main\[0\]\.step is missing"),
+        ("config.json", "[]", r"config\.json holds a list, not an object"),
+        ("times.jsonl", "5\n", r"times\.jsonl holds no results of mqa-hf benchmark: it is no object"),
+        ("times.jsonl", '{"shape": "x"', r"times\.jsonl holds no results of mqa-hf benchmark: "),
+        ("times.jsonl", '{"shape": "x"}', r"times\.jsonl holds no results of mqa-hf benchmark: model is missing"),
+    ],
+)
+def test_what_a_file_beside_a_checkpoint_lacks_is_said(measured, tmp_path, name, content, message):
+    said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
+    shutil.copytree(measured / "<b>mean", tmp_path / "mean")
+    said["checkpoints"][1]["checkpoint"] = str(tmp_path / "mean")
+    (tmp_path / "evaluation.json").write_text(json.dumps(said))
+    (tmp_path / ("times.jsonl" if name == "times.jsonl" else f"mean/{name}")).write_text(content)
+    with pytest.raises(ConversionError, match=message):
+        write_report(tmp_path, [tmp_path / name] if name == "times.jsonl" else [], tmp_path / "report")
+
+
 def test_translations_are_compared_by_bleu_of_which_more_is_better():
     found = [
         {"name": name, "next_token": {"loss": 1.0}, "beam": {"bleu": bleu, "bleu_interval": [bleu - 1, bleu + 2]}}
