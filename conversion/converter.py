@@ -168,7 +168,7 @@ def convert(
     factors = (head_width if key_width is None else key_width, head_width if value_width is None else value_width)
     if not all(0 < f < math.inf for f in factors) or sequence_length < 4 or calibration_tokens < 1:
         raise ConversionError(
-            "widths must be numbers above 0, --calibration-tokens at least 1, --sequence-length at least 4; got "
+            "widths must be above 0 and finite, --calibration-tokens at least 1, --sequence-length at least 4; got "
             f"{factors[0]:g} and {factors[1]:g}, {calibration_tokens}, {sequence_length}"
         )
     asked: dict[str, Any] = {

@@ -167,9 +167,14 @@ def command_group() -> Any:
 
 
 def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By step, the words of those that are done, and of those that were begun; raises ConversionError for a file that
-    is no such record."""
-    if not record.is_file():
+    """By step, the words of those that are done, and of those that were begun: none where a record was cut off.
+
+    Raises:
+        ConversionError: for a file that is no such record.
+    """
+    try:
+        json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}, {}
     done = read_json(record)
     begun = done.pop(BEGUN, {})

@@ -147,7 +147,7 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
     assert not (tmp_path / "results" / "converted").exists()
 
 
-@pytest.mark.parametrize("record", ["[]", "{", '{"convert": 5}', '{"convert": [1]}', '{"begun": []}', "null"])
+@pytest.mark.parametrize("record", ["[]", '{"convert": 5}', '{"convert": [1]}', '{"begun": []}', "null"])
 def test_a_record_of_steps_that_is_none_is_said(tmp_path, recipe, record):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "recipe.json").write_text(record)

@@ -520,7 +520,7 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
         (["--tokens", "500", "--loss", "mse"], "lm, kl, hidden, attention"),
         (["--tokens", "500", "--train", "half"], "all, attention, lora"),
         (["--tokens", "500", "--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--tokens", "500", "--columns", "body"], "no column body"),
+        (["--tokens", "500", "--columns", "body"], "no column 'body' of text"),
         (["--tokens", "500", "--teacher", "none", "--loss", "kl"], "needs a teacher"),
         (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
         (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
