@@ -6,6 +6,10 @@ the weights at conversion (how positions enter, where norms stand, which biases 
 
 from typing import Any
 
+from .compat_mqa import TESTED  # noqa: F401  (before all else: a transformers that is too old says so there)
+
+# isort: split
+
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -104,7 +108,7 @@ class MQAConfig(PreTrainedConfig):
     """
 
     model_type = "mqa"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     # Where the default is `None`, `__post_init__` derives it from the other fields.
     vocab_size: int = 32000

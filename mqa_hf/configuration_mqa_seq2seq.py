@@ -43,7 +43,7 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     """
 
     model_type = "mqa_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sub_configs = {"encoder": MQAConfig, "decoder": MQAConfig}
 
     encoder: Any = None
