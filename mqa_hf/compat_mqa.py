@@ -125,6 +125,9 @@ def self_check(model: Any) -> None:
     from transformers import GenerationConfig, GenerationMixin
 
     advice = f"install one between {dotted(OLDEST)} and {dotted(NEWEST)}"
+    gone = [name for name in model.relies_on if not hasattr(GenerationMixin, name)]
+    if gone:
+        raise RuntimeError(f"transformers {transformers.__version__} has no {', '.join(gone)} any more; {advice}")
     wrong = [name for name, module in model.named_modules() if not getattr(module, "as_computed", lambda: True)()]
     if wrong:
         raise RuntimeError(

@@ -583,6 +583,7 @@ class FastDecoding:
     """`generate()` with the loop of this file where it can be used; a base before `GenerationMixin`."""
 
     decoding: Decoding
+    relies_on: tuple[str, ...] = ()  # private methods of `GenerationMixin` without which what is generated is wrong
 
     def train(self, mode: bool = True) -> Any:
         """Training needs the memory that decoding keeps."""

@@ -15,6 +15,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
     """What `AutoModelForSpeechSeq2Seq` gives for a converted Whisper: languages, tasks, timestamps, long audio."""
 
     main_input_name = "input_features"
+    relies_on = ("_prepare_decoder_input_ids_for_generation",)
 
     def __init__(self, config: MQASeq2SeqConfig):
         super().__init__(config)

@@ -205,7 +205,12 @@ def whisper(c: SourceConfig) -> dict[str, Any]:
     fields = _bart(
         c, pre_norm=True, embedding_norm=False, position_embedding="learned", encoder=encoder, decoder=decoder
     )
-    return {**fields, "share_embeddings": False, "median_filter_width": c.median_filter_width}
+    return {
+        **fields,
+        "share_embeddings": False,
+        "median_filter_width": c.median_filter_width,
+        "forced_decoder_ids": getattr(c, "forced_decoder_ids", None),
+    }
 
 
 def _bart_rules(positions: Operation = COPY) -> tuple[Rule, ...]:
