@@ -35,8 +35,8 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         share_embeddings (`bool`): Whether both stacks have the same token embedding.
         tie_word_embeddings (`bool`): Whether `lm_head` is the decoder's token embedding.
         decoder_start_token_id (`int`, *optional*): The token that generation starts with.
-        forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt that a Whisper of 2022 has
-            in its configuration; its generation reads them where the generation configuration has none.
+        forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt that a Whisper of 2022
+            has in its configuration; its generation reads them where the generation configuration has none.
         max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): What Whisper's generation
             asks for; the two lengths are those of the stacks.
 
