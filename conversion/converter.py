@@ -86,6 +86,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     ignore_switches: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     progress: bool = False,
@@ -121,6 +122,7 @@ def convert(
         max_shard_size: bytes, or text such as "5GB".
         overwrite: replace a checkpoint that is at `output`.
         ignore_switches: unknown switches of `config.json` that are known not to change the model's function.
+        allow_nonfinite: convert weights with NaN or infinite entries too, and count them in the report.
         push_to_hub: repository to upload the result to.
         private: whether a repository that is made for it is private.
         progress: show a progress bar.
@@ -149,6 +151,8 @@ def convert(
         raise ConversionError(f"widths and --cache-budget are for --method shared, not {method}")
     if not calibrated and (calibration is not None or calibration_columns):
         raise ConversionError(f"calibration text is for --method shared and for --refit; --method {method} reads none")
+    if calibrated and allow_nonfinite:
+        raise ConversionError("--allow-nonfinite is for methods without calibration: nothing is fitted to NaN")
     if cache_budget is not None and any(widths_asked[:3]):
         raise ConversionError(
             "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
@@ -171,6 +175,7 @@ def convert(
         "target": target,
         "dtype": DTYPES[dtype] if dtype else None,
         "ignore": frozenset(ignore_switches),
+        "allow_nonfinite": allow_nonfinite,
     }
     opened = open_source(source, revision)
     plan = make_plan(opened, **asked)
@@ -195,6 +200,7 @@ def convert(
         "device": device if device != "cpu" else None,
         "max_shard_size": max_shard_size,
         "ignore_switches": list(ignore_switches),
+        "allow_nonfinite": allow_nonfinite,
     }
     place = resolve_output(output, plan.source.directory, overwrite)
     components = {
@@ -222,9 +228,16 @@ def convert(
         _make_repository(push_to_hub, private)
     with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
         copy_companions(plan.source.directory, partial)
-        writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
+        writer = CheckpointWriter(partial, plan.tensors, max_shard_size, allow_nonfinite)
         layers = walk(plan, writer, method, seed, progress, fit)
         report = _report(plan, options, layers)
+        if allow_nonfinite:
+            report["nonfinite"] = {"read": plan.reader.nonfinite, "written": writer.nonfinite}
+            if writer.nonfinite:
+                entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
+                report["warnings"] = [
+                    f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them"
+                ]
         if fit is not None:
             report["held_out_loss"] = fit.losses()
             report["warnings"] = fit.warnings()
@@ -333,6 +346,7 @@ def make_plan(
     target: str,
     dtype: torch.dtype | None,
     ignore: frozenset[str],
+    allow_nonfinite: bool = False,
     widths: dict[str, Widths] | None = None,
     chosen_frequencies: bool = True,
 ) -> Plan:
@@ -346,7 +360,7 @@ def make_plan(
             raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
         if ignore:
             raise ConversionError(f"--ignore-switch: {source.config.model_type} keeps its own class and every switch")
-        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
+        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype, allow_nonfinite=allow_nonfinite))
     family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
     if family.canonical:
@@ -355,7 +369,7 @@ def make_plan(
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:
         pooled = _fitted(config, pooled, chosen, factors, widths, target, chosen_frequencies)
-    reader = CheckpointReader(source.directory)
+    reader = CheckpointReader(source.directory, allow_nonfinite)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:
@@ -454,6 +468,7 @@ def walk(
     count = sum(layer is not None for layer, _ in parts)
     before, after = heads_of(plan.config), heads_of(plan.pooled)
 
+    errors: dict[str, Any]
     reports: list[dict[str, Any]] = []
     with _progress(progress, DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
         task = bar.add_task("embeddings", total=writer.total_bytes)

@@ -35,13 +35,14 @@ from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.conversion.converter import DTYPES, RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
 from mqa_hf.conversion.text import load_tokenizer
 
 from .data import Part, mixture
 from .losses import Objective
 from .training import Schedule, as_options, begin, processes, train
-from .uptrain import examples, load, stamps
+from .uptrain import examples, stamps
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
@@ -216,7 +217,7 @@ def pretrain(
     if state.is_main_process:
         if replaced:
             shutil.rmtree(target)
-        trained = load(job / "main" / "final", model.config, DTYPES[dtype])
+        trained = load_model(job / "main" / "final", config=model.config, dtype=DTYPES[dtype])
         trained.config.use_cache = True
         with written_beside(target, 4 * trained.num_parameters(), False) as partial:
             trained.save_pretrained(partial)

@@ -26,8 +26,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     set_seed,
 )
@@ -35,6 +33,7 @@ from transformers.utils import logging
 
 from mqa_hf.conversion import convert, inspect
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
 from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
 from mqa_hf.conversion.text import load_tokenizer
@@ -105,12 +104,6 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def load(directory: str | Path, config: Any, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A checkpoint with its head, in the class that `config` names."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(directory, config=config, dtype=dtype, revision=revision)
-
-
 def without_dropout(config: Any) -> Any:
     """A copy of a configuration, with all of its stacks, in which every probability of dropout is 0."""
     config = copy.deepcopy(config)
@@ -167,7 +160,7 @@ def uptrain(
         restart,
     )
 
-    tuned = load(source, config if what.dropout else without_dropout(config), torch.float32)
+    tuned = load_model(source, config=config if what.dropout else without_dropout(config), dtype=torch.float32)
     tuned.config.use_cache = False
     teacher = load_teacher(what, source, tuned, job / "teacher")
     tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
@@ -310,7 +303,7 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
             raise ConversionError(
                 f"the teacher {name} has another tokenizer than the student; it must be the original"
             )
-    return load(name, AutoConfig.from_pretrained(name, revision=revision), dtype, revision)
+    return load_model(name, dtype=dtype, revision=revision)
 
 
 def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, what: Uptraining) -> nn.Module:
@@ -356,7 +349,7 @@ def attention_stage(
     short = replace(schedule, tokens=what.attention_tokens)
     model = only_attention(student, teacher)
     logged = train("attention", model, objective, short, rows, collate, job / "attention", validation)
-    return load(job / "attention" / "final", student.config, torch.float32), logged
+    return load_model(job / "attention" / "final", config=student.config, dtype=torch.float32), logged
 
 
 def describe(
@@ -388,9 +381,11 @@ def finish(
         import peft
 
         base = job / "attention" / "final" if what.attention_tokens else source
-        model: Any = peft.PeftModel.from_pretrained(load(base, config, torch.float32), final).merge_and_unload()
+        model: Any = peft.PeftModel.from_pretrained(
+            load_model(base, config=config, dtype=torch.float32), final
+        ).merge_and_unload()
     else:
-        model = load(final, config, torch.float32)
+        model = load_model(final, config=config, dtype=torch.float32)
     model = model.to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with written_beside(target, size, overwrite) as partial:

@@ -115,6 +115,10 @@ def convert(
         typer.Option(help="float32, float16 or bfloat16. Default: as in the source.", rich_help_panel=OUTPUT),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.", rich_help_panel=OUTPUT)] = "5GB",
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.", rich_help_panel=OUTPUT),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
     ] = False,
@@ -156,6 +160,7 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         ignore_switches=ignore_switch or (),
+        allow_nonfinite=allow_nonfinite,
         push_to_hub=push_to_hub,
         private=private,
         progress=True,
@@ -222,7 +227,7 @@ def inspect(
             loss = conversion["held_out_loss"]
             table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token")
         for name in ERRORS:
-            errors = [layer[name] for layer in conversion["layers"] if name in layer]
+            errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
             if not errors:
                 continue
             table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
