@@ -192,8 +192,7 @@ def convert(
         "key_width": key_width,
         "value_width": value_width,
         "cache_budget": None if cache_budget is None else str(cache_budget),
-        "no_refit": method == "shared" and not refit,
-        "refit": method != "shared" and refit,
+        "refit": refit,
         "target": target,
         "dtype": dtype,
         "seed": seed,
@@ -239,7 +238,7 @@ def convert(
                     f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them"
                 ]
         if fit is not None:
-            report["held_out_loss"] = fit.losses()
+            report["held_out_loss"] = {**fit.losses(), "text": str(calibration or text.DEFAULT_TEXT)}
             report["warnings"] = fit.warnings()
             if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
                 plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
@@ -578,7 +577,10 @@ def _command(source: Source, options: dict[str, Any]) -> str:
         words += ["--revision", source.revision]
     for name, value in options.items():
         flag = "--" + name.removesuffix("es" if name == "ignore_switches" else "").replace("_", "-")
-        if name == "seed" and options["method"] not in ("random", "shared"):
+        if name == "seed" and options["method"] != "random" and not options["calibration_tokens"]:
+            continue
+        if name == "refit":
+            words += [] if value == (options["method"] == "shared") else ["--refit" if value else "--no-refit"]
             continue
         if isinstance(value, bool):
             words += [flag] if value else []

@@ -15,6 +15,7 @@ from .errors import ConversionError
 from .families import OWN, check_known
 
 REPORT_FILE = "conversion.json"
+TRAINING_FILE = "uptraining.json"
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",

@@ -35,7 +35,7 @@ from mqa_hf.conversion import convert, inspect
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
+from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, TRAINING_FILE, read_json
 from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
@@ -43,7 +43,6 @@ from .data import CollatePairs, Part, collate_packed, stamp, training_rows
 from .losses import LOSSES, Objective, attention_names, check_liger, core
 from .training import Schedule, as_options, begin, processes, train
 
-REPORT = "uptraining.json"
 TRAINED = ("all", "attention", "lora")
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
@@ -151,6 +150,8 @@ def uptrain(
     job = target.with_name(f".{target.name}.uptrain")
     config = AutoConfig.from_pretrained(source)
     check(what, schedule, config)
+    if what.teacher is not None:
+        describe_teacher(what.teacher, what.teacher_revision)
     if what.dropout is None:
         what = replace(what, dropout=dict(what.losses).keys() == {"lm"})
     files = [source, *([] if what.teacher is None else [what.teacher]), *(part.source for part in what.dataset)]
@@ -276,6 +277,14 @@ def examples(tokenizer: Any, config: Any, what: Any, schedule: Schedule) -> tupl
     return rows, validation, collate_packed, schedule
 
 
+def describe_teacher(name: str, revision: str | None) -> dict[str, Any]:
+    """What [`inspect`] says of the teacher; raises ConversionError where there is none."""
+    try:
+        return inspect(name, revision=revision)
+    except ConversionError as error:
+        raise ConversionError(f"the teacher {name} cannot be had; say where it is with --teacher. {error}") from error
+
+
 def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, directory: Path) -> PreTrainedModel | None:
     """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
 
@@ -287,12 +296,7 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with processes().main_process_first():
-        try:
-            description = inspect(name, revision=revision)
-        except ConversionError as error:
-            raise ConversionError(
-                f"the teacher {name} cannot be had; say where it is with --teacher. {error}"
-            ) from error
+        description = describe_teacher(name, revision)
         if own and not description["family"].startswith("mqa"):
             if not (directory / "config.json").is_file():
                 heads = description["num_key_value_heads"]
@@ -395,13 +399,13 @@ def finish(
                 shutil.copyfile(path, partial / path.name)
             elif path.is_dir() and path.name == "additional_chat_templates":
                 shutil.copytree(path, partial / path.name)
-        settings = {path.name: path.read_bytes() for path in partial.glob("*.json")}
+        settings = {path.name: path.read_bytes() for kind in ("*.json", "*.py") for path in partial.glob(kind)}
         model.save_pretrained(partial)
         for name, content in settings.items():
-            (partial / name).write_bytes(content)  # as the student has them; shards' index is not among them
+            (partial / name).write_bytes(content)  # as the student has them, its code too; not the index of shards
         for logs in job.glob("*/runs"):
             shutil.copytree(logs, partial / "runs" / logs.parent.name)
-        (partial / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        (partial / TRAINING_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
         add_training_section(partial, report)
@@ -409,11 +413,16 @@ def finish(
         shutil.rmtree(job)
 
 
-def original_of(student: Path) -> tuple[str | None, str | None]:
-    """The source that `conversion.json` names, and its revision."""
+def original_of(student: Path) -> tuple[str, str | None]:
+    """The source that `conversion.json` names, and its revision; raises ConversionError where it names none."""
     path = student / REPORT_FILE
     said = read_json(path) if path.is_file() else {}
-    return said.get("source"), said.get("revision")
+    if not isinstance(said.get("source"), str) or not isinstance(said.get("revision"), str | None):
+        raise ConversionError(
+            f"{student} does not say what it was converted from (no source in {REPORT_FILE}); name its original with "
+            "--teacher, or train without one: --teacher none"
+        )
+    return said["source"], said.get("revision")
 
 
 if __name__ == "__main__":

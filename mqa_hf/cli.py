@@ -225,12 +225,23 @@ def inspect(
         table.add_row("made by", conversion["command"])
         if "held_out_loss" in conversion:
             loss = conversion["held_out_loss"]
-            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token")
+            measured = f" ({loss['tokens']:,} tokens of {loss['text']})" if "tokens" in loss else ""
+            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token{measured}")
         for name in ERRORS:
             errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
             if not errors:
                 continue
             table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
+    if result["training"]:
+        training = result["training"]
+        table.add_row("trained on", f"{training['tokens']:,} tokens")
+        for name, loss in ((training["validation"] or {}).get("after") or {}).items():
+            before = training["validation"]["before"].get(name)
+            table.add_row(
+                f"{name} on validation text", f"{loss:.3f}" if before is None else f"{before:.3f} -> {loss:.3f}"
+            )
+        if training["command"]:
+            table.add_row("trained by", training["command"])
     Console(markup=False).print(table)
 
 
