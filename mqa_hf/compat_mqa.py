@@ -36,7 +36,8 @@ KNOWN_ARGUMENTS = frozenset(
         "attention_instances", "block_table", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k",
         "max_length_q", "max_seqlen_k", "max_seqlen_q", "read_index", "write_index",
         # read by nothing here, and without a meaning for these models
-        "cache_position", "logits_indices", "logits_processor_args", "output_router_logits", "seq_idx",
+        "cache_position", "logits_indices", "logits_processor_args", "logits_to_keep", "output_router_logits",
+        "seq_idx",
     }
 )  # fmt: skip
 

@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 from transformers.utils import logging
 
 from .cache_mqa import DecodeCache
-from .compat_mqa import TESTED, self_check
+from .compat_mqa import TESTED, one_cache, self_check
 from .rules_mqa import CACHE, Rule, among, as_key, decoder_of, mentions, obstacle, rule_of, unsupported
 from .step_mqa import Step
 
@@ -593,6 +593,9 @@ class FastDecoding:
 
     @wraps(GenerationMixin.generate)
     def generate(self, *arguments: Any, **options: Any) -> Any:
+        given = one_cache(options.pop("past_key_values", None), options.pop("cache", None))
+        if given is not None:
+            options[CACHE] = given
         if not self.decoding.checked:
             self.decoding.checked = True
             self_check(self)

@@ -73,6 +73,9 @@ def test_the_cache_is_taken_by_either_name(name, model):
     cache = DynamicCache(config=model.config)
     steps = [model(text[:, t : t + 1], **{name: cache}).logits for t in range(text.shape[1])]
     torch.testing.assert_close(torch.cat(steps, 1), whole)
+    prefix = DynamicCache(config=model.config)
+    model(text[:, :4], **{name: prefix})
+    assert greedy(model, **{name: prefix}).tolist() == greedy(model).tolist()
     prepared = model.prepare_inputs_for_generation(text, **{name: cache}, next_sequence_length=1)
     assert prepared[cache_name()] is cache
 
