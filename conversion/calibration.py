@@ -363,7 +363,7 @@ class Calibration:
         h = x if post else layer.input_layernorm(x)
         if site == "self_attn":
             return h
-        x = x + layer.self_attn(h, position_embeddings=stack.angles, attention_mask=mask)[0]
+        x = x + layer.added(layer.self_attn(h, position_embeddings=stack.angles, attention_mask=mask)[0])
         return layer.input_layernorm(x) if post else layer.cross_attn_layernorm(x)
 
     def at(

@@ -41,7 +41,7 @@ from .errors import ConversionError, ConversionWarning
 from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, check_own_heads, family_of, fold_scales
 from .output import copy_companions, resolve_output, written_beside
 from .passthrough import own_class_plan
-from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
+from .plan import Step, canonical_class, decoder_of, match, read_steps, with_stored_positions, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
 from .widths import Widths, budget_components, choose_widths, fitted_config
@@ -364,11 +364,12 @@ def make_plan(
     config = canonical_config(source.config, source.raw, ignore)
     if family.canonical:
         check_own_heads(config)
+    reader = CheckpointReader(source.directory, allow_nonfinite)
+    family, config = with_stored_positions(family, config, reader)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:
         pooled = _fitted(config, pooled, chosen, factors, widths, target, chosen_frequencies)
-    reader = CheckpointReader(source.directory, allow_nonfinite)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:

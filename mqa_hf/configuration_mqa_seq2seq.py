@@ -99,9 +99,26 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        """Rows of the embeddings, as `resize_token_embeddings` sets it."""
+        self.decoder.vocab_size = value
+        if self.share_embeddings:
+            self.encoder.vocab_size = value
+
     @property
     def hidden_size(self) -> int:
         return self.decoder.hidden_size
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the decoder."""
+        return self.decoder.num_attention_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder.num_hidden_layers
 
     @property
     def decoder_layers(self) -> int:

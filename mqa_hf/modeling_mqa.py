@@ -54,11 +54,15 @@ def make_norm(config: MQAConfig) -> nn.Module:
 
 
 def sinusoids(position_ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5)."""
+    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5).
+
+    In float32, or in float64 where the positions are.
+    """
     half = config.hidden_size // 2
-    steps = torch.arange(half, device=position_ids.device, dtype=torch.float)
+    dtype = torch.float64 if position_ids.dtype == torch.float64 else torch.float32
+    steps = torch.arange(half, device=position_ids.device, dtype=dtype)
     frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1 if config.sinusoidal_endpoint else half)))
-    angles = (position_ids + config.position_offset).unsqueeze(-1).float() * frequencies
+    angles = (position_ids + config.position_offset).unsqueeze(-1).to(dtype) * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
@@ -304,6 +308,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MQAConfig, layer_idx: int):
         super().__init__()
         self.residual = config.residual
+        self.residual_multiplier = config.residual_multiplier
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = MQAAttention(config, layer_idx)
         self.mlp = MQAMLP(config)
@@ -333,7 +338,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
             cache=cache,
             **kwargs,
         )
-        attended = self.dropout(attended)
+        attended = self.added(attended)
         if self.residual in ("sequential", "post_norm"):
             x = x + attended
             x = self.input_layernorm(x) if self.residual == "post_norm" else x
@@ -346,16 +351,19 @@ class MQADecoderLayer(GradientCheckpointingLayer):
                     encoder_hidden_states=encoder_hidden_states,
                     **kwargs,
                 )
-                x = x + self.dropout(attended)
+                x = x + self.added(attended)
                 x = self.cross_attn_layernorm(x) if self.residual == "post_norm" else x
             if self.residual == "post_norm":
-                return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
-            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+                return self.post_attention_layernorm(x + self.added(self.mlp(x)))
+            return x + self.added(self.mlp(self.post_attention_layernorm(x)))
         if self.residual == "parallel":
             normed = self.post_attention_layernorm(x)
-        return x + attended + self.dropout(self.mlp(normed))
+        return x + attended + self.added(self.mlp(normed))
 
-    def dropout(self, x: torch.Tensor) -> torch.Tensor:
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What a sub-layer with this output adds to the residual stream."""
+        if self.residual_multiplier != 1.0:
+            x = x * self.residual_multiplier
         return nn.functional.dropout(x, self.hidden_dropout, True) if self.training and self.hidden_dropout else x
 
 
@@ -398,7 +406,8 @@ class MQAModel(MQAPreTrainedModel):
 
     def __init__(self, config: MQAConfig):
         super().__init__(config)
-        tokens = (config.vocab_size, config.embedding_size, config.embedding_scale)
+        scale = 1.0 if config.scale_inputs_embeds else config.embedding_scale
+        tokens = (config.vocab_size, config.embedding_size, scale)
         self.embed_tokens = None if config.num_mel_bins else MQAEmbedding(*tokens)
         projected = config.embedding_size != config.hidden_size
         self.project_in = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projected else None
@@ -514,6 +523,8 @@ class MQAModel(MQAPreTrainedModel):
 
     def enter(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """From token embeddings [B, T, embedding_size] to the input of the first layer [B, T, d]."""
+        if self.config.scale_inputs_embeds:
+            inputs_embeds = inputs_embeds * self.config.embedding_scale
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids.to(x.device))

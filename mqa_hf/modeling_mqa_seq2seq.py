@@ -81,6 +81,8 @@ class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):
 class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
     """Encoder and decoder without the language-model head."""
 
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
+
     def __init__(self, config: MQASeq2SeqConfig):
         super().__init__(config)
         self.encoder = (MQAAudioEncoder if config.num_mel_bins else MQAModel)(config.encoder)

@@ -14,7 +14,7 @@ from sources import (
     overwrite_heads_with_mean,
     save,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.conversion.families import FAMILIES, canonical_config
@@ -202,6 +202,34 @@ def test_embeddings_of_the_model_s_own_carry_their_scale(model_type, tmp_path):
     ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
     ids = batch()[0]
     torch.testing.assert_close(ours(inputs_embeds=ours.get_input_embeddings()(ids)).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(("model_type", "what", "config"), CASES, ids=IDS)
+@torch.no_grad()
+def test_a_source_of_16_bits_computes_the_same_in_float32(model_type, what, config, tmp_path):
+    """What is settled in the weights is not rounded once more where the result is float32."""
+    theirs = make_model(model_type, config)
+    source = save(theirs.bfloat16(), tmp_path / "source")
+    convert(source, tmp_path / "ours", kv_heads=kv_heads_of(theirs), dtype="float32")
+    read, ours = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (source, tmp_path / "ours")
+    )
+    difference, size = largest_difference(ours, read)
+    assert difference <= TOLERANCE, f"{difference} on logits up to {size}"
+
+
+@torch.no_grad()
+def test_vectors_that_are_given_as_embeddings_are_scaled_where_the_source_scales_them(tmp_path):
+    for model_type in BY_FAMILY:
+        if model_type not in CONFIG_MAPPING:
+            continue
+        theirs = make_model(model_type, BY_FAMILY[model_type])
+        ours = converted(
+            save(theirs, tmp_path / model_type), tmp_path / f"{model_type}-ours", kv_heads=kv_heads_of(theirs)
+        )
+        given = torch.randn(2, 7, ours.config.embedding_size)
+        difference = (ours(inputs_embeds=given).logits - theirs(inputs_embeds=given).logits).abs().max()
+        assert difference <= TOLERANCE, model_type
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
