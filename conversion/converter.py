@@ -37,9 +37,10 @@ from . import text
 from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from .companions import check_loads, copy_companions
 from .errors import ConversionError, ConversionWarning
 from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, check_own_heads, family_of, fold_scales
-from .output import copy_companions, resolve_output, written_beside
+from .output import resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, with_stored_positions, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
@@ -245,6 +246,7 @@ def convert(
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
+        check_loads(partial, plan.source.directory)
     if push_to_hub:
         _push(place, push_to_hub)
     for message in report.get("warnings", ()):

@@ -186,10 +186,7 @@ def pretrain(
         raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     state = processes()
     logging.disable_progress_bar()
-    target = Path(output).resolve()
-    replaced = overwrite and (target / REPORT).is_file()
-    if not replaced:
-        target = resolve_output(output, Path(what.dataset[0].source), False)
+    target = resolve_output(output, Path(what.dataset[0].source), overwrite, REPORT)
     job = target.with_name(f".{target.name}.pretrain")
     pairs = bool(configuration(what.config).is_encoder_decoder)
     files = stamps([part.source for part in what.dataset])
@@ -215,11 +212,9 @@ def pretrain(
         "log": log,
     }
     if state.is_main_process:
-        if replaced:
-            shutil.rmtree(target)
         trained = load_model(job / "main" / "final", config=model.config, dtype=DTYPES[dtype])
         trained.config.use_cache = True
-        with written_beside(target, 4 * trained.num_parameters(), False) as partial:
+        with written_beside(target, 4 * trained.num_parameters(), overwrite, REPORT) as partial:
             trained.save_pretrained(partial)
             for name in RUNTIME_FILES.get(type(trained).__name__, ()):
                 shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)

@@ -32,10 +32,18 @@ from transformers import (
 from transformers.utils import logging
 
 from mqa_hf.conversion import convert, inspect
+from mqa_hf.conversion.companions import check_loads, copy_files, inside
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, TRAINING_FILE, read_json
+from mqa_hf.conversion.source import (
+    CHAT_TEMPLATES,
+    PICKLES,
+    REPORT_FILE,
+    SAFETENSORS,
+    TRAINING_FILE,
+    read_json,
+)
 from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
@@ -152,6 +160,7 @@ def uptrain(
     check(what, schedule, config)
     if what.teacher is not None:
         describe_teacher(what.teacher, what.teacher_revision)
+    carried_over(source)  # before the training rather than after it
     if what.dropout is None:
         what = replace(what, dropout=dict(what.losses).keys() == {"lm"})
     files = [source, *([] if what.teacher is None else [what.teacher]), *(part.source for part in what.dataset)]
@@ -393,12 +402,7 @@ def finish(
     model = model.to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with written_beside(target, size, overwrite) as partial:
-        left_out = (*SAFETENSORS, *PICKLES)
-        for path in source.iterdir():
-            if path.is_file() and not any(path.match(pattern) for pattern in left_out):
-                shutil.copyfile(path, partial / path.name)
-            elif path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, partial / path.name)
+        copy_files(source, carried_over(source), partial)
         settings = {path.name: path.read_bytes() for kind in ("*.json", "*.py") for path in partial.glob(kind)}
         model.save_pretrained(partial)
         for name, content in settings.items():
@@ -409,8 +413,19 @@ def finish(
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
         add_training_section(partial, report)
+        check_loads(partial, source)
     with suppress(OSError):
         shutil.rmtree(job)
+
+
+def carried_over(student: Path) -> list[Path]:
+    """All files of a student but its weights; raises ConversionError for one that is a link to elsewhere."""
+    left_out = (*SAFETENSORS, *PICKLES)
+    found = [p for p in student.iterdir() if p.is_file() and not any(p.match(pattern) for pattern in left_out)]
+    found += student.glob(CHAT_TEMPLATES)
+    for path in found:
+        inside(student, path)
+    return found
 
 
 def original_of(student: Path) -> tuple[str, str | None]:

@@ -333,26 +333,6 @@ def test_what_appears_at_the_output_meanwhile_is_kept(source, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
 
 
-def test_a_failed_replacement_puts_the_old_one_back(source, tmp_path, monkeypatch):
-    output = tmp_path / "output"
-    convert(source, output, kv_heads=2)
-    before = (output / "config.json").read_bytes()
-    plain, calls = Path.replace, []
-
-    def replace(self, target):
-        calls.append(target)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(self, target)
-
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
-        convert(source, output, overwrite=True)
-    assert len(calls) == 3
-    assert (output / "config.json").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
-
-
 def test_a_failure_leaves_no_new_parents(source, tmp_path, monkeypatch):
     monkeypatch.setattr(converter, "write_card", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
