@@ -84,6 +84,7 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
         config = AutoConfig.from_pretrained(directory)
     except Exception as error:  # whatever a configuration class raises for values that it refuses
         raise ConversionError(f"transformers refuses {directory / 'config.json'}: {error}") from error
+    config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
     return Source(name, directory, commit, config, raw)
 
 
