@@ -40,6 +40,7 @@ from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .companions import check_loads, copy_companions
 from .errors import ConversionError, ConversionWarning
 from .families import FAMILIES, NATIVE_ONLY, Family, canonical_config, check_own_heads, family_of, fold_scales
+from .native_config import lost_in_transformers4, native_config
 from .output import resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, canonical_class, decoder_of, match, read_steps, with_stored_positions, write_steps
@@ -243,6 +244,8 @@ def convert(
             report["warnings"] = fit.warnings()
             if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
                 plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
+        if target == "native" and (lost := lost_in_transformers4(plan.output)):
+            report["warnings"] = [*report.get("warnings", ()), *lost]
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
@@ -541,9 +544,10 @@ def _write_config(plan: Plan, partial: Path) -> None:
         with torch.device("meta"):
             architecture = type(AutoModelForCausalLM.from_config(plan.output)).__name__
     plan.output.architectures = [architecture]
-    config = plan.output.to_diff_dict()
+    native = plan.output is not plan.pooled
+    config = native_config(plan.output) if native else plan.output.to_diff_dict()
     config.pop("_name_or_path", None)
-    if plan.output is not plan.pooled:
+    if native:
         config.pop("auto_map", None)  # of code that the source brings along and its class in transformers replaces
     config["transformers_version"] = version("transformers")
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -84,7 +84,9 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     check_known(raw.get("model_type"))
     if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
         raise ConversionError("the source is a converted checkpoint already; convert the original instead")
-    return Source(name, directory, commit, load_config(directory), raw)
+    config = load_config(directory)
+    config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
+    return Source(name, directory, commit, config, raw)
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
