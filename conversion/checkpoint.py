@@ -127,14 +127,14 @@ class CheckpointReader:
                 return [self.directory / single], None
             if (self.directory / index).is_file():
                 try:
-                    weight_map = json.loads((self.directory / index).read_text())["weight_map"]
+                    weight_map = json.loads((self.directory / index).read_text(encoding="utf-8"))["weight_map"]
                     files = sorted({self.directory / name for name in weight_map.values()})
-                except (ValueError, KeyError, AttributeError, TypeError) as error:
-                    raise ConversionError(f"{index} is not an index of shards: {error}") from error
-                outside = [path.name for path in files if path.parent != self.directory]
+                    outside = [path.name for path in files if path.parent != self.directory]
+                    missing = [path.name for path in files if not path.is_file()]
+                except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                    raise ConversionError(f"{index} is not an index of shards: {str(error)[:200]}") from error
                 if outside:
                     raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
-                missing = [path.name for path in files if not path.is_file()]
                 if missing:
                     raise ConversionError(f"{index} names shards that are not there: {listing(missing)}")
                 return files, weight_map
@@ -188,6 +188,11 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path.name} is truncated or corrupted: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ConversionError(f"{path.name} does not hold a state dict of tensors")
+    odd = [
+        str(name) for name, t in state.items() if not isinstance(name, str) or t.is_meta or t.layout != torch.strided
+    ]
+    if odd:
+        raise ConversionError(f"{path.name} holds tensors without a name, without numbers or sparse: {listing(odd)}")
     return state
 
 

@@ -234,27 +234,37 @@ def convert(
         report = _report(plan, options, layers)
         if allow_nonfinite:
             report["nonfinite"] = {"read": plan.reader.nonfinite, "written": writer.nonfinite}
-            if writer.nonfinite:
-                entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
-                report["warnings"] = [
-                    f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them"
-                ]
         if fit is not None:
             report["held_out_loss"] = {**fit.losses(), "text": str(calibration or text.DEFAULT_TEXT)}
-            report["warnings"] = fit.warnings()
             if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
                 plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
-        if target == "native" and (lost := lost_in_transformers4(plan.output)):
-            report["warnings"] = [*report.get("warnings", ()), *lost]
+        report["warnings"] = [*_doubts(plan, writer), *(fit.warnings() if fit is not None else ())]
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
         check_loads(partial, plan.source.directory)
     if push_to_hub:
         _push(place, push_to_hub)
-    for message in report.get("warnings", ()):
+    for message in report["warnings"]:
         warnings.warn(message, ConversionWarning, stacklevel=2)
     return report
+
+
+def _doubts(plan: "Plan", writer: CheckpointWriter) -> list[str]:
+    """What a person has to know before the result is used, in sentences."""
+    doubts = []
+    if writer.nonfinite:
+        entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
+        doubts.append(f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them")
+    if plan.output is plan.pooled:
+        return doubts
+    if plan.output.model_type == "gpt_bigcode" and decoder_of(plan.pooled).positions_from_mask:
+        doubts.append(
+            f"{plan.source.config.model_type} counts positions from the first token that is no padding, and "
+            "gpt_bigcode from the first column: with rows that are padded on the left pass position_ids, as "
+            "generate() and vLLM do"
+        )
+    return doubts + lost_in_transformers4(plan.output)
 
 
 def _longest(config: CanonicalConfig) -> int:

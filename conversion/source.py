@@ -18,6 +18,12 @@ from .families import OWN, check_known
 REPORT_FILE = "conversion.json"
 TRAINING_FILE = "uptraining.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+# How configurations call the number of layers; a damaged one would fill the memory with what there is of each.
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+MOST_LAYERS = 10_000
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",
@@ -84,6 +90,9 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     check_known(raw.get("model_type"))
     if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
         raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+    for name in LAYERS:
+        if isinstance(raw.get(name), int) and raw[name] > MOST_LAYERS:
+            raise ConversionError(f"{directory / 'config.json'}: {name} is {raw[name]:,}; no model has as many layers")
     config = load_config(directory)
     config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
     return Source(name, directory, commit, config, raw)

@@ -165,7 +165,7 @@ def convert(
         private=private,
         progress=True,
     )
-    for message in report.get("warnings", ()):
+    for message in report["warnings"]:
         Console(stderr=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
     cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
     attentions = report["attentions"]

@@ -16,7 +16,7 @@ from sources import (
 )
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.conversion import ConversionError, ConversionWarning, convert
 from mqa_hf.conversion.families import FAMILIES, canonical_config
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
@@ -230,6 +230,23 @@ def test_vectors_that_are_given_as_embeddings_are_scaled_where_the_source_scales
         given = torch.randn(2, 7, ours.config.embedding_size)
         difference = (ours(inputs_embeds=given).logits - theirs(inputs_embeds=given).logits).abs().max()
         assert difference <= TOLERANCE, model_type
+
+
+@torch.no_grad()
+def test_opt_in_gpt_bigcode_is_warned_of_and_right_with_positions(tmp_path):
+    source = save(make_model("opt", BY_FAMILY["opt"]), tmp_path / "source")
+    with pytest.warns(ConversionWarning, match="padded on the left pass position_ids"):
+        report = convert(source, tmp_path / "native", target="native")
+    assert "Warning: opt counts positions" in (tmp_path / "native" / "README.md").read_text()
+    assert len(report["warnings"]) == 1
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
+    ours = converted(source, tmp_path / "ours")
+    ids, mask = batch()
+    assert not mask[:, 0].all()
+    expected = ours(ids, attention_mask=mask).logits[mask.bool()]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = native(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
