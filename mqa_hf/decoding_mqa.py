@@ -597,8 +597,8 @@ class FastDecoding:
         if given is not None:
             options[CACHE] = given
         if not self.decoding.checked:
-            self.decoding.checked = True
             self_check(self)
+            self.decoding.checked = True
         if obstacle() is not None and self.decoding.enabled:
             logger.warning_once(f"generate() decodes with transformers' own, slower loop: {obstacle()}.")
         return super().generate(*arguments, **options)  # type: ignore[misc]

@@ -21,8 +21,30 @@ IDS = torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(3))
 
 # Types that transformers 4 does not have.
 NEW = (
-    *("afmoe", "beam", "cohere2_moe", "cohere_compass_text", "cwm", "exaone_moe", "flint", "granite_swa"),
-    *("granitemoe_swa", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "lfm2_moe"),
+    *(
+        "afmoe",
+        "apertus1p5_text",
+        "beam",
+        "cohere2_moe",
+        "cohere_compass_text",
+        "cwm",
+        "exaone",
+        "exaone_moe",
+        "flint",
+        "granite_swa",
+    ),
+    *(
+        "granitemoe_swa",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "kolibri1",
+        "laguna",
+        "lara_mini",
+        "lfm2_moe",
+    ),
     *("lfm3", "mellum", "minimax_m2", "ministral3", "nanochat", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text"),
     *("qwen3_5_text", "qwen4_exp_text", "solar_open"),
 )
@@ -119,12 +141,33 @@ def results(root: Path) -> dict[tuple[str, str, str], tuple[Path, torch.Tensor]]
     return made
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_transformers4 = pytest.mark.skipif(
     "TRANSFORMERS4" not in os.environ,
     reason="TRANSFORMERS4 names no folder made with: pip install --no-deps --target FOLDER transformers==4.57.3 "
     "huggingface_hub==0.36.0 tokenizers==0.22.1",
 )
+
+
+@pytest.mark.slow
+@needs_transformers4
+def test_this_package_s_own_class_says_which_transformers_it_needs(tmp_path):
+    convert(save(make_model("llama", LLAMA), tmp_path / "source"), tmp_path / "ours")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True)"
+    )
+    command = [sys.executable, "-c", program, os.environ["TRANSFORMERS4"], str(tmp_path / "ours")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode != 0
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        "ImportError: This model needs transformers 5.17 or newer, and 4.57.3 is installed; upgrade"
+    )
+
+
+@pytest.mark.slow
+@needs_transformers4
 @pytest.mark.timeout(900)
 def test_transformers_4_computes_the_logits_of_transformers_5(tmp_path):
     torch.save(IDS, tmp_path / "ids.pt")
