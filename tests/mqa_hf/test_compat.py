@@ -220,7 +220,9 @@ def test_the_self_check_passes_once_and_changes_nothing(model, monkeypatch):
     assert model.decoding.enabled
 
 
-def test_the_self_check_finds_a_cache_that_is_lost(model, monkeypatch):
+@pytest.fixture
+def lost_cache(monkeypatch):
+    """A transformers whose steps see one token each."""
     prepare = GenerationMixin.prepare_inputs_for_generation
 
     def lost(self, *arguments, **options):
@@ -228,7 +230,11 @@ def test_the_self_check_finds_a_cache_that_is_lost(model, monkeypatch):
         del inputs[cache_name()]
         return inputs
 
-    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lost)
+    return lambda: monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", lost)
+
+
+def test_the_self_check_finds_a_cache_that_is_lost(model, lost_cache):
+    lost_cache()
     model.decoding.checked = False
     for _ in range(2):
         with pytest.raises(RuntimeError, match="logits with and without a cache differ by"):
@@ -271,13 +277,13 @@ print(json.dumps([checked, model.decoding.checked, tokens.tolist(), [line for li
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "speech"])
-def test_the_self_check_runs_on_models_with_an_encoder(kind, tmp_path):
+def test_the_self_check_runs_on_models_with_an_encoder(kind, lost_cache, tmp_path):
     model_type, config = ("whisper", WHISPER) if kind == "speech" else ("t5", T5)
     convert(save(make_seq2seq(model_type, config), tmp_path / "source"), tmp_path / "ours")
     auto = AutoModelForSpeechSeq2Seq if kind == "speech" else AutoModelForSeq2SeqLM
     model = auto.from_pretrained(tmp_path / "ours").eval()
     compat_mqa.self_check(model)
-    model.model.decoder.layers[1].self_attn.layer_idx = 0  # so that two layers write to one place of the cache
+    lost_cache()
     with pytest.raises(RuntimeError, match="logits with and without a cache differ"):
         compat_mqa.self_check(model)
 
