@@ -1,15 +1,16 @@
 # make demo [OUTPUT=directory]                                  set up and run the whole job on a small model
 # make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
 # make test                                                     set up and run the tests
+# make test-5.17.0                                              the same, with that version of transformers
 # make docs                                                     set up and build the documentation in site/
 
 PYTHON ?= python3
 VENV ?= .venv
-OLDEST ?= .venv-oldest
 SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 PIP = install --quiet --disable-pip-version-check
 
-.PHONY: demo convert test test-oldest lint docs
+.PHONY: demo convert test lint docs
+.PRECIOUS: .venv-%/installed-dev
 
 demo: $(VENV)/installed-demo
 	$(VENV)/bin/mqa-hf demo $(if $(OUTPUT),"$(OUTPUT)")
@@ -20,9 +21,9 @@ convert: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -q -n auto
 
-# The oldest transformers that is supported, and the tests that depend on it most.
-test-oldest: $(OLDEST)/installed-dev
-	$(OLDEST)/bin/pytest -q -n auto tests/mqa_hf tests/conversion tests/finetune
+# Another transformers, and the tests that depend on it most.
+test-%: .venv-%/installed-dev
+	.venv-$*/bin/pytest -q -n auto tests/mqa_hf tests/conversion tests/finetune
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -49,8 +50,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/pip $(PIP) --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-$(OLDEST)/installed-dev: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(OLDEST)
-	grep -v transformers constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/pip $(PIP) --constraint $(OLDEST)/constraints.txt --editable ".[dev]" transformers==5.17.0
+.venv-%/installed-dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	grep -v transformers constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/pip $(PIP) --constraint .venv-$*/constraints.txt --editable ".[dev]" transformers==$*
 	touch $@

@@ -363,7 +363,7 @@ class Calibration:
         h = x if post else layer.input_layernorm(x)
         if site == "self_attn":
             return h
-        x = x + layer.self_attn(h, position_embeddings=stack.angles, attention_mask=mask)[0]
+        x = x + layer.added(layer.self_attn(h, position_embeddings=stack.angles, attention_mask=mask)[0])
         return layer.input_layernorm(x) if post else layer.cross_attn_layernorm(x)
 
     def at(
@@ -747,19 +747,20 @@ class Calibration:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean cross-entropy in nats on the held-out tokens, before and after."""
+        """Mean cross-entropy in nats on the held-out tokens, before and after, and how many they are."""
         stack = self.last
         held = slice(self.fitted_rows, len(stack.tokens))
         labels = stack.tokens[held, 1:].to(self.device)
         labels = labels.masked_fill(~self.valid(stack, held)[:, 1:], -100)
         result: dict[str, float] = {}
+        count = int((labels != -100).sum())
         for name, states in (("before", stack.original), ("after", stack.states[held])):
             total = 0.0
             for i, x in enumerate(states):
                 logits = self.head(stack.shell.leave(x[None].to(self.device)))[0, :-1] * stack.config.logit_scale
                 total += float(nn.functional.cross_entropy(logits.float(), labels[i], reduction="sum"))
-            result[name] = total / int((labels != -100).sum())
-        return result
+            result[name] = total / count
+        return {**result, "tokens": count}
 
     def warnings(self) -> list[str]:
         """What makes the fit doubtful, in sentences."""

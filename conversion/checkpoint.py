@@ -54,22 +54,37 @@ class TensorInfo:
         return f"is stored as {self.dtype}; convert from 16-, 32- or 64-bit floats"
 
 
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """How many entries are NaN or infinite; of integers and 8-bit floats none are looked at."""
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
+        return 0
+    if all(torch.isfinite(value) for value in tensor.aminmax()):  # at the speed of memory; NaN is passed on
+        return 0
+    return int((~tensor.isfinite()).sum())
+
+
 class CheckpointReader:
     """The tensors of a checkpoint directory: safetensors or `pytorch_model.bin`, one file or sharded.
 
     Opening reads headers only. Each `read` maps the files it needs and unmaps them again, which keeps the pages of
     what was read from adding up in memory.
 
+    Args:
+        allow_nonfinite: read tensors with NaN or infinite entries too.
+
     Attributes:
         tensors: name -> shape and dtype.
         files: the weight files.
+        nonfinite: name -> NaN and infinite entries of the tensors that were read, where there are any.
 
     Raises:
-        ConversionError: for missing, truncated, inconsistent or unsafe files.
+        ConversionError: for missing, truncated, inconsistent or unsafe files, and for entries that are no numbers.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, allow_nonfinite: bool = False):
         self.directory = directory
+        self.allow_nonfinite = allow_nonfinite
+        self.nonfinite: dict[str, int] = {}
         self.files, indexed = self._find_files()
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
@@ -95,6 +110,15 @@ class CheckpointReader:
             else:
                 state = load_bin(path)
                 tensors.update({name: state[name] for name in wanted})
+        for name, tensor in tensors.items():
+            count = count_nonfinite(tensor)
+            if count and not self.allow_nonfinite:
+                raise ConversionError(
+                    f"{count:,} of the {tensor.numel():,} entries of {name} in {self._file_of[name].name} are NaN or "
+                    "infinite; fetch the source again, or convert it all the same with --allow-nonfinite"
+                )
+            if count:
+                self.nonfinite[name] = count
         return tensors
 
     def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
@@ -103,14 +127,14 @@ class CheckpointReader:
                 return [self.directory / single], None
             if (self.directory / index).is_file():
                 try:
-                    weight_map = json.loads((self.directory / index).read_text())["weight_map"]
+                    weight_map = json.loads((self.directory / index).read_text(encoding="utf-8"))["weight_map"]
                     files = sorted({self.directory / name for name in weight_map.values()})
-                except (ValueError, KeyError, AttributeError, TypeError) as error:
-                    raise ConversionError(f"{index} is not an index of shards: {error}") from error
-                outside = [path.name for path in files if path.parent != self.directory]
+                    outside = [path.name for path in files if path.parent != self.directory]
+                    missing = [path.name for path in files if not path.is_file()]
+                except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+                    raise ConversionError(f"{index} is not an index of shards: {str(error)[:200]}") from error
                 if outside:
                     raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
-                missing = [path.name for path in files if not path.is_file()]
                 if missing:
                     raise ConversionError(f"{index} names shards that are not there: {listing(missing)}")
                 return files, weight_map
@@ -164,6 +188,11 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         raise ConversionError(f"{path.name} is truncated or corrupted: {_first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ConversionError(f"{path.name} does not hold a state dict of tensors")
+    odd = [
+        str(name) for name, t in state.items() if not isinstance(name, str) or t.is_meta or t.layout != torch.strided
+    ]
+    if odd:
+        raise ConversionError(f"{path.name} holds tensors without a name, without numbers or sparse: {listing(odd)}")
     return state
 
 
@@ -192,9 +221,24 @@ class CheckpointWriter:
         directory: where the shards go; it exists.
         tensors: name -> shape and dtype, in the order of the files.
         max_shard_size: bytes, or text such as "5GB".
+        allow_nonfinite: write tensors with NaN or infinite entries too.
+
+    Attributes:
+        nonfinite: name -> NaN and infinite entries of the tensors that were written, where there are any.
+
+    Raises:
+        ConversionError: for a size that is none, and for numbers that the planned dtype cannot hold.
     """
 
-    def __init__(self, directory: Path, tensors: Mapping[str, TensorInfo], max_shard_size: int | str):
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, TensorInfo],
+        max_shard_size: int | str,
+        allow_nonfinite: bool = False,
+    ):
+        self.allow_nonfinite = allow_nonfinite
+        self.nonfinite: dict[str, int] = {}
         try:
             if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
                 raise ValueError("it must be positive")
@@ -254,13 +298,26 @@ class CheckpointWriter:
                     info, tensor = self._tensors[name], tensors[name]
                     assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} for {info.shape}"
                     file.seek(self._places[name][1])
-                    raw = tensor.to(info.dtype).contiguous().flatten().view(torch.uint8)
+                    cast = tensor.to(info.dtype)
+                    self._check_finite(name, tensor, cast)
+                    raw = cast.contiguous().flatten().view(torch.uint8)
                     view = memoryview(raw.numpy())  # type: ignore[arg-type]
                     while view:
                         view = view[file.write(view) :]
                     written += info.nbytes
                     self._pending.discard(name)
         return written
+
+    def _check_finite(self, name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
+        count = count_nonfinite(cast)
+        if count and not self.allow_nonfinite:
+            raise ConversionError(
+                f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
+                f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use --dtype "
+                "bfloat16 or float32"
+            )
+        if count:
+            self.nonfinite[name] = count
 
     def finish(self) -> None:
         assert not self._pending, f"planned but never written: {listing(self._pending)}"

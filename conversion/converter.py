@@ -37,6 +37,7 @@ from . import text
 from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from .companions import check_loads, copy_companions
 from .errors import ConversionError, ConversionWarning
 from .families import (
     FAMILIES,
@@ -48,18 +49,19 @@ from .families import (
     fold_scales,
     native_config,
 )
-from .output import copy_companions, resolve_output, written_beside
+from .output import resolve_output, written_beside
 from .passthrough import own_class_plan
-from .plan import Step, canonical_class, decoder_of, match, read_steps, write_steps
+from .plan import Step, canonical_class, decoder_of, match, read_steps, with_stored_positions, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
+from .spellings import both_spellings, lost_in_transformers4
 from .widths import Widths, budget_components, choose_widths, fitted_config
 
 TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What `from_pretrained(..., trust_remote_code=True)` of each class imports.
 _DECODER_FILES = (
-    "configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py",
+    "compat_mqa.py", "configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py",
     "decoding_mqa.py", "step_mqa.py", "rules_mqa.py", "cache_mqa.py", "kernels_mqa.py",
 )  # fmt: skip
 _SEQ2SEQ_FILES = (*_DECODER_FILES, "configuration_mqa_seq2seq.py", "modeling_mqa_seq2seq.py")
@@ -95,6 +97,7 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     ignore_switches: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
     progress: bool = False,
@@ -130,6 +133,7 @@ def convert(
         max_shard_size: bytes, or text such as "5GB".
         overwrite: replace a checkpoint that is at `output`.
         ignore_switches: unknown switches of `config.json` that are known not to change the model's function.
+        allow_nonfinite: convert weights with NaN or infinite entries too, and count them in the report.
         push_to_hub: repository to upload the result to.
         private: whether a repository that is made for it is private.
         progress: show a progress bar.
@@ -158,6 +162,8 @@ def convert(
         raise ConversionError(f"widths and --cache-budget are for --method shared, not {method}")
     if not calibrated and (calibration is not None or calibration_columns):
         raise ConversionError(f"calibration text is for --method shared and for --refit; --method {method} reads none")
+    if calibrated and allow_nonfinite:
+        raise ConversionError("--allow-nonfinite is for methods without calibration: nothing is fitted to NaN")
     if cache_budget is not None and any(widths_asked[:3]):
         raise ConversionError(
             "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
@@ -180,6 +186,7 @@ def convert(
         "target": target,
         "dtype": DTYPES[dtype] if dtype else None,
         "ignore": frozenset(ignore_switches),
+        "allow_nonfinite": allow_nonfinite,
     }
     opened = open_source(source, revision)
     plan = make_plan(opened, **asked)
@@ -196,14 +203,14 @@ def convert(
         "key_width": key_width,
         "value_width": value_width,
         "cache_budget": None if cache_budget is None else str(cache_budget),
-        "no_refit": method == "shared" and not refit,
-        "refit": method != "shared" and refit,
+        "refit": refit,
         "target": target,
         "dtype": dtype,
         "seed": seed,
         "device": device if device != "cpu" else None,
         "max_shard_size": max_shard_size,
         "ignore_switches": list(ignore_switches),
+        "allow_nonfinite": allow_nonfinite,
     }
     place = resolve_output(output, plan.source.directory, overwrite)
     components = {
@@ -231,20 +238,23 @@ def convert(
         _make_repository(push_to_hub, private)
     with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
         copy_companions(plan.source.directory, partial)
-        writer = CheckpointWriter(partial, plan.tensors, max_shard_size)
+        writer = CheckpointWriter(partial, plan.tensors, max_shard_size, allow_nonfinite)
         layers = walk(plan, writer, method, seed, progress, fit)
         report = _report(plan, options, layers)
+        if allow_nonfinite:
+            report["nonfinite"] = {"read": plan.reader.nonfinite, "written": writer.nonfinite}
         if fit is not None:
-            report["held_out_loss"] = fit.losses()
-            report["warnings"] = fit.warnings()
+            report["held_out_loss"] = {**fit.losses(), "text": str(calibration or text.DEFAULT_TEXT)}
             if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
                 plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
+        report["warnings"] = [*_doubts(plan, writer), *(fit.warnings() if fit is not None else ())]
         (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
+        check_loads(partial, plan.source.directory)
     if push_to_hub:
         _push(place, push_to_hub)
-    for message in report.get("warnings", ()):
+    for message in report["warnings"]:
         warnings.warn(message, ConversionWarning, stacklevel=2)
     return report
 
@@ -257,6 +267,23 @@ def check_device(device: str) -> None:
         raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if made.is_meta:
         raise ConversionError("--device meta holds no numbers; use cpu or cuda")
+
+
+def _doubts(plan: "Plan", writer: CheckpointWriter) -> list[str]:
+    """What a person has to know before the result is used, in sentences."""
+    doubts = []
+    if writer.nonfinite:
+        entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
+        doubts.append(f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them")
+    if plan.output is plan.pooled:
+        return doubts
+    if plan.output.model_type == "gpt_bigcode" and decoder_of(plan.pooled).positions_from_mask:
+        doubts.append(
+            f"{plan.source.config.model_type} counts positions from the first token that is no padding, and "
+            "gpt_bigcode from the first column: with rows that are padded on the left pass position_ids, as "
+            "generate() and vLLM do"
+        )
+    return doubts + lost_in_transformers4(plan.output)
 
 
 def _longest(config: CanonicalConfig) -> int:
@@ -350,6 +377,7 @@ def make_plan(
     target: str,
     dtype: torch.dtype | None,
     ignore: frozenset[str],
+    allow_nonfinite: bool = False,
     widths: dict[str, Widths] | None = None,
     chosen_frequencies: bool = True,
 ) -> Plan:
@@ -363,16 +391,17 @@ def make_plan(
             raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
         if ignore:
             raise ConversionError(f"--ignore-switch: {source.config.model_type} keeps its own class and every switch")
-        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype))
+        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype, allow_nonfinite=allow_nonfinite))
     family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, ignore)
     if family.canonical:
         check_own_heads(config)
+    reader = CheckpointReader(source.directory, allow_nonfinite)
+    family, config = with_stored_positions(family, config, reader)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:
         pooled = _fitted(config, pooled, chosen, factors, widths, target, chosen_frequencies)
-    reader = CheckpointReader(source.directory)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
     if window is not None:
@@ -465,6 +494,7 @@ def walk(
     count = sum(layer is not None for layer, _ in parts)
     before, after = heads_of(plan.config), heads_of(plan.pooled)
 
+    errors: dict[str, Any]
     reports: list[dict[str, Any]] = []
     with _progress(progress, DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
         task = bar.add_task("embeddings", total=writer.total_bytes)
@@ -535,9 +565,10 @@ def _write_config(plan: Plan, partial: Path) -> None:
         with torch.device("meta"):
             architecture = type(AutoModelForCausalLM.from_config(plan.output)).__name__
     plan.output.architectures = [architecture]
-    config = plan.output.to_diff_dict()
+    native = plan.output is not plan.pooled
+    config = both_spellings(plan.output) if native else plan.output.to_diff_dict()
     config.pop("_name_or_path", None)
-    if plan.output is not plan.pooled:
+    if native:
         config.pop("auto_map", None)  # of code that the source brings along and its class in transformers replaces
     config["transformers_version"] = version("transformers")
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -574,7 +605,10 @@ def _command(source: Source, options: dict[str, Any]) -> str:
         words += ["--revision", source.revision]
     for name, value in options.items():
         flag = "--" + name.removesuffix("es" if name == "ignore_switches" else "").replace("_", "-")
-        if name == "seed" and options["method"] not in ("random", "shared"):
+        if name == "seed" and options["method"] != "random" and not options["calibration_tokens"]:
+            continue
+        if name == "refit":
+            words += [] if value == (options["method"] == "shared") else ["--refit" if value else "--no-refit"]
             continue
         if isinstance(value, bool):
             words += [flag] if value else []

@@ -14,7 +14,7 @@ from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
 from .passthrough import own_class
 from .plan import canonical_shapes, decoder_of
 from .pooling import CanonicalConfig, choose_attentions, with_heads
-from .source import REPORT_FILE, Source, locate, read_json, read_source
+from .source import REPORT_FILE, TRAINING_FILE, Source, locate, read_json, read_source
 
 
 def inspect(
@@ -33,8 +33,9 @@ def inspect(
         ignore_switches: as in [`convert`].
 
     Returns:
-        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else `None`)
-        and `conversion` (the content of `conversion.json` of a converted checkpoint, else `None`). Where the
+        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else
+        `None`), `conversion` and `training` (what `conversion.json` of a converted checkpoint and `uptraining.json` of
+        a trained one say, else `None`). Where the
         configuration is understood: `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters`
         and `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`); of a native conversion only
         what its `conversion.json` says. Where it can be converted: `native`, the model type of the class of
@@ -46,8 +47,10 @@ def inspect(
     directory, commit = locate(source, revision, weights=False)
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
+    trained = (directory / TRAINING_FILE).is_file()
+    result["training"] = read_json(directory / TRAINING_FILE) if trained else None
     if (directory / REPORT_FILE).is_file():
-        return result | _converted(directory)
+        return result | _converted(directory, trained)
     result |= {"convertible": True, "reason": None}
     try:
         checkpoint = read_source(str(source), directory, commit)
@@ -75,9 +78,11 @@ def inspect(
     return result
 
 
-def _converted(directory: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"convertible": False, "reason": "it is a converted checkpoint already"}
+def _converted(directory: Path, trained: bool) -> dict[str, Any]:
     report = read_json(directory / REPORT_FILE)
+    if trained and "command" not in report:  # trained without a conversion before
+        return {"convertible": False, "reason": f"it was trained from {report.get('source')}"} | _own(directory)
+    result: dict[str, Any] = {"convertible": False, "reason": "it is a converted checkpoint already"}
     try:
         _ = report["command"], [layer["layer"] for layer in report["layers"]]
         result |= {
@@ -90,14 +95,19 @@ def _converted(directory: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError) as error:
         raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
+    return result | _own(directory)
+
+
+def _own(directory: Path) -> dict[str, Any]:
+    """What the configuration of this package's own classes says; nothing of another class."""
     canonical: dict[str, Any] = {config.model_type: config for config in (MQAConfig, MQASeq2SeqConfig)}
     model_type = read_json(directory / "config.json").get("model_type")
-    if model_type in canonical:
-        try:
-            result |= _describe(canonical[model_type].from_pretrained(directory))
-        except (ValueError, TypeError) as error:
-            raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
-    return result
+    if model_type not in canonical:
+        return {}
+    try:
+        return _describe(canonical[model_type].from_pretrained(directory))
+    except (ValueError, TypeError) as error:
+        raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
 
 
 def _describe(config: CanonicalConfig) -> dict[str, Any]:

@@ -1,33 +1,57 @@
-"""The output directory: written beside its place, and there only when it is whole."""
+"""The output directory: written beside its place, and there only when it is whole.
 
+Beside an output NAME lie, while it is written,
+
+.NAME.lock          held by the process that writes, for as long as it lives
+.NAME.partial-*     what is written; in the end what was replaced, until it is removed
+.NAME.old-*         where two names cannot be swapped at once: what is being replaced, whole
+
+A process that is killed leaves them. Since the lock has gone with it, the next one for the same output sees that they
+are nobody's, puts back what was being replaced, and removes the rest.
+"""
+
+import ctypes
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.dynamic_module_utils import get_relative_import_files
+from rich.console import Console
 
-from .errors import ConversionError
-from .source import COMPANIONS, REPORT_FILE, read_json
+from .errors import ConversionError, listing
+from .source import REPORT_FILE
 
-VOCABULARIES = ("tokenizer*", "vocab.*", "*.model", "*.spm", "*.tiktoken")  # one of these is a tokenizer's
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None  # type: ignore[assignment]
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file in UTF-8, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.partial")  # always the same: what a killed process leaves is written over
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool) -> Path:
-    """The absolute path of the output, links followed.
+def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool, mark: str = REPORT_FILE) -> Path:
+    """The absolute path of the output, links followed. What a killed process left there is cleared.
+
+    Args:
+        output: directory to write.
+        source: directory that is read.
+        overwrite: whether what is at `output` may be replaced.
+        mark: file that what may be replaced has in it.
 
     Raises:
         ConversionError: where writing there would lose something, or is impossible.
@@ -42,7 +66,11 @@ def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool) -> 
             raise ConversionError(f"the working directory is or lies in {here}; give the output a name of its own")
         if here.is_mount():
             raise ConversionError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
-        _check_free(here, overwrite)
+        if _left_over(here):
+            with suppress(BlockingIOError), _locked(here) as alone:
+                if alone:
+                    _recover(here)
+        _check_free(here, overwrite, mark)
     except ConversionError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # the latter two for loops of links and impossible names
@@ -50,7 +78,7 @@ def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool) -> 
     return here
 
 
-def _check_free(output: Path, overwrite: bool) -> None:
+def _check_free(output: Path, overwrite: bool, mark: str) -> None:
     if not output.exists():
         return
     if not output.is_dir():
@@ -58,33 +86,45 @@ def _check_free(output: Path, overwrite: bool) -> None:
     if any(output.iterdir()):
         if not overwrite:
             raise ConversionError(f"{output} exists and is not empty; pass --overwrite to replace it")
-        if not (output / REPORT_FILE).is_file():
+        if not (output / mark).is_file():
             raise ConversionError(
-                f"{output} was not written by a conversion (no {REPORT_FILE}), so --overwrite does not replace it; "
+                f"{output} was not written by a {Path(mark).stem} (no {mark}), so --overwrite does not replace it; "
                 "remove it first, or give another output"
             )
 
 
 @contextmanager
-def written_beside(output: Path, size: int, overwrite: bool) -> Iterator[Path]:
+def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_FILE) -> Iterator[Path]:
     """A directory beside `output` that takes its name at the end, or vanishes.
 
+    Args:
+        output: as [`resolve_output`] gives it; `overwrite` and `mark` as there.
+        size: bytes that it takes.
+
     Raises:
-        ConversionError: where the disk is too small or cannot be written.
+        ConversionError: where the disk is too small or cannot be written, or another process writes the same output.
     """
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(output.parent).free
-        if free < size:
-            raise ConversionError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        try:
-            partial.chmod(0o777 & ~_umask())
-            yield partial
-            _take_place(partial, output, overwrite)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with _locked(output) as alone:
+            if alone:
+                _recover(output)
+            free = shutil.disk_usage(output.parent).free
+            if free < size:
+                raise ConversionError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
+            partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+            try:
+                partial.chmod(0o777 & ~_umask())
+                yield partial
+                _check_free(output, overwrite, mark)  # once more: a conversion takes a while
+                _take_place(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except BlockingIOError as error:
+        raise ConversionError(
+            f"another process is writing {output}; wait for it, end it, or give another output"
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConversionError(f"no space left for {size:,} bytes beside {output}; nothing was kept") from error
@@ -95,17 +135,78 @@ def written_beside(output: Path, size: int, overwrite: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def _locked(output: Path) -> Iterator[bool]:
+    """Hold the output's lock; false where the file system has none, so that nothing is known of other processes.
+
+    Raises:
+        BlockingIOError: where another process holds it.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    while True:
+        with path.open("a") as file:
+            alone = fcntl is not None
+            if alone:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise
+                except OSError:
+                    alone = False
+            if alone and not _stands(path, file):  # whoever held it has just removed the file
+                continue
+            try:
+                yield alone
+            finally:
+                with suppress(OSError):  # a system that keeps the names of open files
+                    path.unlink()
+            return
+
+
+def _stands(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _left_over(output: Path) -> list[Path]:
+    """The directories of processes that write or wrote `output`."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.(partial|old)-\w{{8}}")
+    return sorted(path for path in output.parent.glob(".*") if name.fullmatch(path.name))
+
+
+def _recover(output: Path) -> None:
+    """Put back what a killed process was replacing, and clear what it left. The lock is held."""
+    left, done = _left_over(output), []
+    old = [path for path in left if path.name.startswith(f".{output.name}.old-")]
+    if old and not output.exists():
+        last = max(old, key=lambda path: path.stat().st_mtime)
+        last.replace(output)
+        left.remove(last)
+        done.append("put back what was there before")
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    removed = [path.name for path in left if not path.exists()]
+    if removed:
+        done.append(f"removed {listing(removed)}")
+    if done:
+        console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{output}: an earlier run was killed; {', '.join(done)}")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
-    """Rename `partial` to `output`; what was there goes only once the new one stands."""
-    _check_free(output, overwrite)  # once more: a conversion takes a while
+def _take_place(partial: Path, output: Path) -> None:
+    """Give `partial` the name of `output`, and the other way round where that is a directory with something in it."""
     if not output.exists() or not any(output.iterdir()):
         partial.replace(output)  # which fails where something has just come to be
+        return
+    if _swap(partial, output):
         return
     old = partial.with_name(partial.name.replace(".partial-", ".old-"))
     try:
@@ -115,48 +216,15 @@ def _take_place(partial: Path, output: Path, overwrite: bool) -> None:
         if old.exists() and not output.exists():
             old.replace(output)
         raise
-    finally:
-        if output.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    old.replace(partial)  # what is called old may be put back; this is now to be removed
 
 
-def copy_companions(directory: Path, partial: Path) -> None:
-    """Tokenizer, chat template, generation config and licence, byte for byte.
-
-    Raises:
-        ConversionError: for a tokenizer that transformers cannot load.
-    """
-    for pattern in COMPANIONS:
-        for path in directory.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, partial / path.name)
-    if not (partial / "generation_config.json").is_file():
-        # Older checkpoints say in config.json how to generate, where transformers looks for it next.
-        generation = GenerationConfig.from_pretrained(
-            directory, config_file_name="config.json", _from_model_config=True
-        )
-        (partial / "generation_config.json").write_text(generation.to_json_string())
-    templates = directory / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, partial / templates.name)
-    settings = (
-        read_json(directory / "tokenizer_config.json") if (directory / "tokenizer_config.json").is_file() else {}
-    )
-    if "auto_map" in settings:
-        _copy_code(settings["auto_map"], directory, partial)
-    elif "tokenizer_class" not in settings and any(any(partial.glob(p)) for p in VOCABULARIES):
-        # The class of an older tokenizer follows from the model type, which changes; saved again, it names itself.
-        try:
-            AutoTokenizer.from_pretrained(directory).save_pretrained(partial)
-        except Exception as error:  # whatever tokenizers raise for files that are none
-            raise ConversionError(f"the tokenizer in {directory} cannot be loaded: {error}") from error
-
-
-def _copy_code(auto_map: Any, directory: Path, partial: Path) -> None:
-    """The Python files of a tokenizer that brings its own class; a reference into another repository stays one."""
-    classes = auto_map.get("AutoTokenizer", ()) if isinstance(auto_map, dict) else auto_map
-    for name in {c.split(".")[0] for c in ([classes] if isinstance(classes, str) else classes) if c and "--" not in c}:
-        if not (directory / f"{name}.py").is_file():
-            raise ConversionError(f"the tokenizer in {directory} needs {name}.py, which is not there")
-        for path in [directory / f"{name}.py", *map(Path, get_relative_import_files(directory / f"{name}.py"))]:
-            shutil.copyfile(path, partial / path.name)
+def _swap(one: Path, other: Path) -> bool:
+    """Swap two names at once, so that neither is ever missing; false where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library older than glibc 2.28
+        return False
+    at_working_directory, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    places = at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other)
+    return renameat2(*places, exchange) == 0

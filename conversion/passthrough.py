@@ -90,10 +90,12 @@ def own_class(source: Source, kv_heads: int) -> OwnClass:
     return OwnClass(output, config, pooled, model, after)
 
 
-def own_class_plan(source: Source, *, kv_heads: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def own_class_plan(
+    source: Source, *, kv_heads: int, dtype: torch.dtype | None, allow_nonfinite: bool
+) -> dict[str, Any]:
     """The fields of the `Plan` of a conversion; raises ConversionError where it is impossible."""
     own, row = own_class(source, kv_heads), NATIVE_ONLY[source.config.model_type]
-    reader = CheckpointReader(source.directory)
+    reader = CheckpointReader(source.directory, allow_nonfinite)
     _check_projections(reader.tensors, own, row)
     own.output.dtype = dtype or source.config.dtype
     steps = [_step(row, name) for name in reader.tensors]

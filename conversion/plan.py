@@ -5,6 +5,7 @@ the canonical model's; then the output's tensors are matched back to canonical o
 here, before a weight is read or a byte written.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.modeling_mqa import MQAForCausalLM
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
-from .checkpoint import TensorInfo
+from .checkpoint import CheckpointReader, TensorInfo
 from .errors import ConversionError, listing
 from .families import Family, Rule
 from .operations import SinusoidTable
@@ -157,7 +159,28 @@ def read_steps(
         problems.append(f"tensors missing for: {listing(missing)}")
     if problems:
         raise ConversionError("the weights do not fit config.json: " + "; ".join(problems[:8]))
-    return [step for step in steps if any(step.targets) or isinstance(step.rule.operation, SinusoidTable)]
+    return [step for step in steps if any(step.targets)]
+
+
+def with_stored_positions(
+    family: Family, config: CanonicalConfig, reader: CheckpointReader
+) -> tuple[Family, CanonicalConfig]:
+    """The row and the configuration of a source whose tables of sinusoidal positions are not the formula's.
+
+    Pegasus' and Marian's classes look positions up in a table that the checkpoint holds. In 16 bits it is rounded, and
+    what they compute from it is another number, in whatever precision; so it is kept as a table of learned positions.
+    """
+    steps, _ = match(reader.tensors, family)
+    names = [step.name for step in steps if isinstance(step.rule.operation, SinusoidTable)]
+    width = decoder_of(config).hidden_size
+    tables = [t for t in reader.read(names).values() if t.ndim == 2 and t.shape[1] == width]
+    if all(SinusoidTable.is_formula(table, decoder_of(config)) for table in tables):
+        return family, config
+    config = copy.deepcopy(config)
+    for stack in (config.encoder, config.decoder) if isinstance(config, MQASeq2SeqConfig) else (config,):
+        stack.position_embedding = "learned"
+    rules = (Rule(r.source, (r.source,)) if isinstance(r.operation, SinusoidTable) else r for r in family.rules)
+    return replace(family, rules=tuple(rules)), config
 
 
 def write_steps(

@@ -114,6 +114,13 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
     return config
 
 
+def relative(distance: float, size: float) -> float | None:
+    """A norm relative to another; of heads that are all zero nothing is lost, of NaN nothing is known."""
+    if not math.isfinite(distance) or not math.isfinite(size):
+        return None
+    return distance / size if size else 0.0
+
+
 def pool_layer(
     tensors: dict[str, torch.Tensor],
     *,
@@ -123,7 +130,7 @@ def pool_layer(
     method: str,
     generator: torch.Generator,
     std: float,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Pool the key and value projections of one canonical layer, in place.
 
     Args:
@@ -137,9 +144,9 @@ def pool_layer(
     Returns:
         `key_error` and `value_error`, and with cross-attention `cross_key_error` and `cross_value_error`: the
         Frobenius norm of what the new heads differ by from the heads they stand for, relative to the norm of those
-        heads.
+        heads; `None` where it is no number.
     """
-    errors: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
     for name, tensor in tensors.items():
         projection = name.rsplit(".", 2)[-2]
         if projection not in ("k_proj", "v_proj"):
@@ -154,8 +161,8 @@ def pool_layer(
         heads = widened(tensor).unflatten(0, (kv_heads, source_heads // kv_heads, width))
         pooled = METHODS[method](heads, generator, std)
         if name.endswith(".weight"):
-            distance = (heads - pooled.unsqueeze(1)).norm() / heads.norm()
-            errors[error] = float(distance) if math.isfinite(distance) else 0.0
+            distance, size = float((heads - pooled.unsqueeze(1)).norm()), float(heads.norm())
+            errors[error] = relative(distance, size)
         elif method == "random" and name.endswith(".scale"):  # of a norm over the keys
             pooled = torch.ones_like(pooled)
         tensors[name] = pooled.flatten(0, 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -15,6 +16,14 @@ from .errors import ConversionError
 from .families import OWN, check_known
 
 REPORT_FILE = "conversion.json"
+TRAINING_FILE = "uptraining.json"
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+# How configurations call the number of layers; a damaged one would fill the memory with what there is of each.
+LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("encoder_layers", "decoder_layers", "num_decoder_layers"),
+)
+MOST_LAYERS = 10_000
 # What stands beside the weights and is carried over as it is.
 COMPANIONS = (
     "tokenizer*",
@@ -28,6 +37,7 @@ COMPANIONS = (
     "*.spm",
     "*.tiktoken",
     "chat_template*",
+    CHAT_TEMPLATES,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -80,11 +90,25 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     check_known(raw.get("model_type"))
     if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
         raise ConversionError("the source is a converted checkpoint already; convert the original instead")
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except Exception as error:  # whatever a configuration class raises for values that it refuses
-        raise ConversionError(f"transformers refuses {directory / 'config.json'}: {error}") from error
+    for name in LAYERS:
+        if isinstance(raw.get(name), int) and raw[name] > MOST_LAYERS:
+            raise ConversionError(f"{directory / 'config.json'}: {name} is {raw[name]:,}; no model has as many layers")
+    config = load_config(directory)
+    config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
     return Source(name, directory, commit, config, raw)
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """A checkpoint's configuration as transformers reads it; raises ConversionError where it is refused."""
+    path = directory / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # whatever a configuration class raises for values that it refuses
+        raise ConversionError(f"transformers refuses {path}: {error}") from error
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None and not isinstance(part.dtype, torch.dtype | None):
+            raise ConversionError(f"{path}: dtype is {part.dtype!r}, not the name of a type such as float32")
+    return config
 
 
 def locate(source: str | os.PathLike, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
@@ -111,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises ConversionError for a file that holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, not an object with fields")

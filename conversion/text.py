@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from .errors import ConversionError
 
 PLAIN = (".txt", ".md", ".rst")
+DEFAULT_TEXT = "Python's reference manual"
 CHUNK = 32  # documents that are tokenised at once
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 

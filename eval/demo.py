@@ -17,9 +17,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import REPORT_FILE
+from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE
 from mqa_hf.finetune.recipe import Step, run_steps
-from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
 
 from .quality import RESULTS
 from .report import PAGE

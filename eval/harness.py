@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.loading import load_model
 
 
 def run_tasks(
@@ -36,6 +37,7 @@ def run_tasks(
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise ConversionError(f"lm-eval knows no task {', '.join(unknown)}; --include-path adds a directory of tasks")
+    load_model(path, dtype=dtype)  # what lacks tensors is an error; lm-eval would load it
     arguments = {"pretrained": str(path), "dtype": dtype}
     found: Any = lm_eval.simple_evaluate(
         model="hf",

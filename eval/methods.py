@@ -18,11 +18,12 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf.cli import main as run
 from mqa_hf.conversion import ConversionWarning, convert, inspect
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.text import calibration_tokens
 
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
@@ -75,7 +76,7 @@ def main(
     ids: list[torch.Tensor] = []
 
     def losses(directory: Path) -> list[float]:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+        model = load_model(directory, dtype=torch.float32).to(device)
         if not ids:
             size = model.config.vocab_size
             ids.extend(calibration_tokens(source, text, tokens, sequence_length, size, seed=0) for text in validation)

@@ -25,15 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
 )
 from transformers.utils import logging
 
 from mqa_hf.conversion import inspect
 from mqa_hf.conversion.converter import DTYPES
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import locate
 from mqa_hf.conversion.text import documents, load, load_tokenizer, one_column, pairs
@@ -481,17 +479,11 @@ class Job:
 
     def load(self, path: Path) -> Any:
         state = processes()
-        config = AutoConfig.from_pretrained(path)
-        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        auto = AutoModelForSpeechSeq2Seq if getattr(config, "num_mel_bins", None) else auto
         if self.what.dtype is not None and self.what.dtype not in DTYPES:
             raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.what.dtype!r}")
         default: Any = "auto" if state.device.type != "cpu" else torch.float32
         dtype = DTYPES[self.what.dtype] if self.what.dtype else default
-        try:
-            return auto.from_pretrained(path, dtype=dtype).eval().to(state.device)
-        except Exception as error:  # whatever reading a file that is no checkpoint's raises
-            raise ConversionError(f"{path} cannot be loaded: {error}") from error
+        return load_model(path, dtype=dtype).to(state.device)
 
     @staticmethod
     def records(place: Path, step: str) -> list[dict[str, Any]]:

@@ -25,8 +25,7 @@ from jinja2 import Environment
 
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import REPORT_FILE, read_json
-from mqa_hf.finetune.uptrain import REPORT as TRAINING_FILE
+from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE, read_json
 
 PAGE = "index.html"
 CARD_HEADING = "## Quality and speed"

@@ -38,6 +38,7 @@ from mqa_hf.conversion.converter import DTYPES, check_device
 from mqa_hf.conversion.families import family_of
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
+from mqa_hf.rules_mqa import CACHE
 
 from .roofline import Device, largest_batch, measured_device, step_cost
 from .shapes import Config, OwnShape, Weights, attention_layers, read_shape, unique_names
@@ -191,7 +192,7 @@ def time_tokens(contender: Contender, model: Any, batch: int, context: int, toke
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE: cache},
         max_new_tokens=WARMUP + tokens,
         do_sample=False,
         streamer=clock,

@@ -35,13 +35,14 @@ from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.conversion.converter import DTYPES, RUNTIME_FILES
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.families import canonical_config
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
 from mqa_hf.conversion.text import load_tokenizer, one_column
 
 from .data import Part, mixture, read_batches
 from .losses import Objective
 from .training import Schedule, as_options, begin, processes, train
-from .uptrain import examples, load, stamps
+from .uptrain import examples, stamps
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
@@ -185,10 +186,7 @@ def pretrain(
         raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     state = processes()
     logging.disable_progress_bar()
-    target = Path(output).resolve()
-    replaced = overwrite and (target / REPORT).is_file()
-    if not replaced:
-        target = resolve_output(output, Path(what.dataset[0].source), False)
+    target = resolve_output(output, Path(what.dataset[0].source), overwrite, REPORT)
     job = target.with_name(f".{target.name}.pretrain")
     pairs = bool(configuration(what.config).is_encoder_decoder)
     if not pairs:
@@ -216,11 +214,9 @@ def pretrain(
         "log": log,
     }
     if state.is_main_process:
-        if replaced:
-            shutil.rmtree(target)
-        trained = load(job / "main" / "final", model.config, DTYPES[dtype])
+        trained = load_model(job / "main" / "final", config=model.config, dtype=DTYPES[dtype])
         trained.config.use_cache = True
-        with written_beside(target, 4 * trained.num_parameters(), False) as partial:
+        with written_beside(target, 4 * trained.num_parameters(), overwrite, REPORT) as partial:
             trained.save_pretrained(partial)
             for name in RUNTIME_FILES.get(type(trained).__name__, ()):
                 shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)

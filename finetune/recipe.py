@@ -30,13 +30,11 @@ from rich.console import Console
 
 from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import REPORT_FILE, read_json
-
-from .uptrain import REPORT
+from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE, read_json
 
 STEPS = {
     "convert": f"converted/{REPORT_FILE}",
-    "uptrain": f"trained/{REPORT}",
+    "uptrain": f"trained/{TRAINING_FILE}",
     "evaluate": "evaluation/evaluation.json",
 }
 DONE = "recipe.json"  # the commands that made what is there

@@ -21,11 +21,12 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from mqa_hf.cli import main as run
+from mqa_hf.conversion.loading import load_model
 
 from .data import IGNORED, Part, collate_packed
 from .losses import Objective
 from .training import Schedule, in_order, operations_per_token, peak_rate, train
-from .uptrain import Uptraining, examples, load, load_teacher, tokenizer_of
+from .uptrain import Uptraining, examples, load_teacher, tokenizer_of
 
 
 class Clock(TrainerCallback):
@@ -96,7 +97,7 @@ def main(
         ("Trainer, documents apart", collate_plain),
     ):
         with tempfile.TemporaryDirectory() as job:
-            clock, model = Clock(), load(original, config, torch.float32)
+            clock, model = Clock(), load_model(original, config=config, dtype=torch.float32)
             model.config.use_cache = False
             trainer = Trainer(
                 model=model,
@@ -116,7 +117,7 @@ def main(
         kinds += [(f"{name}, Liger", path, loss, True) for name, path, loss, _ in kinds[1:]]
     for name, path, loss, fused in kinds:
         with tempfile.TemporaryDirectory() as job:
-            clock, model = Clock(), load(path, AutoConfig.from_pretrained(path), torch.float32)
+            clock, model = Clock(), load_model(path, dtype=torch.float32)
             model.config.use_cache = False
             teacher = load_teacher(what, path, model, Path(job) / "teacher") if loss == "kl" else None
             objective = Objective({loss: 1.0}, teacher, liger=fused)

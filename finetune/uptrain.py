@@ -26,17 +26,24 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedModel,
     set_seed,
 )
 from transformers.utils import logging
 
 from mqa_hf.conversion import convert, inspect
+from mqa_hf.conversion.companions import check_loads, copy_files, inside
 from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.source import PICKLES, REPORT_FILE, SAFETENSORS, read_json
+from mqa_hf.conversion.source import (
+    CHAT_TEMPLATES,
+    PICKLES,
+    REPORT_FILE,
+    SAFETENSORS,
+    TRAINING_FILE,
+    read_json,
+)
 from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
@@ -44,7 +51,6 @@ from .data import CollatePairs, Part, collate_packed, stamp, training_rows
 from .losses import LOSSES, Objective, attention_names, check_liger, core
 from .training import Schedule, as_options, begin, processes, train
 
-REPORT = "uptraining.json"
 TRAINED = ("all", "attention", "lora")
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
@@ -105,12 +111,6 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
-def load(directory: str | Path, config: Any, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
-    """A checkpoint with its head, in the class that `config` names."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(directory, config=config, dtype=dtype, revision=revision)
-
-
 def without_dropout(config: Any) -> Any:
     """A copy of a configuration, with all of its stacks, in which every probability of dropout is 0."""
     config = copy.deepcopy(config)
@@ -158,6 +158,9 @@ def uptrain(
     job = target.with_name(f".{target.name}.uptrain")
     config = AutoConfig.from_pretrained(source)
     check(what, schedule, config)
+    if what.teacher is not None:
+        describe_teacher(what.teacher, what.teacher_revision)
+    carried_over(source)  # before the training rather than after it
     if what.dropout is None:
         what = replace(what, dropout=dict(what.losses).keys() == {"lm"})
     files = [source, *([] if what.teacher is None else [what.teacher]), *(part.source for part in what.dataset)]
@@ -167,7 +170,7 @@ def uptrain(
         restart,
     )
 
-    tuned = load(source, config if what.dropout else without_dropout(config), torch.float32)
+    tuned = load_model(source, config=config if what.dropout else without_dropout(config), dtype=torch.float32)
     tuned.config.use_cache = False
     teacher = load_teacher(what, source, tuned, job / "teacher")
     tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
@@ -283,6 +286,14 @@ def examples(tokenizer: Any, config: Any, what: Any, schedule: Schedule) -> tupl
     return rows, validation, collate_packed, schedule
 
 
+def describe_teacher(name: str, revision: str | None) -> dict[str, Any]:
+    """What [`inspect`] says of the teacher; raises ConversionError where there is none."""
+    try:
+        return inspect(name, revision=revision)
+    except ConversionError as error:
+        raise ConversionError(f"the teacher {name} cannot be had; say where it is with --teacher. {error}") from error
+
+
 def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, directory: Path) -> PreTrainedModel | None:
     """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
 
@@ -294,12 +305,7 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     with processes().main_process_first():
-        try:
-            description = inspect(name, revision=revision)
-        except ConversionError as error:
-            raise ConversionError(
-                f"the teacher {name} cannot be had; say where it is with --teacher. {error}"
-            ) from error
+        description = describe_teacher(name, revision)
         if own and not description["family"].startswith("mqa"):
             if not (directory / "config.json").is_file():
                 heads = description["num_key_value_heads"]
@@ -310,7 +316,7 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
             raise ConversionError(
                 f"the teacher {name} has another tokenizer than the student; it must be the original"
             )
-    return load(name, AutoConfig.from_pretrained(name, revision=revision), dtype, revision)
+    return load_model(name, dtype=dtype, revision=revision)
 
 
 def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, what: Uptraining) -> nn.Module:
@@ -356,7 +362,7 @@ def attention_stage(
     short = replace(schedule, tokens=what.attention_tokens)
     model = only_attention(student, teacher)
     logged = train("attention", model, objective, short, rows, collate, job / "attention", validation)
-    return load(job / "attention" / "final", student.config, torch.float32), logged
+    return load_model(job / "attention" / "final", config=student.config, dtype=torch.float32), logged
 
 
 def describe(
@@ -388,40 +394,50 @@ def finish(
         import peft
 
         base = job / "attention" / "final" if what.attention_tokens else source
-        model: Any = peft.PeftModel.from_pretrained(load(base, config, torch.float32), final).merge_and_unload()
+        model: Any = peft.PeftModel.from_pretrained(
+            load_model(base, config=config, dtype=torch.float32), final
+        ).merge_and_unload()
     else:
-        model = load(final, config, torch.float32)
+        model = load_model(final, config=config, dtype=torch.float32)
     model = model.to(dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with written_beside(target, size, overwrite) as partial:
-        left_out = (*SAFETENSORS, *PICKLES)
-        for path in source.iterdir():
-            if path.is_file() and not any(path.match(pattern) for pattern in left_out):
-                shutil.copyfile(path, partial / path.name)
-            elif path.is_dir() and path.name == "additional_chat_templates":
-                shutil.copytree(path, partial / path.name)
-        settings = {path.name: path.read_bytes() for path in partial.glob("*.json")}
+        copy_files(source, carried_over(source), partial)
+        settings = {path.name: path.read_bytes() for kind in ("*.json", "*.py") for path in partial.glob(kind)}
         model.save_pretrained(partial)
         for name, content in settings.items():
-            (partial / name).write_bytes(content)  # as the student has them; shards' index is not among them
+            (partial / name).write_bytes(content)  # as the student has them, its code too; not the index of shards
         for logs in job.glob("*/runs"):
             shutil.copytree(logs, partial / "runs" / logs.parent.name)
-        (partial / REPORT).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        (partial / TRAINING_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
         add_training_section(partial, report)
+        check_loads(partial, source)
     with suppress(OSError):
         shutil.rmtree(job)
 
 
-def original_of(student: Path) -> tuple[str | None, str | None]:
-    """The source that `conversion.json` names, and its revision."""
+def carried_over(student: Path) -> list[Path]:
+    """All files of a student but its weights; raises ConversionError for one that is a link to elsewhere."""
+    left_out = (*SAFETENSORS, *PICKLES)
+    found = [p for p in student.iterdir() if p.is_file() and not any(p.match(pattern) for pattern in left_out)]
+    found += student.glob(CHAT_TEMPLATES)
+    for path in found:
+        inside(student, path)
+    return found
+
+
+def original_of(student: Path) -> tuple[str, str | None]:
+    """The source that `conversion.json` names, and its revision; raises ConversionError where it names none."""
     path = student / REPORT_FILE
     said = read_json(path) if path.is_file() else {}
-    found = said.get("source"), said.get("revision")
-    if not all(isinstance(name, str | None) for name in found):
-        raise ConversionError(f"{path} names no source: {found[0]!r}, revision {found[1]!r}; say it with --teacher")
-    return found
+    if not isinstance(said.get("source"), str) or not isinstance(said.get("revision"), str | None):
+        raise ConversionError(
+            f"{student} does not say what it was converted from (no source in {REPORT_FILE}); name its original with "
+            "--teacher, or train without one: --teacher none"
+        )
+    return said["source"], said.get("revision")
 
 
 if __name__ == "__main__":

@@ -115,6 +115,10 @@ def convert(
         typer.Option(help="float32, float16 or bfloat16. Default: as in the source.", rich_help_panel=OUTPUT),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.", rich_help_panel=OUTPUT)] = "5GB",
+    allow_nonfinite: Annotated[
+        bool,
+        typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.", rich_help_panel=OUTPUT),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
     ] = False,
@@ -156,11 +160,12 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         ignore_switches=ignore_switch or (),
+        allow_nonfinite=allow_nonfinite,
         push_to_hub=push_to_hub,
         private=private,
         progress=True,
     )
-    for message in report.get("warnings", ()):
+    for message in report["warnings"]:
         Console(stderr=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
     cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
     attentions = report["attentions"]
@@ -220,12 +225,23 @@ def inspect(
         table.add_row("made by", conversion["command"])
         if "held_out_loss" in conversion:
             loss = conversion["held_out_loss"]
-            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token")
+            measured = f" ({loss['tokens']:,} tokens of {loss['text']})" if "tokens" in loss else ""
+            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token{measured}")
         for name in ERRORS:
-            errors = [layer[name] for layer in conversion["layers"] if name in layer]
+            errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
             if not errors:
                 continue
             table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
+    if result["training"]:
+        training = result["training"]
+        table.add_row("trained on", f"{training['tokens']:,} tokens")
+        for name, loss in ((training["validation"] or {}).get("after") or {}).items():
+            before = training["validation"]["before"].get(name)
+            table.add_row(
+                f"{name} on validation text", f"{loss:.3f}" if before is None else f"{before:.3f} -> {loss:.3f}"
+            )
+        if training["command"]:
+            table.add_row("trained by", training["command"])
     Console(markup=False).print(table)
 
 

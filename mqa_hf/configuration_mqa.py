@@ -6,6 +6,10 @@ the weights at conversion (how positions enter, where norms stand, which biases 
 
 from typing import Any
 
+from .compat_mqa import TESTED  # noqa: F401  (before all else: a transformers that is too old says so there)
+
+# isort: split
+
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -79,6 +83,7 @@ class MQAConfig(PreTrainedConfig):
         num_mel_bins (`int`, *optional*): Channels of the log-mel spectrogram that an audio encoder reads in place of
             tokens (Whisper).
         embedding_scale (`float`): Factor on the token embeddings.
+        scale_inputs_embeds (`bool`): Whether it is on `inputs_embeds` that are given, too (Granite).
         embedding_norm (`bool`): Whether a norm follows the embeddings.
         logit_scale (`float`): Factor on the logits.
         norm_type (`str`): `"rms_norm"` or `"layer_norm"`.
@@ -89,6 +94,7 @@ class MQAConfig(PreTrainedConfig):
         residual (`str`): `"sequential"` (norm, attention, add; norm, MLP, add), `"post_norm"` (attention, add, norm;
             MLP, add, norm), `"parallel"` (attention and MLP of the same input, each with its own norm) or
             `"parallel_shared_norm"` (one norm for both).
+        residual_multiplier (`float`): Factor on what attention and MLP add to the residual stream (Granite).
         hidden_act (`str`): Activation of the MLP, a key of transformers' `ACT2FN`.
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
@@ -104,7 +110,7 @@ class MQAConfig(PreTrainedConfig):
     """
 
     model_type = "mqa"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     # Where the default is `None`, `__post_init__` derives it from the other fields.
     vocab_size: int = 32000
@@ -138,6 +144,7 @@ class MQAConfig(PreTrainedConfig):
     cross_num_key_value_heads: int | None = None
     num_mel_bins: int | None = None
     embedding_scale: float = 1.0
+    scale_inputs_embeds: bool = False
     embedding_norm: bool = False
     logit_scale: float = 1.0
     norm_type: str = "rms_norm"
@@ -146,6 +153,7 @@ class MQAConfig(PreTrainedConfig):
     norm_bias: bool = True
     final_norm: bool = True
     residual: str = "sequential"
+    residual_multiplier: float = 1.0
     hidden_act: str = "silu"
     gated_mlp: bool = True
     query_bias: bool = False
@@ -241,8 +249,12 @@ class MQAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one each")
         for i in range(self.num_hidden_layers):
             self._check_widths(i)
-        if "sliding_attention" in self.layer_types and not self.sliding_window:
-            raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+        if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 2:
+            # transformers' caches keep what is in the window besides the current position, and with nothing all.
+            raise ValueError(
+                f"layer_types has sliding_attention layers, whose sliding_window must be at least 2, the current "
+                f"position and the one before; got {self.sliding_window}"
+            )
 
     def _check_widths(self, layer: int):
         for name in WIDTHS:

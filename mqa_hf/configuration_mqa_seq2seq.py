@@ -35,6 +35,8 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         share_embeddings (`bool`): Whether both stacks have the same token embedding.
         tie_word_embeddings (`bool`): Whether `lm_head` is the decoder's token embedding.
         decoder_start_token_id (`int`, *optional*): The token that generation starts with.
+        forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt that a Whisper of 2022
+            has in its configuration; its generation reads them where the generation configuration has none.
         max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): What Whisper's generation
             asks for; the two lengths are those of the stacks.
 
@@ -43,7 +45,7 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     """
 
     model_type = "mqa_seq2seq"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     sub_configs = {"encoder": MQAConfig, "decoder": MQAConfig}
 
     encoder: Any = None
@@ -57,6 +59,7 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    forced_decoder_ids: list[list[int | None]] | None = None
     median_filter_width: int = 7
 
     def __post_init__(self, **kwargs):
@@ -96,9 +99,26 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         return self.decoder.vocab_size
 
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        """Rows of the embeddings, as `resize_token_embeddings` sets it."""
+        self.decoder.vocab_size = value
+        if self.share_embeddings:
+            self.encoder.vocab_size = value
+
     @property
     def hidden_size(self) -> int:
         return self.decoder.hidden_size
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the decoder."""
+        return self.decoder.num_attention_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Layers of the decoder."""
+        return self.decoder.num_hidden_layers
 
     @property
     def decoder_layers(self) -> int:

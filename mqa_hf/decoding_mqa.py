@@ -18,21 +18,25 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, GenerationMixin
 from transformers.utils import logging
 
 from .cache_mqa import DecodeCache
-from .rules_mqa import Rule, among, as_key, decoder_of, rule_of, unsupported
+from .compat_mqa import TESTED, one_cache, self_check
+from .rules_mqa import CACHE, Rule, among, as_key, decoder_of, mentions, obstacle, rule_of, unsupported
 from .step_mqa import Step
 
 logger = logging.get_logger(__name__)
 
 ROOM = 2048  # positions beyond the prompt that are allocated at first, where more may come
+# Whether the continuations that a beam search samples are ordered by their likelihood (transformers 5.24).
+SORTS_SAMPLES = mentions(GenerationMixin, "_get_top_k_continuations", "sort")
 AHEAD = 2  # steps that the host launches before it looks whether the first of them was the last
 
 
@@ -44,6 +48,8 @@ class Decoding:
         enabled: whether the fast loop is used where it can be. `False`: transformers' own loop, always.
         graphs: whether steps are captured in CUDA graphs.
         kernels: whether the Triton kernels are used where they can be.
+        checked: whether what transformers computes with this model is known to be right: false at first where
+            transformers is newer than any that was tested; the first call of `generate()` then looks.
         cache_dtype: of keys and values; `torch.float8_e4m3fn` halves the cache (with a scale per key and value, which
             costs a little quality). Default: that of the model.
 
@@ -54,6 +60,7 @@ class Decoding:
     graphs: bool = True
     kernels: bool = True
     cache_dtype: torch.dtype | None = None
+    checked: bool = TESTED
     decoder: Any = field(default=None, repr=False, compare=False)
 
     def release(self) -> None:
@@ -61,7 +68,7 @@ class Decoding:
         self.decoder = None
 
     def __deepcopy__(self, memo: dict) -> "Decoding":
-        return Decoding(self.enabled, self.graphs, self.kernels, self.cache_dtype)
+        return Decoding(self.enabled, self.graphs, self.kernels, self.cache_dtype, self.checked)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "decoder": None}
@@ -229,7 +236,11 @@ class Decoder:
         if self.sample:
             logs = (logs.view(P, k, V) + self.scores[:, :, None]).view(P, -1)
             chosen = draw(logs).topk(n).indices
-            top, parents, tokens = logs.gather(1, chosen), chosen // V, chosen % V
+            top = logs.gather(1, chosen)
+            if SORTS_SAMPLES:
+                top, order = top.sort(-1, descending=True)
+                chosen = chosen.gather(1, order)
+            parents, tokens = chosen // V, chosen % V
         else:  # the best of each beam, then the best of those
             few = min(n, V)
             best, tokens = logs.topk(few)
@@ -362,7 +373,7 @@ def decode_on_device(
     copies = max(config.num_beams, config.num_return_sequences)
     B, T = input_ids.shape
     device = model.lm_head.weight.device
-    given = arguments.get("past_key_values")
+    given = arguments.get(CACHE)
     given = given if isinstance(given, DecodeCache) else None
     if given is not None and given.rows != B:
         raise ValueError(f"the DecodeCache that is given has {given.rows} rows, and {B} are to be decoded")
@@ -418,9 +429,9 @@ def decode_on_device(
         cache.set_length(0)
     if step.cross is not None:
         step.cross.set_length(0)
-        arguments["past_key_values"] = EncoderDecoderCache(cache, step.cross)
+        arguments[CACHE] = EncoderDecoderCache(cache, step.cross)
     else:
-        arguments["past_key_values"] = cache
+        arguments[CACHE] = cache
     options.decoder = None  # what is interrupted is not used again
     decoder.fit()
     decoder.start(input_ids, int(fill) if fill is not None else 0, limit, config.max_length)
@@ -502,9 +513,9 @@ def decode_on_device(
         return sequences
     kept: Any = given if given is not None else plain_cache(cache, stack.config, step.dtype)
     if step.cross is None:
-        return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=kept)
+        return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: kept})
     kept = EncoderDecoderCache(kept, plain_cache(step.cross, None, step.dtype, copies))
-    return GenerateEncoderDecoderOutput(sequences=sequences, past_key_values=kept)
+    return GenerateEncoderDecoderOutput(sequences=sequences, **{CACHE: kept})
 
 
 def pointers(model: Any, cache: DecodeCache) -> tuple[int, ...]:
@@ -572,6 +583,7 @@ class FastDecoding:
     """`generate()` with the loop of this file where it can be used; a base before `GenerationMixin`."""
 
     decoding: Decoding
+    relies_on: tuple[str, ...] = ()  # private methods of `GenerationMixin` without which what is generated is wrong
 
     def train(self, mode: bool = True) -> Any:
         """Training needs the memory that decoding keeps."""
@@ -579,7 +591,33 @@ class FastDecoding:
             self.decoding.release()
         return super().train(mode)  # type: ignore[misc]
 
-    def _sample(
+    @wraps(GenerationMixin.generate)
+    def generate(self, *arguments: Any, **options: Any) -> Any:
+        given = one_cache(options.pop("past_key_values", None), options.pop("cache", None))
+        if given is not None:
+            options[CACHE] = given
+        if not self.decoding.checked:
+            self_check(self)
+            self.decoding.checked = True
+        if obstacle() is not None and self.decoding.enabled:
+            logger.warning_once(f"generate() decodes with transformers' own, slower loop: {obstacle()}.")
+        return super().generate(*arguments, **options)  # type: ignore[misc]
+
+    def _sample(self, *arguments: Any, **options: Any) -> Any:
+        if obstacle() is None:
+            found = self._decode_fast(*arguments, beams=False, **options)
+            if found is not None:
+                return found
+        return super()._sample(*arguments, **options)  # type: ignore[misc]
+
+    def _beam_search(self, *arguments: Any, **options: Any) -> Any:
+        if obstacle() is None:
+            found = self._decode_fast(*arguments, beams=True, **options)
+            if found is not None:
+                return found
+        return super()._beam_search(*arguments, **options)  # type: ignore[misc]
+
+    def _decode_fast(
         self,
         input_ids: torch.Tensor,
         logits_processor: Any,
@@ -587,36 +625,15 @@ class FastDecoding:
         generation_config: Any,
         synced_gpus: bool = False,
         streamer: Any = None,
+        *,
+        beams: bool,
         **arguments: Any,
-    ) -> Any:
-        call = input_ids, logits_processor, stopping_criteria, generation_config
-        found = self._decode_fast(call, synced_gpus, streamer, arguments, beams=False)
-        if found is None:
-            return super()._sample(*call, synced_gpus, streamer, **arguments)  # type: ignore[misc]
-        return found
-
-    def _beam_search(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        **arguments: Any,
-    ) -> Any:
-        call = input_ids, logits_processor, stopping_criteria, generation_config
-        found = self._decode_fast(call, synced_gpus, None, arguments, beams=True)
-        if found is None:
-            return super()._beam_search(*call, synced_gpus, **arguments)  # type: ignore[misc]
-        return found
-
-    def _decode_fast(
-        self, call: tuple[Any, Any, Any, Any], synced: bool, streamer: Any, arguments: dict[str, Any], beams: bool
     ) -> Any:
         """What the fast loop gives, or `None` where transformers' own has to be taken."""
         if not self.decoding.enabled:
             return None
-        reason = unsupported(self, *call, arguments, synced, beams)
+        call = input_ids, logits_processor, stopping_criteria, generation_config
+        reason = unsupported(self, *call, arguments, synced_gpus, beams)
         if reason is not None:
             logger.warning_once(f"generate() decodes with transformers' own, slower loop: {reason}.")
             return None

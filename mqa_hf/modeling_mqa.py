@@ -6,6 +6,7 @@
 Tensor names follow Llama, so that PEFT, quantisers and people find what they expect.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_bidirectional_mask,
@@ -26,14 +27,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
+from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig, of_layer
 from .decoding_mqa import Decoding, FastDecoding
 
+logger = logging.get_logger(__name__)
+CACHE = cache_name()
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,
@@ -50,11 +54,15 @@ def make_norm(config: MQAConfig) -> nn.Module:
 
 
 def sinusoids(position_ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5)."""
+    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5).
+
+    In float32, or in float64 where the positions are.
+    """
     half = config.hidden_size // 2
-    steps = torch.arange(half, device=position_ids.device, dtype=torch.float)
+    dtype = torch.float64 if position_ids.dtype == torch.float64 else torch.float32
+    steps = torch.arange(half, device=position_ids.device, dtype=dtype)
     frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1 if config.sinusoidal_endpoint else half)))
-    angles = (position_ids + config.position_offset).unsqueeze(-1).float() * frequencies
+    angles = (position_ids + config.position_offset).unsqueeze(-1).to(dtype) * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
@@ -111,6 +119,7 @@ class MQARotaryEmbedding(nn.Module):
     """
 
     inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
 
     def __init__(self, config: MQAConfig):
         super().__init__()
@@ -138,6 +147,11 @@ class MQARotaryEmbedding(nn.Module):
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
+
+    def as_computed(self) -> bool:
+        """Whether the frequencies, which no checkpoint holds, are there."""
+        held = self.original_inv_freq
+        return held.is_meta or torch.equal(held.cpu(), MQARotaryEmbedding(self.config).original_inv_freq)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -169,6 +183,10 @@ def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
 def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
     """[B, T, d] -> [B, heads, T, width]."""
     return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
+
+
+def attention_function(config: Any) -> Callable:
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
 
 
 class MQAAttention(nn.Module):
@@ -211,18 +229,18 @@ class MQAAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
         query = project(self.q_proj, hidden_states, self.qk_head_dim)
-        cache, known = past_key_values, False
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
-            known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
-        if known and cache is not None:
-            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+        own, known = cache, False
+        if isinstance(cache, EncoderDecoderCache):
+            own = cache.cross_attention_cache if self.cross else cache.self_attention_cache
+            known = self.cross and cache.is_updated.get(self.layer_idx, False)
+        if known and own is not None:
+            stored: Any = own.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -230,14 +248,14 @@ class MQAAttention(nn.Module):
             value = project(self.v_proj, states, self.v_head_dim)
             if self.rotary and position_embeddings is not None:
                 query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-                if self.cross and isinstance(past_key_values, EncoderDecoderCache):
-                    past_key_values.is_updated[self.layer_idx] = True
+            if own is not None:
+                # A paged cache (5.24) reads and sets what the attention function is given beside.
+                beside = {"kwargs": kwargs} if CACHE == "cache" else {}
+                key, value = own.update(key, value, self.layer_idx, **beside)
+                if self.cross and isinstance(cache, EncoderDecoderCache):
+                    cache.is_updated[self.layer_idx] = True
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention = attention_function(self.config)
         output, weights = attention(
             self,
             query,
@@ -250,6 +268,14 @@ class MQAAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(B, T, -1)), weights
+
+    def as_computed(self) -> bool:
+        """Whether the places of rotated components, which no checkpoint holds, are there."""
+        return (
+            self.rotated is None
+            or self.rotated.is_meta
+            or torch.equal(self.rotated.cpu(), rotated_components(self.config, self.layer_idx))
+        )
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys [B, heads, T, qk_head_dim]; `cos` and `sin` are those of all frequencies."""
@@ -282,6 +308,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MQAConfig, layer_idx: int):
         super().__init__()
         self.residual = config.residual
+        self.residual_multiplier = config.residual_multiplier
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = MQAAttention(config, layer_idx)
         self.mlp = MQAMLP(config)
@@ -299,7 +326,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         x = hidden_states
@@ -308,10 +335,10 @@ class MQADecoderLayer(GradientCheckpointingLayer):
             normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
-        attended = self.dropout(attended)
+        attended = self.added(attended)
         if self.residual in ("sequential", "post_norm"):
             x = x + attended
             x = self.input_layernorm(x) if self.residual == "post_norm" else x
@@ -320,20 +347,23 @@ class MQADecoderLayer(GradientCheckpointingLayer):
                 attended, _ = self.cross_attn(
                     normed,
                     attention_mask=encoder_attention_mask,
-                    past_key_values=past_key_values,
+                    cache=cache,
                     encoder_hidden_states=encoder_hidden_states,
                     **kwargs,
                 )
-                x = x + self.dropout(attended)
+                x = x + self.added(attended)
                 x = self.cross_attn_layernorm(x) if self.residual == "post_norm" else x
             if self.residual == "post_norm":
-                return self.post_attention_layernorm(x + self.dropout(self.mlp(x)))
-            return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+                return self.post_attention_layernorm(x + self.added(self.mlp(x)))
+            return x + self.added(self.mlp(self.post_attention_layernorm(x)))
         if self.residual == "parallel":
             normed = self.post_attention_layernorm(x)
-        return x + attended + self.dropout(self.mlp(normed))
+        return x + attended + self.added(self.mlp(normed))
 
-    def dropout(self, x: torch.Tensor) -> torch.Tensor:
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What a sub-layer with this output adds to the residual stream."""
+        if self.residual_multiplier != 1.0:
+            x = x * self.residual_multiplier
         return nn.functional.dropout(x, self.hidden_dropout, True) if self.training and self.hidden_dropout else x
 
 
@@ -342,7 +372,7 @@ class MQAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MQADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -376,7 +406,8 @@ class MQAModel(MQAPreTrainedModel):
 
     def __init__(self, config: MQAConfig):
         super().__init__(config)
-        tokens = (config.vocab_size, config.embedding_size, config.embedding_scale)
+        scale = 1.0 if config.scale_inputs_embeds else config.embedding_scale
+        tokens = (config.vocab_size, config.embedding_size, scale)
         self.embed_tokens = None if config.num_mel_bins else MQAEmbedding(*tokens)
         projected = config.embedding_size != config.hidden_size
         self.project_in = nn.Linear(config.embedding_size, config.hidden_size, bias=False) if projected else None
@@ -405,6 +436,7 @@ class MQAModel(MQAPreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
@@ -413,7 +445,7 @@ class MQAModel(MQAPreTrainedModel):
             attention_mask: [B, past + T], 1 for tokens and 0 for padding; or a ready 4D mask; or a dict of 4D masks
                 by layer type.
             position_ids: [B, T]. Default: continue from what the cache holds.
-            past_key_values: the cache, which is extended in place.
+            past_key_values, cache: the cache, by either name, which is extended in place.
             encoder_hidden_states: [B, S, d], for the cross-attention of a decoder with an encoder.
             encoder_attention_mask: [B, S], as `attention_mask`.
 
@@ -425,15 +457,11 @@ class MQAModel(MQAPreTrainedModel):
         if inputs_embeds is None:
             assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
-        if not self.config.causal:
-            past_key_values = None
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-            if encoder_hidden_states is not None:
-                past_key_values = EncoderDecoderCache(past_key_values, DynamicCache())
-        cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache = past_key_values.self_attention_cache
+        refuse_unread(f"{type(self).__name__}.forward()", kwargs, attention_function(self.config))
+        if cache is not None and CACHE != "cache" and not isinstance(cache, Cache):
+            kwargs["cache"], cache = cache, None  # continuous batching before 5.24: for the attention function
+        whole = self.cache_to_fill(one_cache(past_key_values, cache), encoder_hidden_states, use_cache)
+        cache = whole.self_attention_cache if isinstance(whole, EncoderDecoderCache) else whole
         if position_ids is None:
             position_ids = self.default_position_ids(inputs_embeds, attention_mask, cache)
         masks = self.make_masks(inputs_embeds, attention_mask, position_ids, cache)
@@ -457,18 +485,46 @@ class MQAModel(MQAPreTrainedModel):
                 encoder_hidden_states,
                 encoder_mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=whole,
                 position_ids=position_ids,
                 **kwargs,
             )
             if self.config.clamp_float16 and x.dtype == torch.float16:
                 x = x.clamp(-64504, 64504)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.leave(x), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.leave(x), **{CACHE: whole})
+
+    def cache_to_fill(self, cache: Any, encoder_hidden_states: torch.Tensor | None, use_cache: bool | None) -> Any:
+        """The cache that layers write to: the one that is given, a new one, or none."""
+        if not self.config.causal:
+            return None
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:  # layers that run a second time would write a second time
+                logger.warning_once("a cache is not used while training with gradient checkpointing")
+            return None
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+            if encoder_hidden_states is not None:
+                cache = EncoderDecoderCache(cache, DynamicCache())
+        if isinstance(cache, EncoderDecoderCache) and self.config.sliding_window and encoder_hidden_states is not None:
+            self.widen_cross_cache(cache, encoder_hidden_states.shape[1])
+        return cache
+
+    def widen_cross_cache(self, cache: Any, length: int) -> None:
+        """generate() gives the cross-attention the windows of self-attention; it sees all `length` source tokens."""
+        cross: Any = cache.cross_attention_cache
+        if any(cache.is_updated.values()) or type(cross) not in (DynamicCache, StaticCache):
+            return
+        full = copy.copy(self.config)
+        full.sliding_window, full.layer_types = None, ["full_attention"] * full.num_hidden_layers
+        if isinstance(cross, StaticCache):
+            cache.cross_attention_cache = StaticCache(config=full, max_cache_len=length)
+        else:
+            cache.cross_attention_cache = DynamicCache(config=full, offloading=cross.offloading)
 
     def enter(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """From token embeddings [B, T, embedding_size] to the input of the first layer [B, T, d]."""
+        if self.config.scale_inputs_embeds:
+            inputs_embeds = inputs_embeds * self.config.embedding_scale
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids.to(x.device))
@@ -498,7 +554,7 @@ class MQAModel(MQAPreTrainedModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": cache,
+            CACHE: cache,
         }
         if self.config.causal:
             arguments["position_ids"] = position_ids
@@ -560,10 +616,10 @@ class MQAModel(MQAPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         T = inputs_embeds.shape[1]
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         if self.config.positions_from_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             # Padding gets position 0: what it computes is masked away everywhere else.
             return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -T:]
@@ -596,6 +652,7 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Arguments as in [`MQAModel.forward`], and
@@ -614,6 +671,7 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -626,24 +684,26 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: torch.LongTensor,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,  # named, because generate() looks for it here
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        if self.config.rope_recompute and past_key_values is not None:
+        cache = one_cache(past_key_values, cache)
+        if self.config.rope_recompute and cache is not None:
             limit = self.config.rope_parameters["original_max_position_embeddings"]
-            if past_key_values.get_seq_length() <= limit < input_ids.shape[1]:
-                past_key_values, kwargs["next_sequence_length"] = None, None
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            if cache.get_seq_length() <= limit < input_ids.shape[1]:
+                cache, kwargs["next_sequence_length"] = None, None
+        return super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
 
     def init_continuous_batching(self, *args, **kwargs):

@@ -3,12 +3,11 @@
 B batch, S source tokens, T target tokens, d hidden size
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import can_return_tuple
@@ -16,7 +15,7 @@ from transformers.utils import can_return_tuple
 from .configuration_mqa import MQAConfig
 from .configuration_mqa_seq2seq import MQASeq2SeqConfig
 from .decoding_mqa import Decoding, FastDecoding
-from .modeling_mqa import MQAModel, MQAPreTrainedModel
+from .modeling_mqa import CACHE, MQAModel, MQAPreTrainedModel
 
 
 def shift_right(labels: torch.Tensor, start: int | None, pad: int | None) -> torch.Tensor:
@@ -82,6 +81,8 @@ class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):
 class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
     """Encoder and decoder without the language-model head."""
 
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
+
     def __init__(self, config: MQASeq2SeqConfig):
         super().__init__(config)
         self.encoder = (MQAAudioEncoder if config.num_mel_bins else MQAModel)(config.encoder)
@@ -111,6 +112,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
         input_features: torch.FloatTensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqModelOutput:
         """
@@ -120,7 +122,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
             decoder_input_ids: [B, T]; or `decoder_inputs_embeds` [B, T, d]. Default: `input_ids` shifted right.
             decoder_attention_mask: [B, past + T].
             encoder_outputs: of an earlier call, in place of its input.
-            past_key_values: an `EncoderDecoderCache`, which is extended in place.
+            past_key_values, cache: an `EncoderDecoderCache`, by either name, which is extended in place.
             decoder_position_ids: [B, T]. Default: continue from what the cache holds.
 
         Returns:
@@ -145,17 +147,18 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=None if speech else attention_mask,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
@@ -196,6 +199,7 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Arguments as in [`MQASeq2SeqModel.forward`], and
@@ -219,6 +223,7 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -235,20 +240,3 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """What `DataCollatorForSeq2Seq` asks for."""
         return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """The windows of the decoder's self-attention are not those of its cross-attention, which sees all."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        cache, decoder = model_kwargs.get("past_key_values"), self.config.decoder
-        if not isinstance(cache, EncoderDecoderCache) or any(cache.is_updated.values()) or not decoder.sliding_window:
-            return
-        if getattr(cache, "_is_user_defined", False):
-            return
-        full = copy.copy(decoder)
-        full.sliding_window, full.layer_types = None, ["full_attention"] * decoder.num_hidden_layers
-        if isinstance(cache.cross_attention_cache, StaticCache):
-            length = model_kwargs["encoder_outputs"][0].shape[1]
-            cross: Cache = StaticCache(config=full, max_cache_len=length)
-        else:
-            cross = DynamicCache(config=full, offloading=cache.cross_attention_cache.offloading)
-        model_kwargs["past_key_values"] = EncoderDecoderCache(cache.self_attention_cache, cross)

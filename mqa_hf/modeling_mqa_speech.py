@@ -15,6 +15,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
     """What `AutoModelForSpeechSeq2Seq` gives for a converted Whisper: languages, tasks, timestamps, long audio."""
 
     main_input_name = "input_features"
+    relies_on = ("_prepare_decoder_input_ids_for_generation",)
 
     def __init__(self, config: MQASeq2SeqConfig):
         super().__init__(config)
@@ -53,7 +54,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
         if decoder_attention_mask is not None and "decoder_position_ids" not in kwargs:
             positions = (decoder_attention_mask.long().cumsum(-1) - 1).masked_fill(decoder_attention_mask == 0, 0)
             kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(
             input_ids, *args, decoder_attention_mask=decoder_attention_mask, **kwargs
         )
 

@@ -3,31 +3,56 @@
 B rows, V vocabulary, W columns of the buffer of tokens, `cursor` how many of them are written
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from functools import cache as remembered
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers.generation import logits_process, stopping_criteria
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 
-from .cache_mqa import DecodeCache
+from .cache_mqa import DecodeCache, DecodeLayer
+from .compat_mqa import cache_name
 
+CACHE = cache_name()
 KNOWN_ARGUMENTS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "encoder_outputs",
+    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "encoder_outputs",
     "decoder_attention_mask", "decoder_position_ids", "inputs_embeds",
 }  # fmt: skip
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (scores [B, V], tokens [B, W], cursor [1])
 
 # Processors of the scores alone.
-STATELESS = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-        "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
-        "SuppressTokensLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
-    )
-)  # fmt: skip
+STATELESS = {
+    "TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
+    "SuppressTokensLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
+}  # fmt: skip
+# Classes of transformers that the loop has its own form of, and what it reads of them.
+READ = {
+    "RepetitionPenaltyLogitsProcessor": ("penalty", "prompt_ignore_length"),
+    "NoRepeatNGramLogitsProcessor": ("ngram_size",),
+    "SequenceBiasLogitsProcessor": ("sequence_bias",),
+    "NoBadWordsLogitsProcessor": ("sequence_bias",),
+    "MinLengthLogitsProcessor": ("min_length", "eos_token_id"),
+    "MinNewTokensLengthLogitsProcessor": ("prompt_length_to_skip", "min_new_tokens", "eos_token_id"),
+    "SuppressTokensAtBeginLogitsProcessor": ("begin_index", "begin_suppress_tokens"),
+    "ForcedBOSTokenLogitsProcessor": ("bos_token_id",),
+    "ForcedEOSTokenLogitsProcessor": ("max_length", "eos_token_id"),
+    "MaxLengthCriteria": ("max_length",),
+    "EosTokenCriteria": ("eos_token_id",),
+    "MaxTimeCriteria": ("max_time", "initial_timestamp"),
+}
+
+
+def kind_of(thing: Any) -> str | None:
+    """The name of a logits processor's or stopping criterion's class, where it is one that is known as it is."""
+    name, modules = type(thing).__name__, (logits_process.__name__, stopping_criteria.__name__)
+    known = name in STATELESS or all(hasattr(thing, attribute) for attribute in READ.get(name, ("",)))
+    return name if type(thing).__module__ in modules and known else None
 
 
 def columns(scores: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
@@ -49,10 +74,10 @@ def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> to
 
 def rule_of(processor: Any) -> tuple[Any, Rule] | None:
     """A logits processor as a function that a captured step can hold, with a key of what it does; or `None`."""
-    kind, p = type(processor), processor
+    kind, p = kind_of(processor), processor
     if kind in STATELESS:
         return as_key(p), lambda scores, tokens, cursor: p(tokens, scores)
-    if kind is logits_process.RepetitionPenaltyLogitsProcessor:
+    if kind == "RepetitionPenaltyLogitsProcessor":
 
         def penalise(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
             first, at = p.prompt_ignore_length, torch.arange(tokens.shape[1], device=tokens.device)
@@ -61,7 +86,7 @@ def rule_of(processor: Any) -> tuple[Any, Rule] | None:
             return torch.where(seen, torch.where(scores < 0, scores * p.penalty, scores / p.penalty), scores)
 
         return as_key(p), penalise
-    if kind is logits_process.NoRepeatNGramLogitsProcessor:
+    if kind == "NoRepeatNGramLogitsProcessor":
         n = p.ngram_size
 
         def no_repeat(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
@@ -74,25 +99,25 @@ def rule_of(processor: Any) -> tuple[Any, Rule] | None:
             return scores.masked_fill(marked(scores, windows[..., -1], same), -math.inf)
 
         return as_key(p), no_repeat
-    if kind in (logits_process.SequenceBiasLogitsProcessor, logits_process.NoBadWordsLogitsProcessor):
+    if kind in ("SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor"):
         if any(len(sequence) > 1 for sequence in p.sequence_bias):
             return None
-        return (kind.__name__, as_key(p.sequence_bias)), lambda scores, tokens, cursor: p(tokens, scores)
-    if kind in (logits_process.MinLengthLogitsProcessor, logits_process.MinNewTokensLengthLogitsProcessor):
+        return (kind, as_key(p.sequence_bias)), lambda scores, tokens, cursor: p(tokens, scores)
+    if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
         least = p.min_length if hasattr(p, "min_length") else p.prompt_length_to_skip + p.min_new_tokens
 
         def prolong(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
             return scores.masked_fill((cursor < least) & columns(scores, p.eos_token_id), -math.inf)
 
         return as_key(p), prolong
-    if kind is logits_process.SuppressTokensAtBeginLogitsProcessor:
+    if kind == "SuppressTokensAtBeginLogitsProcessor":
 
         def suppress(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
             return scores.masked_fill((cursor == p.begin_index) & columns(scores, p.begin_suppress_tokens), -math.inf)
 
         return as_key(p), suppress
-    if kind in (logits_process.ForcedBOSTokenLogitsProcessor, logits_process.ForcedEOSTokenLogitsProcessor):
-        first_token = kind is logits_process.ForcedBOSTokenLogitsProcessor
+    if kind in ("ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor"):
+        first_token = kind == "ForcedBOSTokenLogitsProcessor"
         when = 1 if first_token else p.max_length - 1
         which = p.bos_token_id if first_token else p.eos_token_id
 
@@ -164,22 +189,18 @@ def unsupported(
     extra = [name for name, value in arguments.items() if name not in KNOWN_ARGUMENTS and value is not None]
     if extra:
         return f"the step has no place for {', '.join(extra)}"
-    cache = arguments.get("past_key_values")
-    if getattr(cache, "_is_user_defined", False) and not (isinstance(cache, DecodeCache) and not beams):
+    cache = arguments.get(CACHE)
+    given = cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
+    if given and not (isinstance(cache, DecodeCache) and not beams):
         return f"a {type(cache).__name__} is given"
     if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return "rotary frequencies depend on the length"
     for processor in processors:
         if rule_of(processor) is None:
             return f"{type(processor).__name__} is in use"
-    known = (
-        stopping_criteria.MaxLengthCriteria,
-        stopping_criteria.EosTokenCriteria,
-        stopping_criteria.MaxTimeCriteria,
-    )
-    for criterion in criteria:
-        if type(criterion) not in known:
-            return f"{type(criterion).__name__} is in use"
+    kinds = [kind_of(criterion) for criterion in criteria]
+    if None in kinds:
+        return f"{type(criteria[kinds.index(None)]).__name__} is in use"
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         return "the model is spread over several devices"
@@ -190,7 +211,7 @@ def unsupported(
         return "autocast is on"
     if "prepare_inputs_for_generation" in vars(model) or any(map(altered, model.modules())):
         return "modules have hooks or another forward"
-    if sum(type(criterion) is stopping_criteria.EosTokenCriteria for criterion in criteria) > 1:
+    if kinds.count("EosTokenCriteria") > 1:
         return "there are several EosTokenCriteria"
     several = model.config.is_encoder_decoder
     if several and config.prefill_chunk_size is not None:
@@ -203,6 +224,44 @@ def unsupported(
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and fits(mask)):
             return f"{name} is not that of padding" + (" on the left" if fits is left_padded else "")
     return None
+
+
+def takes(owner: Any, name: str, *parameters: str) -> bool:
+    """Whether a method exists and begins with these parameters after `self`."""
+    method = getattr(owner, name, None)
+    if method is None:
+        return False
+    found = list(inspect.signature(method).parameters)
+    return found[1 : 1 + len(parameters)] == list(parameters)
+
+
+def mentions(owner: Any, name: str, attribute: str) -> bool:
+    """Whether the code of a method names an attribute."""
+    method = getattr(owner, name, None)
+    return method is not None and attribute in inspect.unwrap(method).__code__.co_names
+
+
+@remembered
+def obstacle() -> str | None:
+    """Why the fast loop cannot be used with this version of transformers, or `None`."""
+    call = ("input_ids", "logits_processor", "stopping_criteria", "generation_config", "synced_gpus")
+    checks = {
+        "GenerationMixin._sample": takes(GenerationMixin, "_sample", *call, "streamer"),
+        "GenerationMixin._beam_search": takes(GenerationMixin, "_beam_search", *call),
+        "GenerationMixin._prefill": takes(
+            GenerationMixin, "_prefill", "input_ids", "generation_config", "model_kwargs"
+        ),
+        "the mark of a cache that the caller gave": mentions(
+            GenerationMixin, "_prepare_cache_for_generation", "_is_user_defined"
+        ),
+        "the padding token of generate()": mentions(GenerationMixin, "_prepare_special_tokens", "_pad_token_tensor"),
+        "CacheLayerMixin": not getattr(DecodeLayer, "__abstractmethods__", None)
+        and takes(CacheLayerMixin, "get_mask_sizes", "query_length"),
+    }
+    changed = [name for name, holds in checks.items() if not holds]
+    if not changed:
+        return None
+    return f"transformers {transformers.__version__} has changed {', '.join(changed)}"
 
 
 def contiguous(mask: torch.Tensor) -> bool:

@@ -301,19 +301,25 @@ class Step:
         if kind in ("parallel", "parallel_shared_norm"):
             norm = first if kind == "parallel_shared_norm" else layer.post_attention_layernorm
             inner = self.inner(layer.mlp, x, norm)
-            x = self.linear(attended, (attention.o_proj,), residual=x)
+            x = self.add(x, attended, attention.o_proj)
         else:
-            x = self.linear(attended, (attention.o_proj,), residual=x)
+            x = self.add(x, attended, attention.o_proj)
             if post:
                 x = layer.input_layernorm(x)
             if self.cross is not None:
                 cross = layer.cross_attn
                 query = self.linear(x, (cross.q_proj,), norm=None if post else layer.cross_attn_layernorm)
-                x = self.linear(self.cross_attention(cross, query, i), (cross.o_proj,), residual=x)
+                x = self.add(x, self.cross_attention(cross, query, i), cross.o_proj)
                 x = layer.cross_attn_layernorm(x) if post else x
             inner = self.inner(layer.mlp, x, None if post else layer.post_attention_layernorm)
-        x = self.linear(inner, (layer.mlp.down_proj,), residual=x)
+        x = self.add(x, inner, layer.mlp.down_proj)
         return layer.post_attention_layernorm(x) if post else x
+
+    def add(self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """The residual stream after a sub-layer that ends in this projection; it may be written to."""
+        if self.config.residual_multiplier == 1.0:
+            return self.linear(inner, (module,), residual=x)
+        return torch.add(x, self.linear(inner, (module,)), alpha=self.config.residual_multiplier)
 
     def inner(self, mlp: Any, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         gated = mlp.gate_proj is not None

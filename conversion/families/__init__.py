@@ -54,6 +54,7 @@ INERT = (
     frozenset(PreTrainedConfig().to_dict())
     | frozenset(GenerationConfig().to_dict())
     | {
+        "attn_implementation",
         "auto_map",
         "custom_pipelines",
         "finetuning_task",
@@ -62,18 +63,38 @@ INERT = (
         "is_decoder",
         "is_encoder_decoder",
         "label2id",
+        "max_sequence_length",
+        "model_max_length",
         "num_labels",
         "prefix",
         "task_specific_params",
+        "tf_legacy_loss",
         "tie_encoder_decoder",
         "tokenizer_class",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
         "torch_dtype",
         "torchscript",
         "transformers.js_config",
+        "unsloth_fixed",
+        "unsloth_version",
         "use_bfloat16",
         "use_cache",
+        *(f"{name}_token" for name in ("bos", "eos", "pad", "unk")),
     }
 )
+# Switches that change nothing while they have these values, in classes that do not read them.
+IDLE: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None),
+    "attention_bias": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "head_dim": (None,),
+    "mlp_bias": (False, None),
+    "pruned_heads": ({}, None),
+    "quantization_config": ({}, None),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+}
 _ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
@@ -160,7 +181,7 @@ def canonical_config(
     # Names that start with an underscore and are no field of the class are notes of whoever wrote the file.
     notes = {name for name in raw if name.startswith("_") and name not in type(source).__dataclass_fields__}
     tokens = {name for name in raw if name.endswith("_token_id")}
-    unknown = set(raw) - read - family.inert - INERT - notes - tokens - ignore
+    unknown = set(raw) - read - family.inert - _inert(raw) - notes - tokens - ignore
     if unknown:
         switches = ", ".join(f"{name}={raw[name]!r}" for name in sorted(unknown))
         raise ConversionError(
@@ -170,11 +191,16 @@ def canonical_config(
     return config
 
 
+def _inert(raw: dict[str, Any]) -> frozenset[str]:
+    """The names in a `config.json` that change nothing, whatever the family."""
+    return INERT | {name for name, values in IDLE.items() if name in raw and raw[name] in values}
+
+
 def own_config(
     source: MQAConfig | MQASeq2SeqConfig, raw: dict[str, Any], ignore: frozenset[str]
 ) -> MQAConfig | MQASeq2SeqConfig:
     """That of a model of this package's classes, as it is; raises ConversionError for a switch that it has not."""
-    unknown = set(raw) - set(type(source)().to_dict()) - INERT - ignore
+    unknown = set(raw) - set(type(source)().to_dict()) - _inert(raw) - ignore
     if unknown:
         raise ConversionError(f"{source.model_type} has no switches {listing(unknown)} in config.json")
     return copy.deepcopy(source)

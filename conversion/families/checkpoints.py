@@ -13,6 +13,7 @@ CHECKPOINTS: dict[str, tuple[str, str]] = {
     "cohere2": ("CohereForAI/c4ai-command-r7b-12-2024", GROUPED),
     "cwm": ("facebook/cwm", GROUPED),
     "ernie4_5": ("baidu/ERNIE-4.5-0.3B", GROUPED),
+    "exaone": ("LGAI-EXAONE/EXAONE-3.0-7.8B-Instruct, EXAONE-3.5-2.4B-Instruct", GROUPED),
     "falcon": ("tiiuae/falcon-rw-1b, falcon-7b, falcon-40b", f"{MULTI_HEAD}, {MULTI_QUERY} and {GROUPED}"),
     "gemma": ("google/gemma-2b, gemma-7b", f"{MULTI_QUERY} and {MULTI_HEAD}"),
     "glm": ("THUDM/glm-4-9b-hf", GROUPED),

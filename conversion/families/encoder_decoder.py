@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from ..errors import ConversionError
 from ..operations import DropRows, Flatten, Operation, SinusoidTable
 from .base import BIASED_LAYER, COPY, Family, Rule, SourceConfig, module_rules, renamed
 
@@ -68,9 +69,9 @@ def mt5(c: SourceConfig) -> dict[str, Any]:
 
 
 def umt5(c: SourceConfig) -> dict[str, Any]:
-    # The class scales by the switch that its configuration sets, whatever the file says of the head.
     c.require("scalable_attention", True, "the class of transformers has no other")
-    return _t5(c, scaled=c.tie_word_embeddings, bias_per_layer=True)
+    # Before transformers 5.24 the class scales by a switch that its configuration sets, whatever the file says.
+    return _t5(c, scaled=getattr(c, "scale_decoder_outputs", c.tie_word_embeddings), bias_per_layer=True)
 
 
 def _t5_rules() -> tuple[Rule, ...]:
@@ -180,6 +181,10 @@ def pegasus(c: SourceConfig) -> dict[str, Any]:
 
 
 def m2m_100(c: SourceConfig) -> dict[str, Any]:
+    if c.decoder_start_token_id is not None and c.decoder_start_token_id == c.pad_token_id:
+        raise ConversionError(
+            f"m2m_100: the decoder starts with the padding token ({c.pad_token_id}), which its class gives no position"
+        )
     # The first token's position follows that of padding.
     positions = _sinusoidal(c, sinusoidal_endpoint=True, position_offset=c.pad_token_id + 1, positions_from_mask=True)
     return _bart(c, pre_norm=True, embedding_norm=False, **positions)
@@ -205,7 +210,12 @@ def whisper(c: SourceConfig) -> dict[str, Any]:
     fields = _bart(
         c, pre_norm=True, embedding_norm=False, position_embedding="learned", encoder=encoder, decoder=decoder
     )
-    return {**fields, "share_embeddings": False, "median_filter_width": c.median_filter_width}
+    return {
+        **fields,
+        "share_embeddings": False,
+        "median_filter_width": c.median_filter_width,
+        "forced_decoder_ids": getattr(c, "forced_decoder_ids", None),
+    }
 
 
 def _bart_rules(positions: Operation = COPY) -> tuple[Rule, ...]:

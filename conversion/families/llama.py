@@ -116,10 +116,13 @@ INTERLEAVED_LLAMA_RULES = (
 
 
 def _llama_family(
-    config: Callable, rules: tuple[Rule, ...] = LLAMA_RULES, inert: frozenset[str] = frozenset()
+    config: Callable,
+    rules: tuple[Rule, ...] = LLAMA_RULES,
+    inert: frozenset[str] = frozenset(),
+    prefixes: tuple[str, ...] = ("model.",),
 ) -> Family:
     return Family(
-        prefixes=("model.",),
+        prefixes=prefixes,
         config=config,
         rules=rules,
         ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
@@ -129,10 +132,27 @@ def _llama_family(
     )
 
 
+# The names in LG's files; the class of transformers is Llama's.
+EXAONE_RULES = (
+    *LLAMA_RULES,
+    *renamed(
+        ("wte", "embed_tokens"),
+        ("h.{}.ln_1", "layers.{}.input_layernorm"),
+        ("h.{}.ln_2", "layers.{}.post_attention_layernorm"),
+        *((f"h.{{}}.attn.attention.{name}_proj", f"{ATTENTION}{name}_proj") for name in "qkv"),
+        ("h.{}.attn.attention.out_proj", f"{ATTENTION}o_proj"),
+        ("h.{}.mlp.c_fc_0", "layers.{}.mlp.gate_proj"),
+        ("h.{}.mlp.c_fc_1", "layers.{}.mlp.up_proj"),
+        ("h.{}.mlp.c_proj", "layers.{}.mlp.down_proj"),
+        ("ln_f", "norm"),
+    ),
+)
+
 FAMILIES = {
     "arcee": _llama_family(arcee),
     "cwm": _llama_family(cwm),
     "ernie4_5": _llama_family(ernie4_5, INTERLEAVED_LLAMA_RULES),
+    "exaone": _llama_family(llama, EXAONE_RULES, frozenset({"embed_dropout"}), ("model.", "transformer.")),
     "helium": _llama_family(helium, INTERLEAVED_LLAMA_RULES),
     "jais2": _llama_family(jais2),
     "llama": _llama_family(llama),

@@ -53,6 +53,7 @@ NO_ROW = NativeOnly("the family table has no row for it")
 NATIVE_ONLY: dict[str, NativeOnly] = {
     "afmoe": GATED,
     "apertus": HEAD_NORM,
+    "apertus1p5_text": HEAD_NORM,
     "aria_text": EXPERTS,
     "bamba": STATE_SPACE,
     "beam": GATED,
@@ -87,6 +88,7 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "jamba": STATE_SPACE,
     "kolibri1": HEAD_NORM_EXPERTS,
     "laguna": GATED,
+    "lara_mini": LINEAR,
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm3": CONVOLUTIONS,

@@ -42,6 +42,10 @@ WRAPPER = (
     "together with its cross-attention"
 )
 UNEVEN = "its layers differ in the number and width of their key/value heads, and values may be the keys themselves"
+LOOPED = "some of its layers run several times, with keys and values of their own each time"
+FUSED_IN_FILES = (
+    "its files hold queries, keys and values in one tensor, which its class takes apart when it loads them"
+)
 KEY_CONVOLUTION = "each key and value head passes a short convolution of its own"
 
 REFUSED: dict[str, str] = {
@@ -65,6 +69,7 @@ REFUSED: dict[str, str] = {
     "deepseek_v4": "its attention has one key/value head for all query heads already",
     "diffllama": "its differential attention pairs key/value heads, of which its class needs an even number",
     "doge": "each key/value head has a learned mask of its own, computed from all the values",
+    "dory": LOOPED,
     "dots3_note": f"it is a multimodal model around a language model; {LATENT}",
     "dots3_note_text": LATENT,
     "electra": ENCODER,
@@ -92,6 +97,7 @@ REFUSED: dict[str, str] = {
     "granite_speech_plus": MULTIMODAL,
     "hrm_text": f"it passes two stacks of layers again and again, with a cache for each pass; {OWN_HEADS}",
     "hy_v4": LATENT,
+    "inkling2_loop_text": KEY_CONVOLUTION,
     "inkling2_text": KEY_CONVOLUTION,
     "inkling_text": KEY_CONVOLUTION,
     "jetmoe": "each expert of its attention holds a query head for every key/value head: the two numbers are tied",
@@ -115,6 +121,7 @@ REFUSED: dict[str, str] = {
     "musicgen_melody": AUDIO,
     "nemo_speechlm": MULTIMODAL,
     "nllb-moe": ENCODER_DECODER_EXPERTS,
+    "omniasr": MULTIMODAL,
     "pegasus_x": LOCAL_ENCODER,
     "phi4_multimodal": "it is a multimodal model, with image and audio encoders and adapters for each in its layers",
     "prophetnet": f"its decoder predicts several tokens ahead with a stream of attention for each; {OWN_HEADS}",
@@ -130,6 +137,8 @@ REFUSED: dict[str, str] = {
     "roc_bert": ENCODER,
     "roformer": ENCODER,
     "rwkv": NO_ATTENTION,
+    "sarvam_mla": LATENT,
+    "sarvam_moe": FUSED_IN_FILES,
     "seamless_m4t": SPEECH_AND_TEXT,
     "seamless_m4t_v2": SPEECH_AND_TEXT,
     "switch_transformers": ENCODER_DECODER_EXPERTS,

@@ -3,10 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import PreTrainedConfig
-
-from mqa_hf.configuration_mqa import MQAConfig
-
 from ..operations import AddOne, SplitGateUp, SplitGrouped, SplitStacked
 from .base import (
     ATTENTION,
@@ -151,7 +147,6 @@ def nemotron(c: SourceConfig) -> dict[str, Any]:
 
 
 def granite(c: SourceConfig) -> dict[str, Any]:
-    _ = c.residual_multiplier  # folded into what is added to the residual stream, see granite_scales
     return llama_layer(
         c,
         qkv_bias=c.attention_bias,
@@ -159,18 +154,10 @@ def granite(c: SourceConfig) -> dict[str, Any]:
         mlp_bias=c.mlp_bias,
         attention_scale=c.attention_multiplier,
         embedding_scale=c.embedding_multiplier,
+        scale_inputs_embeds=True,
+        residual_multiplier=c.residual_multiplier,
         logit_scale=1 / c.logits_scaling,
     )
-
-
-def granite_scales(config: PreTrainedConfig, layer: int) -> dict[str, float]:
-    return {"o_proj": config.residual_multiplier, "down_proj": config.residual_multiplier}
-
-
-def native_granite(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
-    native: Any = native_same_class(source, config)
-    native.residual_multiplier = 1.0
-    return native
 
 
 def _replaced(rules: tuple[Rule, ...], *new: Rule) -> tuple[Rule, ...]:
@@ -229,7 +216,7 @@ FAMILIES = {
     ),
     "gemma": _family(gemma, GEMMA_RULES, frozenset({"hidden_activation"})),
     "glm": _family(glm, GLM_RULES),
-    "granite": _family(granite, LLAMA_RULES, scales=granite_scales, native=native_granite),
+    "granite": _family(granite, LLAMA_RULES),
     "nemotron": _family(nemotron, NEMOTRON_RULES),
     "olmo": _family(olmo, LLAMA_RULES, frozenset({"pretraining_tp"})),
     "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),

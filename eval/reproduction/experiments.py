@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import REPORT_FILE
+from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE
 from mqa_hf.eval.quality import RESULTS, cache_size
 from mqa_hf.finetune.pretrain import REPORT as PRETRAINING
 from mqa_hf.finetune.recipe import Step, command_group, flags, read_yaml, unfinished
-from mqa_hf.finetune.uptrain import REPORT as UPTRAINING
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
 TIMES = "times.json"  # which experiments have been timed
@@ -258,7 +257,7 @@ class Experiment:
         said = {"task": self.task, "table": "conversions", "model": name, "seed": seed, "loss_function": loss}
         translated = self.evaluations(converted, place / "0", ("convert",))
         # The loss before a training stands in the report of the first one.
-        before = place / f"trained-{shares[0]:g}" / UPTRAINING
+        before = place / f"trained-{shares[0]:g}" / TRAINING_FILE
         measured = [Measured(said | {"share": 0.0}, converted, before, self.shown(words), False, by_split(translated))]
         steps |= translated
         for share in shares:
@@ -266,14 +265,14 @@ class Experiment:
             words = ["uptrain", str(converted), str(trained), "--tokens", str(round(share * self.recipe["tokens"]))]
             words += ["--loss", loss, *self.training("uptrain", seed)]
             words += ["--teacher", "none"] if loss == "lm" else []
-            steps[step] = Step(words, trained / UPTRAINING, ("convert",), costly=True)
+            steps[step] = Step(words, trained / TRAINING_FILE, ("convert",), costly=True)
             translated = self.evaluations(trained, place / f"{share:g}", ("convert", step))
             steps |= translated
             measured.append(
                 Measured(
                     said | {"share": share},
                     trained,
-                    trained / UPTRAINING,
+                    trained / TRAINING_FILE,
                     self.shown(words),
                     evaluations=by_split(translated),
                 )

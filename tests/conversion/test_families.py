@@ -14,9 +14,9 @@ from sources import (
     overwrite_heads_with_mean,
     save,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf.conversion import ConversionError, ConversionWarning, convert
 from mqa_hf.conversion.families import FAMILIES, canonical_config
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
@@ -202,6 +202,51 @@ def test_embeddings_of_the_model_s_own_carry_their_scale(model_type, tmp_path):
     ours = converted(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
     ids = batch()[0]
     torch.testing.assert_close(ours(inputs_embeds=ours.get_input_embeddings()(ids)).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(("model_type", "what", "config"), CASES, ids=IDS)
+@torch.no_grad()
+def test_a_source_of_16_bits_computes_the_same_in_float32(model_type, what, config, tmp_path):
+    """What is settled in the weights is not rounded once more where the result is float32."""
+    theirs = make_model(model_type, config)
+    source = save(theirs.bfloat16(), tmp_path / "source")
+    convert(source, tmp_path / "ours", kv_heads=kv_heads_of(theirs), dtype="float32")
+    read, ours = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (source, tmp_path / "ours")
+    )
+    difference, size = largest_difference(ours, read)
+    assert difference <= TOLERANCE, f"{difference} on logits up to {size}"
+
+
+@torch.no_grad()
+def test_vectors_that_are_given_as_embeddings_are_scaled_where_the_source_scales_them(tmp_path):
+    for model_type in BY_FAMILY:
+        if model_type not in CONFIG_MAPPING:
+            continue
+        theirs = make_model(model_type, BY_FAMILY[model_type])
+        ours = converted(
+            save(theirs, tmp_path / model_type), tmp_path / f"{model_type}-ours", kv_heads=kv_heads_of(theirs)
+        )
+        given = torch.randn(2, 7, ours.config.embedding_size)
+        difference = (ours(inputs_embeds=given).logits - theirs(inputs_embeds=given).logits).abs().max()
+        assert difference <= TOLERANCE, model_type
+
+
+@torch.no_grad()
+def test_opt_in_gpt_bigcode_is_warned_of_and_right_with_positions(tmp_path):
+    source = save(make_model("opt", BY_FAMILY["opt"]), tmp_path / "source")
+    with pytest.warns(ConversionWarning, match="padded on the left pass position_ids"):
+        report = convert(source, tmp_path / "native", target="native")
+    assert "Warning: opt counts positions" in (tmp_path / "native" / "README.md").read_text()
+    assert len(report["warnings"]) == 1
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
+    ours = converted(source, tmp_path / "ours")
+    ids, mask = batch()
+    assert not mask[:, 0].all()
+    expected = ours(ids, attention_mask=mask).logits[mask.bool()]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    found = native(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32"])

@@ -38,6 +38,9 @@ def test_it_generates_what_the_source_does(model_type, tmp_path):
         assert tokens[0].shape == (len(ids), ids.shape[1] + TOKENS)
         for other in tokens[1:]:
             torch.testing.assert_close(other, tokens[0])
+        fast = (ours.config.rope_parameters or {}).get("rope_type") not in ("dynamic", "longrope")
+        assert (ours.decoding.decoder is not None) == fast
+        ours.decoding.release()
 
 
 def test_phi3_generates_across_the_limit_of_its_short_rotary_frequencies(tmp_path):

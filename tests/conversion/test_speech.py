@@ -1,5 +1,8 @@
 """A converted Whisper transcribes, translates and marks times as the source does."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +63,45 @@ def test_it_generates_what_the_source_does(options, pair, audio):
     for directory in pair:
         model = AutoModelForSpeechSeq2Seq.from_pretrained(directory).eval()
         found = model.generate(**arguments, **{"language": "en", "max_new_tokens": 30, **options})
+        results.append(found["sequences"] if isinstance(found, dict) else found)
+    torch.testing.assert_close(*results)
+
+
+PROMPT = {"suppress_tokens": [7, 9], "begin_suppress_tokens": [5]}
+
+
+PLACES = ("config.json", "generation_config.json", "both", "neither")
+ASKED: tuple[dict, ...] = ({}, {"language": "de"}, {"task": "translate"}, {"return_timestamps": True})
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    # Without a `generation_config.json`, as in 2022, the class takes no languages, tasks and timestamps.
+    [*((place, options) for place in PLACES for options in ASKED), ("config.json alone", {})],
+    ids=str,
+)
+def test_the_prompt_is_found_wherever_a_checkpoint_has_it(place, options, pair, audio, tmp_path):
+    """Checkpoints of 2022 have language and task in `config.json`, later ones in `generation_config.json`."""
+    source, ours = tmp_path / "source", tmp_path / "ours"
+    shutil.copytree(pair[0], source)
+    config, generation = (json.loads((source / n).read_text()) for n in ("config.json", "generation_config.json"))
+    languages, tasks = generation["lang_to_id"], generation["task_to_id"]
+    prompt = {**PROMPT, "forced_decoder_ids": [[1, languages["<|de|>"]], [2, tasks["translate"]]]}
+    other = {**PROMPT, "forced_decoder_ids": [[1, languages["<|en|>"]], [2, tasks["transcribe"]]]}
+    if place == "config.json alone":
+        (source / "generation_config.json").unlink()
+    elif place in ("generation_config.json", "both"):
+        (source / "generation_config.json").write_text(json.dumps(generation | other))
+    if place.startswith("config.json") or place == "both":
+        (source / "config.json").write_text(json.dumps(config | prompt))
+    convert(source, ours, kv_heads=6)
+    processor = AutoProcessor.from_pretrained(source)
+    arguments = processor(audio[:12000], sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
+    results = []
+    for directory in (source, ours):
+        model = AutoModelForSpeechSeq2Seq.from_pretrained(directory).eval()
+        with torch.no_grad():
+            found = model.generate(**arguments, max_new_tokens=12, **options)
         results.append(found["sequences"] if isinstance(found, dict) else found)
     torch.testing.assert_close(*results)
 

@@ -383,6 +383,15 @@ def test_a_teacher_with_another_tokenizer_is_refused(home, tmp_path):
         uptrain(home / "student", tmp_path / "out", what(home, teacher=str(tmp_path / "teacher")), SCHEDULE)
 
 
+def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tmp_path):
+    shutil.copytree(home / "student", tmp_path / "student")
+    (tmp_path / "secret.txt").write_text("a secret")
+    (tmp_path / "student" / "NOTES").symlink_to("../secret.txt")
+    with pytest.raises(ConversionError, match=r"NOTES leads to .*secret\.txt, outside of the checkpoint"):
+        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "student"]
+
+
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConversionError, match=r"and .* has 1,000 free"):

@@ -35,7 +35,7 @@ so is any switch of `config.json` that the table does not know (`--ignore-switch
 """
 OWN_CLASS = """The canonical model has no form for these; `--target native` pools their key and value projections and
 copies the rest. Each is tested as the families are: the mean rule, and its own heads byte for byte."""
-OTHERS = "Every other causal or sequence-to-sequence model type of transformers 5.17 to 5.23, and why."
+OTHERS = "Every other causal or sequence-to-sequence model type of transformers 5.17 to 5.24, and why."
 COLUMNS = (
     "family",
     "official checkpoints, for example",

@@ -40,6 +40,7 @@ MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_gr
 CONFIGS: dict[str, dict] = {
     "afmoe": {**EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1, **WINDOWS},
     "apertus": {},
+    "apertus1p5_text": {"output_vocab_size": 80},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "bamba": {**MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1, 2]},
     "beam": {**EXPERTS, **WINDOWS},
@@ -83,6 +84,7 @@ CONFIGS: dict[str, dict] = {
               "use_mamba_kernels": False, "num_hidden_layers": 4, "expert_layer_period": 2, "expert_layer_offset": 1},
     "kolibri1": {**LOCAL, "moe_intermediate_size": 24, **WINDOWS},
     "laguna": {**EXPERTS, **WINDOWS},
+    "lara_mini": {**EXPERTS, **HYBRID, **DELTA, "shared_expert_intermediate_size": 24},
     "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"],
              "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {**EXPERTS, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"],

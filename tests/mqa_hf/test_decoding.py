@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf import decoding_mqa as decoding
 from mqa_hf.cache_mqa import DecodeCache
+from mqa_hf.rules_mqa import CACHE
 
 STACK = {
     "vocab_size": 97,
@@ -432,6 +433,11 @@ def test_prompts_that_are_learned_are_left_to_transformers(kind):
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
     adapted = peft.get_peft_model(make({"num_key_value_heads": 6}), config).eval()
     arguments = {**prompts(), "max_new_tokens": 9, "do_sample": False}
+    if kind == "PrefixTuningConfig" and CACHE == "cache":
+        # PEFT 0.21 hands the prefix over beside the cache of transformers 5.24; Llama's class drops it in silence.
+        with pytest.raises(ValueError, match="the cache is given twice"):
+            adapted.generate(**arguments)
+        return
     ours = adapted.generate(**arguments)
     adapted.base_model.decoding.enabled = False
     assert ours.tolist() == adapted.generate(**arguments).tolist()

@@ -1,0 +1,181 @@
+"""What a checkpoint has beside its weights: carried over from the source, and loaded once from the result."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_relative_imports
+
+from .errors import ConversionError
+from .source import CHAT_TEMPLATES, COMPANIONS, load_config, read_json
+
+PASSED_ON = ("config.json", "README.md")  # in part: not copied, but what they say is
+VOCABULARIES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")
+PROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
+# Which files of settings name classes whose code lies beside them, and for what.
+CODED = {
+    "tokenizer_config.json": ("AutoTokenizer", "AutoProcessor"),
+    "processor_config.json": ("AutoProcessor",),
+    PROCESSOR: ("AutoProcessor", "AutoFeatureExtractor", "AutoImageProcessor"),
+}
+
+
+def inside(directory: Path, path: Path) -> Path:
+    """Where a file of a checkpoint is, links followed: in its directory, or among its repository's blobs in the Hub's
+    cache.
+
+    For whatever is copied, followed or quoted. Weights alone may be links to elsewhere, since large files often lie on
+    another disk: they are never copied, but read as tensors that have the names and shapes of the model.
+
+    Raises:
+        ConversionError: where it leads out of the directory.
+    """
+    try:
+        root, found = directory.resolve(), path.resolve()
+        dangling = path.is_symlink() and not found.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two for loops of links and impossible names
+        raise ConversionError(f"{str(path)!r} cannot be read: {error}") from error
+    repositories = [p.parent for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    if root not in found.parents and found.parent not in [repository / "blobs" for repository in repositories]:
+        raise ConversionError(
+            f"{path} leads to {found}, outside of the checkpoint, and nothing from there goes into the result; "
+            f"put the file itself into {root}, or remove what leads there"
+        )
+    if dangling:
+        raise ConversionError(f"{path} is a link to {found}, which is not there")
+    return found
+
+
+def copy_files(directory: Path, paths: Iterable[Path], partial: Path) -> None:
+    """Copy those of the paths that are files to the same places; raises ConversionError as [`inside`] does."""
+    for path in paths:
+        found, place = inside(directory, path), partial / path.relative_to(directory)
+        if found.is_file():
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(found, place)
+
+
+def copy_companions(directory: Path, partial: Path) -> None:
+    """Tokenizer with its code, processor, chat templates, generation config and licence, byte for byte.
+
+    Raises:
+        ConversionError: for what transformers cannot load, and for files that are not the source's own.
+    """
+    for name in PASSED_ON:
+        inside(directory, directory / name)
+    # Not by the patterns' own `glob`, which passes over links into nothing.
+    paths = (*directory.iterdir(), *directory.glob(CHAT_TEMPLATES))
+    copy_files(directory, (path for path in paths if any(path.match(pattern) for pattern in COMPANIONS)), partial)
+    for name in ("tokenizer.json", "tokenizer_config.json", *(n for n in COMPANIONS if n.endswith(".json"))):
+        if (partial / name).is_file():
+            read_json(directory / name)  # which says more than the classes that read it do
+    for name in CODED:
+        for module, path in _code(_references(directory / name), directory).items():
+            shutil.copyfile(path, partial / f"{Path(module).name}.py")
+    config = load_config(directory)
+    if not (partial / GENERATION).is_file():
+        # Older checkpoints say in config.json how to generate, where transformers looks for it next.
+        with _loading(f"what {directory / 'config.json'} says of generation"):
+            generation = GenerationConfig.from_pretrained(
+                directory, config_file_name="config.json", _from_model_config=True
+            )
+        (partial / GENERATION).write_text(generation.to_json_string())
+    for what, auto in _parts(partial):
+        with _loading(f"the {what} in {directory}"):
+            auto.from_pretrained(partial, config=config, trust_remote_code=False)
+
+
+def check_loads(partial: Path, directory: Path) -> None:
+    """Load everything but the weights from a result, without running code that it brings along.
+
+    The class of a tokenizer or processor may follow from the model type, which changes. Where the result's is then
+    another than the source's, it is saved again, and so names its class.
+
+    Args:
+        partial: the result.
+        directory: the source.
+
+    Raises:
+        ConversionError: where something does not load, or code is not complete.
+    """
+    load_config(partial)
+    for name in ("config.json", *CODED):
+        _code(_references(partial / name), partial)
+    with _loading("the generation configuration of the result"):
+        GenerationConfig.from_pretrained(partial)
+    for what, auto in _parts(partial):
+        with _loading(f"the {what} of the result"):
+            theirs = auto.from_pretrained(partial, config=load_config(directory), trust_remote_code=False)
+            ours = auto.from_pretrained(partial, trust_remote_code=False)
+            if not _same(ours, theirs):
+                theirs.save_pretrained(partial)
+                ours = auto.from_pretrained(partial, trust_remote_code=False)
+        if not _same(ours, theirs):
+            raise ConversionError(
+                f"the {what} in {directory}, a {type(theirs).__name__}, comes back from the result as another "
+                f"{type(ours).__name__}; save it again with save_pretrained, and convert with what that writes"
+            )
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever classes of transformers raise for files that are none
+        said = " ".join(str(error).split()) or "no reason given"
+        raise ConversionError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
+
+
+def _parts(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Tokenizer and processor, those that are there and of a class of transformers, and what loads them."""
+    if any(any(directory.glob(p)) for p in VOCABULARIES) and not _references(directory / "tokenizer_config.json"):
+        yield "tokenizer", AutoTokenizer
+    if (directory / PROCESSOR).is_file() and not any(_references(directory / name) for name in CODED):
+        yield "processor", AutoProcessor
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast):
+        return one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
+    return type(one) is type(other)
+
+
+def _references(path: Path) -> list[str]:
+    """The classes that a file of settings says are in code: `module.Class`, or `repository--module.Class`."""
+    said = read_json(path).get("auto_map", {}) if path.is_file() else {}
+    if isinstance(said, dict):
+        said = [value for auto, value in said.items() if auto in CODED.get(path.name, said)]
+    elif isinstance(said, list):  # as tokenizers were once saved
+        said = [said]
+    else:
+        said = [[0]]
+    classes = [c for value in said for c in (value if isinstance(value, list) else [value]) if c is not None]
+    if not all(isinstance(c, str) and "." in c for c in classes):
+        raise ConversionError(f'{path}: auto_map names no classes, such as {{"AutoTokenizer": "module.Class"}}')
+    return classes
+
+
+def _code(classes: Iterable[str], directory: Path) -> dict[str, Path]:
+    """The modules of classes and all that these import of their own kind, and the files in `directory` that they are.
+
+    A class of another repository stays there.
+
+    Raises:
+        ConversionError: for a file that is not there, or not the directory's own.
+    """
+    waiting, found = [c.rpartition(".")[0] for c in classes if "--" not in c], dict[str, Path]()
+    while waiting:
+        module = waiting.pop()
+        if module in found:
+            continue
+        path = found[module] = inside(directory, directory / f"{module}.py")
+        if not path.is_file():
+            raise ConversionError(f"the code in {directory} needs {module}.py, which is not there")
+        try:
+            waiting += get_relative_imports(path)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"{directory / module}.py cannot be read: {error}") from error
+    return found

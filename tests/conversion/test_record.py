@@ -1,0 +1,134 @@
+"""What a checkpoint says of how it was made is true."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sources import LLAMA, make_model, save
+from tokenizer import write_tokenizer
+from typer.testing import CliRunner
+
+from mqa_hf.cli import app
+from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf.finetune.data import Part
+from mqa_hf.finetune.training import Schedule
+from mqa_hf.finetune.uptrain import Uptraining, original_of, uptrain
+
+FIT = {"calibration_tokens": 512, "sequence_length": 16}
+METHODS = [
+    {},
+    {"kv_heads": 2, "dtype": "bfloat16"},
+    {"method": "first", "window": 5},
+    {"method": "random", "seed": 3},
+    {"method": "mean", "refit": True, "seed": 4, **FIT},
+    {"method": "random", "refit": True, "seed": 7, **FIT},
+    {"method": "shared", "seed": 5, **FIT},
+    {"method": "shared", "refit": False, "seed": 6, "head_width": 1.5, **FIT},
+    {"method": "shared", "cache_budget": "40%", **FIT},
+    {"target": "native", "max_shard_size": "40KB"},
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A source with a tokenizer, and text of two kinds."""
+    root = tmp_path_factory.mktemp("record")
+    write_tokenizer(save(make_model("llama", LLAMA), root / "source"))
+    words = ["one key", "and one value", "for all heads", "of a layer", "are read"]
+    rows = [" ".join(words[(i * k) % 5] for k in range(1, 30)) for i in range(90)]
+    (root / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return root
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in directory.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("options", METHODS, ids=str)
+def test_the_recorded_command_makes_the_same_weights_again(options, home, tmp_path):
+    if options.get("calibration_tokens"):
+        options = {**options, "calibration": str(home / "text.jsonl")}
+    report = convert(home / "source", tmp_path / "first", **options)
+    words = shlex.split(report["command"].replace("OUTPUT", str(tmp_path / "again")))
+    result = CliRunner().invoke(app, words[1:])
+    assert result.exit_code == 0, result.output
+    first, again = weights(tmp_path / "first"), weights(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert json.loads((tmp_path / "again" / "conversion.json").read_text())["options"] == report["options"]
+
+
+@pytest.mark.parametrize(
+    ("options", "refitted"),
+    [
+        ({}, False),
+        ({"refit": True}, True),
+        ({"method": "shared"}, True),
+        ({"method": "shared", "refit": False}, False),
+    ],
+    ids=str,
+)
+def test_it_says_whether_outputs_were_refitted_and_what_a_loss_was_measured_on(options, refitted, home, tmp_path):
+    text = str(home / "text.jsonl")
+    calibrated = options and {**options, "calibration": text, **FIT}
+    report = convert(home / "source", tmp_path / "ours", **(calibrated or {}))
+    assert report["options"]["refit"] is refitted
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert ("refitted" in card) is refitted
+    if calibrated:
+        measured = report["held_out_loss"]
+        assert (measured["text"], measured["tokens"]) == (text, 2 * 15)  # two rows of 16, whose first is not predicted
+        assert f"{measured['tokens']} other tokens" in card.replace("\n", " ")
+        shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "ours")], terminal_width=300).output
+        assert "30 tokens of" in shown
+
+
+def train(home: Path, student: Path, output: Path, teacher: str | None = None) -> None:
+    part = Part(str(home / "text.jsonl"))
+    losses = (("lm" if teacher is None else "kl", 1.0),)
+    what = Uptraining((part,), teacher=teacher, losses=losses, validation=part.source, validation_tokens=64)
+    uptrain(student, output, what, Schedule(256, sequence_length=16, batch_tokens=128, report_to="none"))
+
+
+def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home, tmp_path):
+    convert(home / "source", tmp_path / "ours")
+    code = tmp_path / "ours" / "attention_mqa.py"
+    code.write_text(code.read_text() + "\n# changed by hand\n")
+    train(home, tmp_path / "ours", tmp_path / "trained", str(home / "source"))
+    for path in (tmp_path / "ours").glob("*.py"):
+        assert path.read_bytes() == (tmp_path / "trained" / path.name).read_bytes(), path.name
+    result = inspect(tmp_path / "trained")
+    assert result["conversion"]["source"] == str(home / "source")
+    assert result["training"]["tokens"] == 256
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "trained")], terminal_width=200).output
+    assert "256 tokens" in shown
+    assert "kl on validation text" in shown
+    assert inspect(tmp_path / "ours")["training"] is None
+
+
+def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp_path):
+    train(home, home / "source", tmp_path / "trained")
+    result = inspect(tmp_path / "trained")
+    assert result["conversion"] is None
+    assert result["training"]["tokens"] == 256
+    assert "was trained from" in result["reason"]
+    assert CliRunner().invoke(app, ["inspect", str(tmp_path / "trained")]).exit_code == 0
+
+
+def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, tmp_path):
+    with pytest.raises(ConversionError, match=r"does not say what it was converted from.*--teacher none"):
+        original_of(home / "source")
+    words = ["uptrain", str(home / "source"), str(tmp_path / "out"), "--dataset", str(home / "text.jsonl")]
+    result = CliRunner().invoke(app, [*words, "--tokens", "128"])
+    assert isinstance(result.exception, ConversionError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path):
+    convert(home / "source", tmp_path / "ours")
+    with pytest.raises(ConversionError, match=r"the teacher .*gone cannot be had"):
+        train(home, tmp_path / "ours", tmp_path / "trained", str(tmp_path / "gone"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]

@@ -1,0 +1,158 @@
+"""Weights that are not what they should be: missing, without a place, of another shape, no numbers, too large."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from native_sources import make_native
+from safetensors.torch import load_file, save_file
+from sources import GPT, LLAMA, make_model, save
+from tokenizer import write_tokenizer
+
+from mqa_hf.conversion import ConversionError, ConversionWarning, convert
+from mqa_hf.conversion.checkpoint import count_nonfinite
+from mqa_hf.conversion.loading import load_model
+from mqa_hf.conversion.pooling import relative
+from mqa_hf.eval.quality import Evaluation, evaluate
+from mqa_hf.finetune.data import Part
+from mqa_hf.finetune.training import Schedule
+from mqa_hf.finetune.uptrain import Uptraining, uptrain
+
+KEY, UP = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+def change(directory: Path, change) -> Path:
+    """Change the tensors of a checkpoint in place."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def lose(tensors):
+    del tensors[UP]
+
+
+def add(tensors):
+    tensors["model.layers.1.mlp.side_proj.weight"] = torch.ones(2)
+
+
+def widen(tensors):
+    tensors[UP] = torch.ones(81, 48)
+
+
+def spoil(tensors):
+    tensors[UP][3, 4] = float("nan")
+
+
+DAMAGES = {
+    lose: rf"missing: {UP}",
+    add: r"no place in this configuration: model\.layers\.1\.mlp\.side_proj\.weight",
+    widen: rf"another shape: {UP} \[81, 48\] instead of \[80, 48\]",
+    spoil: rf"NaN or infinity: {UP} \(1 of 3,840",
+}
+
+
+@pytest.fixture
+def places(tmp_path):
+    """A source with a tokenizer, its conversion, and text."""
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    write_tokenizer(source)
+    convert(source, tmp_path / "ours")
+    rows = "".join(json.dumps({"text": f"hello world {i} this is some text. " * 5}) + "\n" for i in range(60))
+    (tmp_path / "text.jsonl").write_text(rows)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_a_model_is_not_loaded_from_other_weights_than_its_own(damage, message, places):
+    load_model(places / "ours")
+    with pytest.raises(ConversionError, match=message):
+        load_model(change(places / "ours", damage))
+
+
+def trained(places: Path) -> None:
+    what = Uptraining(
+        dataset=(Part(str(places / "text.jsonl")),), teacher=str(places / "source"), losses=(("kl", 1.0),)
+    )
+    schedule = Schedule(tokens=128, sequence_length=16, batch_tokens=128, report_to="none")
+    uptrain(places / "ours", places / "trained", what, schedule)
+
+
+def measured(places: Path) -> None:
+    what = Evaluation(text=str(places / "text.jsonl"), tokens=64, window=32, prompts=0)
+    evaluate(places / "source", [places / "ours"], places / "evaluation", what)
+
+
+@pytest.mark.parametrize("job", [trained, measured])
+@pytest.mark.parametrize("which", ["source", "ours"])
+def test_training_and_evaluation_refuse_a_student_a_teacher_and_an_original_that_lack_a_tensor(job, which, places):
+    change(places / which, lose)
+    with pytest.raises(ConversionError, match=rf"missing.*{UP}"):
+        job(places)
+    assert not (places / "trained").exists()
+
+
+def test_masks_in_old_files_are_known_and_do_no_harm(tmp_path):
+    source = save(make_model("gpt2", GPT), tmp_path / "source")
+    change(source, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64)}))
+    load_model(source)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [{}, {"method": "first"}, {"method": "shared"}, {"kv_heads": 6}], ids=str)
+def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places):
+    def spoil(tensors):
+        tensors[KEY][45, 2] = value  # not in the first head
+
+    change(places / "source", spoil)
+    with pytest.raises(ConversionError, match=rf"1 of the 2,304 entries of {KEY} in model.safetensors are NaN"):
+        convert(places / "source", places / "other", calibration=None, **options)
+    assert not (places / "other").exists()
+
+
+def test_weights_that_are_no_numbers_are_refused_in_their_own_class_too(tmp_path):
+    source = save(make_native("qwen3"), tmp_path / "source")
+    change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight"):
+        convert(source, tmp_path / "native", target="native")
+
+
+def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):
+    change(places / "source", lambda tensors: tensors[KEY][:2].fill_(float("nan")))
+    with pytest.warns(ConversionWarning, match="96 entries of 1 tensors are NaN or infinite"):
+        report = convert(places / "source", places / "other", allow_nonfinite=True)
+    assert report["nonfinite"] == {"read": {KEY: 96}, "written": {KEY: 96}}
+    assert report["layers"][0]["key_error"] is None
+    assert report["layers"][0]["value_error"] > 0
+    assert "--allow-nonfinite" in report["command"]
+    text = (places / "other" / "conversion.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report
+    with pytest.raises(ConversionError, match="nothing is fitted to NaN"):
+        convert(places / "source", places / "fitted", method="shared", allow_nonfinite=True)
+
+
+def test_numbers_that_the_dtype_cannot_hold_are_refused_by_name(places):
+    change(places / "source", lambda tensors: tensors[UP][0].fill_(70000.0))
+    with pytest.raises(ConversionError, match=rf"48 of the 3,840 entries of {UP} .*float16 \(up to 7e\+04.*bfloat16"):
+        convert(places / "source", places / "other", dtype="float16")
+    assert not (places / "other").exists()
+    convert(places / "source", places / "other", dtype="bfloat16")
+    with pytest.raises(ConversionError, match=rf"NaN or infinity: {UP} \(48 of 3,840, as torch.float16"):
+        load_model(places / "other", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_entries_that_are_no_numbers_are_counted(dtype):
+    tensor = torch.ones(7, 5, dtype=dtype)
+    assert count_nonfinite(tensor) == count_nonfinite(tensor[:0]) == 0
+    tensor[0, 1], tensor[2, 2], tensor[6, 4] = float("nan"), float("inf"), -float("inf")
+    assert count_nonfinite(tensor) == 3
+    assert count_nonfinite(torch.ones(3, dtype=torch.int64)) == 0
+
+
+def test_an_error_that_is_no_number_is_not_written_as_none_at_all():
+    assert relative(0.0, 0.0) == 0.0
+    assert relative(1.0, 2.0) == 0.5
+    assert relative(float("nan"), 1.0) is relative(1.0, float("inf")) is None
