@@ -468,8 +468,10 @@ def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
     stack = decoder_of(config)
     if target == "native":
         raise ConversionError("--window is for --target mqa: the classes of transformers keep the source's windows")
-    if not 1 <= window < 2**31:
-        raise ConversionError(f"--window must be at least 1 position, the current one, and below 2**31; got {window}")
+    if not 2 <= window < 2**31:
+        raise ConversionError(
+            f"--window must be at least 2 positions, the current one and the one before, and below 2**31; got {window}"
+        )
     if stack.sliding_window and stack.sliding_window < window:
         raise ConversionError(f"--window {window} is wider than the source's own of {stack.sliding_window}")
     stack.layer_types, stack.sliding_window = ["sliding_attention"] * stack.num_hidden_layers, window

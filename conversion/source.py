@@ -90,9 +90,10 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     check_known(raw.get("model_type"))
     if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
         raise ConversionError("the source is a converted checkpoint already; convert the original instead")
-    for name in LAYERS:
-        if isinstance(raw.get(name), int) and raw[name] > MOST_LAYERS:
-            raise ConversionError(f"{directory / 'config.json'}: {name} is {raw[name]:,}; no model has as many layers")
+    for layers in LAYERS:
+        if isinstance(raw.get(layers), int) and raw[layers] > MOST_LAYERS:
+            said = f"{layers} is {raw[layers]:,}; no model has as many layers"
+            raise ConversionError(f"{directory / 'config.json'}: {said}")
     config = load_config(directory)
     config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
     return Source(name, directory, commit, config, raw)

@@ -267,9 +267,8 @@ def training_rows(
             "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
         )
 
-    opened = mixture(
-        parts, columns, streaming, seed, tokenizer
-    )  # here, so that what is wrong with it is said as it is
+    # Here, so that what is wrong with it is said as it is.
+    opened = mixture(parts, columns, streaming, seed, tokenizer)
     if pairs and len(columns) == 2 and not streaming:
         count = min(count, len(opened))  # the same rows are kept once, however many more were wanted
 

@@ -317,7 +317,8 @@ def test_inspection_counts_both_caches(tmp_path):
         ({"attentions": []}, "--attention"),
         ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of decoder attention"),
         ({"target": "native"}, "--target native"),
-        ({"window": 0}, "--window must be at least 1"),
+        ({"window": 0}, "--window must be at least 2"),
+        ({"window": 1}, "--window must be at least 2"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):

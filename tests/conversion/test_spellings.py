@@ -116,4 +116,4 @@ def test_a_conversion_says_what_transformers_4_loses(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         report = convert(save(plain, tmp_path / "plain"), tmp_path / "read", target="native")
-    assert "warnings" not in report
+    assert report["warnings"] == []

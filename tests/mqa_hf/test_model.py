@@ -243,7 +243,7 @@ def test_base_model_loads_from_the_full_checkpoint(tmp_path):
         ({"v_head_dim": 0}, r"v_head_dim must be positive"),
         ({"residual": "none"}, "residual must be one of sequential, .* got 'none'"),
         ({"rope_layers": [True]}, "rope_layers has 1 entries for 3 layers"),
-        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window is not set"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window must be at least 2.*got None"),
     ],
 )
 def test_impossible_configurations_are_refused(fields, message):
