@@ -58,6 +58,8 @@ MODELS = {
     "post norm": {"residual": "post_norm", **LAYER_NORM, "embedding_norm": True},
     "projected embeddings": {"embedding_size": 32, "logit_scale": 0.5},
     "ungated silu": {"gated_mlp": False},
+    "multipliers": {"residual_multiplier": 0.3, "embedding_scale": 3.0, "scale_inputs_embeds": True,
+                    "output_bias": True, "mlp_bias": True},
     "an activation without a kernel": {"hidden_act": "mish"},
     "tied": {"tie_word_embeddings": True},
     "longrope": {
