@@ -33,7 +33,7 @@ KNOWN_ARGUMENTS = frozenset(
         # read by the loss
         "ignore_index", "num_items_in_batch", "shift_labels",
         # read by attention functions: packed rows, paged caches, vLLM's layers
-        "attention_instances", "block_table", "cache", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k",
+        "attention_instances", "block_table", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k",
         "max_length_q", "max_seqlen_k", "max_seqlen_q", "read_index", "write_index",
         # read by nothing here, and without a meaning for these models
         "cache_position", "logits_indices", "logits_processor_args", "logits_to_keep", "output_router_logits",

@@ -248,8 +248,10 @@ class MQAAttention(nn.Module):
             value = project(self.v_proj, states, self.v_head_dim)
             if self.rotary and position_embeddings is not None:
                 query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
-            if own is not None:
-                # A paged cache (5.24) reads and sets what the attention function is given beside.
+            if own is not None and not isinstance(own, Cache) and CACHE != "cache":
+                kwargs["cache"] = own  # a paged cache, which before 5.24 the attention function extends
+            elif own is not None:
+                # From 5.24 on a paged cache reads and sets what the attention function is given beside.
                 beside = {"kwargs": kwargs} if CACHE == "cache" else {}
                 key, value = own.update(key, value, self.layer_idx, **beside)
                 if self.cross and isinstance(cache, EncoderDecoderCache):
@@ -458,8 +460,6 @@ class MQAModel(MQAPreTrainedModel):
             assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
         refuse_unread(f"{type(self).__name__}.forward()", kwargs, attention_function(self.config))
-        if cache is not None and CACHE != "cache" and not isinstance(cache, Cache):
-            kwargs["cache"], cache = cache, None  # continuous batching before 5.24: for the attention function
         whole = self.cache_to_fill(one_cache(past_key_values, cache), encoder_hidden_states, use_cache)
         cache = whole.self_attention_cache if isinstance(whole, EncoderDecoderCache) else whole
         if position_ids is None:
