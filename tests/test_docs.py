@@ -10,7 +10,7 @@ import torch
 import yaml
 from family_page import page
 from seq2seq_sources import BART, make_seq2seq
-from sources import save
+from sources import need, save
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
@@ -123,6 +123,8 @@ def test_the_commands_of_a_page_run(workspace, name):
 
 
 def test_the_page_of_families_is_that_of_the_table():
+    for model_type in FAMILIES:
+        need(model_type)
     made = "python tests/helpers/family_page.py > docs/families.md"
     assert (DOCS / "families.md").read_text() == page(), f"run {made}"
 

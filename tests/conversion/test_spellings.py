@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from native_sources import BASE, CONFIGS, installed_types
-from sources import CASES, IDS, LLAMA, make_model, rope, save
+from sources import CASES, IDS, LLAMA, make_model, need, rope, save
 from transformers import AutoConfig
 
 from mqa_hf.conversion import ConversionWarning, convert
@@ -22,6 +22,7 @@ LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0
 
 
 def configuration(kind, fields):
+    need(kind)
     return AutoConfig.for_model(kind, **json.loads(json.dumps(fields)), dtype="float32")
 
 

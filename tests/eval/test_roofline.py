@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_sources import BASE, CONFIGS, make_native
-from sources import LLAMA, make_model, save
+from sources import LLAMA, make_model, need, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -123,6 +123,7 @@ def test_plans_of_every_shape():
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_weights_of_a_model_in_its_own_class_are_those_of_the_class(model_type):
+    need(model_type)
     config = AutoConfig.for_model(model_type, **{**BASE, **CONFIGS[model_type]})
     own = own_shape(Source("source", Path(), None, config, {}), 4)
     for shape in (own, own.with_heads(1)):

@@ -255,13 +255,15 @@ CASES: list[tuple[str, str, dict]] = [
 IDS = [f"{family}: {what}" for family, what, _ in CASES]
 
 
-def make_model(model_type: str, config: dict) -> PreTrainedModel:
-    """A model of random weights, biases and norms, large enough that logits are of order 10.
-
-    A test that asks for a type which this transformers does not know is skipped.
-    """
+def need(model_type: str) -> None:
+    """Skip a test that asks for a type which this transformers does not know."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+
+
+def make_model(model_type: str, config: dict) -> PreTrainedModel:
+    """A model of random weights, biases and norms, large enough that logits are of order 10."""
+    need(model_type)
     fields = json.loads(json.dumps(config))  # configurations change nested dictionaries in place
     configuration = AutoConfig.for_model(model_type, **fields, dtype="float32")
     model = AutoModelForCausalLM.from_config(configuration).eval()
