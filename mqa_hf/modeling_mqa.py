@@ -185,10 +185,6 @@ def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
     return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
 
 
-def attention_function(config: Any) -> Callable:
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
-
-
 class MQAAttention(nn.Module):
     """Attention of H query heads over G shared key/value heads (G = 1: multi-query, arXiv 1911.02150).
 
@@ -229,18 +225,18 @@ class MQAAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
-        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         B, T, _ = hidden_states.shape
         query = project(self.q_proj, hidden_states, self.qk_head_dim)
-        own, known = cache, False
-        if isinstance(cache, EncoderDecoderCache):
-            own = cache.cross_attention_cache if self.cross else cache.self_attention_cache
-            known = self.cross and cache.is_updated.get(self.layer_idx, False)
-        if known and own is not None:
-            stored: Any = own.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+        cache, known = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
+            known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
+        if known and cache is not None:
+            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -248,16 +244,19 @@ class MQAAttention(nn.Module):
             value = project(self.v_proj, states, self.v_head_dim)
             if self.rotary and position_embeddings is not None:
                 query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
-            if own is not None and not isinstance(own, Cache) and CACHE != "cache":
-                kwargs["cache"] = own  # a paged cache, which before 5.24 the attention function extends
-            elif own is not None:
+            if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
+                kwargs["cache"] = cache  # a paged cache, which before 5.24 the attention function extends
+            elif cache is not None:
                 # From 5.24 on a paged cache reads and sets what the attention function is given beside.
                 beside = {"kwargs": kwargs} if CACHE == "cache" else {}
-                key, value = own.update(key, value, self.layer_idx, **beside)
-                if self.cross and isinstance(cache, EncoderDecoderCache):
-                    cache.is_updated[self.layer_idx] = True
+                key, value = cache.update(key, value, self.layer_idx, **beside)
+                if self.cross and isinstance(past_key_values, EncoderDecoderCache):
+                    past_key_values.is_updated[self.layer_idx] = True
 
-        attention = attention_function(self.config)
+        # vLLM looks for this call in the source of `forward`, and for the name of the cache in its arguments.
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attention(
             self,
             query,
@@ -328,7 +327,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         x = hidden_states
@@ -337,7 +336,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
             normed,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            cache=cache,
+            past_key_values=past_key_values,
             **kwargs,
         )
         attended = self.added(attended)
@@ -349,7 +348,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
                 attended, _ = self.cross_attn(
                     normed,
                     attention_mask=encoder_attention_mask,
-                    cache=cache,
+                    past_key_values=past_key_values,
                     encoder_hidden_states=encoder_hidden_states,
                     **kwargs,
                 )
@@ -459,7 +458,8 @@ class MQAModel(MQAPreTrainedModel):
         if inputs_embeds is None:
             assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
-        refuse_unread(f"{type(self).__name__}.forward()", kwargs, attention_function(self.config))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        refuse_unread(f"{type(self).__name__}.forward()", kwargs, attention)
         whole = self.cache_to_fill(one_cache(past_key_values, cache), encoder_hidden_states, use_cache)
         cache = whole.self_attention_cache if isinstance(whole, EncoderDecoderCache) else whole
         if position_ids is None:
@@ -485,7 +485,7 @@ class MQAModel(MQAPreTrainedModel):
                 encoder_hidden_states,
                 encoder_mask,
                 position_embeddings=position_embeddings,
-                cache=whole,
+                past_key_values=whole,
                 position_ids=position_ids,
                 **kwargs,
             )

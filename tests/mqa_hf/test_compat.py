@@ -1,5 +1,6 @@
 """The code of a checkpoint on versions of transformers that it was not written for."""
 
+import inspect
 import logging
 import shutil
 
@@ -20,6 +21,7 @@ from transformers.generation import logits_process
 from mqa_hf import compat_mqa, rules_mqa
 from mqa_hf.compat_mqa import cache_name, check_version
 from mqa_hf.conversion import convert
+from mqa_hf.modeling_mqa import MQAAttention
 
 OTHER_NAME = {"cache": "past_key_values", "past_key_values": "cache"}[cache_name()]
 
@@ -292,3 +294,10 @@ def test_the_self_check_finds_a_private_method_that_what_is_generated_relies_on(
     monkeypatch.setattr(type(model), "relies_on", ("_prepare_everything",))
     with pytest.raises(RuntimeError, match="has no _prepare_everything any more"):
         compat_mqa.self_check(model)
+
+
+def test_vllm_finds_where_attention_is_called():
+    """Its backend for transformers' models reads the source of the layer's `forward`, and the name of the cache."""
+    forward = MQAAttention.forward
+    assert "ALL_ATTENTION_FUNCTIONS.get_interface(" in inspect.getsource(forward)
+    assert "past_key_values" in inspect.signature(forward).parameters
