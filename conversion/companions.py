@@ -3,10 +3,11 @@
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_imports
 
 from .errors import ConversionError
@@ -129,12 +130,24 @@ def _loading(what: str) -> Iterator[None]:
         raise ConversionError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
+def not_looked_at(directory: Path) -> list[str]:
+    """What is carried over without having been loaded, a sentence each."""
+    pieces = [path.name for pattern in ("*.spm", "*.model") for path in directory.glob(pattern)]
+    if not pieces or (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
+        return []
+    return [f"the tokenizer was copied without a look: {pieces[0]} needs sentencepiece, which is not installed"]
+
+
 def _parts(directory: Path) -> Iterator[tuple[str, Any]]:
     """Tokenizer and processor, those that are there and of a class of transformers, and what loads them."""
+    if not_looked_at(directory):
+        return
     if any(any(directory.glob(p)) for p in VOCABULARIES) and not _references(directory / "tokenizer_config.json"):
         yield "tokenizer", AutoTokenizer
     if (directory / PROCESSOR).is_file() and not any(_references(directory / name) for name in CODED):
-        yield "processor", AutoProcessor
+        # A trainer that was given the feature extractor alone leaves no tokenizer beside it.
+        spoken = any(any(directory.glob(p)) for p in VOCABULARIES)
+        yield ("processor", AutoProcessor) if spoken else ("feature extractor", AutoFeatureExtractor)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -37,7 +37,7 @@ from . import text
 from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
-from .companions import check_loads, copy_companions
+from .companions import check_loads, copy_companions, not_looked_at
 from .errors import ConversionError, ConversionWarning
 from .families import (
     FAMILIES,
@@ -51,7 +51,7 @@ from .families import (
 )
 from .output import resolve_output, written_beside
 from .passthrough import own_class_plan
-from .plan import Step, canonical_class, decoder_of, match, read_steps, with_stored_positions, write_steps
+from .plan import Step, as_stored, canonical_class, decoder_of, match, read_steps, write_steps
 from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
 from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
 from .spellings import both_spellings, lost_in_transformers4
@@ -271,7 +271,7 @@ def check_device(device: str) -> None:
 
 def _doubts(plan: "Plan", writer: CheckpointWriter) -> list[str]:
     """What a person has to know before the result is used, in sentences."""
-    doubts = []
+    doubts = not_looked_at(plan.source.directory)
     if writer.nonfinite:
         entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
         doubts.append(f"{entries:,} entries of {tensors:,} tensors are NaN or infinite; {REPORT_FILE} names them")
@@ -397,7 +397,7 @@ def make_plan(
     if family.canonical:
         check_own_heads(config)
     reader = CheckpointReader(source.directory, allow_nonfinite)
-    family, config = with_stored_positions(family, config, reader)
+    family, config = as_stored(family, config, reader)
     chosen = choose_attentions(config, attentions)
     pooled = with_heads(config, kv_heads, chosen)
     if factors is not None:

@@ -20,7 +20,9 @@ from transformers.utils import logging
 from .checkpoint import count_nonfinite
 from .errors import ConversionError, listing
 from .families import FAMILIES
+from .operations import Flatten, SinusoidTable
 from .plan import template
+from .source import check_no_adapter
 
 
 def load_model(
@@ -58,12 +60,15 @@ def load_model(
         raise ConversionError(f"{checkpoint} cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    if Path(checkpoint).is_dir():
+        check_no_adapter(Path(checkpoint))
+    missing = [name for name in found["missing_keys"] if not known_absent(name, config.model_type)]
     unused = [name for name in found["unexpected_keys"] if not known_unused(name, config.model_type)]
     damaged = [said for entry in model.named_parameters() if (said := _nonfinite(*entry))]
     problems = [
         f"{what}: {listing(names)}"
         for what, names in (
-            ("tensors are missing", found["missing_keys"]),
+            ("tensors are missing", missing),
             ("tensors have no place in this configuration", unused),
             ("tensors have another shape", [_mismatch(*entry) for entry in found["mismatched_keys"]]),
             ("tensors hold NaN or infinity", damaged),
@@ -88,6 +93,15 @@ def known_unused(name: str, model_type: str) -> bool:
     if family is None:
         return False
     return any(template(name.removeprefix(prefix))[0] in family.ignored for prefix in ("", *family.prefixes))
+
+
+def known_absent(name: str, model_type: str) -> bool:
+    """Whether a tensor need not be in a file: the class computes it (sinusoids), or takes zeros (BART's bias)."""
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return False
+    optional = {rule.source for rule in family.rules if isinstance(rule.operation, SinusoidTable | Flatten)}
+    return any(template(name.removeprefix(prefix))[0] in optional for prefix in ("", *family.prefixes))
 
 
 def _mismatch(name: str, found: Any, expected: Any) -> str:

@@ -23,7 +23,7 @@ from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 from .checkpoint import CheckpointReader, TensorInfo
 from .errors import ConversionError, listing
 from .families import Family, Rule
-from .operations import SinusoidTable
+from .operations import Flatten, SinusoidTable
 from .pooling import CanonicalConfig
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -162,15 +162,18 @@ def read_steps(
     return [step for step in steps if any(step.targets)]
 
 
-def with_stored_positions(
-    family: Family, config: CanonicalConfig, reader: CheckpointReader
-) -> tuple[Family, CanonicalConfig]:
-    """The row and the configuration of a source whose tables of sinusoidal positions are not the formula's.
+def as_stored(family: Family, config: CanonicalConfig, reader: CheckpointReader) -> tuple[Family, CanonicalConfig]:
+    """The row and the configuration of a source by what its files hold: which table of positions, which biases.
 
-    Pegasus' and Marian's classes look positions up in a table that the checkpoint holds. In 16 bits it is rounded, and
-    what they compute from it is another number, in whatever precision; so it is kept as a table of learned positions.
+    BART's class takes zeros for a bias of the logits that the files do not have. Pegasus' and Marian's classes look
+    positions up in a table that the checkpoint holds. In 16 bits it is rounded, and what they compute from it is
+    another number, in whatever precision; so it is kept as a table of learned positions.
     """
     steps, _ = match(reader.tensors, family)
+    optional = {t for rule in family.rules if isinstance(rule.operation, Flatten) for t in rule.targets}
+    if "lm_head.bias" in optional and not any("lm_head.bias" in step.targets for step in steps):
+        config = copy.deepcopy(config)
+        decoder_of(config).lm_head_bias = False
     names = [step.name for step in steps if isinstance(step.rule.operation, SinusoidTable)]
     width = decoder_of(config).hidden_size
     tables = [t for t in reader.read(names).values() if t.ndim == 2 and t.shape[1] == width]

@@ -17,6 +17,7 @@ from .families import OWN, check_known
 
 REPORT_FILE = "conversion.json"
 TRAINING_FILE = "uptraining.json"
+ADAPTER = "adapter_config.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 # How configurations call the number of layers; a damaged one would fill the memory with what there is of each.
 LAYERS = (
@@ -129,7 +130,17 @@ def locate(source: str | os.PathLike, revision: str | None = None, *, weights: b
             raise ConversionError(f"no config.json in {source}: it is not a checkpoint of transformers")
     except OSError as error:
         raise ConversionError(f"{source} cannot be read: {error}") from error
+    check_no_adapter(directory)
     return directory, commit
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Raises ConversionError for a checkpoint that transformers loads together with an adapter."""
+    if (directory / ADAPTER).is_file():
+        raise ConversionError(
+            f"{directory} holds an adapter of PEFT beside the weights ({ADAPTER}); merge it first (merge_and_unload), "
+            "or move it away"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -159,6 +159,8 @@ def documents(
 
         return [topics[name] for name in sorted(topics)]
     if is_plain(source):
+        if column:
+            raise ConversionError(f"{option} {source} is one text, without columns; got the column {column}")
         return [read_plain(source, option)]
     rows = load(source, option)
     features = features_of(rows)

@@ -35,7 +35,7 @@ from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.output import write_whole
 from mqa_hf.conversion.source import locate
 from mqa_hf.conversion.text import documents, load, load_tokenizer, one_column, pairs
-from mqa_hf.finetune.data import IGNORED, CollatePairs
+from mqa_hf.finetune.data import IGNORED, CollatePairs, starts_with_last
 from mqa_hf.finetune.training import processes
 
 from .metrics import Continuations, NextTokens, Translations, WordErrors, bleu_above
@@ -86,6 +86,13 @@ class Evaluation:
     tasks: tuple[str, ...] = ()
     include_path: Path | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"tokens": 1, "window": 1, "stride": 1, "prompts": 0, "prompt_tokens": 1, "new_tokens": 1, "beams": 1}
+        for name, smallest in {**least, "batch_tokens": 1, "seed": 0, "limit": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise ConversionError(f"--{name.replace('_', '-')} must be at least {smallest}; got {value}")
 
 
 def evaluate(
@@ -320,7 +327,7 @@ def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
         raise ConversionError(f"{what.text}: there is no pair of texts")
     check_ids(windows, vocabulary(config))
     pad = config.pad_token_id if config.pad_token_id is not None else 0
-    inner = CollatePairs(pad, config.decoder_start_token_id)
+    inner = CollatePairs(pad, config.decoder_start_token_id, start_is_last=starts_with_last(config))
 
     def collate(chosen: Sequence[Window]) -> dict[str, torch.Tensor]:
         return inner([{"input_ids": window.ids, "labels": window.labels} for window in chosen])

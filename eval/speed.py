@@ -542,6 +542,8 @@ def benchmark(
             found += own_contenders(shape, config, kv_heads, engines or ["dynamic"])
             continue
         if window is not None:
+            if window < 2:
+                raise ConversionError(f"--window must be at least 2 positions; got {window}")
             decoder = decoder_of(config)
             decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
         ours = contenders(shape, source, config, kv_heads, engines or ["mqa-hf", "dynamic"])

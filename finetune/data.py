@@ -27,6 +27,7 @@ from mqa_hf.conversion.text import (
     one_column,
     sentinel_ids,
 )
+from mqa_hf.modeling_mqa_seq2seq import shift_right
 
 IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
@@ -336,6 +337,11 @@ def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
+def starts_with_last(config: Any) -> bool:
+    """Whether a model's decoder begins with the last label of a row, as mBART's class makes its input."""
+    return getattr(config, "start_is_last_label", config.model_type in ("mbart", "plbart"))
+
+
 @dataclass(frozen=True)
 class CollatePairs:
     """[B, S] and [B, T] of pairs, padded on the right to a multiple of 8; to `length` where batches must be alike."""
@@ -343,6 +349,7 @@ class CollatePairs:
     pad: int
     start: int
     length: int | None = None
+    start_is_last: bool = False  # the decoder begins with the last label of a row (mBART)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         def padded(side: list[list[int]], value: int) -> torch.Tensor:
@@ -352,10 +359,10 @@ class CollatePairs:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         ids = padded([row["input_ids"] for row in rows], self.pad)
         labels = padded([row["labels"] for row in rows], IGNORED)
-        written = torch.cat((torch.full_like(labels[:, :1], self.start), labels[:, :-1]), dim=1)
+        written = shift_right(labels, self.start, self.pad, self.start_is_last)
         return {
             "input_ids": ids,
             "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "decoder_input_ids": written.masked_fill(written == IGNORED, self.pad),
+            "decoder_input_ids": written,
             "labels": labels,
         }

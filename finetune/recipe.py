@@ -64,8 +64,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     for name in ("source", "output"):
         if not isinstance(recipe[name], str) or not recipe[name]:
             raise ConversionError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
-    if unknown or wrong:
-        raise ConversionError(f"{path}: {', '.join(map(str, unknown + wrong))}: a recipe has {', '.join(known)}")
+    if wrong:
+        raise ConversionError(f"{path}: {', '.join(wrong)} must hold options, one a line")
+    if unknown:
+        raise ConversionError(f"{path}: {', '.join(map(str, unknown))}: a recipe has {', '.join(known)}")
     return recipe
 
 

@@ -47,7 +47,7 @@ from mqa_hf.conversion.source import (
 from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
-from .data import CollatePairs, Part, collate_packed, stamp, training_rows
+from .data import CollatePairs, Part, collate_packed, stamp, starts_with_last, training_rows
 from .losses import LOSSES, Objective, attention_names, check_liger, core
 from .training import Schedule, as_options, begin, processes, train
 
@@ -211,6 +211,8 @@ def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
         raise ConversionError(
             "--loss attention trains attention layers themselves; with --train lora use --attention-tokens"
         )
+    if what.attention_tokens < 0:
+        raise ConversionError(f"--attention-tokens must be at least 0; got {what.attention_tokens}")
     if schedule.tokens <= what.attention_tokens:
         raise ConversionError(
             f"--attention-tokens {what.attention_tokens:,} must be fewer than all tokens, {schedule.tokens:,}"
@@ -281,7 +283,7 @@ def examples(tokenizer: Any, config: Any, what: Any, schedule: Schedule) -> tupl
             validation = training_rows(part, tokenizer, schedule.sequence_length, rows_of_length, **common)
     if pairs:
         fixed = schedule.sequence_length if what.streaming else None
-        collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed)
+        collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed, starts_with_last(config))
         return rows, validation, collate, row_tokens(rows, schedule)
     return rows, validation, collate_packed, schedule
 

@@ -135,11 +135,13 @@ def self_check(model: Any) -> None:
             f"transformers {transformers.__version__} has loaded this model without setting up "
             f"{', '.join(wrong[:4])}; {advice}"
         )
-    tokens = torch.tensor([[1, 2]], device=model.device)
+    places = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
+    device = next(iter(places), torch.device("cpu"))  # hooks of an offloaded model move what it is given
+    tokens = torch.tensor([[1, 2]], device=device)
     source: dict[str, Any] = {} if model.config.is_encoder_decoder else {"input_ids": tokens}
     if getattr(model.config, "num_mel_bins", None):
         shape = (1, model.config.num_mel_bins, 2 * model.config.max_source_positions)
-        source["input_features"] = torch.zeros(shape, device=model.device, dtype=model.dtype)
+        source["input_features"] = torch.zeros(shape, device=device, dtype=model.dtype)
     elif not source:
         source["input_ids"] = tokens
     options = GenerationConfig(

@@ -35,6 +35,8 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         share_embeddings (`bool`): Whether both stacks have the same token embedding.
         tie_word_embeddings (`bool`): Whether `lm_head` is the decoder's token embedding.
         decoder_start_token_id (`int`, *optional*): The token that generation starts with.
+        start_is_last_label (`bool`): Whether, where `labels` are given, the decoder's input begins with the last of
+            them, which names the language (mBART), instead of `decoder_start_token_id`.
         forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt that a Whisper of 2022
             has in its configuration; its generation reads them where the generation configuration has none.
         max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): What Whisper's generation
@@ -59,6 +61,7 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    start_is_last_label: bool = False
     forced_decoder_ids: list[list[int | None]] | None = None
     median_filter_width: int = 7
 

@@ -403,14 +403,15 @@ def decode_on_device(
 
     if given is not None and given.capacity < prompt:
         given.grow(-(-prompt // 64) * 64)
-    decoder = options.decoder
+    # Taken, so that no other thread finds it, nor a later call what an interruption leaves; given back at the end.
+    decoder, options.decoder = options.decoder, None
     if decoder is not None and (decoder.settings, decoder.pointers) != (settings, pointers(model, decoder.step.cache)):
-        decoder = options.decoder = None
+        decoder = None
     if decoder is not None and (
         decoder.step.cache is not given if given is not None
         else not decoder.owned or not capacity <= decoder.step.cache.capacity <= 2 * capacity + ROOM
     ):  # fmt: skip
-        decoder = options.decoder = None
+        decoder = None
     if decoder is None:
         cache = given
         if cache is None:
@@ -432,7 +433,6 @@ def decode_on_device(
         arguments[CACHE] = EncoderDecoderCache(cache, step.cross)
     else:
         arguments[CACHE] = cache
-    options.decoder = None  # what is interrupted is not used again
     decoder.fit()
     decoder.start(input_ids, int(fill) if fill is not None else 0, limit, config.max_length)
 
@@ -503,15 +503,22 @@ def decode_on_device(
         new = int(decoder.host_ended) - T
     cache.set_length(held + new - 1)
     decoder.pointers = pointers(model, cache)  # it may have grown
+    result = copied(decoder, config, T + new, given, stack.config, copies)
     options.decoder = decoder
-    if beams:
+    return result
+
+
+def copied(decoder: Decoder, config: Any, length: int, given: DecodeCache | None, stack: Any, copies: int) -> Any:
+    """What a call returns, none of it in buffers that the next call writes to."""
+    step = decoder.step
+    if decoder.beams is not None:
         found = config.num_return_sequences
         end = int(decoder.done_lengths[:, :found].max())
-        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1)  # the buffer is used again
-    sequences = decoder.tokens[:, : T + new].clone()
+        return decoder.done_tokens[:, :found, :end].clone().flatten(0, 1)
+    sequences: Any = decoder.tokens[:, :length].clone()
     if not config.return_dict_in_generate:
         return sequences
-    kept: Any = given if given is not None else plain_cache(cache, stack.config, step.dtype)
+    kept: Any = given if given is not None else plain_cache(step.cache, stack, step.dtype)
     if step.cross is None:
         return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: kept})
     kept = EncoderDecoderCache(kept, plain_cache(step.cross, None, step.dtype, copies))

@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -38,6 +39,8 @@ from .decoding_mqa import Decoding, FastDecoding
 
 logger = logging.get_logger(__name__)
 CACHE = cache_name()
+# Trainer shifts labels for label smoothing where it finds the name of the class here, and nowhere else.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mqa", "MQAForCausalLM")
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,
@@ -94,9 +97,13 @@ def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tenso
         mask = visible
     if mask is None:
         return bias
+    # A row that sees nothing, of padding, keeps its bias: where all of a row is the lowest number, the backward pass
+    # of PyTorch's attention takes each key's weight for 1.
+    least = torch.finfo(bias.dtype).min
     if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return (mask + bias).clamp(min=torch.finfo(bias.dtype).min)
+        return torch.where(mask | ~mask.any(-1, keepdim=True), bias, least)
+    blind = mask.amax(-1, keepdim=True) <= least / 2
+    return torch.where(blind, bias, (mask + bias).clamp(min=least))
 
 
 class MQAEmbedding(nn.Embedding):
@@ -151,7 +158,8 @@ class MQARotaryEmbedding(nn.Module):
     def as_computed(self) -> bool:
         """Whether the frequencies, which no checkpoint holds, are there."""
         held = self.original_inv_freq
-        return held.is_meta or torch.equal(held.cpu(), MQARotaryEmbedding(self.config).original_inv_freq)
+        expected = MQARotaryEmbedding(self.config).original_inv_freq.to(held.dtype)  # cast where the model was
+        return held.is_meta or torch.allclose(held.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -18,15 +18,23 @@ from .decoding_mqa import Decoding, FastDecoding
 from .modeling_mqa import CACHE, MQAModel, MQAPreTrainedModel
 
 
-def shift_right(labels: torch.Tensor, start: int | None, pad: int | None) -> torch.Tensor:
-    """[B, T] labels as the decoder's input: one to the right, `start` first, padding where labels are ignored."""
-    if start is None or pad is None:
+def shift_right(labels: torch.Tensor, start: int | None, pad: int | None, start_is_last: bool = False) -> torch.Tensor:
+    """[B, T] labels as the decoder's input: one to the right, padding where labels are ignored, `start` first.
+
+    With `start_is_last` the first one of a row is its last label instead, which names the language (mBART).
+    """
+    if pad is None or (start is None and not start_is_last):
         raise ValueError(
             f"labels need decoder_start_token_id ({start}) and pad_token_id ({pad}) in the configuration; set both, "
             "or pass decoder_input_ids"
         )
-    shifted = torch.cat((labels.new_full((labels.shape[0], 1), start), labels[:, :-1]), dim=1)
-    return shifted.masked_fill(shifted == -100, pad)
+    filled = labels.masked_fill(labels == -100, pad)
+    if start_is_last:
+        first = filled.gather(1, (filled != pad).sum(1, keepdim=True) - 1)
+    else:
+        assert start is not None
+        first = labels.new_full((labels.shape[0], 1), start)
+    return torch.cat((first, filled[:, :-1]), dim=1)
 
 
 class MQAAudioEncoder(MQAModel):
@@ -60,7 +68,12 @@ class MQAAudioEncoder(MQAModel):
             )
         x = nn.functional.gelu(self.conv1(input_features))
         x = nn.functional.gelu(self.conv2(x))
-        return super().forward(inputs_embeds=x.transpose(1, 2), **kwargs)
+        outputs = super().forward(inputs_embeds=x.transpose(1, 2), **kwargs)
+        return BaseModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
 
 class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):
@@ -119,7 +132,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
         Args:
             input_ids: [B, S]; or `inputs_embeds` [B, S, d]; for speech `input_features` [B, mels, frames].
             attention_mask: [B, S], 1 for tokens and 0 for padding.
-            decoder_input_ids: [B, T]; or `decoder_inputs_embeds` [B, T, d]. Default: `input_ids` shifted right.
+            decoder_input_ids: [B, T]; or `decoder_inputs_embeds` [B, T, d].
             decoder_attention_mask: [B, past + T].
             encoder_outputs: of an earlier call, in place of its input.
             past_key_values, cache: an `EncoderDecoderCache`, by either name, which is extended in place.
@@ -133,10 +146,10 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
             source: dict[str, Any] = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
             source = {"input_features": input_features} if speech else source
             encoder_outputs = self.encoder(**source, attention_mask=attention_mask, **kwargs)
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif not hasattr(encoder_outputs, "last_hidden_state"):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
-        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
-            decoder_input_ids = shift_right(input_ids, self.config.decoder_start_token_id, self.config.pad_token_id)
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("the decoder needs an input: pass decoder_input_ids or decoder_inputs_embeds, or labels")
 
         outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -239,4 +252,5 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """What `DataCollatorForSeq2Seq` asks for."""
-        return shift_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+        config = self.config
+        return shift_right(labels, config.decoder_start_token_id, config.pad_token_id, config.start_is_last_label)

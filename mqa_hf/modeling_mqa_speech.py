@@ -28,6 +28,9 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """As [`MQAForConditionalGeneration.forward`], with `input_features` [B, mels, frames] in place of tokens."""
@@ -37,6 +40,9 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             decoder_position_ids=decoder_position_ids,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
 

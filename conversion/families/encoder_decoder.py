@@ -166,7 +166,12 @@ def mvp(c: SourceConfig) -> dict[str, Any]:
 
 
 def mbart(c: SourceConfig) -> dict[str, Any]:
-    return _bart(c, pre_norm=True, embedding_norm=True, **_learned(c), **HEAD_BIAS)
+    fields = _bart(c, pre_norm=True, embedding_norm=True, **_learned(c), **HEAD_BIAS)
+    return {**fields, "start_is_last_label": True}
+
+
+def plbart(c: SourceConfig) -> dict[str, Any]:
+    return {**bart(c), "start_is_last_label": True}
 
 
 def blenderbot(c: SourceConfig) -> dict[str, Any]:
@@ -305,7 +310,7 @@ FAMILIES = {
     "mt5": _t5_family(mt5),
     "mvp": _bart_family(mvp, DropRows(2), inert=frozenset({"prompt_length", "prompt_mid_dim"})),
     "pegasus": _bart_family(pegasus, SinusoidTable()),
-    "plbart": _bart_family(bart, DropRows(2)),
+    "plbart": _bart_family(plbart, DropRows(2)),
     "t5": _t5_family(t5),
     "umt5": _t5_family(umt5),
     "whisper": _bart_family(

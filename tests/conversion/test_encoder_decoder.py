@@ -22,6 +22,8 @@ from tokenizer import write_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
 from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf.conversion.loading import load_model
+from mqa_hf.finetune.data import CollatePairs, starts_with_last
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
 # T5 does not scale its attention, which makes rounding larger, by how much depends on the processor: 1.05e-4 was seen,
@@ -333,3 +335,48 @@ def test_prompts_that_no_projection_makes_are_refused(tmp_path):
     source = save(make_seq2seq("mvp", {**BART, "use_prompt": True}), tmp_path / "source")
     with pytest.raises(ConversionError, match="use_prompt=True is not supported"):
         convert(source, tmp_path / "ours")
+
+
+@pytest.mark.parametrize(("model_type", "what", "config"), [c for c in FIRST.values() if c[0] != "whisper"], ids=str)
+@torch.no_grad()
+def test_the_loss_of_labels_is_that_of_the_source(model_type, what, config, tmp_path):
+    """mBART and PLBart begin the decoder's input with the last label, others with the start token."""
+    theirs, ours = convert_all_heads(model_type, config, tmp_path)
+    arguments = {k: v for k, v in inputs(theirs, "right").items() if k != "decoder_input_ids"}
+    labels = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(4))
+    labels[1, 5:] = -100
+    losses = [model(**arguments, labels=labels).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+    rows = [{"input_ids": [5, 6], "labels": [n for n in row.tolist() if n != -100]} for row in labels]
+    collate = CollatePairs(
+        config["pad_token_id"], config["decoder_start_token_id"], None, starts_with_last(ours.config)
+    )
+    made = collate(rows)["decoder_input_ids"][:, :7]
+    expected = ours.prepare_decoder_input_ids_from_labels(labels)
+    assert torch.equal(made, expected)
+    assert starts_with_last(theirs.config) == starts_with_last(ours.config)
+
+
+def test_a_decoder_without_an_input_is_an_error(tmp_path):
+    _, ours = convert_all_heads("t5", T5, tmp_path)
+    with pytest.raises(ValueError, match="the decoder needs an input: pass decoder_input_ids"):
+        ours(input_ids=torch.tensor([[5, 6]]))
+
+
+@pytest.mark.parametrize("model_type", ["bart", "mbart", "marian", "pegasus", "blenderbot", "plbart", "mvp"])
+def test_what_the_class_makes_up_need_not_be_in_the_files(model_type, tmp_path):
+    """A bias of the logits, for which it takes zeros, and tables of sinusoids, which it computes."""
+    theirs = make_seq2seq(*FIRST[model_type][::2])
+    source = save(theirs, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    sinusoids = model_type in ("marian", "pegasus")
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name != "final_logits_bias" and not (sinusoids and "embed_positions" in name)
+    }
+    assert len(kept) < len(tensors)
+    save_file(kept, source / "model.safetensors", metadata={"format": "pt"})
+    read = load_model(source)
+    convert(source, tmp_path / "ours", kv_heads=6)
+    assert seq2seq_difference(load(tmp_path / "ours", model_type), read)[0] <= TOLERANCE

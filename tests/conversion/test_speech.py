@@ -118,3 +118,28 @@ def test_the_pipeline_gives_what_it_gives_for_the_source(options, pair, audio):
         texts.append(recognise({"raw": audio[:15000], "sampling_rate": 16000}, **options))
     assert texts[0]["text"]
     assert texts[0] == texts[1]
+
+
+def test_an_encoder_s_output_and_an_assistant_are_taken_as_by_the_source(pair, audio):
+    arguments = AutoProcessor.from_pretrained(pair[1])(audio[:12000], sampling_rate=16000, return_tensors="pt")
+    theirs, ours = (AutoModelForSpeechSeq2Seq.from_pretrained(directory).eval() for directory in pair)
+    options = {"language": "en", "max_new_tokens": 12}
+    found = []
+    for model, other in ((theirs, ours), (ours, theirs)):
+        with torch.no_grad():
+            heard = model.get_encoder()(arguments.input_features)
+        found.append(model.generate(encoder_outputs=heard, **options))
+        found.append(model.generate(**arguments, assistant_model=other, **options))
+    torch.testing.assert_close(found[2], found[0])
+    torch.testing.assert_close(found[3], found[1])
+    assert found[1][0, -8:].tolist() == theirs.generate(**arguments, **options)[0, -8:].tolist()
+
+
+def test_a_trained_model_with_its_feature_extractor_alone_is_converted(pair, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(pair[0] / name, source)
+    AutoProcessor.from_pretrained(pair[0]).feature_extractor.save_pretrained(source)
+    convert(source, tmp_path / "ours")
+    assert (tmp_path / "ours" / "preprocessor_config.json").is_file()

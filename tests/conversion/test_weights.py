@@ -156,3 +156,14 @@ def test_an_error_that_is_no_number_is_not_written_as_none_at_all():
     assert relative(0.0, 0.0) == 0.0
     assert relative(1.0, 2.0) == 0.5
     assert relative(float("nan"), 1.0) is relative(1.0, float("inf")) is None
+
+
+def test_an_adapter_beside_the_weights_is_refused_by_all(places):
+    (places / "source" / "adapter_config.json").write_text("{}")
+    for job in (
+        lambda: convert(places / "source", places / "other"),
+        lambda: trained(places),
+        lambda: measured(places),
+    ):
+        with pytest.raises(ConversionError, match=r"adapter of PEFT beside the weights.*merge it first"):
+            job()

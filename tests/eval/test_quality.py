@@ -392,6 +392,16 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
         evaluate(places / "original", [], tmp_path / "out", what(places, stride=17))
     with pytest.raises(ConversionError, match="given twice"):
         evaluate(places / "mean", [places / "mean"], tmp_path / "out", what(places))
+    for name, value in (
+        ("window", 0),
+        ("stride", 0),
+        ("prompt_tokens", -3),
+        ("new_tokens", 0),
+        ("beams", 0),
+        ("seed", -1),
+    ):
+        with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} must be at least .*got {value}"):
+            what(places, **{name: value})
     with pytest.raises(ConversionError, match="--dtype must be"):
         evaluate(places / "mean", [], tmp_path / "out", what(places, dtype="int8"))
 

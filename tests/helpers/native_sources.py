@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, REFUSED
+from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, OWN, REFUSED
 
 BASE = {
     "vocab_size": 101,
@@ -127,7 +127,7 @@ CONFIGS: dict[str, dict] = {
 
 def installed_types() -> set[str]:
     """The causal and sequence-to-sequence model types of this transformers."""
-    return {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    return {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES} - set(OWN)
 
 
 def make_native(model_type: str) -> PreTrainedModel:

@@ -290,6 +290,11 @@ def test_the_self_check_runs_on_models_with_an_encoder(kind, lost_cache, tmp_pat
         compat_mqa.self_check(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_self_check_passes_where_the_model_was_cast(dtype, model):
+    compat_mqa.self_check(model.to(dtype))
+
+
 def test_the_self_check_finds_a_private_method_that_what_is_generated_relies_on(model, monkeypatch):
     monkeypatch.setattr(type(model), "relies_on", ("_prepare_everything",))
     with pytest.raises(RuntimeError, match="has no _prepare_everything any more"):

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import sys
+import threading
 import time
 
 import numpy as np
@@ -611,3 +613,29 @@ def test_a_step_that_waits_for_the_device_is_not_captured():
     model.decoding.enabled = False
     assert ours.tolist() == model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False).tolist()
     torch.randn(3, device="cuda")  # random numbers are still drawn
+
+
+def test_threads_that_share_a_model_get_what_each_gets_alone():
+    model = make()
+    texts = [torch.randint(1, 90, (1, 5 + n % 3), generator=torch.Generator().manual_seed(n)) for n in range(6)]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = [model.generate(text, **options).tolist() for text in texts]
+    wrong = []
+
+    def run(number):
+        for turn in range(40):
+            at = (number + turn) % len(texts)
+            if model.generate(texts[at], **options).tolist() != alone[at]:
+                wrong.append(at)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []

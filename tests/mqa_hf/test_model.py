@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAModel
 
@@ -249,3 +249,29 @@ def test_base_model_loads_from_the_full_checkpoint(tmp_path):
 def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields)
+
+
+def test_trainer_smooths_the_labels_of_the_next_token(tmp_path):
+    model = make()
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    ids = torch.randint(3, 60, (2, 9))
+    loss = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logs = model(ids).logits[:, :-1].log_softmax(-1)
+    expected = -(0.9 * logs.gather(-1, ids[:, 1:, None])[..., 0] + 0.1 * logs.mean(-1)).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("implementation", ["mqa", "sdpa"])
+def test_gradients_of_rows_that_are_padded_on_the_left_are_those_of_eager_attention(implementation):
+    """With a bias in the mask, where the padding sees nothing."""
+    model = make(**CONFIGS["alibi"]).train()
+    ids = torch.randint(3, 60, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    found = []
+    for name in ("eager", implementation):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        found.append(model.model.embed_tokens.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
