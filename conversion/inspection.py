@@ -49,6 +49,9 @@ def inspect(
     result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
     trained = (directory / TRAINING_FILE).is_file()
     result["training"] = read_json(directory / TRAINING_FILE) if trained else None
+    gone = [name for name in ("tokens", "validation", "command") if trained and name not in result["training"]]
+    if gone:
+        raise ConversionError(f"{directory / TRAINING_FILE} is not whole: {', '.join(gone)} is missing")
     if (directory / REPORT_FILE).is_file():
         return result | _converted(directory, trained)
     result |= {"convertible": True, "reason": None}

@@ -107,6 +107,9 @@ def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home,
     assert "256 tokens" in shown
     assert "kl on validation text" in shown
     assert inspect(tmp_path / "ours")["training"] is None
+    (tmp_path / "trained" / "uptraining.json").write_text('{"tokens": 256}')
+    with pytest.raises(ConversionError, match=r"uptraining\.json is not whole: validation, command is missing"):
+        inspect(tmp_path / "trained")
 
 
 def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp_path):
