@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TESTS ?= tests/mqa_hf tests/conversion tests/finetune
 SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 PIP = install --quiet --disable-pip-version-check
 
@@ -23,7 +24,7 @@ test: $(VENV)/installed-dev
 
 # Another transformers, and the tests that depend on it most.
 test-%: .venv-%/installed-dev
-	.venv-$*/bin/pytest -q -n auto tests/mqa_hf tests/conversion tests/finetune
+	.venv-$*/bin/pytest -q -n auto $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
