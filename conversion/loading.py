@@ -44,6 +44,7 @@ def load_model(
         ConversionError: where it cannot be loaded, or tensors are missing, have no place, have another shape, or hold
             NaN or infinity.
     """
+    check_no_adapter(Path(checkpoint))
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is said of tensors there is said below
     try:
@@ -60,8 +61,6 @@ def load_model(
         raise ConversionError(f"{checkpoint} cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
-    if Path(checkpoint).is_dir():
-        check_no_adapter(Path(checkpoint))
     missing = [name for name in found["missing_keys"] if not known_absent(name, config.model_type)]
     unused = [name for name in found["unexpected_keys"] if not known_unused(name, config.model_type)]
     damaged = [said for entry in model.named_parameters() if (said := _nonfinite(*entry))]
