@@ -262,8 +262,6 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
         raise ConversionError(f"--window must be above 0 and --stride at most as long; got {window} and {stride}")
     if getattr(config, "position_embedding", "learned") == "learned" and window > longest:
         raise ConversionError(f"--window {window} is more than the {longest} positions of the model")
-    if what.tokens < 1 or what.batch_tokens < 1:
-        raise ConversionError(f"--tokens and --batch-tokens must be above 0; got {what.tokens}, {what.batch_tokens}")
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows: list[Window] = []
     prompts: list[list[int]] = []
