@@ -1,7 +1,1 @@
 """Source checkpoint -> multi-query checkpoint."""
-
-from .converter import convert
-from .errors import ConversionError, ConversionWarning
-from .inspection import inspect
-
-__all__ = ["ConversionError", "ConversionWarning", "convert", "inspect"]

@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from mqa_hf.attention_mqa import ATTENTION_NAME, eager_attention_forward
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.modeling_mqa import MQAAttention, MQADecoderLayer, MQAModel, project
 
 from . import fitting
-from .errors import ConversionError
 from .pooling import CanonicalConfig, heads_of, pool_layer
 from .widths import Curves, rotated_pairs
 
@@ -209,7 +209,7 @@ class Calibration:
         if free < 4 * count:
             raise ConversionError(
                 f"the hidden states of the calibration tokens take {4 * count:,} bytes at {self.options.scratch}, "
-                f"where {free:,} are free; lower --calibration-tokens"
+                f"where {free:,} are free; lower `calibration_tokens`"
             )
         # Once it is mapped, it needs no name.
         with tempfile.NamedTemporaryFile(dir=self.options.scratch, prefix=".states-") as file:

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError, listing
+from mqa_hf.base.errors import ConversionError, listing
 
 # (single file, index of shards), in the order of preference
 LAYOUTS = (
@@ -115,7 +115,7 @@ class CheckpointReader:
             if count and not self.allow_nonfinite:
                 raise ConversionError(
                     f"{count:,} of the {tensor.numel():,} entries of {name} in {self._file_of[name].name} are NaN or "
-                    "infinite; fetch the source again, or convert it all the same with --allow-nonfinite"
+                    "infinite; fetch the source again, or convert it all the same with `allow_nonfinite`"
                 )
             if count:
                 self.nonfinite[name] = count
@@ -249,7 +249,7 @@ class CheckpointWriter:
                 max_shard_size=max_shard_size,
             )
         except ValueError as error:
-            raise ConversionError(f"--max-shard-size {max_shard_size!r} is not a size: {error}") from error
+            raise ConversionError(f"`max_shard_size` {max_shard_size!r} is not a size: {error}") from error
         self.total_bytes = sum(info.nbytes for info in tensors.values())
         self._tensors = dict(tensors)
         self._pending = set(tensors)
@@ -313,7 +313,7 @@ class CheckpointWriter:
         if count and not self.allow_nonfinite:
             raise ConversionError(
                 f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
-                f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use --dtype "
+                f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
                 "bfloat16 or float32"
             )
         if count:

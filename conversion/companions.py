@@ -10,8 +10,11 @@ from typing import Any
 from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .errors import ConversionError
-from .source import CHAT_TEMPLATES, COMPANIONS, load_config, read_json
+from mqa_hf.base.errors import ConversionError
+from mqa_hf.base.files import read_json
+from mqa_hf.base.hub import CHAT_TEMPLATES, COMPANIONS
+
+from .source import load_config
 
 PASSED_ON = ("config.json", "README.md")  # in part: not copied, but what they say is
 VOCABULARIES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")

@@ -7,18 +7,15 @@ finish    configuration, code, tokenizer, `conversion.json`, model card; then th
 
 import json
 import math
-import os
-import shlex
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -31,14 +28,20 @@ from rich.progress import (
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import mqa_hf
+from mqa_hf.base import text
+from mqa_hf.base.console import progress_bar
+from mqa_hf.base.devices import check_device
+from mqa_hf.base.errors import ConversionError, ConversionWarning
+from mqa_hf.base.files import REPORT_FILE
+from mqa_hf.base.hub import make_repository, push
+from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.configuration_mqa import MQAConfig
 
-from . import text
 from .calibration import Calibration, Examples, FitOptions
 from .card import write_card
 from .checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from .companions import check_loads, copy_companions, not_looked_at
-from .errors import ConversionError, ConversionWarning
+from .convert import Conversion
 from .families import (
     FAMILIES,
     NATIVE_ONLY,
@@ -49,15 +52,13 @@ from .families import (
     fold_scales,
     native_config,
 )
-from .output import resolve_output, written_beside
 from .passthrough import own_class_plan
 from .plan import Step, as_stored, canonical_class, decoder_of, match, read_steps, write_steps
-from .pooling import METHODS, CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
-from .source import PICKLES, REPORT_FILE, SAFETENSORS, HTTPError, Source, open_source
+from .pooling import CanonicalConfig, choose_attentions, heads_of, pool_layer, with_heads
+from .source import Source, open_source
 from .spellings import both_spellings, lost_in_transformers4
 from .widths import Widths, budget_components, choose_widths, fitted_config
 
-TARGETS = ("mqa", "native")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What `from_pretrained(..., trust_remote_code=True)` of each class imports.
 _DECODER_FILES = (
@@ -72,179 +73,44 @@ RUNTIME_FILES = {
 }
 
 
-def convert(
-    source: str | os.PathLike,
-    output: str | os.PathLike,
-    *,
-    kv_heads: int = 1,
-    method: str = "mean",
-    attentions: Sequence[str] | None = None,
-    window: int | None = None,
-    calibration: str | os.PathLike | None = None,
-    calibration_columns: Sequence[str] = (),
-    calibration_tokens: int = 131_072,
-    sequence_length: int = 512,
-    head_width: float = 1,
-    key_width: float | None = None,
-    value_width: float | None = None,
-    cache_budget: str | float | None = None,
-    refit: bool | None = None,
-    device: str = "cpu",
-    target: str = "mqa",
-    dtype: str | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-    max_shard_size: int | str = "5GB",
-    overwrite: bool = False,
-    ignore_switches: Sequence[str] = (),
-    allow_nonfinite: bool = False,
-    push_to_hub: str | None = None,
-    private: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Convert a multi-head or grouped-query checkpoint to one with fewer key/value heads.
-
-    Args:
-        source: directory or hub id of a checkpoint of a family in the table.
-        output: directory to write. It appears only when it is whole.
-        kv_heads: key/value heads of the result, a divisor of the source's. The source's own number changes no weight.
-        method: "mean", "first" or "random" (arXiv 2305.13245, section 3.2), or "shared": heads fitted to what the
-            layers see of a calibration text; see `fitting.py`.
-        attentions: of an encoder-decoder model, which attentions get fewer heads: "decoder" (self-attention), "cross",
-            "encoder". Default: decoder and cross.
-        window: let the decoder's self-attention see this many positions only, the current one included ("multi-query
-            local", arXiv 1911.02150, section 4.1, has 32), which also bounds its cache. Needs training afterwards.
-        calibration: text for "shared": a file (text, JSON lines, parquet) or an id of the Hub's datasets. Default:
-            Python's reference manual.
-        calibration_columns: the column of the text; of an encoder-decoder model also two, of what is read and what is
-            written. Default: "text", or a translation's two languages.
-        calibration_tokens, sequence_length: how much of it, in sequences of which length.
-        head_width: of "shared", width of a new head in units of an old one.
-        key_width, value_width: the same of keys and of values alone. Default: `head_width`.
-        cache_budget: of "shared", in place of widths: bytes of cache per token at 16 bits a value, or the share of the
-            source's such as "25%". The widths of each layer's keys and values are chosen so that the least is lost.
-        refit: whether each layer's output projection is refitted on calibration text. Default: for "shared" only.
-        device: where layers run that see calibration text.
-        target: "mqa" for the class of this package, carried along as remote code; "native" for a class of
-            transformers, where one can hold the model.
-        dtype: "float32", "float16" or "bfloat16"; default: as the source has each tensor.
-        seed: of "random" and "shared".
-        revision: branch, tag or commit of a hub id.
-        max_shard_size: bytes, or text such as "5GB".
-        overwrite: replace a checkpoint that is at `output`.
-        ignore_switches: unknown switches of `config.json` that are known not to change the model's function.
-        allow_nonfinite: convert weights with NaN or infinite entries too, and count them in the report.
-        push_to_hub: repository to upload the result to.
-        private: whether a repository that is made for it is private.
-        progress: show a progress bar.
-
-    Returns:
-        The content of `conversion.json`.
-
-    Raises:
-        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
-    """
-    for name, value, known in (
-        ("method", method, (*METHODS, "shared")),
-        ("target", target, TARGETS),
-        ("dtype", dtype, DTYPES),
-    ):
-        if value is not None and value not in known:
-            raise ConversionError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
-    if not 0 <= seed < 2**64:
-        raise ConversionError(f"--seed must be at least 0 and below 2**64, got {seed}")
-    if private and not push_to_hub:
-        raise ConversionError("--private is about the repository of --push-to-hub, which is not given")
-    widths_asked = (head_width != 1, key_width is not None, value_width is not None, cache_budget is not None)
-    refit = method == "shared" if refit is None else refit
-    calibrated = method == "shared" or refit
-    if method != "shared" and any(widths_asked):
-        raise ConversionError(f"widths and --cache-budget are for --method shared, not {method}")
-    if not calibrated and (calibration is not None or calibration_columns):
-        raise ConversionError(f"calibration text is for --method shared and for --refit; --method {method} reads none")
-    if calibrated and allow_nonfinite:
-        raise ConversionError("--allow-nonfinite is for methods without calibration: nothing is fitted to NaN")
-    if cache_budget is not None and any(widths_asked[:3]):
-        raise ConversionError(
-            "--cache-budget chooses widths; give either it or --head-width, --key-width, --value-width"
-        )
-    if cache_budget is not None and target == "native":
-        raise ConversionError("--cache-budget is for --target mqa: native heads have the source's width")
-    check_device(device)
-    factors = (head_width if key_width is None else key_width, head_width if value_width is None else value_width)
-    if not all(0 < f < math.inf for f in factors) or sequence_length < 4 or calibration_tokens < 1:
-        raise ConversionError(
-            "widths must be above 0 and finite, --calibration-tokens at least 1, --sequence-length at least 4; got "
-            f"{factors[0]:g} and {factors[1]:g}, {calibration_tokens}, {sequence_length}"
-        )
-    asked: dict[str, Any] = {
-        "kv_heads": kv_heads,
-        "attentions": attentions,
-        "window": window,
-        "factors": factors if calibrated else None,
-        "chosen_frequencies": method == "shared",
-        "target": target,
-        "dtype": DTYPES[dtype] if dtype else None,
-        "ignore": frozenset(ignore_switches),
-        "allow_nonfinite": allow_nonfinite,
-    }
-    opened = open_source(source, revision)
-    plan = make_plan(opened, **asked)
-    options = {
-        "kv_heads": kv_heads,
-        "method": method,
-        "attention": None if attentions is None else ",".join(attentions),
-        "window": window,
-        "calibration": None if calibration is None else str(calibration),
-        "calibration_columns": ",".join(calibration_columns) or None,
-        "calibration_tokens": calibration_tokens if calibrated else None,
-        "sequence_length": sequence_length if calibrated else None,
-        "head_width": head_width if method == "shared" and cache_budget is None else None,
-        "key_width": key_width,
-        "value_width": value_width,
-        "cache_budget": None if cache_budget is None else str(cache_budget),
-        "refit": refit,
-        "target": target,
-        "dtype": dtype,
-        "seed": seed,
-        "device": device if device != "cpu" else None,
-        "max_shard_size": max_shard_size,
-        "ignore_switches": list(ignore_switches),
-        "allow_nonfinite": allow_nonfinite,
-    }
-    place = resolve_output(output, plan.source.directory, overwrite)
+def carry_out(job: Conversion) -> dict[str, Any]:
+    """Convert as a resolved job says; returns the content of `conversion.json`."""
+    check_device(job.device)
+    opened = open_source(job.source, job.revision)
+    plan = make_plan(opened, job)
+    place = resolve_output(job.output, plan.source.directory, job.overwrite)
     components = {
-        name: budget_components(str(cache_budget), plan.config, kv_heads, name)
+        name: budget_components(job.cache_budget, plan.config, job.kv_heads, name)
         for name in plan.attentions
-        if name != "encoder" and cache_budget is not None
+        if name != "encoder" and job.cache_budget is not None
     }
     fit = None
-    if calibrated:
-        length = min(sequence_length, _longest(plan.config))
-        examples = _examples(plan, calibration, list(calibration_columns), calibration_tokens, length, seed)
+    if job.calibrated:
+        length = min(job.sequence_length, _longest(plan.config))
+        examples = _examples(plan, job, length)
         options_of_fit = FitOptions(
-            method=method,
-            refit=refit,
+            method=job.method,
+            refit=bool(job.refit),
             held_out=max(1, len(examples.tokens) // 16),
-            device=device,
-            seed=seed,
+            device=job.device,
+            seed=job.seed,
             scratch=place.parent,
         )
         if components:
             surveyor = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
-            plan = make_plan(opened, **asked, widths=survey(plan, surveyor, components, progress))
+            plan = make_plan(opened, job, survey(plan, surveyor, components))
         fit = Calibration(plan.config, plan.pooled, examples, plan.attentions, options_of_fit)
-    if push_to_hub:
-        _make_repository(push_to_hub, private)
-    with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), overwrite) as partial:
+    if job.push_to_hub:
+        make_repository(job.push_to_hub, job.private)
+    with written_beside(place, sum(info.nbytes for info in plan.tensors.values()), job.overwrite) as partial:
         copy_companions(plan.source.directory, partial)
-        writer = CheckpointWriter(partial, plan.tensors, max_shard_size, allow_nonfinite)
-        layers = walk(plan, writer, method, seed, progress, fit)
-        report = _report(plan, options, layers)
-        if allow_nonfinite:
+        writer = CheckpointWriter(partial, plan.tensors, job.max_shard_size, job.allow_nonfinite)
+        layers = walk(plan, writer, job.method, job.seed, fit)
+        report = _report(plan, job, layers)
+        if job.allow_nonfinite:
             report["nonfinite"] = {"read": plan.reader.nonfinite, "written": writer.nonfinite}
         if fit is not None:
-            report["held_out_loss"] = {**fit.losses(), "text": str(calibration or text.DEFAULT_TEXT)}
+            report["held_out_loss"] = {**fit.losses(), "text": job.calibration or text.DEFAULT_TEXT}
             if isinstance(plan.pooled, MQAConfig):  # (no encoder-decoder family is rotary)
                 plan.pooled.rope_frequencies = fit.last.pooled.rope_frequencies
         report["warnings"] = [*_doubts(plan, writer), *(fit.warnings() if fit is not None else ())]
@@ -252,21 +118,11 @@ def convert(
         write_card(partial, report, plan.source.directory, auto_class(plan))
         _write_config(plan, partial)
         check_loads(partial, plan.source.directory)
-    if push_to_hub:
-        _push(place, push_to_hub)
+    if job.push_to_hub:
+        push(place, job.push_to_hub)
     for message in report["warnings"]:
-        warnings.warn(message, ConversionWarning, stacklevel=2)
+        warnings.warn(message, ConversionWarning, stacklevel=4)
     return report
-
-
-def check_device(device: str) -> None:
-    """Raises ConversionError for a device on which nothing can be computed."""
-    try:
-        made = torch.empty(0, device=device)
-    except Exception as error:  # whatever PyTorch raises for a name, or for a backend that is not there
-        raise ConversionError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if made.is_meta:
-        raise ConversionError("--device meta holds no numbers; use cpu or cuda")
 
 
 def _doubts(plan: "Plan", writer: CheckpointWriter) -> list[str]:
@@ -294,23 +150,24 @@ def _longest(config: CanonicalConfig) -> int:
     return min(limited, default=2**31)
 
 
-def _examples(
-    plan: "Plan", calibration: str | os.PathLike | None, columns: list[str], count: int, length: int, seed: int
-) -> Examples:
-    directory = plan.source.directory
+def _examples(plan: "Plan", job: Conversion, length: int) -> Examples:
+    directory, columns = plan.source.directory, list(job.calibration_columns)
     if isinstance(plan.config, MQAConfig):
-        vocab_size, column = plan.config.vocab_size, text.one_column(columns, "--calibration-columns")
-        return Examples(text.calibration_tokens(directory, calibration, count, length, vocab_size, seed, column))
+        vocab_size, column = plan.config.vocab_size, text.one_column(columns, "`calibration_columns`")
+        tokens = text.calibration_tokens(
+            directory, job.calibration, job.calibration_tokens, length, vocab_size, job.seed, column
+        )
+        return Examples(tokens)
     source, source_valid, tokens, valid = text.seq2seq_tokens(
-        directory, calibration, columns, count, length, plan.config, seed
+        directory, job.calibration, columns, job.calibration_tokens, length, plan.config, job.seed
     )
     return Examples(tokens, valid, source, source_valid)
 
 
-def survey(plan: "Plan", fit: Calibration, components: dict[str, int], progress: bool) -> dict[str, Widths]:
+def survey(plan: "Plan", fit: Calibration, components: dict[str, int]) -> dict[str, Widths]:
     """Walk over the layers without writing, and choose the widths of each attention within its components."""
     curves: dict[str, list] = {}
-    with _progress(progress) as bar, torch.no_grad():
+    with _progress() as bar, torch.no_grad():
         parts = _parts(plan)
         task = bar.add_task("looking at layers", total=len(parts))
         for layer, steps in parts:
@@ -324,8 +181,8 @@ def survey(plan: "Plan", fit: Calibration, components: dict[str, int], progress:
     return {name: choose_widths(curves[name], count) for name, count in components.items()}
 
 
-def _progress(shown: bool, *columns: ProgressColumn) -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(), disable=not shown)
+def _progress(*columns: ProgressColumn) -> Progress:
+    return progress_bar(TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
 
 
 def _parts(plan: "Plan") -> list[tuple[tuple[str, int] | None, list[Step]]]:
@@ -367,51 +224,45 @@ class Plan:
     attentions: Sequence[str] = ("decoder",)
 
 
-def make_plan(
-    source: Source,
-    *,
-    kv_heads: int,
-    attentions: Sequence[str] | None,
-    window: int | None,
-    factors: tuple[float, float] | None,
-    target: str,
-    dtype: torch.dtype | None,
-    ignore: frozenset[str],
-    allow_nonfinite: bool = False,
-    widths: dict[str, Widths] | None = None,
-    chosen_frequencies: bool = True,
-) -> Plan:
-    """Settle a conversion from configuration and headers; raises ConversionError where it is impossible."""
-    if target == "native" and source.config.model_type in NATIVE_ONLY:
-        if factors is not None:
+def make_plan(source: Source, job: Conversion, widths: dict[str, Widths] | None = None) -> Plan:
+    """Settle a conversion from configuration and headers; raises ConversionError where it is impossible.
+
+    Args:
+        source: that is converted.
+        job: resolved.
+        widths: of each layer's heads, by attention, in place of the job's.
+    """
+    dtype = DTYPES[job.dtype] if job.dtype else None
+    if job.target == "native" and source.config.model_type in NATIVE_ONLY:
+        if job.calibrated:
             raise ConversionError(
-                f"--method shared needs a canonical model, which {source.config.model_type} has none of"
+                f"`method` shared needs a canonical model, which {source.config.model_type} has none of"
             )
-        if window is not None or attentions not in (None, ["decoder"], ("decoder",)):
-            raise ConversionError(f"--window and --attention are not for {source.config.model_type} in its own class")
-        if ignore:
-            raise ConversionError(f"--ignore-switch: {source.config.model_type} keeps its own class and every switch")
-        return Plan(**own_class_plan(source, kv_heads=kv_heads, dtype=dtype, allow_nonfinite=allow_nonfinite))
+        if job.window is not None or job.attention not in (None, ("decoder",)):
+            raise ConversionError(f"`window` and `attention` are not for {source.config.model_type} in its own class")
+        if job.ignore_switch:
+            raise ConversionError(f"`ignore_switch`: {source.config.model_type} keeps its own class and every switch")
+        return Plan(**own_class_plan(source, kv_heads=job.kv_heads, dtype=dtype, allow_nonfinite=job.allow_nonfinite))
     family = family_of(source.config.model_type)
-    config = canonical_config(source.config, source.raw, ignore)
+    config = canonical_config(source.config, source.raw, frozenset(job.ignore_switch))
     if family.canonical:
         check_own_heads(config)
-    reader = CheckpointReader(source.directory, allow_nonfinite)
+    reader = CheckpointReader(source.directory, job.allow_nonfinite)
     family, config = as_stored(family, config, reader)
-    chosen = choose_attentions(config, attentions)
-    pooled = with_heads(config, kv_heads, chosen)
-    if factors is not None:
-        pooled = _fitted(config, pooled, chosen, factors, widths, target, chosen_frequencies)
+    chosen = choose_attentions(config, job.attention)
+    pooled = with_heads(config, job.kv_heads, chosen)
+    if job.calibrated:
+        pooled = _fitted(config, pooled, chosen, job, widths)
     config.tie_word_embeddings = pooled.tie_word_embeddings = _really_tied(source, reader, family, config)
     reads = read_steps(reader.tensors, family, config, equal=lambda *names: _equal(reader, names))
-    if window is not None:
-        if factors is not None:
-            raise ConversionError("--window and --method shared do not go together: heads are fitted to all they see")
-        _set_window(pooled, window, target)
+    if job.window is not None:
+        if job.calibrated:
+            raise ConversionError("`window` and `method` shared do not go together: heads are fitted to all they see")
+        _set_window(pooled, job.window, job.target)
 
     output: PreTrainedConfig = pooled
     output_family: Family | None = None
-    if target == "native":
+    if job.target == "native":
         output = native_config(source.config, decoder_of(pooled))
         output.tie_word_embeddings = config.tie_word_embeddings
         output_family = FAMILIES[output.model_type]
@@ -447,19 +298,19 @@ def _fitted(
     config: CanonicalConfig,
     pooled: CanonicalConfig,
     attentions: Sequence[str],
-    factors: tuple[float, float],
+    job: Conversion,
     widths: dict[str, Widths] | None,
-    target: str,
-    chosen_frequencies: bool,
 ) -> CanonicalConfig:
     if not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
-        raise ConversionError("--method shared calibrates on text, and this model hears; use mean, first or random")
+        raise ConversionError("`method` shared calibrates on text, and this model hears; use mean, first or random")
     # Classes of transformers have all frequencies alike.
-    fitted = fitted_config(config, pooled, attentions, factors, widths, chosen_frequencies and target != "native")
-    if target == "native" and (factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias):
+    chosen_frequencies = job.method == "shared" and job.target != "native"
+    fitted = fitted_config(config, pooled, attentions, job.width_factors, widths, chosen_frequencies)
+    wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
+    if job.target == "native" and wider:
         raise ConversionError(
-            "--target native: classes of transformers have no heads wider than the source's, and where values "
-            "have a bias and the output has none, no place for the fitted one; use --target mqa"
+            "`target` native: classes of transformers have no heads wider than the source's, and where values "
+            "have a bias and the output has none, no place for the fitted one; use `target` mqa"
         )
     return fitted
 
@@ -467,18 +318,18 @@ def _fitted(
 def _set_window(config: CanonicalConfig, window: int, target: str) -> None:
     stack = decoder_of(config)
     if target == "native":
-        raise ConversionError("--window is for --target mqa: the classes of transformers keep the source's windows")
+        raise ConversionError("`window` is for `target` mqa: the classes of transformers keep the source's windows")
     if not 2 <= window < 2**31:
         raise ConversionError(
-            f"--window must be at least 2 positions, the current one and the one before, and below 2**31; got {window}"
+            f"`window` must be at least 2 positions, the current one and the one before, and below 2**31; got {window}"
         )
     if stack.sliding_window and stack.sliding_window < window:
-        raise ConversionError(f"--window {window} is wider than the source's own of {stack.sliding_window}")
+        raise ConversionError(f"`window` {window} is wider than the source's own of {stack.sliding_window}")
     stack.layer_types, stack.sliding_window = ["sliding_attention"] * stack.num_hidden_layers, window
 
 
 def walk(
-    plan: Plan, writer: CheckpointWriter, method: str, seed: int, progress: bool, fit: Calibration | None = None
+    plan: Plan, writer: CheckpointWriter, method: str, seed: int, fit: Calibration | None = None
 ) -> list[dict[str, Any]]:
     """Read, pool or fit, and write one layer after the other, and each tensor outside the layers by itself.
 
@@ -498,7 +349,7 @@ def walk(
 
     errors: dict[str, Any]
     reports: list[dict[str, Any]] = []
-    with _progress(progress, DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
         task = bar.add_task("embeddings", total=writer.total_bytes)
         for layer, steps in parts:
             canonical = _read(plan, steps)
@@ -507,7 +358,7 @@ def walk(
                 bar.update(task, description=f"layer {len(reports) + 1}/{count}")
                 if fit is not None:
                     canonical, errors = fit.fit(stack, number, canonical)
-                    if errors and progress:
+                    if errors:
                         said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
                         bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
                 else:
@@ -576,7 +427,7 @@ def _write_config(plan: Plan, partial: Path) -> None:
     (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _report(plan: Plan, options: dict[str, Any], layers: list[dict[str, float]]) -> dict[str, Any]:
+def _report(plan: Plan, job: Conversion, layers: list[dict[str, Any]]) -> dict[str, Any]:
     before, after = plan.config, plan.pooled
     heads_before, heads_after = heads_of(before), heads_of(after)
     return {
@@ -584,7 +435,7 @@ def _report(plan: Plan, options: dict[str, Any], layers: list[dict[str, float]])
         "revision": plan.source.revision,
         "family": plan.source.config.model_type,
         "output": plan.output.model_type,
-        "options": options,
+        "options": job.recorded(),
         "num_attention_heads": decoder_of(before).num_attention_heads,
         "num_key_value_heads": {"before": heads_before["decoder"], "after": heads_after["decoder"]},
         "attentions": {name: {"before": n, "after": heads_after[name]} for name, n in heads_before.items()},
@@ -596,46 +447,5 @@ def _report(plan: Plan, options: dict[str, Any], layers: list[dict[str, float]])
         "parameters": sum(math.prod(info.shape) for info in plan.tensors.values()),
         "layers": layers,
         "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "safetensors")},
-        "command": _command(plan.source, options),
+        "command": replace(job, source=plan.source.name, output="OUTPUT", revision=plan.source.revision).command(),
     }
-
-
-def _command(source: Source, options: dict[str, Any]) -> str:
-    """The command that makes this checkpoint again."""
-    words = ["mqa-hf", "convert", source.name, "OUTPUT"]
-    if source.revision:
-        words += ["--revision", source.revision]
-    for name, value in options.items():
-        flag = "--" + name.removesuffix("es" if name == "ignore_switches" else "").replace("_", "-")
-        if name == "seed" and options["method"] != "random" and not options["calibration_tokens"]:
-            continue
-        if name == "refit":
-            words += [] if value == (options["method"] == "shared") else ["--refit" if value else "--no-refit"]
-            continue
-        if isinstance(value, bool):
-            words += [flag] if value else []
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            if item is not None:
-                words += [flag, str(item)]
-    return shlex.join(words)
-
-
-def _make_repository(repo_id: str, private: bool) -> None:
-    """Before the work, so that a missing token or a taken name is found while nothing is lost."""
-    try:
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
-    except (HTTPError, OSError, ValueError) as error:
-        raise ConversionError(f"cannot push to {repo_id}: {error}") from error
-
-
-def _push(output: Path, repo_id: str) -> None:
-    try:
-        HfApi().upload_folder(
-            repo_id=repo_id,
-            folder_path=output,
-            commit_message="Convert with mqa-hf",
-            delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload that this one does not have
-        )
-    except (HTTPError, OSError, ValueError) as error:
-        raise ConversionError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error

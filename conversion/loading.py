@@ -17,12 +17,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from mqa_hf.base.errors import ConversionError, listing
+from mqa_hf.base.hub import check_no_adapter
+
 from .checkpoint import count_nonfinite
-from .errors import ConversionError, listing
 from .families import FAMILIES
 from .operations import Flatten, SinusoidTable
 from .plan import template
-from .source import check_no_adapter
 
 
 def load_model(

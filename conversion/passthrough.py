@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
 
 from .checkpoint import CheckpointReader, TensorInfo
-from .errors import ConversionError, listing
 from .families import NATIVE_ONLY, Family, NativeOnly, Rule, check_not_quantised
 from .operations import SplitStacked
 from .plan import Step, template

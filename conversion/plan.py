@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.modeling_mqa import MQAForCausalLM
@@ -21,7 +22,6 @@ from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
 from .checkpoint import CheckpointReader, TensorInfo
-from .errors import ConversionError, listing
 from .families import Family, Rule
 from .operations import Flatten, SinusoidTable
 from .pooling import CanonicalConfig

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .errors import ConversionError
 from .operations import widened
 
 CanonicalConfig = MQAConfig | MQASeq2SeqConfig
@@ -82,7 +82,7 @@ def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None)
         return [name for name in known if name != "encoder"]
     unknown = [name for name in attentions if name not in known]
     if unknown or not attentions:
-        raise ConversionError(f"--attention {','.join(attentions)}: this model's attentions are {', '.join(known)}")
+        raise ConversionError(f"`attention` {','.join(attentions)}: this model's attentions are {', '.join(known)}")
     return list(dict.fromkeys(attentions))
 
 
@@ -91,7 +91,7 @@ def check_divides(heads: int, kv_heads: int, where: str = "") -> None:
     if kv_heads < 1 or heads % kv_heads:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ConversionError(
-            f"--kv-heads {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
+            f"`kv_heads` {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
             f"{', '.join(divisors)}"
         )
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .errors import ConversionError
 from .pooling import CanonicalConfig, heads_of, stack_of
 
 STEP = 8  # components by which widths of a budget differ: what kernels like, and what 16-byte loads fit
@@ -98,9 +98,9 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
         share = -1.0
     now = config.cross_kv_bytes_per_token if attention == "cross" else config.kv_bytes_per_token
     if not (0 < share <= 1 or (share > 1 and share.is_integer() and not budget.endswith("%"))):
-        raise ConversionError(f"--cache-budget {budget} is neither a number of bytes nor a share such as 0.25 or 25%")
+        raise ConversionError(f"`cache_budget` {budget} is neither a number of bytes nor a share such as 0.25 or 25%")
     if share > 1 and isinstance(config, MQASeq2SeqConfig):
-        raise ConversionError("--cache-budget of an encoder-decoder model is a share: it has a cache for each side")
+        raise ConversionError("`cache_budget` of an encoder-decoder model is a share: it has a cache for each side")
     return int(now * share if share <= 1 else share) // (2 * kv_heads)
 
 
@@ -145,7 +145,7 @@ def fitted_config(
         most = heads_of(config)[name] // heads_of(pooled)[name]
         fields = ("cross_qk_head_dim", "cross_v_head_dim") if name == "cross" else ("qk_head_dim", "v_head_dim")
         for field, factor, flag, chosen in zip(
-            fields, factors, ("--key-width", "--value-width"), (widths or {}).get(name, (None, None))
+            fields, factors, ("`key_width`", "`value_width`"), (widths or {}).get(name, (None, None))
         ):
             if factor > most:
                 raise ConversionError(

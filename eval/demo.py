@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
 from mqa_hf.finetune.recipe import Step, run_steps
 
 from .quality import RESULTS
@@ -66,11 +66,11 @@ def put_beside(output: Path) -> None:
     """Copy the model and its texts to where the commands look for them.
 
     Raises:
-        ConversionError: where they cannot be written, or something else is there.
+        MQAError: where they cannot be written, or something else is there.
     """
     try:
         if output.exists() and not (output / DONE).is_file() and (not output.is_dir() or any(output.iterdir())):
-            raise ConversionError(f"{output} is there and holds no demo; give another directory")
+            raise MQAError(f"{output} is there and holds no demo; give another directory")
         output.mkdir(parents=True, exist_ok=True)
         if not (output / DONE).is_file():
             (output / DONE).write_text("{}\n")
@@ -89,7 +89,7 @@ def put_beside(output: Path) -> None:
                     shutil.copyfile(place / "text" / name, output / f".{name}.partial")
                     (output / f".{name}.partial").replace(output / name)
     except OSError as error:
-        raise ConversionError(f"{output} cannot be written: {error}") from error
+        raise MQAError(f"{output} cannot be written: {error}") from error
 
 
 def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
@@ -104,7 +104,7 @@ def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
         The page of the report.
 
     Raises:
-        ConversionError: where `output` holds something else or cannot be written.
+        MQAError: where `output` holds something else or cannot be written.
     """
     put_beside(output)
     run_steps(steps(output), output / DONE, "the demo", overwrite)

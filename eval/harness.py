@@ -8,7 +8,7 @@ The same through lm-eval's own door, where this package need not be installed:
 from pathlib import Path
 from typing import Any
 
-from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.base.errors import MQAError
 from mqa_hf.conversion.loading import load_model
 
 
@@ -26,17 +26,17 @@ def run_tasks(
         device: of PyTorch.
 
     Raises:
-        ConversionError: where lm-eval is not installed, or knows no such task.
+        MQAError: where lm-eval is not installed, or knows no such task.
     """
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConversionError("--tasks needs lm-eval: pip install 'mqa-hf[lm-eval]'") from error
+        raise MQAError("--tasks needs lm-eval: pip install 'mqa-hf[lm-eval]'") from error
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise ConversionError(f"lm-eval knows no task {', '.join(unknown)}; --include-path adds a directory of tasks")
+        raise MQAError(f"lm-eval knows no task {', '.join(unknown)}; --include-path adds a directory of tasks")
     load_model(path, dtype=dtype)  # what lacks tensors is an error; lm-eval would load it
     arguments = {"pretrained": str(path), "dtype": dtype}
     found: Any = lm_eval.simple_evaluate(

@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import main as run
 from mqa_hf.cli import numbers
-from mqa_hf.conversion import ConversionError
 from mqa_hf.kernels_mqa import attend, available
 
 from .roofline import measured_device
@@ -87,7 +87,7 @@ def main(
 ) -> None:
     """Time the attention kernel over batch and context."""
     if not torch.cuda.is_available() or not available(torch.device("cuda")):
-        raise ConversionError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
+        raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
     device = measured_device()
     title = f"attention of one query per row, bfloat16, {heads} heads of {width}, {device.name}, copy "
     table = Table(title=title + f"{device.bandwidth / 1e12:.2f} TB/s", title_justify="left")

@@ -21,10 +21,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import ConversionWarning
+from mqa_hf.base.text import calibration_tokens
 from mqa_hf.cli import main as run
-from mqa_hf.conversion import ConversionWarning, convert, inspect
 from mqa_hf.conversion.loading import load_model
-from mqa_hf.conversion.text import calibration_tokens
 
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
 

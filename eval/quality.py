@@ -28,18 +28,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mqa_hf.conversion import inspect
-from mqa_hf.conversion.converter import DTYPES
-from mqa_hf.conversion.errors import ConversionError
+from mqa_hf import inspect
+from mqa_hf.base.devices import DTYPES, processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import write_whole
+from mqa_hf.base.hub import locate
+from mqa_hf.base.shapes import unique_names
+from mqa_hf.base.text import documents, load, load_tokenizer, one_column, pairs
 from mqa_hf.conversion.loading import load_model
-from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import locate
-from mqa_hf.conversion.text import documents, load, load_tokenizer, one_column, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs, starts_with_last
-from mqa_hf.finetune.training import processes
 
 from .metrics import Continuations, NextTokens, Translations, WordErrors, bleu_above
-from .shapes import unique_names
 
 RESULTS = "evaluation.json"
 FEW = 10  # documents; with fewer, intervals are over windows
@@ -92,7 +91,7 @@ class Evaluation:
         for name, smallest in {**least, "batch_tokens": 1, "seed": 0, "limit": 1}.items():
             value = getattr(self, name)
             if value is not None and value < smallest:
-                raise ConversionError(f"--{name.replace('_', '-')} must be at least {smallest}; got {value}")
+                raise MQAError(f"--{name.replace('_', '-')} must be at least {smallest}; got {value}")
 
 
 def evaluate(
@@ -111,19 +110,19 @@ def evaluate(
         What stands in `evaluation.json`.
 
     Raises:
-        ConversionError: for what cannot be: no checkpoint, another tokenizer, too little text, logits that are no
+        MQAError: for what cannot be: no checkpoint, another tokenizer, too little text, logits that are no
             numbers.
     """
     logging.disable_progress_bar()
     given = [str(original), *map(str, checkpoints)]
     names, output = unique_names(given), Path(output)
     if output.is_file():
-        raise ConversionError(f"{output} is a file; give a directory")
+        raise MQAError(f"{output} is a file; give a directory")
     with processes().main_process_first():
         paths = [locate(said, weights=True)[0] for said in given]
     for said, path in zip(given, paths):
         if not (path / "config.json").is_file():
-            raise ConversionError(f"{said} is no checkpoint: it has no config.json")
+            raise MQAError(f"{said} is no checkpoint: it has no config.json")
     tokenizer = common_tokenizer(paths)
     config = AutoConfig.from_pretrained(paths[0])
     note = compared_words(names, paths, tokenizer)
@@ -163,7 +162,7 @@ def common_tokenizer(paths: Sequence[Path]) -> Any:
     found = [load_tokenizer(path) for path in paths]
     for path, tokenizer in zip(paths, found):
         if tokenizer.get_vocab() != found[0].get_vocab():
-            raise ConversionError(
+            raise MQAError(
                 f"{path} has another tokenizer ({len(tokenizer)} words) than {paths[0]} ({len(found[0])} words), so "
                 "that their losses cannot be compared"
             )
@@ -174,7 +173,7 @@ def compared_words(names: Sequence[str], paths: Sequence[Path], tokenizer: Any) 
     """What to say where models have different numbers of words (embeddings padded to a multiple); "" where not.
 
     Raises:
-        ConversionError: where the tokenizer has an id that one of them does not have.
+        MQAError: where the tokenizer has an id that one of them does not have.
     """
     sizes = [vocabulary(AutoConfig.from_pretrained(path)) for path in paths]
     found = {name: size for name, size in zip(names, sizes) if size is not None}
@@ -183,7 +182,7 @@ def compared_words(names: Sequence[str], paths: Sequence[Path], tokenizer: Any) 
     said = ", ".join(f"{name} {size:,}" for name, size in found.items())
     most = max(tokenizer.get_vocab().values())
     if most >= min(found.values()):
-        raise ConversionError(
+        raise MQAError(
             f"the models have different numbers of words ({said}), and the tokenizer gives ids up to {most:,}; they "
             "can be compared only where each has all of the tokenizer's words"
         )
@@ -259,9 +258,9 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     window = what.window or min(longest, 2048)
     stride = what.stride or max(1, window // 2)
     if window < 1 or not 0 < stride <= window:
-        raise ConversionError(f"--window must be above 0 and --stride at most as long; got {window} and {stride}")
+        raise MQAError(f"--window must be above 0 and --stride at most as long; got {window} and {stride}")
     if getattr(config, "position_embedding", "learned") == "learned" and window > longest:
-        raise ConversionError(f"--window {window} is more than the {longest} positions of the model")
+        raise MQAError(f"--window {window} is more than the {longest} positions of the model")
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows: list[Window] = []
     prompts: list[list[int]] = []
@@ -288,7 +287,7 @@ def read_text(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
         if left < 1 and (len(prompts) == what.prompts or number > LOOKED_AT * what.prompts):
             break
     if not windows:
-        raise ConversionError(f"{what.text}: no document has two tokens; give --text with something to predict")
+        raise MQAError(f"{what.text}: no document has two tokens; give --text with something to predict")
     check_ids(windows, vocabulary(config))
 
     def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all are as long
@@ -302,7 +301,7 @@ def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
     """Pairs of texts, in the order drawn by the seed, until the targets have `what.tokens`."""
     two = pairs(what.text, what.columns, "--text")
     if two is None:
-        raise ConversionError("encoder-decoder models need pairs: --text with two --columns, such as en,de")
+        raise MQAError("encoder-decoder models need pairs: --text with two --columns, such as en,de")
     longest = what.window or 512
     options = {"truncation": True, "max_length": longest, "verbose": False}
     windows: list[Window] = []
@@ -322,7 +321,7 @@ def read_pairs(tokenizer: Any, config: Any, what: Evaluation) -> Examples:
         if left < 1:
             break
     if not windows:
-        raise ConversionError(f"{what.text}: there is no pair of texts")
+        raise MQAError(f"{what.text}: there is no pair of texts")
     check_ids(windows, vocabulary(config))
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     inner = CollatePairs(pad, config.decoder_start_token_id, start_is_last=starts_with_last(config))
@@ -345,14 +344,14 @@ def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
     from transformers import AutoProcessor
 
     if what.text is None:
-        raise ConversionError("speech models need --text with recordings and transcripts (columns audio and text)")
+        raise MQAError("speech models need --text with recordings and transcripts (columns audio and text)")
     processor: Any = AutoProcessor.from_pretrained(path)
     rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
     if len(what.columns) not in (0, 2):
-        raise ConversionError(f"speech models need two --columns, such as audio,text; got {', '.join(what.columns)}")
+        raise MQAError(f"speech models need two --columns, such as audio,text; got {', '.join(what.columns)}")
     rows, (sound, said) = load(what.text, "--text"), what.columns or ("audio", "text")
     if not {sound, said} <= set(rows.column_names):
-        raise ConversionError(f"{what.text} has no columns {sound} and {said}; its columns: {rows.column_names}")
+        raise MQAError(f"{what.text} has no columns {sound} and {said}; its columns: {rows.column_names}")
     recordings: list[Any] = []
     references: list[str] = []
     windows: list[Window] = []
@@ -361,7 +360,7 @@ def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
         audio, text = rows[index][sound], rows[index][said]
         audio = hear(Path(what.text).parent / audio if isinstance(audio, str) else audio, rate)
         if len(audio) > longest:
-            raise ConversionError(
+            raise MQAError(
                 f"{what.text}: a recording of {len(audio) / rate:.1f} s, longer than the {longest / rate:.1f} s that "
                 "the model hears at once"
             )
@@ -373,7 +372,7 @@ def read_speech(path: Path, config: Any, what: Evaluation) -> Examples:
         if left < 1:
             break
     if not windows:
-        raise ConversionError(f"{what.text}: there is no recording")
+        raise MQAError(f"{what.text}: there is no recording")
     check_ids(windows, vocabulary(config))
     targets = CollatePairs(config.pad_token_id, config.decoder_start_token_id)
 
@@ -395,11 +394,11 @@ def hear(recording: Any, rate: int) -> Any:
         try:
             import soundfile
         except ImportError as error:
-            raise ConversionError("recordings need soundfile and soxr: pip install 'mqa-hf[speech]'") from error
+            raise MQAError("recordings need soundfile and soxr: pip install 'mqa-hf[speech]'") from error
         try:
             channels, had = soundfile.read(recording, dtype="float32", always_2d=True)
         except (OSError, RuntimeError) as error:
-            raise ConversionError(f"{recording} is no recording that can be read: {error}") from error
+            raise MQAError(f"{recording} is no recording that can be read: {error}") from error
         samples = channels.mean(1)
     else:
         samples, had = recording["array"], recording["sampling_rate"]
@@ -413,7 +412,7 @@ def hear(recording: Any, rate: int) -> Any:
 def check_ids(windows: Sequence[Window], vocabulary: int | None) -> None:
     most = max(max(*window.ids, *window.labels) for window in windows)
     if vocabulary is not None and most >= vocabulary:
-        raise ConversionError(f"the tokenizer gives ids up to {most}; the model has {vocabulary}")
+        raise MQAError(f"the tokenizer gives ids up to {most}; the model has {vocabulary}")
 
 
 @dataclass
@@ -485,7 +484,7 @@ class Job:
     def load(self, path: Path) -> Any:
         state = processes()
         if self.what.dtype is not None and self.what.dtype not in DTYPES:
-            raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.what.dtype!r}")
+            raise MQAError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.what.dtype!r}")
         default: Any = "auto" if state.device.type != "cpu" else torch.float32
         dtype = DTYPES[self.what.dtype] if self.what.dtype else default
         return load_model(path, dtype=dtype).to(state.device)
@@ -530,7 +529,7 @@ class Job:
                 measured = compare(ours[row], theirs[row], labels[row], places)
                 if not measured.isfinite().all():
                     wrong = "its" if not measured[0].isfinite().all() else "the original's"
-                    raise ConversionError(
+                    raise MQAError(
                         f"{path}: {wrong} logits are no numbers in document {windows[index].document}, "
                         f"{int((~measured.isfinite()).any(0).sum())} of {len(places)} tokens (dtype "
                         f"{models[path].dtype}); try --dtype float32, and look at the checkpoint"
@@ -697,7 +696,7 @@ def cache_size(path: Path) -> dict[str, Any]:
     """Bytes of cache that a token takes, as `mqa-hf inspect` says."""
     try:
         said = inspect(path)
-    except ConversionError:  # a model of a class that this package does not know
+    except MQAError:  # a model of a class that this package does not know
         return {}
     return {n: said[n]["now"] for n in ("kv_bytes_per_token", "cross_kv_bytes_per_token") if n in said}
 

@@ -23,9 +23,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Environment
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE, read_json
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json, write_whole
 
 PAGE = "index.html"
 CARD_HEADING = "## Quality and speed"
@@ -101,16 +100,16 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
         benchmarks: files of `mqa-hf benchmark --output`.
 
     Raises:
-        ConversionError: where there are no such results.
+        MQAError: where there are no such results.
     """
     path = evaluation / "evaluation.json" if evaluation.is_dir() else evaluation
     what = f"{path} holds no results of mqa-hf evaluate"
     try:
         found = checked(what, json.loads(path.read_text(encoding="utf-8")), EVALUATION)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConversionError(f"{what}: {error}") from error
+        raise MQAError(f"{what}: {error}") from error
     if not found["checkpoints"]:
-        raise ConversionError(f"{what}: it has no checkpoints")
+        raise MQAError(f"{what}: it has no checkpoints")
     names = {Path(c["checkpoint"]): c["name"] for c in found["checkpoints"]}
     given = {c.get("given"): c["name"] for c in found["checkpoints"]}
     timings: list[dict[str, Any]] = []
@@ -119,7 +118,7 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Data:
         try:
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ConversionError(f"{what}: {error}") from error
+            raise MQAError(f"{what}: {error}") from error
         for line in lines:
             checked(what, line, TIMING if "error" in checked(what, line, {}) else TIMING | TIMES)
             # With fewer heads than the checkpoint has, it is of another model.
@@ -148,12 +147,12 @@ def checked(what: str, found: Any, like: Any, place: str = "") -> Any:
         place: of `found` in the file.
 
     Raises:
-        ConversionError: for what is missing or of another type.
+        MQAError: for what is missing or of another type.
     """
     kinds = {dict: "object", list: "list", str: "text", float: "number"}
     fits = isinstance(found, int | float) if isinstance(like, float) else isinstance(found, type(like))
     if like is not None and not fits:
-        raise ConversionError(f"{what}: {place or 'it'} is no {kinds[type(like)]}")
+        raise MQAError(f"{what}: {place or 'it'} is no {kinds[type(like)]}")
     if isinstance(like, list):
         for i, part in enumerate(found):
             checked(what, part, like[0], f"{place}[{i}]")
@@ -162,7 +161,7 @@ def checked(what: str, found: Any, like: Any, place: str = "") -> Any:
         if key in found:
             checked(what, found[key], part, inside)
         elif key == name:
-            raise ConversionError(f"{what}: {inside} is missing")
+            raise MQAError(f"{what}: {inside} is missing")
     return found
 
 
@@ -203,7 +202,7 @@ def rows_of_axes(rows: int, width: float, height: float) -> tuple[Any, list[Any]
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConversionError("mqa-hf report needs matplotlib: pip install 'mqa-hf[benchmark]'") from error
+        raise MQAError("mqa-hf report needs matplotlib: pip install 'mqa-hf[benchmark]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     found = list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
     for axes in found:
@@ -616,7 +615,7 @@ def write_report(
     """
     data = read_results(evaluation, benchmarks)
     if output.is_file():
-        raise ConversionError(f"{output} is a file; give a directory")
+        raise MQAError(f"{output} is a file; give a directory")
     output.mkdir(parents=True, exist_ok=True)
     for name, *_ in PICTURES:
         (output / f"{name}.png").unlink(missing_ok=True)

@@ -25,44 +25,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mqa_hf.base.devices import DEVICES, Device
+from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.converter import TARGETS
 from mqa_hf.conversion.families import family_of, native_config
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .shapes import Config, OwnShape, Weights, read_shape
-
-
-@dataclass(frozen=True)
-class Device:
-    """Memory in bytes, bandwidth in bytes and matrix rate in 16-bit operations per second."""
-
-    name: str
-    memory: float
-    bandwidth: float
-    rate: float
-
-
-# Data sheets; a step reaches 80 to 90 % of the bandwidth at best.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("h100", 80e9, 3.35e12, 989e12),
-        Device("h200", 141e9, 4.8e12, 989e12),
-        Device("b200", 180e9, 8.0e12, 2250e12),
-        Device("a100-80gb", 80e9, 2.04e12, 312e12),
-        Device("a100-40gb", 40e9, 1.56e12, 312e12),
-        Device("mi300x", 192e9, 5.3e12, 1307e12),
-        Device("l40s", 48e9, 0.864e12, 362e12),
-        Device("l4", 24e9, 0.3e12, 121e12),
-        Device("a10", 24e9, 0.6e12, 125e12),
-        Device("rtx4090", 24e9, 1.008e12, 165e12),
-        Device("t4", 16e9, 0.32e12, 65e12),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -228,7 +200,7 @@ def choices(config: Config, kv_heads: list[int], widths: list[int]) -> dict[str,
     found = {f"original ({original})": decoder}
     for heads in kv_heads:
         if heads > original or original % heads:
-            raise ConversionError(f"--kv-heads {heads} must divide the {original} key/value heads of the source")
+            raise MQAError(f"--kv-heads {heads} must divide the {original} key/value heads of the source")
         for width in widths:
             if heads * width >= original and (heads, width) != (original, 1):
                 continue  # as large as the original
@@ -316,23 +288,21 @@ def show(
     """
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}.get(dtype)
     if itemsize is None:
-        raise ConversionError(f"--dtype must be float32, bfloat16, float16 or float8, got {dtype!r}")
+        raise MQAError(f"--dtype must be float32, bfloat16, float16 or float8, got {dtype!r}")
     if device_name == "measured":
         device = measured_device("cuda" if torch.cuda.is_available() else "cpu")
     elif device_name in DEVICES:
         device = DEVICES[device_name]
     else:
-        raise ConversionError(f"--device must be measured or one of {', '.join(DEVICES)}, got {device_name!r}")
+        raise MQAError(f"--device must be measured or one of {', '.join(DEVICES)}, got {device_name!r}")
     if target not in (None, *TARGETS):
-        raise ConversionError(f"--target must be one of {', '.join(TARGETS)}, got {target!r}")
+        raise MQAError(f"--target must be one of {', '.join(TARGETS)}, got {target!r}")
     original, config = read_shape(name)
     if target == "mqa":
         family_of(original.model_type)  # an error where it has its own class only
     native = target == "native" or isinstance(config, OwnShape)
     if native and widths is not None and widths != [1]:
-        raise ConversionError(
-            "--widths is for --target mqa: the heads of transformers' classes have the source's width"
-        )
+        raise MQAError("--widths is for --target mqa: the heads of transformers' classes have the source's width")
     attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
     if kv_heads is None:
         kv_heads = [n for n in (1, 2, 4, 8) if attention.num_key_value_heads % n == 0]

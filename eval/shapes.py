@@ -5,105 +5,27 @@ Each is what `config.json` of the checkpoint says about sizes, for the class of 
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import read_json
+from mqa_hf.base.hub import locate
+from mqa_hf.base.shapes import SHAPES
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
 from mqa_hf.conversion.passthrough import own_class
-from mqa_hf.conversion.source import Source, locate, read_json, read_source
+from mqa_hf.conversion.source import Source, read_source
 
 Config = MQAConfig | MQASeq2SeqConfig
 # What configurations call the experts of a layer, and those that a token goes to.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k")
-
-
-def llama(
-    model_type: str, vocab: int, d: int, f: int, layers: int, heads: int, kv_heads: int, length: int, **more: Any
-):
-    return {
-        "model_type": model_type,
-        "vocab_size": vocab,
-        "hidden_size": d,
-        "intermediate_size": f,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": length,
-        **more,
-    }
-
-
-def gpt2(d: int, layers: int, heads: int):
-    return {"model_type": "gpt2", "n_embd": d, "n_layer": layers, "n_head": heads}
-
-
-def opt(d: int, layers: int, heads: int):
-    return {
-        "model_type": "opt",
-        "hidden_size": d,
-        "ffn_dim": 4 * d,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "word_embed_proj_dim": d,
-    }
-
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": gpt2(768, 12, 12),
-    "gpt2-xl": gpt2(1600, 48, 25),
-    "opt-1.3b": opt(2048, 24, 32),
-    "opt-6.7b": opt(4096, 32, 32),
-    "opt-30b": opt(7168, 48, 56),
-    "pythia-6.9b": {
-        "model_type": "gpt_neox",
-        "vocab_size": 50432,
-        "hidden_size": 4096,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "bloom-7b1": {"model_type": "bloom", "vocab_size": 250880, "hidden_size": 4096, "n_layer": 30, "n_head": 32},
-    "mpt-7b": {"model_type": "mpt", "vocab_size": 50432, "d_model": 4096, "n_layers": 32, "n_heads": 32},
-    "smollm2-135m": llama("llama", 49152, 576, 1536, 30, 9, 3, 8192, tie_word_embeddings=True),
-    "smollm2-1.7b": llama("llama", 49152, 2048, 8192, 24, 32, 32, 8192, tie_word_embeddings=True),
-    "llama-2-7b": llama("llama", 32000, 4096, 11008, 32, 32, 32, 4096),
-    "llama-2-13b": llama("llama", 32000, 5120, 13824, 40, 40, 40, 4096),
-    "llama-2-70b": llama("llama", 32000, 8192, 28672, 80, 64, 8, 4096),
-    "llama-3.1-8b": llama("llama", 128256, 4096, 14336, 32, 32, 8, 131072),
-    "mistral-7b": llama("mistral", 32000, 4096, 14336, 32, 32, 8, 32768),
-    "qwen2.5-7b": llama("qwen2", 152064, 3584, 18944, 28, 28, 4, 32768),
-    "t5-large": {"model_type": "t5", "d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16},
-    # Six layers each way, d = 1024, 8 heads of 128, d_ff 4096 (Shazeer 2019, arXiv 1911.02150, section 4.1).
-    "shazeer-2019": {
-        "model_type": "t5",
-        "d_model": 1024,
-        "d_kv": 128,
-        "d_ff": 4096,
-        "num_layers": 6,
-        "num_heads": 8,
-        "vocab_size": 32768,
-    },
-}
-
-
-def unique_names(checkpoints: Sequence[str]) -> list[str]:
-    """The last parts of paths or hub ids, as many as tell them apart."""
-    parts = [Path(said).resolve().parts if Path(said).exists() else Path(said).parts for said in checkpoints]
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise ConversionError(f"a checkpoint is given twice: {', '.join(checkpoints)}")
 
 
 @dataclass(frozen=True)
@@ -161,7 +83,7 @@ class OwnShape:
 
 
 def own_shape(source: Source, kv_heads: int) -> OwnShape:
-    """A source in its own class with fewer key/value heads; raises ConversionError where that cannot be."""
+    """A source in its own class with fewer key/value heads; raises MQAError where that cannot be."""
     own = own_class(source, kv_heads)
     config = copy.deepcopy(own.pooled)
     windows = list(attention_layers(source.config).values())
@@ -184,7 +106,7 @@ def chosen_share(config: PreTrainedConfig) -> float:
         for names in (CHOSEN, EXPERTS)
     ]
     if counts[0] is None or not counts[1]:
-        raise ConversionError(f"{config.model_type}: config.json does not say how many experts a token goes to")
+        raise MQAError(f"{config.model_type}: config.json does not say how many experts a token goes to")
     return min(1.0, counts[0] / counts[1])
 
 
@@ -198,7 +120,7 @@ def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     """A shape by its name, or that of a checkpoint: the source's configuration and the canonical one.
 
     Raises:
-        ConversionError: neither a name of [`SHAPES`] nor a checkpoint that is understood.
+        MQAError: neither a name of [`SHAPES`] nor a checkpoint that is understood.
     """
     if name in SHAPES:
         raw = dict(SHAPES[name])
@@ -206,10 +128,10 @@ def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
         return config, canonical_config(config, raw)
     try:
         directory, commit = locate(name, weights=False)
-    except ConversionError as error:
+    except MQAError as error:
         if Path(name).exists():
             raise
-        raise ConversionError(f"{error}. Known shapes are {', '.join(SHAPES)}") from error
+        raise MQAError(f"{error}. Known shapes are {', '.join(SHAPES)}") from error
     raw = read_json(directory / "config.json")
     for ours in (MQAConfig, MQASeq2SeqConfig):
         if raw.get("model_type") == ours.model_type:

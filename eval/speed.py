@@ -32,16 +32,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCac
 from transformers.generation.streamers import BaseStreamer
 
 from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, __version__
+from mqa_hf.base.devices import DTYPES, Device, check_device
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.shapes import unique_names
 from mqa_hf.cache_mqa import DecodeCache
-from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.converter import DTYPES, check_device
 from mqa_hf.conversion.families import family_of
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 from mqa_hf.rules_mqa import CACHE
 
-from .roofline import Device, largest_batch, measured_device, step_cost
-from .shapes import Config, OwnShape, Weights, attention_layers, read_shape, unique_names
+from .roofline import largest_batch, measured_device, step_cost
+from .shapes import Config, OwnShape, Weights, attention_layers, read_shape
 
 ENGINES = ("mqa-hf", "dynamic", "static")
 WARMUP = 8  # tokens that are not counted
@@ -89,14 +90,14 @@ def contenders(
     found = []
     for heads in dict.fromkeys(n or original for n in kv_heads):
         if original % heads:
-            raise ConversionError(f"--kv-heads {heads} must divide the {original} key/value heads of {shape}")
+            raise MQAError(f"--kv-heads {heads} must divide the {original} key/value heads of {shape}")
         ours = config if heads == original else with_heads(config, heads, choose_attentions(config, None))
         theirs: PreTrainedConfig = ours
         if heads == original:
             theirs = source
         elif not isinstance(ours, MQASeq2SeqConfig) and source.model_type != ours.model_type:
             native = family_of(source.model_type).native
-            with suppress(ConversionError):  # the class has no place for this model with fewer heads
+            with suppress(MQAError):  # the class has no place for this model with fewer heads
                 theirs = native(source, ours) if native is not None else ours
         for engine in engines:
             found.append(
@@ -108,7 +109,7 @@ def contenders(
 def own_contenders(shape: str, own: OwnShape, kv_heads: list[int], engines: list[str]) -> list[Contender]:
     """The same for a model in its own class, which transformers' loops run."""
     if "mqa-hf" in engines:
-        raise ConversionError(
+        raise MQAError(
             f"{shape}: {own.run.model_type} runs in its own class, with transformers' loops only ({own.why}); use "
             "--engines dynamic, static or both"
         )
@@ -311,7 +312,7 @@ class Bench:
 
     def __init__(self, dtype: str, device: str, tokens: int, prefill_limit: int):
         if dtype not in DTYPES:
-            raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            raise MQAError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self.dtype, self.device, self.tokens, self.prefill_limit = dtype, device, tokens, prefill_limit
         self.limits = measured_device(device)
         self.models: dict[tuple, Any] = {}
@@ -356,7 +357,7 @@ class Bench:
         except Exception as error:  # whatever a class raises whose cache holds more than keys and values
             if contender.weights is None:
                 raise
-            raise ConversionError(
+            raise MQAError(
                 f"{contender.shape}: {contender.run.model_type} does not run from a cache of {context} positions with "
                 f"--engines {contender.engine}: {error}"
             ) from error
@@ -467,7 +468,7 @@ def plots(records: list[dict[str, Any]], directory: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ConversionError("--plots needs matplotlib; pip install 'mqa-hf[benchmark]'") from error
+        raise MQAError("--plots needs matplotlib; pip install 'mqa-hf[benchmark]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -521,9 +522,9 @@ def benchmark(
     """
     unknown = [engine for engine in engines or () if engine not in ENGINES]
     if unknown:
-        raise ConversionError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
+        raise MQAError(f"--engines takes {', '.join(ENGINES)}, got {', '.join(unknown)}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConversionError(f"--device {device}: PyTorch sees no CUDA device; use --device cpu")
+        raise MQAError(f"--device {device}: PyTorch sees no CUDA device; use --device cpu")
     check_device(device)
     bench = Bench(dtype, device, tokens, prefill_limit)
     found: list[Contender] = []
@@ -531,19 +532,19 @@ def benchmark(
         source, config = read_shape(shape)
         several = isinstance(config, MQASeq2SeqConfig)
         if any(beams > 1 for *_, beams in cells) and not several:
-            raise ConversionError(
+            raise MQAError(
                 f"--beams is for encoder-decoder shapes; tokens of a beam search are not streamed ({shape})"
             )
         if largest and (device == "cpu" or several):
-            raise ConversionError(f"--largest-batch is for decoder-only shapes on a GPU ({shape}, {device})")
+            raise MQAError(f"--largest-batch is for decoder-only shapes on a GPU ({shape}, {device})")
         if isinstance(config, OwnShape):
             if window is not None:
-                raise ConversionError(f"--window is for models in this package's class; {shape} runs in its own")
+                raise MQAError(f"--window is for models in this package's class; {shape} runs in its own")
             found += own_contenders(shape, config, kv_heads, engines or ["dynamic"])
             continue
         if window is not None:
             if window < 2:
-                raise ConversionError(f"--window must be at least 2 positions; got {window}")
+                raise MQAError(f"--window must be at least 2 positions; got {window}")
             decoder = decoder_of(config)
             decoder.layer_types, decoder.sliding_window = ["sliding_attention"] * decoder.num_hidden_layers, window
         ours = contenders(shape, source, config, kv_heads, engines or ["mqa-hf", "dynamic"])

@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import ConversionWarning
 from mqa_hf.cli import main as run
-from mqa_hf.conversion import ConversionWarning, convert, inspect
 
 from .data import Part
 from .training import Schedule

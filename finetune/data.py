@@ -4,7 +4,6 @@ Everything is read through `datasets`: local text, JSON lines, parquet or CSV, o
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.text import (
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import stamp
+from mqa_hf.base.text import (
     chat_text,
     corrupt_spans,
     documents,
@@ -55,7 +55,7 @@ def open_dataset(source: str, streaming: bool = False) -> Any:
     """The rows of a text file, or of what [`load`] takes.
 
     Raises:
-        ConversionError: where there is none.
+        MQAError: where there is none.
     """
     if not is_plain(source):
         return load(source, "--dataset", streaming)
@@ -84,9 +84,7 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: An
         inside = features["translation"]
         languages = list(inside) if isinstance(inside, dict) else list(getattr(inside, "languages", ()))
         if not set(columns) <= set(languages):
-            raise ConversionError(
-                f"--dataset {source} has translations in {', '.join(languages)}, not {one} and {other}"
-            )
+            raise MQAError(f"--dataset {source} has translations in {', '.join(languages)}, not {one} and {other}")
         wrong = [name for name in columns if isinstance(inside, dict) and not holds_text(inside[name])]
         if wrong:
             raise no_text(source, "--dataset", wrong, languages)
@@ -100,7 +98,7 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: An
     if len(wanted) == 1 and holds_chats(features.get(wanted[0])):
         (name,) = wanted
         if tokenizer is None:
-            raise ConversionError(
+            raise MQAError(
                 f"--dataset {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
                 "--tokenizer"
             )
@@ -123,13 +121,13 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: An
 
 
 def reading(name: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `read` gives; raises ConversionError for whatever it raises of a text that cannot be read."""
+    """What `read` gives; raises MQAError for whatever it raises of a text that cannot be read."""
     try:
         return read(*args, **options)
-    except (ConversionError, StopIteration):
+    except (MQAError, StopIteration):
         raise
     except Exception as error:
-        raise ConversionError(f"{name} cannot be read: {error.__cause__ or error}") from error
+        raise MQAError(f"{name} cannot be read: {error.__cause__ or error}") from error
 
 
 def mixture(
@@ -149,14 +147,14 @@ def mixture(
         tokenizer: whose template makes text of chats.
 
     Raises:
-        ConversionError: for what cannot be read, columns that are not there, and weights that are none.
+        MQAError: for what cannot be read, columns that are not there, and weights that are none.
     """
     import datasets
 
     if len(columns) > 2:
-        raise ConversionError(f"--columns takes one column, or two of pairs; got {', '.join(columns)}")
+        raise MQAError(f"--columns takes one column, or two of pairs; got {', '.join(columns)}")
     if not parts or not all(0 < part.weight < math.inf for part in parts):
-        raise ConversionError(f"--dataset needs weights above 0; got {[part.weight for part in parts]}")
+        raise MQAError(f"--dataset needs weights above 0; got {[part.weight for part in parts]}")
     found = []
     for part in parts:
         rows = choose_columns(part.source, open_dataset(part.source, streaming), columns, tokenizer)
@@ -174,7 +172,7 @@ def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
 
 
 def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
-    """Rows in batches; raises ConversionError where one cannot be read."""
+    """Rows in batches; raises MQAError where one cannot be read."""
     found = rows.iter(batch_size=BATCH)
     with suppress(StopIteration):
         while True:
@@ -264,7 +262,7 @@ def training_rows(
         one_column(columns, "--columns")
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
-        raise ConversionError(
+        raise MQAError(
             "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
         )
 
@@ -291,7 +289,7 @@ def training_rows(
                 some = True
                 yield row
             turn += 1
-        raise ConversionError(nothing)
+        raise MQAError(nothing)
 
     def first() -> Iterator[dict[str, Any]]:
         for i, row in enumerate(once(0)):
@@ -308,24 +306,16 @@ def training_rows(
     numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
     names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
     if count < 1 or next(iter(first()), None) is None:
-        raise ConversionError(nothing)
+        raise MQAError(nothing)
     try:
         rows = datasets.Dataset.from_generator(
             first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ConversionError):
+        if isinstance(error.__cause__, MQAError):
             raise error.__cause__ from None
         raise
     return rows if pairs else rows.with_format("numpy")
-
-
-def stamp(source: str) -> tuple[str, int, int]:
-    """What changes when a file does; ids of the Hub are taken as they are."""
-    if not os.path.exists(source):
-        return ("", 0, 0)
-    status = os.stat(source)
-    return (os.path.abspath(source), status.st_size, status.st_mtime_ns)
 
 
 def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.base.errors import MQAError
 
 from .data import IGNORED
 
@@ -61,12 +61,12 @@ def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
 
 def check_liger() -> None:
     if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
-        raise ConversionError("--liger needs a CUDA device and Liger's kernels: pip install liger-kernel")
+        raise MQAError("--liger needs a CUDA device and Liger's kernels: pip install liger-kernel")
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise ConversionError where a class does to its logits what [`logits_of`] does not know of."""
+    """Raise MQAError where a class does to its logits what [`logits_of`] does not know of."""
     device = model.get_output_embeddings().weight.device
     words = logits_size(model)
     ids = torch.arange(8, device=device)[None] % words
@@ -80,7 +80,7 @@ def check_head(model: PreTrainedModel) -> None:
     model.train(training)
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not error < 1e-2:
-        raise ConversionError(
+        raise MQAError(
             f"{type(model).__name__} changes its logits after the head in a way that is not known here (they differ "
             f"by {error:.1%}); convert with --target mqa, which folds such things into the weights"
         )
@@ -153,11 +153,11 @@ class Objective:
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(LOSSES)
         if unknown or not self.weights or min(self.weights.values()) <= 0:
-            raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
+            raise MQAError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
         if set(self.weights) - {"lm"} and self.teacher is None:
-            raise ConversionError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
+            raise MQAError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
         if self.layerwise and len(self.weights) > 1:
-            raise ConversionError(
+            raise MQAError(
                 "--loss attention gives each layer the teacher's input, where no other loss means anything; it stands "
                 "alone, or comes first with --attention-tokens"
             )
@@ -320,7 +320,7 @@ class Objective:
             teacher = core(self.teacher)  # type: ignore[arg-type]
             told: Any = teacher.get_output_embeddings()
             if cap is not None or head.bias is not None or hasattr(told.weight, "to_local"):
-                raise ConversionError("--liger has no KL for logits with a cap or a bias, nor for a sharded teacher")
+                raise MQAError("--liger has no KL for logits with a cap or a bias, nor for a sharded teacher")
             states = (taught["last"].flatten(0, 1) * after_head(teacher)[0]).to(dtype)
             divergence = LigerFusedLinearJSD(jsd_beta=0.0, ignore_index=IGNORED)
             mean = divergence(hidden, weight, states, told.weight.to(dtype), labels)
@@ -360,7 +360,7 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
         if "layers." in name and shapes.get(name, p.shape) != p.shape
     }
     if not names:
-        raise ConversionError(
+        raise MQAError(
             "--loss attention and --attention-tokens need a student whose attention layers differ from its teacher's "
             "in shape, and go by the same names"
         )
@@ -368,12 +368,10 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
 
 
 def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise ConversionError where the teacher's outputs are not those of a model like the student."""
+    """Raise MQAError where the teacher's outputs are not those of a model like the student."""
     for what, one, other in (
         ("words", *map(logits_size, (student, teacher))),
         ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
     ):
         if one != other:
-            raise ConversionError(
-                f"the student has {one} {what} and the teacher {other}; they must be the same model's"
-            )
+            raise MQAError(f"the student has {one} {what} and the teacher {other}; they must be the same model's")

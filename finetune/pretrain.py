@@ -32,16 +32,17 @@ from transformers.utils import logging
 
 import mqa_hf
 from mqa_hf import MQAForConditionalGeneration, MQASeq2SeqConfig
-from mqa_hf.conversion.converter import DTYPES, RUNTIME_FILES
-from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.base.devices import DTYPES, processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.output import resolve_output, written_beside
+from mqa_hf.base.text import load_tokenizer, one_column
+from mqa_hf.conversion.converter import RUNTIME_FILES
 from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.loading import load_model
-from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.text import load_tokenizer, one_column
 
 from .data import Part, mixture, read_batches
 from .losses import Objective
-from .training import Schedule, as_options, begin, processes, train
+from .training import Schedule, as_options, begin, train
 from .uptrain import examples, stamps
 
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -93,11 +94,11 @@ def train_tokenizer(texts: Iterable[str], size: int, pairs: bool = False) -> Pre
 
 
 def configuration(fields: dict[str, Any]) -> PreTrainedConfig:
-    """What `--config` says; raises ConversionError where that is no configuration."""
+    """What `--config` says; raises MQAError where that is no configuration."""
     try:
         return AutoConfig.for_model(**copy.deepcopy(fields))
     except Exception as error:  # whatever the checks of a configuration raise
-        raise ConversionError(f"--config is no configuration: {error}") from error
+        raise MQAError(f"--config is no configuration: {error}") from error
 
 
 def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -108,7 +109,7 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrai
         known = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "vocab_size": len(tokenizer)}
         config = configuration({**known, **fields})
         if config.vocab_size < len(tokenizer):
-            raise ConversionError(f"--config has vocab_size {config.vocab_size}, and the tokenizer {len(tokenizer)}")
+            raise MQAError(f"--config has vocab_size {config.vocab_size}, and the tokenizer {len(tokenizer)}")
         return AutoModelForCausalLM.from_config(config)
     if not config.model_type.startswith("mqa"):
         config = canonical_config(config, fields)
@@ -138,12 +139,12 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     """`fields` with feed-forward layers as wide as gives the parameters of `other`, to the nearest multiple of 8.
 
     Raises:
-        ConversionError: where `fields` does not say how wide they are.
+        MQAError: where `fields` does not say how wide they are.
     """
     fields = copy.deepcopy(fields)
     places = feed_forward_names(fields)
     if not places:
-        raise ConversionError("--equal-parameters needs a --config that says how wide its feed-forward layers are")
+        raise MQAError("--equal-parameters needs a --config that says how wide its feed-forward layers are")
     widths = [place["in"][place["name"]] for place in places]
     goal, now = parameters(other, tokenizer), parameters(fields, tokenizer)
     for place, width in zip(places, widths):
@@ -153,7 +154,7 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     for place, width in zip(places, widths):
         place["in"][place["name"]] = width + more
     if min(widths) + more < 8:
-        raise ConversionError(f"no feed-forward width makes {now:,} parameters {goal:,}")
+        raise MQAError(f"no feed-forward width makes {now:,} parameters {goal:,}")
     return fields
 
 
@@ -180,10 +181,10 @@ def pretrain(
         What stands in `pretraining.json`: options, parameters, loss, the log.
 
     Raises:
-        ConversionError: for what cannot be, and where training diverges.
+        MQAError: for what cannot be, and where training diverges.
     """
     if dtype not in DTYPES:
-        raise ConversionError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise MQAError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     state = processes()
     logging.disable_progress_bar()
     target = resolve_output(output, Path(what.dataset[0].source), overwrite, REPORT)
@@ -247,7 +248,7 @@ def find_tokenizer(what: Pretraining, directory: Path, pairs: bool, seed: int) -
 
 def read_config(text: str) -> dict[str, Any]:
     """A configuration from JSON, from a file with it, or of a published shape by its name."""
-    from mqa_hf.eval.shapes import SHAPES
+    from mqa_hf.base.shapes import SHAPES
 
     if text in SHAPES:
         return dict(SHAPES[text])
@@ -256,11 +257,9 @@ def read_config(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise ConversionError(
-            f"--config is neither JSON, nor a file, nor one of {', '.join(SHAPES)}: {error}"
-        ) from error
+        raise MQAError(f"--config is neither JSON, nor a file, nor one of {', '.join(SHAPES)}: {error}") from error
     if not isinstance(found, dict) or "model_type" not in found:
-        raise ConversionError("--config needs a model_type")
+        raise MQAError("--config needs a model_type")
     return found
 
 

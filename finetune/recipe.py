@@ -25,12 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.output import write_whole
-from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE, read_json
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json, read_yaml, write_whole
 
 STEPS = {
     "convert": f"converted/{REPORT_FILE}",
@@ -41,33 +39,25 @@ DONE = "recipe.json"  # the commands that made what is there
 BEGUN = "begun"  # and in it those that were begun
 
 
-def read_yaml(path: Any) -> Any:
-    """What stands in a YAML file, a `Path` or a package's; raises ConversionError where it cannot be read."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConversionError(f"{path} cannot be read: {error}") from error
-
-
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe in a file.
 
     Raises:
-        ConversionError: where it is none.
+        MQAError: where it is none.
     """
     recipe = read_yaml(path)
     known = ("source", "output", *STEPS)
     if not isinstance(recipe, dict) or not {"source", "output", "convert"} <= set(recipe):
-        raise ConversionError(f"{path} needs source, output and convert")
+        raise MQAError(f"{path} needs source, output and convert")
     unknown = [name for name in recipe if name not in known]
     wrong = [name for name in STEPS if name in recipe and not isinstance(recipe[name] or {}, dict)]
     for name in ("source", "output"):
         if not isinstance(recipe[name], str) or not recipe[name]:
-            raise ConversionError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
+            raise MQAError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
     if wrong:
-        raise ConversionError(f"{path}: {', '.join(wrong)} must hold options, one a line")
+        raise MQAError(f"{path}: {', '.join(wrong)} must hold options, one a line")
     if unknown:
-        raise ConversionError(f"{path}: {', '.join(map(str, unknown))}: a recipe has {', '.join(known)}")
+        raise MQAError(f"{path}: {', '.join(map(str, unknown))}: a recipe has {', '.join(known)}")
     return recipe
 
 
@@ -76,7 +66,7 @@ def flags(options: dict[str, Any] | None, command: Any) -> list[str]:
     many times, or its parts with commas between them.
 
     Raises:
-        ConversionError: for a value that is none.
+        MQAError: for a value that is none.
     """
     known = {option: p for p in command.params for option in (*p.opts, *p.secondary_opts)}
     words: list[str] = []
@@ -84,10 +74,10 @@ def flags(options: dict[str, Any] | None, command: Any) -> list[str]:
         flag = "--" + str(name).replace("_", "-")
         parameter = known.get(flag)
         if parameter is None:
-            raise ConversionError(f"{command.name}: No such option: {flag}")
+            raise MQAError(f"{command.name}: No such option: {flag}")
         if isinstance(value, bool) != parameter.is_flag or value is None or isinstance(value, dict):
             kind = "true or false" if parameter.is_flag else "a value"
-            raise ConversionError(f"{command.name}: {name} takes {kind}, not {json.dumps(value, default=str)}")
+            raise MQAError(f"{command.name}: {name} takes {kind}, not {json.dumps(value, default=str)}")
         if value is True:
             words.append(flag)
         elif value is False:
@@ -123,7 +113,7 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
         overwrite: run a step that has changed since its result was made, and all after it, again.
 
     Raises:
-        ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
+        MQAError: where a step has changed and `overwrite` is false, and whatever the commands raise.
     """
     recipe = read_recipe(path)
     output = Path(recipe["output"])
@@ -131,8 +121,8 @@ def run_recipe(path: Path, overwrite: bool = False) -> None:
     steps: dict[str, Step] = {}
     try:
         words_of = commands(recipe, command_group().commands)
-    except ConversionError as error:
-        raise ConversionError(f"{path}, {error}") from error
+    except MQAError as error:
+        raise MQAError(f"{path}, {error}") from error
     for step, words in words_of.items():
         steps[step] = Step(words, output / STEPS[step], needs, step != "evaluate")
         needs += (step,)
@@ -170,7 +160,7 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
     """By step, the words of those that are done, and of those that were begun: none where a record was cut off.
 
     Raises:
-        ConversionError: for a file that is no such record.
+        MQAError: for a file that is no such record.
     """
     try:
         json.loads(record.read_text(encoding="utf-8"))
@@ -182,7 +172,7 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
         if not isinstance(steps, dict) or not all(
             isinstance(words, list) and all(isinstance(word, str) for word in words) for words in steps.values()
         ):
-            raise ConversionError(f"{record} does not say which steps are done; remove it to begin again")
+            raise MQAError(f"{record} does not say which steps are done; remove it to begin again")
     return done, begun
 
 
@@ -219,7 +209,7 @@ def run_steps(
         keep_going: run steps that need none of those that failed, too, before the first error is raised.
 
     Raises:
-        ConversionError: where a step has changed and `overwrite` is false, and whatever the commands raise.
+        MQAError: where a step has changed and `overwrite` is false, and whatever the commands raise.
     """
     main = command_group()
     done, begun = read_record(record)
@@ -240,7 +230,7 @@ def run_steps(
         try:
             if replaced and not overwrite:
                 made = f" ({shlex.join(done[step])})" if step in done else ""
-                raise ConversionError(
+                raise MQAError(
                     f"{what.result} was made by another command{made}, or from what has been made again since; give "
                     f"{name} another output, or pass --overwrite to run this step and those that need it again"
                 )
@@ -276,6 +266,6 @@ def run_command(main: Any, words: list[str], name: str) -> None:
     except Exception as error:
         if not hasattr(error, "format_message"):  # of click: an option that is none
             raise
-        raise ConversionError(f"{name}: {error.format_message()}") from error
+        raise MQAError(f"{name}: {error.format_message()}") from error
     finally:
         sys.argv = before

@@ -20,12 +20,13 @@ from rich.table import Table
 from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.utils import logging
 
+from mqa_hf.base.devices import peak_rate
 from mqa_hf.cli import main as run
 from mqa_hf.conversion.loading import load_model
 
 from .data import IGNORED, Part, collate_packed
 from .losses import Objective
-from .training import Schedule, in_order, operations_per_token, peak_rate, train
+from .training import Schedule, in_order, operations_per_token, train
 from .uptrain import Uptraining, examples, load_teacher, tokenizer_of
 
 

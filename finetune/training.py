@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -37,9 +35,9 @@ from transformers.integrations import is_tensorboard_available, is_wandb_availab
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import read_json
-from mqa_hf.eval.roofline import DEVICES
+from mqa_hf.base.devices import peak_rate, processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import read_json
 
 from .data import IGNORED
 from .losses import LOSSES, Objective, core
@@ -50,12 +48,6 @@ CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpoin
 DIVERGED = 1.5, 1.0  # a loss above this share of the first one, and so many more nats, is none that comes back
 OPTIONS_FILE = "options.json"
 POOL = 50  # steps whose pairs are sorted by length together, as transformers has it
-
-
-def processes() -> PartialState:
-    """What this process is among those of the job; on a CPU too, which accelerate has to be told."""
-    # One process may tokenise or convert for long while the others wait.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 @dataclass(frozen=True)
@@ -110,10 +102,10 @@ class Schedule:
             ("seed", self.seed, 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
         ):
             if not holds:
-                raise ConversionError(f"--{name} must be {said}; got {value:g}")
+                raise MQAError(f"--{name} must be {said}; got {value:g}")
         unknown = set((self.report_to or "none").split(",")) - {"tensorboard", "wandb", "none"}
         if unknown:
-            raise ConversionError(f"--report-to takes tensorboard, wandb and none; got {self.report_to!r}")
+            raise MQAError(f"--report-to takes tensorboard, wandb and none; got {self.report_to!r}")
 
     @property
     def rows(self) -> int:
@@ -132,11 +124,11 @@ class Schedule:
         """Rows at once on a process, and how often before a step.
 
         Raises:
-            ConversionError: where they do not divide a step's rows.
+            MQAError: where they do not divide a step's rows.
         """
         share = self.rows // count
         if share * count != self.rows:
-            raise ConversionError(
+            raise MQAError(
                 f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be shared by {count} "
                 f"processes; set --batch-tokens to a multiple of {count * self.sequence_length:,}"
             )
@@ -145,7 +137,7 @@ class Schedule:
             most = max(1, 16_384 // self.sequence_length)
             micro = next(n for n in range(min(share, most), 0, -1) if share % n == 0)
         if share % micro:
-            raise ConversionError(f"--micro-batch {micro} must divide the {share} rows that a process has in a step")
+            raise MQAError(f"--micro-batch {micro} must divide the {share} rows that a process has in a step")
         return micro, share // micro
 
     def arguments(self, directory: Path) -> TrainingArguments:
@@ -273,18 +265,6 @@ class SaveWhenTold(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
 
-def peak_rate() -> float | None:
-    """16-bit matrix operations a second on the data sheet of the GPU that is here."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name().lower().replace(" ", "")
-    # The longest name first: "a100-40gb" before "a10".
-    for key in sorted(DEVICES, key=len, reverse=True):
-        if key.split("-")[0] in name:
-            return DEVICES[key].rate
-    return None
-
-
 class LossTrainer(Trainer):
     """transformers' Trainer with an [`Objective`]: its losses are summed over tokens, whichever process has them."""
 
@@ -341,7 +321,7 @@ class LossTrainer(Trainer):
                 return
         began = f"; it began at {first:.4g}" if math.isfinite(first) else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
-        raise ConversionError(
+        raise MQAError(
             f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
             f"gradient {grad_norm:.4g}{began}. "
             + (f"{kept} has the last weights that are numbers. " if kept else "")
@@ -408,11 +388,11 @@ def ends(logged: Sequence[tuple[int, float]], window: int) -> tuple[float, float
 
 
 def check_disk(directory: Path, size: float) -> None:
-    """Raise ConversionError where a checkpoint of `size` bytes does not fit."""
+    """Raise MQAError where a checkpoint of `size` bytes does not fit."""
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < size:
-        raise ConversionError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
+        raise MQAError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
 
 
 def last_checkpoint(directory: Path) -> str | None:
@@ -467,7 +447,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
     """Open a job's directory, or find it again.
 
     Raises:
-        ConversionError: where one with other options lies there.
+        MQAError: where one with other options lies there.
     """
     state = processes()
     with state.main_process_first():
@@ -487,7 +467,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
                 )
                 said += "; " * (bool(said) and "files" in changed)
                 said += "files of the student, the teacher or the text have changed" * ("files" in changed)
-                raise ConversionError(
+                raise MQAError(
                     f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
                     "again with --restart"
                 )
@@ -498,7 +478,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             directory.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(options, indent=2) + "\n")
         except OSError as error:
-            raise ConversionError(f"{directory} cannot be written: {error}") from error
+            raise MQAError(f"{directory} cannot be written: {error}") from error
 
 
 @contextmanager
@@ -549,7 +529,7 @@ def train(
         What was logged.
 
     Raises:
-        ConversionError: where training diverges, rows are fewer than a step takes, or the disk is full.
+        MQAError: where training diverges, rows are fewer than a step takes, or the disk is full.
         SystemExit: where the process was told to stop (SIGTERM), after a checkpoint.
     """
     state = processes()
@@ -558,7 +538,7 @@ def train(
         with suppress(ValueError):  # one that was being written is made again
             return json.loads(history.read_text())
     if hasattr(rows, "__len__") and len(rows) < schedule.rows:
-        raise ConversionError(
+        raise MQAError(
             f"the text gives {len(rows)} rows of {schedule.sequence_length} tokens, and a step takes {schedule.rows}; "
             "lower --batch-tokens or add text"
         )

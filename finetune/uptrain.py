@@ -31,25 +31,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from mqa_hf.conversion import convert, inspect
+from mqa_hf import convert, inspect
+from mqa_hf.base.devices import processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json, stamp
+from mqa_hf.base.hub import CHAT_TEMPLATES, PICKLES, SAFETENSORS
+from mqa_hf.base.output import resolve_output, written_beside
+from mqa_hf.base.text import load_tokenizer
 from mqa_hf.conversion.companions import check_loads, copy_files, inside
-from mqa_hf.conversion.errors import ConversionError
 from mqa_hf.conversion.loading import load_model
-from mqa_hf.conversion.output import resolve_output, written_beside
-from mqa_hf.conversion.source import (
-    CHAT_TEMPLATES,
-    PICKLES,
-    REPORT_FILE,
-    SAFETENSORS,
-    TRAINING_FILE,
-    read_json,
-)
-from mqa_hf.conversion.text import load_tokenizer
 
 from .card import add_training_section
-from .data import CollatePairs, Part, collate_packed, stamp, starts_with_last, training_rows
+from .data import CollatePairs, Part, collate_packed, starts_with_last, training_rows
 from .losses import LOSSES, Objective, attention_names, check_liger, core
-from .training import Schedule, as_options, begin, processes, train
+from .training import Schedule, as_options, begin, train
 
 TRAINED = ("all", "attention", "lora")
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
@@ -104,10 +99,10 @@ def parse_losses(text: str) -> tuple[tuple[str, float], ...]:
         try:
             found.append((name, float(weight) if weight else 1.0))
         except ValueError:
-            raise ConversionError(f"--loss takes names with weights such as kl=1,hidden=0.5; got {text!r}") from None
+            raise MQAError(f"--loss takes names with weights such as kl=1,hidden=0.5; got {text!r}") from None
     unknown = [name for name, weight in found if name not in LOSSES or not 0 < weight < math.inf]
     if unknown:
-        raise ConversionError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {text!r}")
+        raise MQAError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {text!r}")
     return tuple(found)
 
 
@@ -147,13 +142,13 @@ def uptrain(
         What stands in `uptraining.json`: options, losses before and after, the log.
 
     Raises:
-        ConversionError: for what cannot be, said before anything is trained; and where training diverges.
+        MQAError: for what cannot be, said before anything is trained; and where training diverges.
     """
     state = processes()
     logging.disable_progress_bar()  # of every file that is read and written
     source = Path(student)
     if not (source / "config.json").is_file():
-        raise ConversionError(f"{source} is no checkpoint: it has no config.json")
+        raise MQAError(f"{source} is no checkpoint: it has no config.json")
     target = resolve_output(output, source, overwrite)
     job = target.with_name(f".{target.name}.uptrain")
     config = AutoConfig.from_pretrained(source)
@@ -197,37 +192,35 @@ def uptrain(
 
 
 def check(what: Uptraining, schedule: Schedule, config: Any) -> None:
-    """Raise ConversionError for options that cannot be together."""
+    """Raise MQAError for options that cannot be together."""
     if what.train not in TRAINED:
-        raise ConversionError(f"--train must be one of {', '.join(TRAINED)}; got {what.train!r}")
+        raise MQAError(f"--train must be one of {', '.join(TRAINED)}; got {what.train!r}")
     if what.train == "lora":
         try:
             import peft  # noqa: F401
         except ImportError as error:
-            raise ConversionError("--train lora needs PEFT: pip install 'mqa-hf[training]'") from error
+            raise MQAError("--train lora needs PEFT: pip install 'mqa-hf[training]'") from error
     if what.liger:
         check_liger()
     if "attention" in dict(what.losses) and what.train == "lora":
-        raise ConversionError(
-            "--loss attention trains attention layers themselves; with --train lora use --attention-tokens"
-        )
+        raise MQAError("--loss attention trains attention layers themselves; with --train lora use --attention-tokens")
     if what.attention_tokens < 0:
-        raise ConversionError(f"--attention-tokens must be at least 0; got {what.attention_tokens}")
+        raise MQAError(f"--attention-tokens must be at least 0; got {what.attention_tokens}")
     if schedule.tokens <= what.attention_tokens:
-        raise ConversionError(
+        raise MQAError(
             f"--attention-tokens {what.attention_tokens:,} must be fewer than all tokens, {schedule.tokens:,}"
         )
     if what.attention_tokens and what.teacher is None:
-        raise ConversionError("--attention-tokens needs a teacher; pass --teacher")
+        raise MQAError("--attention-tokens needs a teacher; pass --teacher")
     if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
-        raise ConversionError("encoder-decoder models are trained in this package's class; convert with --target mqa")
+        raise MQAError("encoder-decoder models are trained in this package's class; convert with --target mqa")
     if getattr(config, "num_mel_bins", None):
-        raise ConversionError("speech models are not trained on text")
+        raise MQAError("speech models are not trained on text")
     stack = getattr(config, "decoder", config)
     longest = getattr(stack, "max_position_embeddings", None)
     bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
     if bounded and longest and schedule.sequence_length > longest:
-        raise ConversionError(
+        raise MQAError(
             f"--sequence-length {schedule.sequence_length} is more than the {longest} positions of the model"
         )
 
@@ -249,7 +242,7 @@ def tokenizer_of(directory: Path, size: int) -> Any:
     """The tokenizer of a checkpoint whose model has `size` words."""
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > size:
-        raise ConversionError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
+        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
     return tokenizer
 
 
@@ -289,11 +282,11 @@ def examples(tokenizer: Any, config: Any, what: Any, schedule: Schedule) -> tupl
 
 
 def describe_teacher(name: str, revision: str | None) -> dict[str, Any]:
-    """What [`inspect`] says of the teacher; raises ConversionError where there is none."""
+    """What [`inspect`] says of the teacher; raises MQAError where there is none."""
     try:
         return inspect(name, revision=revision)
-    except ConversionError as error:
-        raise ConversionError(f"the teacher {name} cannot be had; say where it is with --teacher. {error}") from error
+    except MQAError as error:
+        raise MQAError(f"the teacher {name} cannot be had; say where it is with --teacher. {error}") from error
 
 
 def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, directory: Path) -> PreTrainedModel | None:
@@ -315,9 +308,7 @@ def load_teacher(what: Uptraining, source: Path, student: PreTrainedModel, direc
             name, revision = str(directory), None
         theirs = load_tokenizer(name, revision)
         if load_tokenizer(source).get_vocab() != theirs.get_vocab():
-            raise ConversionError(
-                f"the teacher {name} has another tokenizer than the student; it must be the original"
-            )
+            raise MQAError(f"the teacher {name} has another tokenizer than the student; it must be the original")
     return load_model(name, dtype=dtype, revision=revision)
 
 
@@ -421,7 +412,7 @@ def finish(
 
 
 def carried_over(student: Path) -> list[Path]:
-    """All files of a student but its weights; raises ConversionError for one that is a link to elsewhere."""
+    """All files of a student but its weights; raises MQAError for one that is a link to elsewhere."""
     left_out = (*SAFETENSORS, *PICKLES)
     found = [p for p in student.iterdir() if p.is_file() and not any(p.match(pattern) for pattern in left_out)]
     found += student.glob(CHAT_TEMPLATES)
@@ -431,11 +422,11 @@ def carried_over(student: Path) -> list[Path]:
 
 
 def original_of(student: Path) -> tuple[str, str | None]:
-    """The source that `conversion.json` names, and its revision; raises ConversionError where it names none."""
+    """The source that `conversion.json` names, and its revision; raises MQAError where it names none."""
     path = student / REPORT_FILE
     said = read_json(path) if path.is_file() else {}
     if not isinstance(said.get("source"), str) or not isinstance(said.get("revision"), str | None):
-        raise ConversionError(
+        raise MQAError(
             f"{student} does not say what it was converted from (no source in {REPORT_FILE}); name its original with "
             "--teacher, or train without one: --teacher none"
         )

@@ -1,36 +1,35 @@
 """mqa-hf: pretrained multi-head checkpoints as multi-query ones, in Hugging Face transformers.
 
-Importing this package registers the model with transformers' Auto classes; a converted checkpoint also carries the
-files it needs and loads without the package by `trust_remote_code=True`.
+    from mqa_hf import convert
+
+    convert("HuggingFaceTB/SmolLM2-135M-Instruct", "converted", method="shared")
+
+Importing this package registers its classes with transformers' Auto classes; a converted checkpoint also carries the
+files that it needs and loads without the package by `trust_remote_code=True`. PyTorch and transformers are imported
+only with what needs them.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+from .base.registration import when_imported
 
-from .configuration_mqa import MQAConfig
-from .configuration_mqa_seq2seq import MQASeq2SeqConfig
-from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
-from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
-from .modeling_mqa_speech import MQAForSpeechSeq2Seq
-
-__version__ = version("mqa-hf")
-
-for _config in (MQAConfig, MQASeq2SeqConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    _config.register_for_auto_class()  # so that `save_pretrained` writes these files beside the weights
-for _auto, _model in (
-    (AutoModel, MQAModel),
-    (AutoModelForCausalLM, MQAForCausalLM),
-    (AutoModel, MQASeq2SeqModel),
-    (AutoModelForSeq2SeqLM, MQAForConditionalGeneration),
-    (AutoModelForSpeechSeq2Seq, MQAForSpeechSeq2Seq),
-):
-    _auto.register(_model.config_class, _model, exist_ok=True)
-    _model.register_for_auto_class(_auto.__name__)
+if TYPE_CHECKING:
+    from .base.errors import ConversionError, ConversionWarning, MQAError
+    from .configuration_mqa import MQAConfig
+    from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+    from .conversion.convert import convert
+    from .conversion.inspect import inspect
+    from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
+    from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
+    from .modeling_mqa_speech import MQAForSpeechSeq2Seq
 
 __all__ = [
+    "ConversionError",
+    "ConversionWarning",
     "MQAConfig",
+    "MQAError",
     "MQAForCausalLM",
     "MQAForConditionalGeneration",
     "MQAForSpeechSeq2Seq",
@@ -39,4 +38,91 @@ __all__ = [
     "MQASeq2SeqConfig",
     "MQASeq2SeqModel",
     "__version__",
+    "convert",
+    "inspect",
 ]
+
+__version__ = version("mqa-hf")
+
+# Where each name is, so that it is imported when it is first asked for.
+_LIGHT = {
+    "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
+    "conversion.convert": ("convert",),
+    "conversion.inspect": ("inspect",),
+}
+_CLASSES = {
+    "configuration_mqa": ("MQAConfig",),
+    "configuration_mqa_seq2seq": ("MQASeq2SeqConfig",),
+    "modeling_mqa": ("MQAForCausalLM", "MQAModel", "MQAPreTrainedModel"),
+    "modeling_mqa_seq2seq": ("MQAForConditionalGeneration", "MQASeq2SeqModel"),
+    "modeling_mqa_speech": ("MQAForSpeechSeq2Seq",),
+}
+_HOME = {name: module for modules in (_LIGHT, _CLASSES) for module, names in modules.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] in _CLASSES:
+        _register_configs()
+        _register_models()
+    globals()[name] = found = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+def _register_configs() -> None:
+    from transformers import AutoConfig
+
+    from .configuration_mqa import MQAConfig
+    from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+
+    for config in (MQAConfig, MQASeq2SeqConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        config.register_for_auto_class()  # so that `save_pretrained` writes these files beside the weights
+
+
+def _register_models() -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+    from .modeling_mqa import MQAForCausalLM, MQAModel
+    from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
+    from .modeling_mqa_speech import MQAForSpeechSeq2Seq
+
+    for auto, model in (
+        (AutoModel, MQAModel),
+        (AutoModelForCausalLM, MQAForCausalLM),
+        (AutoModel, MQASeq2SeqModel),
+        (AutoModelForSeq2SeqLM, MQAForConditionalGeneration),
+        (AutoModelForSpeechSeq2Seq, MQAForSpeechSeq2Seq),
+    ):
+        auto.register(model.config_class, model, exist_ok=True)
+        model.register_for_auto_class(auto.__name__)
+
+
+def _register_lazily() -> None:
+    """Register configurations, and models with the first configuration that is made.
+
+    The module that transformers' Auto classes of models are in is itself imported by those that our models need, so
+    that its import is too early for them. Whoever loads a model has made its configuration before.
+    """
+    from .configuration_mqa import MQAConfig
+    from .configuration_mqa_seq2seq import MQASeq2SeqConfig
+
+    _register_configs()
+    made = {config: config.__post_init__ for config in (MQAConfig, MQASeq2SeqConfig)}
+
+    def first(self: Any, **kwargs: Any) -> None:
+        for config, post_init in made.items():
+            config.__post_init__ = post_init  # type: ignore[method-assign]
+        _register_models()
+        self.__post_init__(**kwargs)
+
+    for config in made:
+        config.__post_init__ = first  # type: ignore[method-assign]
+
+
+when_imported("transformers.models.auto.configuration_auto", _register_lazily)

@@ -1,5 +1,9 @@
-"""The `mqa-hf` command. What takes long to import is imported by the command that needs it."""
+"""The `mqa-hf` command: each job is a command, with the options that its fields declare.
 
+What takes long to import is imported by what runs. Errors that are meant for a person are one line, with exit code 1.
+"""
+
+import inspect
 import json
 import shlex
 import signal
@@ -7,19 +11,110 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from .base import console
+from .base.errors import ConversionWarning, MQAError
+from .base.options import Field, Job, as_flags, options, summary
+from .conversion.convert import Conversion
+from .conversion.inspect import Inspection
+
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection)
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="Turn pretrained multi-head checkpoints into multi-query ones.",
 )
+
+
+@app.callback(invoke_without_command=True)
+def package(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"mqa-hf {version('mqa-hf')}")
+        raise typer.Exit
+
+
+def add(job: type[Job]) -> None:
+    """Add a job's command."""
+
+    def run(dry_run: bool = False, as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any):
+        console.set_verbosity(console.QUIET if quiet else console.VERBOSE if verbose else console.NORMAL)
+        asked = None
+        try:
+            asked = job(**{name: value for name, value in given.items() if value is not None})
+            result = asked.dry_run() if dry_run else asked.run()
+        except MQAError as error:
+            raise MQAError(as_flags(str(error), job)) from error
+        except KeyboardInterrupt:
+            console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
+            raise typer.Exit(130) from None
+        if as_json:
+            typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=as_plain))
+        elif dry_run:
+            for name, value in result.items():
+                typer.echo(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+        else:
+            asked.show(result, Console(markup=False, highlight=False))
+
+    parameters = [parameter(field, job) for field in options(job)]
+    switches = {
+        "quiet": "Say nothing but warnings and errors.",
+        "verbose": "Say more.",
+        "as_json": "Print the result as JSON.",
+        **({} if job.dry_run is Job.dry_run else {"dry_run": "Say what would be read and written, and do nothing."}),
+    }
+    for name, said in switches.items():
+        option = typer.Option("--" + name.removeprefix("as_").replace("_", "-"), help=said, rich_help_panel="General")
+        parameters.append(switch(name, option))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(job.name, help=as_flags(summary(job), job))(run)
+
+
+def switch(name: str, option: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+
+
+def as_plain(value: Any) -> Any:
+    """What JSON has in place of a record or a path."""
+    return value.model_dump() if hasattr(value, "model_dump") else str(value)
+
+
+def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
+    """What typer reads of an option."""
+    option, default = field.option, field.default
+    kind: Any = field.kind
+    if field.many:
+        kind = str if option.comma else list[kind]
+        default = default and (",".join(map(str, default)) if option.comma else list(default))
+    if not field.required and not default and kind is not bool:
+        default, kind = default if field.kind in (int, float) else None, kind | None
+    help = as_flags(option.help, job)
+    metavar = option.metavar or "|".join(option.choices) or (f"<{field.kind.__name__}>" if field.many else None)
+    if field.positional:
+        info = typer.Argument(help=help, metavar=metavar, show_default=False)
+    else:
+        flags = [field.flag] if field.kind is bool and not field.optional else []
+        shown = not field.required and default not in (None, False)
+        info = typer.Option(*flags, help=help, metavar=metavar, show_default=shown, rich_help_panel=field.panel)
+    given = inspect.Parameter.empty if field.required else default
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=Annotated[kind, info]
+    )
+
+
+for _job in JOBS:
+    add(_job)
+
 
 Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.", show_default=False)]
 KVHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of the result; a divisor of the source's.")]
@@ -29,220 +124,8 @@ IgnoreSwitch = Annotated[
     typer.Option(help="An unknown switch in config.json that does not change the model; may be repeated."),
 ]
 
-# What `conversion.json` says of each layer, by method.
-ERRORS = (
-    *("key_error", "value_error", "cross_key_error", "cross_value_error"),
-    *("attention_error", "attention_kl", "discarded_key_energy", "discarded_value_energy"),
-    *("cross_attention_error", "cross_attention_kl", "cross_discarded_key_energy", "cross_discarded_value_energy"),
-)
-OUTPUT, HUB, SHARED = "Output", "Hub", "Fitted heads (--method shared)"
+OUTPUT = "Output"
 DATA, WRITING, HARNESS, RUNNING = "Held-out text", "What it writes", "lm-eval", "Running"
-
-
-@app.command()
-def convert(
-    source: Source,
-    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
-    kv_heads: KVHeads = 1,
-    method: Annotated[str, typer.Option(help="How heads become one: mean, first, random or shared.")] = "mean",
-    seed: Annotated[int, typer.Option(help="Seed of --method random and shared.")] = 0,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            help="Of an encoder-decoder model, the attentions to convert: any of decoder,cross,encoder. "
-            "Default: decoder,cross.",
-            show_default=False,
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(help="Positions that the decoder's self-attention sees, the current one included. Default: all."),
-    ] = None,
-    ignore_switch: IgnoreSwitch = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's manual.",
-            rich_help_panel=SHARED,
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens that heads are fitted on.", rich_help_panel=SHARED)
-    ] = 131_072,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.", rich_help_panel=SHARED)] = 512,
-    calibration_columns: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the text; for encoder-decoder models also two, such as en,de: read and written.",
-            rich_help_panel=SHARED,
-        ),
-    ] = None,
-    head_width: Annotated[
-        float, typer.Option(help="Width of a new head in units of an old one.", rich_help_panel=SHARED)
-    ] = 1,
-    key_width: Annotated[
-        float | None, typer.Option(help="The same, of keys alone.", rich_help_panel=SHARED, show_default=False)
-    ] = None,
-    value_width: Annotated[
-        float | None, typer.Option(help="The same, of values alone.", rich_help_panel=SHARED, show_default=False)
-    ] = None,
-    cache_budget: Annotated[
-        str | None,
-        typer.Option(
-            help="In place of widths: cache bytes per token at 16 bits, or a share of the source's such as 25%. "
-            "The widths of each layer are chosen so that the least is lost.",
-            rich_help_panel=SHARED,
-        ),
-    ] = None,
-    refit: Annotated[
-        bool | None,
-        typer.Option(
-            help="Whether output projections are refitted on the calibration text. Default: with --method shared.",
-            rich_help_panel=SHARED,
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where layers run.", rich_help_panel=SHARED)] = "cpu",
-    target: Annotated[
-        str,
-        typer.Option(
-            help="mqa: this package's class, as remote code. native: a class of transformers, where one fits.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = "mqa",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. Default: as in the source.", rich_help_panel=OUTPUT),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights.", rich_help_panel=OUTPUT)] = "5GB",
-    allow_nonfinite: Annotated[
-        bool,
-        typer.Option("--allow-nonfinite", help="Convert weights that hold NaN or infinity.", rich_help_panel=OUTPUT),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=HUB)
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Repository to upload the result to.", rich_help_panel=HUB)
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository private.", rich_help_panel=HUB)
-    ] = False,
-) -> None:
-    """Convert a checkpoint to fewer key/value heads."""
-    from mqa_hf.conversion import ConversionWarning, convert
-
-    warnings.simplefilter("ignore", ConversionWarning)  # they are printed below
-    report = convert(
-        source,
-        output,
-        kv_heads=kv_heads,
-        method=method,
-        attentions=None if attention is None else [name.strip() for name in attention.split(",")],
-        window=window,
-        calibration=calibration,
-        calibration_columns=() if calibration_columns is None else calibration_columns.split(","),
-        calibration_tokens=calibration_tokens,
-        sequence_length=sequence_length,
-        head_width=head_width,
-        key_width=key_width,
-        value_width=value_width,
-        cache_budget=cache_budget,
-        refit=refit,
-        device=device,
-        target=target,
-        dtype=dtype,
-        seed=seed,
-        revision=revision,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        ignore_switches=ignore_switch or (),
-        allow_nonfinite=allow_nonfinite,
-        push_to_hub=push_to_hub,
-        private=private,
-        progress=True,
-    )
-    for message in report["warnings"]:
-        Console(stderr=True).print(f"warning: {message}", style="yellow", markup=False, highlight=False)
-    cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
-    attentions = report["attentions"]
-    heads = ", ".join(
-        f"{n['before']} -> {n['after']} key/value heads" + (f" ({name})" if len(attentions) > 1 else "")
-        for name, n in attentions.items()
-    )
-    source_tokens = f", {cross['before']:,} -> {cross['after']:,} per source token" if cross["before"] else ""
-    Console(markup=False).print(
-        f"{output}: {heads}; {cache['before']:,} -> {cache['after']:,} cache bytes per token{source_tokens}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-@app.command()
-def inspect(
-    source: Source,
-    kv_heads: KVHeads = 1,
-    ignore_switch: IgnoreSwitch = None,
-    revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say what a checkpoint is and what a conversion would make of it, without reading weights."""
-    from mqa_hf.conversion import inspect
-
-    result = inspect(source, kv_heads=kv_heads, revision=revision, ignore_switches=ignore_switch or ())
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-        return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name in (
-        "source",
-        "family",
-        "encoder_layers",
-        "layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    ):
-        if name in result:
-            table.add_row(name.replace("_", " "), str(result[name]))
-    if "parameters" in result:
-        table.add_row("parameters", f"{result['parameters']:,}")
-        for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
-            if name in result:
-                cache = result[name]
-                after = f" -> {cache['after']:,} with {kv_heads} key/value head(s)" if "after" in cache else ""
-                title = "cache bytes per token" if name.startswith("kv") else "cache bytes per source token"
-                table.add_row(title, f"{cache['now']:,}{after}")
-    answer = "yes" if result["convertible"] else "no"
-    table.add_row("can be converted", f"{answer}: {result['reason']}" if result["reason"] else answer)
-    if result.get("native") is not None:
-        table.add_row("native target", result["native"] or "none")
-    if result["conversion"]:
-        conversion = result["conversion"]
-        table.add_row("made by", conversion["command"])
-        if "held_out_loss" in conversion:
-            loss = conversion["held_out_loss"]
-            measured = f" ({loss['tokens']:,} tokens of {loss['text']})" if "tokens" in loss else ""
-            table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token{measured}")
-        for name in ERRORS:
-            errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
-            if not errors:
-                continue
-            table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
-    if result["training"]:
-        training = result["training"]
-        table.add_row("trained on", f"{training['tokens']:,} tokens")
-        for name, loss in ((training["validation"] or {}).get("after") or {}).items():
-            before = training["validation"]["before"].get(name)
-            table.add_row(
-                f"{name} on validation text", f"{loss:.3f}" if before is None else f"{before:.3f} -> {loss:.3f}"
-            )
-        if training["command"]:
-            table.add_row("trained by", training["command"])
-    Console(markup=False).print(table)
 
 
 @app.command()
@@ -328,7 +211,7 @@ def benchmark(
     """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'."""
     import torch
 
-    from mqa_hf.conversion import ConversionError
+    from mqa_hf.base.errors import MQAError
     from mqa_hf.eval.speed import benchmark
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -336,7 +219,7 @@ def benchmark(
     if cells is not None:
         split = [cell.split("x") for cell in cells.split(",")]
         if any(len(cell) != 2 for cell in split):
-            raise ConversionError(f"--cells takes pairs of batch and context such as 1x512,16x4096, got {cells!r}")
+            raise MQAError(f"--cells takes pairs of batch and context such as 1x512,16x4096, got {cells!r}")
         pairs = [(numbers("--cells", b)[0], numbers("--cells", n)[0]) for b, n in split]
     heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
     benchmark(
@@ -482,9 +365,9 @@ def pretrain(
     restart: Restart = False,
 ) -> None:
     """Train a small model from scratch, to convert it or to compare with."""
+    from mqa_hf.base.devices import processes
     from mqa_hf.finetune.pretrain import Pretraining, read_config
     from mqa_hf.finetune.pretrain import pretrain as run
-    from mqa_hf.finetune.training import processes
 
     what = Pretraining(
         config=read_config(config),
@@ -582,19 +465,19 @@ def uptrain(
     """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good."""
     from transformers import AutoConfig
 
-    from mqa_hf.conversion import ConversionError
-    from mqa_hf.finetune.training import processes
+    from mqa_hf.base.devices import processes
+    from mqa_hf.base.errors import MQAError
     from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, original_of, parse_losses
     from mqa_hf.finetune.uptrain import uptrain as run
 
     if (tokens is None) == (alpha is None) or (alpha is None) != (pretraining_tokens is None):
-        raise ConversionError("pass --tokens, or --alpha with --pretraining-tokens")
+        raise MQAError("pass --tokens, or --alpha with --pretraining-tokens")
     if tokens is None:
         if alpha is None or not 0 < alpha < float("inf"):
-            raise ConversionError(f"--alpha must be a share above 0; got {alpha}")
+            raise MQAError(f"--alpha must be a share above 0; got {alpha}")
         tokens = max(1, round(alpha * (pretraining_tokens or 0)))
     if not (Path(student) / "config.json").is_file():
-        raise ConversionError(f"{student} is no checkpoint: it has no config.json")
+        raise MQAError(f"{student} is no checkpoint: it has no config.json")
     teacher_revision = None
     if teacher is None:
         teacher, teacher_revision = original_of(Path(student))
@@ -686,13 +569,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """How much worse a checkpoint is than its original: likelihood, distributions, what it writes, tasks."""
-    from mqa_hf.conversion import ConversionError
+    from mqa_hf.base.errors import MQAError
 
     try:
+        from mqa_hf.base.devices import processes
         from mqa_hf.eval import quality
-        from mqa_hf.finetune.training import processes
     except ImportError as error:
-        raise ConversionError(f"this needs {error.name}: pip install 'mqa-hf[evaluation]'") from error
+        raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[evaluation]'") from error
     given = {**locals(), "columns": tuple(columns.split(",")) if columns else ()}
     given["tasks"] = tuple(tasks.split(",")) if tasks else ()
     what = quality.Evaluation(**{f.name: given[f.name] for f in fields(quality.Evaluation)})
@@ -732,12 +615,12 @@ def demo(
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
 ) -> None:
     """The whole job on a small model that comes with the package: convert, train, measure, show."""
-    from mqa_hf.conversion import ConversionError
+    from mqa_hf.base.errors import MQAError
 
     try:
         from mqa_hf.eval.demo import demo
     except ImportError as error:
-        raise ConversionError(f"this needs {error.name}: pip install 'mqa-hf[demo]'") from error
+        raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[demo]'") from error
     demo(output, overwrite, show)
 
 
@@ -756,26 +639,33 @@ def recipe(
 
 def numbers(option: str, text: str) -> list[int]:
     """The positive integers of a comma-separated list."""
-    from mqa_hf.conversion import ConversionError
+    from mqa_hf.base.errors import MQAError
 
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isdigit() and int(part) for part in parts):
-        raise ConversionError(f"{option} takes positive integers with commas between them, got {text!r}")
+        raise MQAError(f"{option} takes positive integers with commas between them, got {text!r}")
     return [int(part) for part in parts]
 
 
-def main(command: Callable[[], None] = app) -> None:
+def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    if issubclass(category, ConversionWarning):
+        console.warn(str(message))
+    else:
+        _show_warning(message, category, *where)
+
+
+_show_warning = warnings.showwarning
+
+
+def main(command: Callable[..., Any] = app) -> None:
     """Entry point: errors meant for a person are printed as one message, with exit code 1."""
     # A job that is told to stop cleans up like one that is interrupted by hand.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
         command()
-    except ValueError as error:
-        from mqa_hf.conversion import ConversionError
-
-        if not isinstance(error, ConversionError):
-            raise
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except MQAError as error:
+        console.stderr().print(f"error: {error}", style="red")
         sys.exit(1)
 
 

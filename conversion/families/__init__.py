@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from mqa_hf.base.errors import ConversionError, MQAError, listing
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from ..errors import ConversionError, listing
 from ..operations import widened
 from . import alibi, encoder_decoder, gpt, llama, variants
 from .base import Family, Rule, SourceConfig
@@ -105,7 +105,7 @@ def family_of(model_type: Any) -> Family:
             return CANONICAL
         if isinstance(model_type, str) and model_type in NATIVE_ONLY:
             raise ConversionError(
-                f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use --target native"
+                f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use `target` native"
             )
         if isinstance(model_type, str) and model_type in REFUSED:
             raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")
@@ -125,8 +125,8 @@ def native_config(source: PreTrainedConfig, pooled: MQAConfig) -> PreTrainedConf
     native = family_of(source.model_type).native
     if native is None:
         raise ConversionError(
-            f"--target native: no class of transformers holds a {source.model_type} with fewer key/value heads; use "
-            "--target mqa"
+            f"`target` native: no class of transformers holds a {source.model_type} with fewer key/value heads; use "
+            "`target` mqa"
         )
     return native(source, pooled)
 
@@ -161,7 +161,7 @@ def canonical_config(
     family = family_of(source.model_type)
     check_not_quantised(raw)
     if ignore - set(raw):
-        raise ConversionError(f"--ignore-switch {listing(ignore - set(raw))}: config.json has no such switch")
+        raise ConversionError(f"`ignore_switch` {listing(ignore - set(raw))}: config.json has no such switch")
     if isinstance(source, MQAConfig | MQASeq2SeqConfig):
         return own_config(source, raw, ignore)
     recorder = SourceConfig(source)
@@ -170,7 +170,7 @@ def canonical_config(
         # T5's classes tie whatever the file says; a file that denies it has a head of its own.
         fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", fields["tie_word_embeddings"]))
         config = (MQASeq2SeqConfig if "decoder" in fields else MQAConfig)(**fields, dtype=source.dtype)
-    except ConversionError:
+    except MQAError:
         raise
     except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError) as error:
         raise ConversionError(f"{source.model_type}: config.json describes no model: {error}") from error
@@ -186,7 +186,7 @@ def canonical_config(
         switches = ", ".join(f"{name}={raw[name]!r}" for name in sorted(unknown))
         raise ConversionError(
             f"{source.model_type}: nothing is known of these switches in config.json: {switches}. If they do not "
-            "change what the model computes, name them with --ignore-switch"
+            "change what the model computes, name them with `ignore_switch`"
         )
     return config
 

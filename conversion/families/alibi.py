@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.mpt.configuration_mpt import MptAttentionConfig
 
+from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
 
-from ..errors import ConversionError, listing
 from ..operations import SplitGrouped, SplitStacked
 from .base import ATTENTION, BIASED_LAYER, QKV, Family, Rule, SourceConfig, module_rules, refuse, renamed, rope, shared
 

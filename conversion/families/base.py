@@ -8,9 +8,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 
-from ..errors import ConversionError
 from ..operations import Copy, Operation
 
 COPY = Copy()
@@ -160,8 +160,8 @@ def refuse(target: str, reasons: dict[str, bool]) -> None:
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise ConversionError(
-            f"--target native: {target}, the class that could hold this model, cannot: {'; '.join(found)}. "
-            "Use --target mqa"
+            f"`target` native: {target}, the class that could hold this model, cannot: {'; '.join(found)}. "
+            "Use `target` mqa"
         )
 
 

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from ..errors import ConversionError
+from mqa_hf.base.errors import ConversionError
+
 from ..operations import DropRows, Flatten, Operation, SinusoidTable
 from .base import BIASED_LAYER, COPY, Family, Rule, SourceConfig, module_rules, renamed
 

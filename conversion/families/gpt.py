@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import GPTBigCodeConfig, PhiConfig, PreTrainedConfig
 
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 
-from ..errors import ConversionError
 from ..operations import (
     Copy,
     DeinterleaveRotary,

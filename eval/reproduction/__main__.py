@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import write_whole
 from mqa_hf.cli import main
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.output import write_whole
 from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.pretrain import Pretraining, find_tokenizer
 from mqa_hf.finetune.recipe import run_steps
@@ -43,7 +43,7 @@ def read(work: Path, recipes: list[str]) -> list[Experiment]:
     experiments = [Experiment.parse(said, work.resolve(), device) for said in recipes]
     tasks = [experiment.task for experiment in experiments]
     if len(set(tasks)) < len(tasks):
-        raise ConversionError(f"recipes need different names; got {', '.join(tasks)}")
+        raise MQAError(f"recipes need different names; got {', '.join(tasks)}")
     return experiments
 
 
@@ -74,13 +74,13 @@ def run(
     try:
         chosen = [chain for chain in chains if only is None or re.search(only, chain.name)]
     except re.error as error:
-        raise ConversionError(f"--only {only} is no regular expression: {error}") from None
+        raise MQAError(f"--only {only} is no regular expression: {error}") from None
     done = {chain.name for chain in chains if chain.done}
     needed = {name for chain in chosen for name in chain.needs} - done - {chain.name for chain in chosen}
     if not chosen:
-        raise ConversionError(f"--only {only}: found in no chain's name, such as {chains[0].name}")
+        raise MQAError(f"--only {only}: found in no chain's name, such as {chains[0].name}")
     if needed:
-        raise ConversionError(f"--only {only}: these chains need {', '.join(sorted(needed))}, not run yet")
+        raise MQAError(f"--only {only}: these chains need {', '.join(sorted(needed))}, not run yet")
     for experiment in experiments:
         prepare_tokenizer(experiment)
     if restart:
@@ -95,19 +95,19 @@ def run(
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"{work / RESULTS}; {len(left)} of {len(chosen)} chains are not done")
     if failed:
-        raise ConversionError(f"not all chains are whole: {', '.join(failed)}; log.txt in their directories says why")
+        raise MQAError(f"not all chains are whole: {', '.join(failed)}; log.txt in their directories says why")
 
 
 def prepare_tokenizer(experiment: Experiment) -> None:
     """Train the tokenizer that all models of an experiment have, or find it again.
 
     Raises:
-        ConversionError: where one with another vocabulary or of another text is there.
+        MQAError: where one with another vocabulary or of another text is there.
     """
     made_of = {"text": experiment.split("train"), "vocab_size": experiment.recipe["vocab_size"]}
     note = experiment.tokenizer.with_name("tokenizer.json")
     if note.is_file() and json.loads(note.read_text()) != made_of:
-        raise ConversionError(
+        raise MQAError(
             f"{experiment.tokenizer} is the tokenizer of {json.loads(note.read_text())}, not of {made_of}; give "
             "another WORK"
         )
@@ -132,7 +132,7 @@ def chain(work: Work, recipes: Recipes) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConversionError(f"another process is running {name}; wait for it, or end it") from None
+            raise MQAError(f"another process is running {name}; wait for it, or end it") from None
         run_steps(found.steps, found.place / RECORD, name, keep_going=True)
 
 
@@ -144,7 +144,7 @@ def times(work: Work, recipes: Recipes) -> None:
     for experiment in experiments:
         for path in experiment.timed:
             if not path.is_dir():
-                raise ConversionError(f"{path} is not there yet; python -m {MODULE} run makes it")
+                raise MQAError(f"{path} is not there yet; python -m {MODULE} run makes it")
     run_steps(steps, work.resolve() / TIMES, "times")
     collect(work, experiments)
 

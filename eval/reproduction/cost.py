@@ -13,13 +13,14 @@ import torch
 from transformers import set_seed
 
 from mqa_hf import MQAForConditionalGeneration
-from mqa_hf.conversion.errors import ConversionError
+from mqa_hf.base.devices import peak_rate
+from mqa_hf.base.errors import MQAError
 from mqa_hf.eval.speed import benchmark
 from mqa_hf.finetune.data import CollatePairs
 from mqa_hf.finetune.losses import Objective
 from mqa_hf.finetune.pretrain import configuration
 from mqa_hf.finetune.throughput import Clock
-from mqa_hf.finetune.training import Schedule, operations_per_token, peak_rate, train
+from mqa_hf.finetune.training import Schedule, operations_per_token, train
 
 from .experiments import FIRST, configured
 
@@ -108,7 +109,7 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
         timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
         failed = [record["error"] for record in timed if "error" in record]
         if failed:
-            raise ConversionError(f"{name}: {failed[0]}; lower --batch ({batch}) or --length ({length})")
+            raise MQAError(f"{name}: {failed[0]}; lower --batch ({batch}) or --length ({length})")
         trained = training_cost(name, config, rows, 2 * length, steps)
         with lines.open("a", encoding="utf-8") as file:
             for record in timed:

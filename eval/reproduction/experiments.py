@@ -11,11 +11,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.source import REPORT_FILE, TRAINING_FILE
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_yaml
 from mqa_hf.eval.quality import RESULTS, cache_size
 from mqa_hf.finetune.pretrain import REPORT as PRETRAINING
-from mqa_hf.finetune.recipe import Step, command_group, flags, read_yaml, unfinished
+from mqa_hf.finetune.recipe import Step, command_group, flags, unfinished
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
 TIMES = "times.json"  # which experiments have been timed
@@ -150,25 +150,23 @@ class Experiment:
         """`RECIPE=TEXT`; a recipe is one of this package's by its name, or a file.
 
         Raises:
-            ConversionError: where there is no such recipe or text, or the recipe says what is not understood.
+            MQAError: where there is no such recipe or text, or the recipe says what is not understood.
         """
         name, sign, text = said.partition("=")
         shipped = files("mqa_hf.eval.reproduction") / "recipes"
         path: Any = Path(name) if name.endswith((".yaml", ".yml")) else shipped / f"{name}.yaml"
         if not sign or not path.is_file():
             known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in shipped.iterdir()))
-            raise ConversionError(f"{said!r} is no RECIPE=TEXT, where RECIPE is a YAML file or one of {known}")
+            raise MQAError(f"{said!r} is no RECIPE=TEXT, where RECIPE is a YAML file or one of {known}")
         recipe = read_yaml(path)
         check(recipe, name)
         experiment = cls(Path(name).stem, recipe, text, work, device)
         splits = ("train", "validation", *(("test",) if "evaluate" in recipe else ()))
         missing = [experiment.split(split) for split in splits if not Path(experiment.split(split)).is_file()]
         if Path(text).is_dir() and missing:
-            raise ConversionError(f"{text} has not all texts that {name} needs: {', '.join(missing)} is not there")
+            raise MQAError(f"{text} has not all texts that {name} needs: {', '.join(missing)} is not there")
         if not Path(text).is_dir() and not HUB_ID.fullmatch(text):
-            raise ConversionError(
-                f"{text} is no directory, and no id of the Hub's data sets (name/name:configuration)"
-            )
+            raise MQAError(f"{text} is no directory, and no id of the Hub's data sets (name/name:configuration)")
         return experiment
 
     def split(self, name: str) -> str:
@@ -346,13 +344,13 @@ def by_split(steps: dict[str, Step]) -> dict[str, Path]:
 
 
 def check(recipe: Any, name: str) -> None:
-    """Raise ConversionError for a recipe that lacks something, or says what nothing reads."""
+    """Raise MQAError for a recipe that lacks something, or says what nothing reads."""
     if not isinstance(recipe, dict) or not set(NEEDED) <= set(recipe):
-        raise ConversionError(f"{name} needs {', '.join(NEEDED)}")
+        raise MQAError(f"{name} needs {', '.join(NEEDED)}")
     unknown = [str(key) for key in recipe if key not in KNOWN]
     if unknown:
-        raise ConversionError(f"{name}: {', '.join(unknown)}: a recipe has {', '.join(KNOWN)}")
+        raise MQAError(f"{name}: {', '.join(unknown)}: a recipe has {', '.join(KNOWN)}")
     if FIRST not in recipe["models"]:
-        raise ConversionError(f"{name} needs a model called {FIRST}, which the others are compared with")
+        raise MQAError(f"{name} needs a model called {FIRST}, which the others are compared with")
     if "convert" in recipe and not {"shares", "calibrate"} <= set(recipe):
-        raise ConversionError(f"{name} needs shares and calibrate beside convert")
+        raise MQAError(f"{name} needs shares and calibrate beside convert")

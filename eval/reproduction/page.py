@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mqa_hf.conversion.errors import ConversionError
-from mqa_hf.conversion.output import write_whole
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import write_whole
 
 from .experiments import FIRST, read_lines
 
@@ -330,7 +330,7 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
 
 def read(path: Path) -> list[Record]:
     if not path.is_file():
-        raise ConversionError(f"{path} is not there; python -m mqa_hf.eval.reproduction run and cost make it")
+        raise MQAError(f"{path} is not there; python -m mqa_hf.eval.reproduction run and cost make it")
     return read_lines(path)
 
 
@@ -348,14 +348,14 @@ def filled(page: str, directory: Path) -> str:
     """The page with its blocks made anew.
 
     Raises:
-        ConversionError: for a block of which nothing was measured.
+        MQAError: for a block of which nothing was measured.
     """
     makers = blocks(directory)
 
     def block(match: re.Match[str]) -> str:
         name = match[1]
         if name not in makers:
-            raise ConversionError(f"nothing was measured for {name!r}; there is {', '.join(makers)}")
+            raise MQAError(f"nothing was measured for {name!r}; there is {', '.join(makers)}")
         return f"<!-- {name} -->\n\n{makers[name]()}\n\n<!-- end -->"
 
     return re.sub(

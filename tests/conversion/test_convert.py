@@ -18,7 +18,7 @@ from tokenizer import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mqa_hf
-from mqa_hf.conversion import convert, inspect
+from mqa_hf import convert, inspect
 from mqa_hf.conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 
 GROUPED = {**LLAMA, "num_key_value_heads": 3}
@@ -334,7 +334,7 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
             assert "*.safetensors" in delete_patterns
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
-    monkeypatch.setattr("mqa_hf.conversion.converter.HfApi", Api)
+    monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
     convert(save(model, tmp_path / "source"), tmp_path / "ours", push_to_hub="me/mqa", private=True)
     assert calls[0] == ("me/mqa", {"private": True, "exist_ok": True})
     assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= set(calls[1][1])

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from sources import GPT, LLAMA, batch, make_model, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import MQAError
 from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, REFUSED, refused
 
 # Types whose row is still to come: they may be in no table yet.
@@ -112,7 +113,7 @@ def qwen3(tmp_path):
 
 
 def refused_with(source, match, **options):
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(MQAError, match=match):
         convert(source, source.parent / "output", **options)
     assert not (source.parent / "output").exists()
 
@@ -139,7 +140,7 @@ def test_another_name_of_a_family(tmp_path):
 def test_the_canonical_target_is_refused_with_the_way_out(qwen3):
     refused_with(
         qwen3,
-        "qwen3 is converted in its own class only: its queries and keys are normalised by head; use --target native",
+        "qwen3 is converted in its own class only: its queries and keys are normalised by head; use `target` native",
     )
 
 
@@ -164,7 +165,7 @@ def test_a_projection_that_is_missing(qwen3):
 
 
 def test_heads_that_do_not_divide(qwen3):
-    refused_with(qwen3, "--kv-heads 3 does not divide the source's 4", kv_heads=3, target="native")
+    refused_with(qwen3, "`kv_heads` 3 does not divide the source's 4", kv_heads=3, target="native")
 
 
 def test_quantised_weights(qwen3):

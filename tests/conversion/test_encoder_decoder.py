@@ -21,7 +21,8 @@ from sources import save
 from tokenizer import write_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
 
-from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import MQAError
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.finetune.data import CollatePairs, starts_with_last
 
@@ -68,7 +69,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(
 ):
     theirs = make_seq2seq(model_type, config)
     source = save(theirs, tmp_path / "source")
-    report = convert(source, tmp_path / "ours", attentions=attentions)
+    report = convert(source, tmp_path / "ours", attention=attentions)
     theirs, ours = load_source(source, model_type), load(tmp_path / "ours", model_type)
     overwrite_with_mean(theirs, 1, attentions)
     difference, size = seq2seq_difference(ours, theirs)
@@ -95,7 +96,7 @@ def test_generation_is_that_of_the_source(model_type, what, config, options, tmp
 def test_attentions_that_are_not_chosen_are_left_alone(method, tmp_path):
     source = save(make_seq2seq("t5", T5), tmp_path / "source")
     convert(source, tmp_path / "all", kv_heads=6)
-    convert(source, tmp_path / "some", method=method, attentions=["decoder"])
+    convert(source, tmp_path / "some", method=method, attention=["decoder"])
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "some"))
     for name, tensor in before.items():
         pooled = ".decoder." in name and ".self_attn." in name and (".k_proj." in name or ".v_proj." in name)
@@ -144,7 +145,7 @@ def test_a_table_of_sinusoids_that_is_rounded_or_another_is_kept(model_type, dty
 
 def test_a_decoder_that_starts_with_padding_is_refused_where_it_would_have_no_position(tmp_path):
     theirs = make_seq2seq("m2m_100", {**FIRST["m2m_100"][2], "decoder_start_token_id": 1, "pad_token_id": 1})
-    with pytest.raises(ConversionError, match=r"starts with the padding token \(1\)"):
+    with pytest.raises(MQAError, match=r"starts with the padding token \(1\)"):
         convert(save(theirs, tmp_path / "source"), tmp_path / "ours")
 
 
@@ -215,7 +216,7 @@ def test_it_loads_as_remote_code_where_the_package_is_not_importable(model_type,
 
 
 def test_the_model_card_counts_every_attention(tmp_path):
-    convert(save(make_seq2seq("t5", T5), tmp_path / "source"), tmp_path / "ours", attentions=["decoder", "encoder"])
+    convert(save(make_seq2seq("t5", T5), tmp_path / "source"), tmp_path / "ours", attention=["decoder", "encoder"])
     card = ModelCard.load(tmp_path / "ours" / "README.md").text
     assert "| key/value heads, self-attention of the decoder | 6 | 1 |" in card
     assert "| key/value heads, cross-attention | 6 | 6 |" in card
@@ -288,7 +289,7 @@ def test_copies_of_the_embedding_in_old_files_are_left_out(tmp_path):
     assert sum("embed" in name or "lm_head" in name for name in load_file(tmp_path / "ours/model.safetensors")) == 1
     tensors["encoder.embed_tokens.weight"] += 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConversionError, match=r"both stand for .*, and differ"):
+    with pytest.raises(MQAError, match=r"both stand for .*, and differ"):
         convert(source, tmp_path / "other")
 
 
@@ -316,24 +317,27 @@ def test_inspection_counts_both_caches(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"attentions": ["encoder", "selfish"]}, "--attention encoder,selfish: this model's attentions are decoder"),
-        ({"attentions": []}, "--attention"),
+        (
+            {"attention": ["encoder", "selfish"]},
+            "`attention` must be a list, each one of decoder, cross, encoder; got 'selfish'",
+        ),
+        ({"attention": []}, "`attention`"),
         ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of decoder attention"),
-        ({"target": "native"}, "--target native"),
-        ({"window": 0}, "--window must be at least 2"),
-        ({"window": 1}, "--window must be at least 2"),
+        ({"target": "native"}, "`target` native"),
+        ({"window": 0}, "`window` must be at least 2"),
+        ({"window": 1}, "`window` must be at least 2"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):
     source = save(make_seq2seq("t5", T5), tmp_path / "source")
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(MQAError, match=match):
         convert(source, tmp_path / "ours", **options)
     assert not (tmp_path / "ours").exists()
 
 
 def test_prompts_that_no_projection_makes_are_refused(tmp_path):
     source = save(make_seq2seq("mvp", {**BART, "use_prompt": True}), tmp_path / "source")
-    with pytest.raises(ConversionError, match="use_prompt=True is not supported"):
+    with pytest.raises(MQAError, match="use_prompt=True is not supported"):
         convert(source, tmp_path / "ours")
 
 

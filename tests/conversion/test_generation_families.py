@@ -5,7 +5,7 @@ import torch
 from sources import CASES, IDS, batch, kv_heads_of, make_model, save
 from transformers import AutoModelForCausalLM
 
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 
 TOKENS = 50
 FIRST = {family: fields for family, _, fields in reversed(CASES)}

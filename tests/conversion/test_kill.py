@@ -17,7 +17,7 @@ from sources import LLAMA, make_model, save
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 
 # Reads lines [words, seconds until it is killed or null]; writes how the command ended, and after what time.
 DRIVER = """

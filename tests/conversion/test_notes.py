@@ -7,7 +7,8 @@ from native_sources import make_native
 from sources import GPT, LLAMA, make_model, save
 from transformers import PreTrainedConfig
 
-from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import MQAError
 
 # What published files hold beside the switches of their class.
 NOTES = {
@@ -121,5 +122,5 @@ def test_a_switch_that_may_change_the_function_stays_an_error(kind, switch, valu
     assert switch not in PreTrainedConfig().to_dict()
     source = with_switches(tmp_path / "source", make_model(kind, LLAMA if kind == "llama" else GPT), {switch: value})
     assert not inspect(source)["convertible"]
-    with pytest.raises(ConversionError, match=switch):
+    with pytest.raises(MQAError, match=switch):
         convert(source, tmp_path / "output")

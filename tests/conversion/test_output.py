@@ -22,9 +22,11 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+import mqa_hf.base.output as writing
 import mqa_hf.conversion.converter as converter
-import mqa_hf.conversion.output as writing
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import write_whole
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def secret(tmp_path):
 def refused(source, output, match, **options):
     """The conversion ends with this message, and leaves nothing."""
     others = set(output.parent.iterdir())
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(MQAError, match=match):
         convert(source, output, **options)
     assert set(output.parent.iterdir()) == others
 
@@ -345,7 +347,7 @@ def test_directories_of_other_outputs_are_left_alone(source, tmp_path):
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-import mqa_hf.conversion.converter as c, mqa_hf.conversion.output as writing
+import mqa_hf.conversion.converter as c, mqa_hf.base.output as writing
 {change}
 from mqa_hf.cli import main
 main()
@@ -376,7 +378,7 @@ def test_two_processes_that_write_the_same_output_do_not_disturb_each_other(sour
     assert "at the end\n" in iter(first.stdout.readline, "")
     (partial,) = tmp_path.glob(".output.partial-*")
     seen = contents(partial)
-    with pytest.raises(ConversionError, match=r"another process is writing .*output; wait for it"):
+    with pytest.raises(MQAError, match=r"another process is writing .*output; wait for it"):
         convert(source, output, overwrite=True)
     assert contents(output) == before
     assert contents(partial) == seen
@@ -409,7 +411,7 @@ def test_a_process_that_is_killed_between_two_renames_loses_nothing(source, tmp_
     assert killed.returncode == -signal.SIGKILL
     assert output.exists() == (call != 2)
     assert len(list(tmp_path.glob(".output.*"))) > 1
-    with pytest.raises(ConversionError, match="exists and is not empty"):
+    with pytest.raises(MQAError, match="exists and is not empty"):
         convert(source, output)
     said = capfd.readouterr().err
     assert ("put back what was there before" in said) == (call == 2)
@@ -472,10 +474,10 @@ def test_without_locks_nothing_is_removed(source, tmp_path, monkeypatch):
 
 
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
-    writing.write_whole(tmp_path / "results.json", "before")
+    write_whole(tmp_path / "results.json", "before")
     (tmp_path / ".results.json.partial").write_text("left by a killed process, and longer than what follows")
     with pytest.raises(UnicodeEncodeError):
-        writing.write_whole(tmp_path / "results.json", "\ud800")
+        write_whole(tmp_path / "results.json", "\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    writing.write_whole(tmp_path / "results.json", "after")
+    write_whole(tmp_path / "results.json", "after")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["after"]

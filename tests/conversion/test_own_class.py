@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError, convert, inspect
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, convert, inspect
+from mqa_hf.base.errors import MQAError
 
 STACK = {
     "vocab_size": 61,
@@ -63,7 +63,7 @@ def test_with_all_heads_it_is_the_same_and_with_one_the_mean(model, tmp_path):
 
 def test_what_cannot_become_fewer_is_said(tmp_path):
     MQAForCausalLM(MQAConfig(**STACK, qk_head_dim=16)).save_pretrained(tmp_path / "wide")
-    with pytest.raises(ConversionError, match=r"heads are 16 wide; only heads of head_dim \(8\)"):
+    with pytest.raises(MQAError, match=r"heads are 16 wide; only heads of head_dim \(8\)"):
         convert(tmp_path / "wide", tmp_path / "output")
     said = inspect(tmp_path / "wide")
     assert (said["convertible"], said["kv_bytes_per_token"]) == (False, {"now": 2 * 2 * 4 * (16 + 8)})
@@ -72,6 +72,6 @@ def test_what_cannot_become_fewer_is_said(tmp_path):
     MQAForCausalLM(MQAConfig(**STACK)).save_pretrained(tmp_path / "source")
     path = tmp_path / "source" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sinks": 3}))
-    with pytest.raises(ConversionError, match="has no switches sinks"):
+    with pytest.raises(MQAError, match="has no switches sinks"):
         convert(tmp_path / "source", tmp_path / "output")
     assert not inspect(tmp_path / "source")["convertible"]

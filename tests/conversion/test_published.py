@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mqa_hf.conversion import inspect
+from mqa_hf import inspect
 
 SUMMARY = {
     "summary_activation": None,

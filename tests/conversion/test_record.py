@@ -11,8 +11,9 @@ from sources import LLAMA, make_model, save
 from tokenizer import write_tokenizer
 from typer.testing import CliRunner
 
+from mqa_hf import convert, inspect
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert, inspect
 from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.training import Schedule
 from mqa_hf.finetune.uptrain import Uptraining, original_of, uptrain
@@ -108,7 +109,7 @@ def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home,
     assert "kl on validation text" in shown
     assert inspect(tmp_path / "ours")["training"] is None
     (tmp_path / "trained" / "uptraining.json").write_text('{"tokens": 256}')
-    with pytest.raises(ConversionError, match=r"uptraining\.json is not whole: validation, command is missing"):
+    with pytest.raises(MQAError, match=r"uptraining\.json is not whole: validation, command is missing"):
         inspect(tmp_path / "trained")
 
 
@@ -122,16 +123,16 @@ def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp
 
 
 def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, tmp_path):
-    with pytest.raises(ConversionError, match=r"does not say what it was converted from.*--teacher none"):
+    with pytest.raises(MQAError, match=r"does not say what it was converted from.*--teacher none"):
         original_of(home / "source")
     words = ["uptrain", str(home / "source"), str(tmp_path / "out"), "--dataset", str(home / "text.jsonl")]
     result = CliRunner().invoke(app, [*words, "--tokens", "128"])
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, MQAError)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path):
     convert(home / "source", tmp_path / "ours")
-    with pytest.raises(ConversionError, match=r"the teacher .*gone cannot be had"):
+    with pytest.raises(MQAError, match=r"the teacher .*gone cannot be had"):
         train(home, tmp_path / "ours", tmp_path / "trained", str(tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]

@@ -14,13 +14,13 @@ import torch
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 
 GIB = 2**30
 
 RUN = """
 import re, sys
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 convert(sys.argv[1], sys.argv[2])
 # Not ru_maxrss: that starts with the peak of the process that this one was forked from.
 print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))

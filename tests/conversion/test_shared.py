@@ -12,8 +12,9 @@ from sources import CASES, IDS, LLAMA, batch, largest_difference, make_model, sa
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from mqa_hf.conversion import ConversionError, ConversionWarning, calibration, convert
-from mqa_hf.conversion.text import corrupt_spans, documents
+from mqa_hf import calibration, convert
+from mqa_hf.base.errors import ConversionWarning, MQAError
+from mqa_hf.base.text import corrupt_spans, documents
 from mqa_hf.conversion.widths import Curves, choose_widths
 
 SMALL = {"calibration_tokens": 1024, "sequence_length": 32}
@@ -103,7 +104,7 @@ def test_the_native_target_holds_a_fitted_head_of_the_old_width(tmp_path):
     convert(source, tmp_path / "ours", method="shared", **SMALL)
     convert(source, tmp_path / "native", method="shared", target="native", **SMALL)
     assert largest_difference(load(tmp_path / "native"), load(tmp_path / "ours"))[0] <= 1e-4
-    with pytest.raises(ConversionError, match="--target native"):
+    with pytest.raises(MQAError, match="`target` native"):
         convert(source, tmp_path / "wide", method="shared", target="native", head_width=2, **SMALL)
 
 
@@ -127,18 +128,18 @@ def test_the_default_text_is_there_without_a_network():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"head_width": 7}, "--key-width 7 is more than the 6 old heads"),
+        ({"head_width": 7}, "`key_width` 7 is more than the 6 old heads"),
         ({"head_width": 0}, "widths must be above 0"),
-        ({"window": 4}, "--window and --method shared"),
-        ({"device": "warp"}, "--device warp: "),
-        ({"method": "mean", "head_width": 2}, "widths and --cache-budget are for --method shared, not mean"),
-        ({"calibration": "/nowhere.txt"}, "--calibration /nowhere.txt cannot be read"),
+        ({"window": 4}, "`window` and `method` shared"),
+        ({"device": "warp"}, "`device` warp: "),
+        ({"method": "mean", "head_width": 2}, "widths and `cache_budget` are for `method` shared, not mean"),
+        ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt cannot be read"),
         ({"calibration_tokens": 10}, "at least two sequences of 32 are needed"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):
     source, _ = make("llama: multi-head", tmp_path)
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(MQAError, match=match):
         convert(source, tmp_path / "ours", **{"method": "shared", **SMALL, **options})
     assert not (tmp_path / "ours").exists()
 
@@ -186,13 +187,13 @@ def test_all_attentions_of_an_encoder_decoder_model_are_fitted(model_type, tmp_p
 
 def test_one_attention_alone_and_a_budget_for_both_caches(tmp_path):
     source, _, text = make_pair_source("bart", tmp_path)
-    convert(source, tmp_path / "cross", method="shared", attentions=["cross"], head_width=6, **text, **SMALL)
+    convert(source, tmp_path / "cross", method="shared", attention=["cross"], head_width=6, **text, **SMALL)
     difference, size = seq2seq_difference(load_seq2seq(tmp_path / "cross"), load_seq2seq(source))
     assert difference <= 2e-3 * size  # the biases of the other attention's values have moved with them
     report = convert(source, tmp_path / "half", method="shared", cache_budget="50%", **text, **SMALL)
     for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
         assert 0.4 < report[name]["after"] / report[name]["before"] <= 0.5
-    with pytest.raises(ConversionError, match="is a share"):
+    with pytest.raises(MQAError, match="is a share"):
         convert(source, tmp_path / "bytes", method="shared", cache_budget="640", **text, **SMALL)
 
 
@@ -236,7 +237,7 @@ def test_a_budget_goes_where_it_is_needed_and_is_kept(tmp_path):
         found = ours.generate(ids, max_new_tokens=8, do_sample=False, **options)
         assert torch.equal(found, expected)
     for wrong, match in (("0", "neither"), ("lots", "neither"), ("16", "need at least")):
-        with pytest.raises(ConversionError, match=match):
+        with pytest.raises(MQAError, match=match):
             convert(source, tmp_path / "no", method="shared", cache_budget=wrong, **SMALL)
 
 
@@ -302,10 +303,10 @@ def test_doubtful_fits_are_warned_of(tmp_path):
 
 def test_what_it_is_not_for(tmp_path):
     source = save(make_seq2seq("t5", T5), tmp_path / "t5")
-    with pytest.raises(ConversionError, match="tokenizer"):
+    with pytest.raises(MQAError, match="tokenizer"):
         convert(source, tmp_path / "ours", method="shared")
     bare = save(make_model("llama", LLAMA), tmp_path / "bare")
-    with pytest.raises(ConversionError, match="tokenizer"):
+    with pytest.raises(MQAError, match="tokenizer"):
         convert(bare, tmp_path / "ours", method="shared")
 
 

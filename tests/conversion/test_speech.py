@@ -11,7 +11,7 @@ from sources import save
 from tokenizer import write_whisper_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 
 SECONDS = 2.5
 

@@ -8,7 +8,8 @@ from native_sources import BASE, CONFIGS, installed_types
 from sources import CASES, IDS, LLAMA, make_model, need, rope, save
 from transformers import AutoConfig
 
-from mqa_hf.conversion import ConversionWarning, convert
+from mqa_hf import convert
+from mqa_hf.base.errors import ConversionWarning
 from mqa_hf.conversion.families import FAMILIES
 from mqa_hf.conversion.spellings import both_spellings, lost_in_transformers4
 

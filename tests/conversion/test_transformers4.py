@@ -13,7 +13,8 @@ from native_sources import BASE, CONFIGS
 from sources import CASES, LLAMA, kv_heads_of, make_model, rope, save
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.conversion.families import FAMILIES
 
 WORKER = Path(__file__).with_name("transformers4_worker.py")
@@ -131,7 +132,7 @@ def results(root: Path) -> dict[tuple[str, str, str], tuple[Path, torch.Tensor]]
             directory = root / f"{number}-{label}"
             try:
                 convert(source, directory, kv_heads=kv_heads, target="native")
-            except ConversionError as error:
+            except MQAError as error:
                 if "gpt_bigcode" not in str(error):  # it has one head, and no windows
                     raise
                 continue

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from sources import GPT, LLAMA, make_model, save
 from tokenizer import write_tokenizer
 
-from mqa_hf.conversion import ConversionError, ConversionWarning, convert
+from mqa_hf import convert
+from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.conversion.checkpoint import count_nonfinite
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.pooling import relative
@@ -68,7 +69,7 @@ def places(tmp_path):
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.items(), ids=lambda x: getattr(x, "__name__", ""))
 def test_a_model_is_not_loaded_from_other_weights_than_its_own(damage, message, places):
     load_model(places / "ours")
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(MQAError, match=message):
         load_model(change(places / "ours", damage))
 
 
@@ -89,7 +90,7 @@ def measured(places: Path) -> None:
 @pytest.mark.parametrize("which", ["source", "ours"])
 def test_training_and_evaluation_refuse_a_student_a_teacher_and_an_original_that_lack_a_tensor(job, which, places):
     change(places / which, lose)
-    with pytest.raises(ConversionError, match=rf"missing.*{UP}"):
+    with pytest.raises(MQAError, match=rf"missing.*{UP}"):
         job(places)
     assert not (places / "trained").exists()
 
@@ -107,7 +108,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places)
         tensors[KEY][45, 2] = value  # not in the first head
 
     change(places / "source", spoil)
-    with pytest.raises(ConversionError, match=rf"1 of the 2,304 entries of {KEY} in model.safetensors are NaN"):
+    with pytest.raises(MQAError, match=rf"1 of the 2,304 entries of {KEY} in model.safetensors are NaN"):
         convert(places / "source", places / "other", calibration=None, **options)
     assert not (places / "other").exists()
 
@@ -115,7 +116,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places)
 def test_weights_that_are_no_numbers_are_refused_in_their_own_class_too(tmp_path):
     source = save(make_native("qwen3"), tmp_path / "source")
     change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
-    with pytest.raises(ConversionError, match=r"model\.norm\.weight"):
+    with pytest.raises(MQAError, match=r"model\.norm\.weight"):
         convert(source, tmp_path / "native", target="native")
 
 
@@ -129,17 +130,17 @@ def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):
     assert "--allow-nonfinite" in report["command"]
     text = (places / "other" / "conversion.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report
-    with pytest.raises(ConversionError, match="nothing is fitted to NaN"):
+    with pytest.raises(MQAError, match="nothing is fitted to NaN"):
         convert(places / "source", places / "fitted", method="shared", allow_nonfinite=True)
 
 
 def test_numbers_that_the_dtype_cannot_hold_are_refused_by_name(places):
     change(places / "source", lambda tensors: tensors[UP][0].fill_(70000.0))
-    with pytest.raises(ConversionError, match=rf"48 of the 3,840 entries of {UP} .*float16 \(up to 7e\+04.*bfloat16"):
+    with pytest.raises(MQAError, match=rf"48 of the 3,840 entries of {UP} .*float16 \(up to 7e\+04.*bfloat16"):
         convert(places / "source", places / "other", dtype="float16")
     assert not (places / "other").exists()
     convert(places / "source", places / "other", dtype="bfloat16")
-    with pytest.raises(ConversionError, match=rf"NaN or infinity: {UP} \(48 of 3,840, as torch.float16"):
+    with pytest.raises(MQAError, match=rf"NaN or infinity: {UP} \(48 of 3,840, as torch.float16"):
         load_model(places / "other", dtype=torch.float16)
 
 
@@ -165,5 +166,5 @@ def test_an_adapter_beside_the_weights_is_refused_by_all(places):
         lambda: trained(places),
         lambda: measured(places),
     ):
-        with pytest.raises(ConversionError, match=r"adapter of PEFT beside the weights.*merge it first"):
+        with pytest.raises(MQAError, match=r"adapter of PEFT beside the weights.*merge it first"):
             job()

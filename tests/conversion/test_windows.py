@@ -5,7 +5,8 @@ import torch
 from sources import LLAMA, make_model, save
 from transformers import AutoModelForCausalLM
 
-from mqa_hf.conversion import ConversionError, convert
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 
 
 @pytest.mark.parametrize("window", [2, 3, 20])
@@ -31,8 +32,8 @@ def test_a_window_with_a_cache_is_that_without_one(window, tmp_path):
 def test_a_window_of_one_position_is_refused(tmp_path):
     """transformers' caches keep all of a window but the current position, and of nothing everything."""
     source = save(make_model("llama", LLAMA), tmp_path / "source")
-    with pytest.raises(ConversionError, match=r"--window must be at least 2 positions.*got 1"):
+    with pytest.raises(MQAError, match=r"`window` must be at least 2 positions.*got 1"):
         convert(source, tmp_path / "ours", window=1)
     mistral = save(make_model("mistral", {**LLAMA, "sliding_window": 1}), tmp_path / "mistral")
-    with pytest.raises(ConversionError, match=r"sliding_window must be at least 2.*got 1"):
+    with pytest.raises(MQAError, match=r"sliding_window must be at least 2.*got 1"):
         convert(mistral, tmp_path / "ours")

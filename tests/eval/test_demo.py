@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.text import documents
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.text import documents
 from mqa_hf.eval import demo
 from mqa_hf.eval.quality import Evaluation, evaluate
 from mqa_hf.finetune import training
@@ -86,7 +86,7 @@ def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path, monkeypatch):
 
     (tmp_path / "demo" / "demo.json").write_text("")  # killed while it was written
     refused = run(".")
-    assert isinstance(refused.exception, ConversionError)
+    assert isinstance(refused.exception, MQAError)
     assert "pass --overwrite" in str(refused.exception)
 
 
@@ -112,11 +112,11 @@ def test_an_interrupted_demo_goes_on(small, tmp_path, monkeypatch):
 def test_what_is_there_already_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     result = run(tmp_path)
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, MQAError)
     assert "holds no demo" in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     result = run(tmp_path / "mine.txt")
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, MQAError)
     result = run(tmp_path / "mine.txt" / "demo")
     assert "cannot be written" in str(result.exception)
 

@@ -27,8 +27,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval import quality
 from mqa_hf.eval.metrics import Continuations, NextTokens, WordErrors, bleu_above, ratio
 from mqa_hf.eval.quality import Evaluation, evaluate, read_text
@@ -179,7 +180,7 @@ def test_models_of_other_sizes_are_refused_where_the_tokenizer_has_words_beyond_
     model.resize_token_embeddings(90)
     model.save_pretrained(tmp_path / "fewer")
     write_tokenizer(tmp_path / "fewer")
-    with pytest.raises(ConversionError, match=r"\(original 93, fewer 90\), and the tokenizer gives ids up to 92"):
+    with pytest.raises(MQAError, match=r"\(original 93, fewer 90\), and the tokenizer gives ids up to 92"):
         evaluate(places / "original", [tmp_path / "fewer"], tmp_path / "out", what(places))
 
 
@@ -304,10 +305,10 @@ def test_transcripts_of_a_speech_model(places, tmp_path):
     assert mean["next_token"]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert mean["greedy"]["word_error_rate"] == pytest.approx(errors / words)
     assert original["beam"]["texts"] == 4
-    with pytest.raises(ConversionError, match="no columns sound and text"):
+    with pytest.raises(MQAError, match="no columns sound and text"):
         evaluate(tmp_path / "original", [], tmp_path / "out", replace(asked, columns=("sound", "text")))
     soundfile.write(tmp_path / "0.wav", np.zeros(9000, np.float32), 8000)
-    with pytest.raises(ConversionError, match=r"a recording of 1\.1 s, longer than"):
+    with pytest.raises(MQAError, match=r"a recording of 1\.1 s, longer than"):
         evaluate(tmp_path / "original", [], tmp_path / "out", asked)
 
 
@@ -340,7 +341,7 @@ def test_tasks_of_lm_eval(places, tmp_path):
             scores.append(sum(float(log_p[t - 1, ids[t]]) for t in range(len(start), len(ids))))
         right += int(np.argmax(scores)) == row["answer"]
     assert found["tasks"]["results"]["words"]["acc,none"] == pytest.approx(right / 6)
-    with pytest.raises(ConversionError, match="knows no task nothing"):
+    with pytest.raises(MQAError, match="knows no task nothing"):
         evaluate(places / "mean", [], tmp_path / "out", what(places, tasks=("nothing",), tokens=100, prompts=0))
 
 
@@ -380,17 +381,17 @@ def test_metrics_of_texts():
 
 
 def test_what_cannot_be_measured_is_said(places, tmp_path):
-    with pytest.raises(ConversionError, match="missing"):
+    with pytest.raises(MQAError, match="missing"):
         evaluate(places / "missing", [], tmp_path / "out", what(places))
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ConversionError, match=r"--text .*empty\.jsonl is empty"):
+    with pytest.raises(MQAError, match=r"--text .*empty\.jsonl is empty"):
         evaluate(places / "original", [], tmp_path / "out", what(places, text=str(tmp_path / "empty.jsonl")))
     (tmp_path / "none.txt").write_text("")
-    with pytest.raises(ConversionError, match="no document has two tokens"):
+    with pytest.raises(MQAError, match="no document has two tokens"):
         evaluate(places / "original", [], tmp_path / "out", what(places, text=str(tmp_path / "none.txt")))
-    with pytest.raises(ConversionError, match="got 16 and 17"):
+    with pytest.raises(MQAError, match="got 16 and 17"):
         evaluate(places / "original", [], tmp_path / "out", what(places, stride=17))
-    with pytest.raises(ConversionError, match="given twice"):
+    with pytest.raises(MQAError, match="given twice"):
         evaluate(places / "mean", [places / "mean"], tmp_path / "out", what(places))
     for name, value in (
         ("window", 0),
@@ -400,22 +401,22 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
         ("beams", 0),
         ("seed", -1),
     ):
-        with pytest.raises(ConversionError, match=f"--{name.replace('_', '-')} must be at least .*got {value}"):
+        with pytest.raises(MQAError, match=f"--{name.replace('_', '-')} must be at least .*got {value}"):
             what(places, **{name: value})
-    with pytest.raises(ConversionError, match="--dtype must be"):
+    with pytest.raises(MQAError, match="--dtype must be"):
         evaluate(places / "mean", [], tmp_path / "out", what(places, dtype="int8"))
 
     shutil.copytree(places / "mean", tmp_path / "other")
     words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     words["model"]["vocab"]["new"] = len(words["model"]["vocab"])
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
-    with pytest.raises(ConversionError, match=r"another tokenizer \(94 words\).*\(93 words\)"):
+    with pytest.raises(MQAError, match=r"another tokenizer \(94 words\).*\(93 words\)"):
         evaluate(places / "original", [tmp_path / "other"], tmp_path / "out", what(places))
 
     shutil.copytree(places / "mean", tmp_path / "cut")
     whole = (places / "mean" / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(ConversionError, match="cut cannot be loaded"):
+    with pytest.raises(MQAError, match="cut cannot be loaded"):
         evaluate(places / "original", [tmp_path / "cut"], tmp_path / "out", what(places))
 
     shutil.copytree(places / "mean", tmp_path / "broken")
@@ -423,7 +424,7 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
     with torch.no_grad():
         broken.lm_head.weight[7] = 3e38  # a number, which its logits are not
     broken.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ConversionError, match="logits are no numbers in document 0"):
+    with pytest.raises(MQAError, match="logits are no numbers in document 0"):
         evaluate(places / "original", [tmp_path / "broken"], tmp_path / "out", what(places))
 
 

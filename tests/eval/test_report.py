@@ -11,8 +11,9 @@ from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.eval.quality import Evaluation, evaluate
 from mqa_hf.eval.report import PICTURES, Data, front, layers, quality, read_results, time_of, trade, write_report
 
@@ -148,9 +149,9 @@ def test_the_front_is_what_nothing_else_is_better_than():
 
 
 def test_what_is_no_result_is_said(measured, tmp_path):
-    with pytest.raises(ConversionError, match="holds no results of mqa-hf evaluate"):
+    with pytest.raises(MQAError, match="holds no results of mqa-hf evaluate"):
         write_report(measured / "nowhere", [], tmp_path)
-    with pytest.raises(ConversionError, match=r"text\.jsonl holds no results of mqa-hf benchmark"):
+    with pytest.raises(MQAError, match=r"text\.jsonl holds no results of mqa-hf benchmark"):
         write_report(measured / "evaluation", [measured / "text.jsonl"], tmp_path)
 
 
@@ -188,7 +189,7 @@ def without(content, *path):
 def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
     said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
     (tmp_path / "evaluation.json").write_text(change(said))
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(MQAError, match=message):
         write_report(tmp_path, [], tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -214,7 +215,7 @@ def test_what_a_file_beside_a_checkpoint_lacks_is_said(measured, tmp_path, name,
     said["checkpoints"][1]["checkpoint"] = str(tmp_path / "mean")
     (tmp_path / "evaluation.json").write_text(json.dumps(said))
     (tmp_path / ("times.jsonl" if name == "times.jsonl" else f"mean/{name}")).write_text(content)
-    with pytest.raises(ConversionError, match=message):
+    with pytest.raises(MQAError, match=message):
         write_report(tmp_path, [tmp_path / name] if name == "times.jsonl" else [], tmp_path / "report")
 
 

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError
+from mqa_hf.base.errors import MQAError
 from mqa_hf.eval.reproduction.__main__ import app, chains_of
 from mqa_hf.eval.reproduction.cost import MODELS, paper_config
 from mqa_hf.eval.reproduction.experiments import FIRST, Experiment, configured
@@ -62,11 +62,11 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     first = run("run", work, said, "--limit", "4")
     assert first.exit_code == 0
     assert "4 of 4 chains are not done" in first.output
-    with pytest.raises(ConversionError, match="these chains need small/seed-3/multi-head, not run yet"):
+    with pytest.raises(MQAError, match="these chains need small/seed-3/multi-head, not run yet"):
         raise run("run", work, said, "--only", "from-shared").exception
-    with pytest.raises(ConversionError, match="found in no chain's name"):
+    with pytest.raises(MQAError, match="found in no chain's name"):
         raise run("run", work, said, "--only", "from shared").exception
-    with pytest.raises(ConversionError, match="is no regular expression"):
+    with pytest.raises(MQAError, match="is no regular expression"):
         raise run("run", work, said, "--only", "from-(").exception
     second = run("run", work, said, "--per-device", "2", "--only", "multi-(head|query)$")
     assert second.exit_code == 0, second.output
@@ -91,11 +91,11 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     recipe = yaml.safe_load(small.read_text())
     small.write_text(yaml.safe_dump({**recipe, "tokens": 5000}))
     changed = run("run", work, said, "--only", "multi-query")
-    assert isinstance(changed.exception, ConversionError)  # what was made by another recipe is not taken for done
+    assert isinstance(changed.exception, MQAError)  # what was made by another recipe is not taken for done
     assert "1 of 1 chains are not done" in changed.output
     assert {r["table"] for r in read(work / "results.jsonl")} == {"times"}  # and its numbers not for the new ones
     small.write_text(yaml.safe_dump({**recipe, "vocab_size": 500}))
-    with pytest.raises(ConversionError, match=r"is the tokenizer of .*400.*, not of .*500"):
+    with pytest.raises(MQAError, match=r"is the tokenizer of .*400.*, not of .*500"):
         raise run("run", work, said).exception
     small.write_text(yaml.safe_dump(recipe))
     again = run("run", work, said)
@@ -121,7 +121,7 @@ def test_a_chain_that_fails_is_named_with_what_it_said(tmp_path, small):
     small.write_text(yaml.safe_dump(recipe))
     work = tmp_path / "work"
     result = run("run", work, f"{small}={tmp_path / 'text'}")
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, MQAError)
     assert "not all chains are whole: small/seed-3/multi-head" in str(result.exception)
     assert "2 of 2 chains are not done" in result.output
     assert "a step takes" in result.output
@@ -194,7 +194,7 @@ def test_a_table_says_where_seeds_or_parameters_differ():
 
 @pytest.mark.parametrize("said", ["translation", "nonesuch=text", "missing.yaml=text"])
 def test_what_is_no_recipe_is_said(tmp_path, said):
-    with pytest.raises(ConversionError, match="RECIPE is a YAML file or one of language, translation"):
+    with pytest.raises(MQAError, match="RECIPE is a YAML file or one of language, translation"):
         Experiment.parse(said, tmp_path, "cpu")
 
 
@@ -209,15 +209,15 @@ def test_what_is_no_recipe_is_said(tmp_path, said):
 def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, change, message):
     recipe = yaml.safe_load(small.read_text()) | change
     small.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
-    with pytest.raises(ConversionError, match=message or "needs shape, vocab_size, models, seeds, tokens, train"):
+    with pytest.raises(MQAError, match=message or "needs shape, vocab_size, models, seeds, tokens, train"):
         Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
 
 
 def test_a_text_that_is_not_there_is_said(tmp_path, small):
-    with pytest.raises(ConversionError, match="is no directory, and no id"):
+    with pytest.raises(MQAError, match="is no directory, and no id"):
         Experiment.parse(f"{small}={tmp_path / 'nowhere'}", tmp_path, "cpu")
     (tmp_path / "text" / "test.jsonl.xz").unlink()
-    with pytest.raises(ConversionError, match=r"test\.jsonl\.xz is not there"):
+    with pytest.raises(MQAError, match=r"test\.jsonl\.xz is not there"):
         Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
 
 
@@ -227,9 +227,9 @@ def test_a_chain_that_is_running_is_not_started_again(tmp_path, small):
     place.mkdir(parents=True)
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConversionError, match="another process is running small/seed-3/multi-head"):
+        with pytest.raises(MQAError, match="another process is running small/seed-3/multi-head"):
             raise run("chain", tmp_path / "work", said, "small/seed-3/multi-head").exception
-    with pytest.raises(ConversionError, match="recipes need different names; got small, small"):
+    with pytest.raises(MQAError, match="recipes need different names; got small, small"):
         raise run("run", tmp_path / "work", said, said).exception
 
 

@@ -13,13 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration
+from mqa_hf.base.devices import DEVICES, Device
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.shapes import SHAPES
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.source import Source
-from mqa_hf.eval.roofline import DEVICES, Device, choices, largest_batch, plan, step_cost, step_weights, weights_of
-from mqa_hf.eval.shapes import SHAPES, own_shape, read_shape
+from mqa_hf.eval.roofline import choices, largest_batch, plan, step_cost, step_weights, weights_of
+from mqa_hf.eval.shapes import own_shape, read_shape
 
 
 def decoder_parts(config):
@@ -110,7 +112,7 @@ def test_the_command(tmp_path: Path):
         (["--widths", "x"], "--widths takes positive integers"),
     ):
         result = CliRunner().invoke(app, ["plan", str(source), *arguments])
-        assert isinstance(result.exception, ConversionError)
+        assert isinstance(result.exception, MQAError)
         assert message in str(result.exception)
 
 
@@ -175,5 +177,5 @@ def test_the_command_plans_what_convert_takes(tmp_path: Path):
         ([llama, "--target", "vllm"], "--target must be one of mqa, native"),
     ):
         result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
-        assert isinstance(result.exception, ConversionError), result.output
+        assert isinstance(result.exception, MQAError), result.output
         assert re.search(message, str(result.exception))

@@ -8,9 +8,11 @@ from native_sources import make_native
 from sources import LLAMA, make_model, save
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.shapes import SHAPES
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
-from mqa_hf.eval.shapes import SHAPES, read_shape
+from mqa_hf.eval.shapes import read_shape
 from mqa_hf.eval.speed import (
     Contender,
     build,
@@ -168,12 +170,12 @@ def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_
         (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
     ):
         result = benchmark(source, *more)
-        assert isinstance(result.exception, ConversionError), result.output
+        assert isinstance(result.exception, MQAError), result.output
         assert re.search(message, str(result.exception))
         assert "--target" not in str(result.exception)
     minimax = save(make_native("minimax"), tmp_path / "minimax")
     result = benchmark(minimax, *arguments)
-    assert isinstance(result.exception, ConversionError), result.output
+    assert isinstance(result.exception, MQAError), result.output
     assert "minimax does not run from a cache of 8 positions with --engines dynamic" in str(result.exception)
 
 
@@ -223,7 +225,7 @@ def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
 )
 def test_what_is_wrong_is_said(source: Path, arguments, message: str):
     result = benchmark(source, *arguments)
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, MQAError)
     assert message in str(result.exception)
 
 

@@ -10,8 +10,8 @@ from tokenizer import write_tokenizer
 from tokenizers import processors
 from transformers import LlamaConfig
 
-from mqa_hf.conversion import ConversionError
-from mqa_hf.conversion.text import chat_text, documents, load
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.text import chat_text, documents, load
 from mqa_hf.eval.quality import Evaluation, read_text
 from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, batches, collate_packed, mixture, packed, training_rows
 from mqa_hf.finetune.training import Schedule, in_order
@@ -71,7 +71,7 @@ def test_a_mixture_follows_its_weights(tmp_path):
         rows = mixture([Part(one.source, 3), Part(two.source, 1)], streaming=streaming)
         texts = [row["text"] for _, row in zip(range(2000), rows)]
         assert texts.count("a") == pytest.approx(1500, abs=80)
-    with pytest.raises(ConversionError, match="weights above 0"):
+    with pytest.raises(MQAError, match="weights above 0"):
         mixture([Part(one.source, 0)])
 
 
@@ -148,7 +148,7 @@ def test_parts_of_a_mixture_may_differ_and_have_gaps(tmp_path, tokenizer):
     two = write(tmp_path / "two.jsonl", [{"text": None}] * 20)
     assert len(training_rows((one, two), tokenizer, 8, 10)) == 10
     both = write(tmp_path / "pairs.jsonl", [{"translation": {"en": "a b c", "de": "d e f"}}] * 5)
-    with pytest.raises(ConversionError, match="translations in en, de, not en and fr"):
+    with pytest.raises(MQAError, match="translations in en, de, not en and fr"):
         training_rows((both,), tokenizer, 8, 10, columns=("en", "fr"), pairs=True)
 
 
@@ -184,13 +184,13 @@ def test_a_template_that_is_not_there_or_does_not_take_a_chat_is_said(tmp_path, 
     part = write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 9)
     tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
     for options in ({}, {"streaming": True}):
-        with pytest.raises(ConversionError, match=r"makes no text of a chat .*roles must take turns"):
+        with pytest.raises(MQAError, match=r"makes no text of a chat .*roles must take turns"):
             next(iter(training_rows((part,), tokenizer, 4, 2, columns=("messages",), **options)))
     other = write(tmp_path / "other.jsonl", [{"messages": [{"from": "user"}, {"value": n}]} for n in (1, "a")])
-    with pytest.raises(ConversionError, match=r"messages need role and content|has no column 'messages' of text"):
+    with pytest.raises(MQAError, match=r"messages need role and content|has no column 'messages' of text"):
         documents(other.source, "messages", tokenizer=tokenizer)[0]
     tokenizer.chat_template = None
-    with pytest.raises(ConversionError, match="makes no text of a chat"):
+    with pytest.raises(MQAError, match="makes no text of a chat"):
         documents(part.source, "messages", tokenizer=tokenizer)[0]
 
 
@@ -208,7 +208,7 @@ def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):
     assert len(training_rows((Part(str(tmp_path / "plain.txt")),), tokenizer, 16, 5)) == 5
     part = write(tmp_path / "named.jsonl", [{"body": "some words here", "other": 1}] * 20)
     assert len(training_rows((part,), tokenizer, 16, 5, columns=("body",))) == 5
-    with pytest.raises(ConversionError, match="its columns: body, other"):
+    with pytest.raises(MQAError, match="its columns: body, other"):
         training_rows((part,), tokenizer, 16, 5)
-    with pytest.raises(ConversionError, match="cannot be read"):
+    with pytest.raises(MQAError, match="cannot be read"):
         training_rows((Part("no/such-data-set"),), tokenizer, 16, 5)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError
+from mqa_hf.base.errors import MQAError
 from mqa_hf.finetune.data import IGNORED
 from mqa_hf.finetune.losses import LOSSES, Objective, attention_names, check_head, chunk_losses, logits_of
 
@@ -216,7 +216,7 @@ def test_heads_of_other_classes_are_known_or_refused(softcap):
             outputs.logits = outputs.logits.sin()
             return outputs
 
-    with pytest.raises(ConversionError, match="Odd changes its logits"):
+    with pytest.raises(MQAError, match="Odd changes its logits"):
         check_head(Odd(LlamaConfig(**small)).eval())
 
 
@@ -238,14 +238,14 @@ def test_ligers_kernels_give_the_same(weights, autocast):
 
 
 def test_what_cannot_be_compared_is_said():
-    with pytest.raises(ConversionError, match="needs a teacher"):
+    with pytest.raises(MQAError, match="needs a teacher"):
         Objective({"kl": 1.0})
-    with pytest.raises(ConversionError, match="stands alone"):
+    with pytest.raises(MQAError, match="stands alone"):
         Objective({"kl": 1.0, "attention": 1.0}, decoder(4))
-    with pytest.raises(ConversionError, match="--loss takes"):
+    with pytest.raises(MQAError, match="--loss takes"):
         Objective({"mse": 1.0})
-    with pytest.raises(ConversionError, match="differ from its teacher's"):
+    with pytest.raises(MQAError, match="differ from its teacher's"):
         run(Objective({"attention": 1.0}, decoder(4)), decoder(4), batch())
     other = MQAForCausalLM(MQAConfig(**{**STACK, "vocab_size": 80}))
-    with pytest.raises(ConversionError, match="90 words and the teacher 80"):
+    with pytest.raises(MQAError, match="90 words and the teacher 80"):
         run(Objective({"kl": 1.0}, other), decoder(1), batch())

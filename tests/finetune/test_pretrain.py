@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.pretrain import Pretraining, pretrain, read_config, train_tokenizer, widened
 from mqa_hf.finetune.training import Schedule
@@ -68,7 +69,7 @@ def test_weights_are_written_as_asked(tmp_path, text):
         pretrain(tmp_path / dtype, what, Schedule(tokens=512, **SHORT), dtype=dtype)
     exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "float16"))
     assert all(torch.equal(rounded[name], weight.half()) for name, weight in exact.items())
-    with pytest.raises(ConversionError, match="--dtype must be one of float32, float16, bfloat16; got 'int8'"):
+    with pytest.raises(MQAError, match="--dtype must be one of float32, float16, bfloat16; got 'int8'"):
         pretrain(tmp_path / "none", what, Schedule(tokens=512, **SHORT), dtype="int8")
     assert not (tmp_path / ".none.pretrain").exists()
 
@@ -120,7 +121,7 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
 )
 def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
     what = Pretraining(config=config, dataset=(Part(text),), vocab_size=300)
-    with pytest.raises((ConversionError, ValueError), match=message):
+    with pytest.raises((MQAError, ValueError), match=message):
         pretrain(tmp_path / "out", what, Schedule(tokens=256, **SHORT))
     assert not (tmp_path / "out").exists()
 
@@ -133,7 +134,7 @@ def test_feed_forward_layers_are_widened_to_equal_parameters(tmp_path):
     # 2 matrices of 32 x 24 are gone; 3 of 32 x f come, and f is a multiple of 8.
     assert wide["intermediate_size"] == 48 + 16
     assert multi_query["intermediate_size"] == 48
-    with pytest.raises(ConversionError, match="how wide its feed-forward"):
+    with pytest.raises(MQAError, match="how wide its feed-forward"):
         widened({"model_type": "llama"}, multi_head, tokenizer)
 
 
@@ -144,7 +145,7 @@ def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
     assert read_config("shazeer-2019")["num_heads"] == 8
     assert read_config(json.dumps({**CONFIG, "name": "long/" * 100}))["hidden_size"] == 32
     for wrong in ("{", "[]", "nothing"):
-        with pytest.raises(ConversionError, match="--config"):
+        with pytest.raises(MQAError, match="--config"):
             read_config(wrong)
 
 
@@ -163,10 +164,10 @@ def test_the_command_refuses_what_is_there_and_goes_on_with_what_is_not_done(tmp
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert "parameters, 2,048 tokens" in result.stdout
-    assert isinstance(CliRunner().invoke(app, words).exception, ConversionError)
+    assert isinstance(CliRunner().invoke(app, words).exception, MQAError)
     assert CliRunner().invoke(app, [*words, "--overwrite"]).exit_code == 0
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.txt").write_text("mine")
     words[1] = str(tmp_path / "own")
-    assert isinstance(CliRunner().invoke(app, [*words, "--overwrite"]).exception, ConversionError)
+    assert isinstance(CliRunner().invoke(app, [*words, "--overwrite"]).exception, MQAError)
     assert (tmp_path / "own" / "thesis.txt").read_text() == "mine"

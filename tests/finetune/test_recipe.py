@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError
 from mqa_hf.finetune import recipe as recipes
 from mqa_hf.finetune import training
 from mqa_hf.finetune.recipe import commands, flags
@@ -63,7 +63,7 @@ def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
 
     recipe["uptrain"]["tokens"] = 512
     refused = run(tmp_path, recipe)
-    assert isinstance(refused.exception, ConversionError)
+    assert isinstance(refused.exception, MQAError)
     assert "--tokens 1024" in str(refused.exception)
     result = run(tmp_path, recipe, "--overwrite")
     assert result.exit_code == 0, result.output
@@ -117,7 +117,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
     assert run(tmp_path, recipe, "--overwrite").exit_code != 0
     monkeypatch.undo()
     refused = run(tmp_path, recipe)  # the old result is not taken for the new one
-    assert isinstance(refused.exception, ConversionError)
+    assert isinstance(refused.exception, MQAError)
     assert "was made by another command" in str(refused.exception)
 
 
@@ -142,7 +142,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
 )
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
     result = run(tmp_path, {**recipe, **change})
-    assert isinstance(result.exception, ConversionError), result.output
+    assert isinstance(result.exception, MQAError), result.output
     assert message in str(result.exception)
     assert not (tmp_path / "results" / "converted").exists()
 
@@ -152,7 +152,7 @@ def test_a_record_of_steps_that_is_none_is_said(tmp_path, recipe, record):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "recipe.json").write_text(record)
     result = run(tmp_path, recipe)
-    assert isinstance(result.exception, ConversionError), result.output
+    assert isinstance(result.exception, MQAError), result.output
     assert "recipe.json" in str(result.exception)
 
 

@@ -29,8 +29,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
 from mqa_hf.finetune import training
 from mqa_hf.finetune.data import Part, training_rows
 from mqa_hf.finetune.pretrain import Pretraining, pretrain
@@ -242,12 +243,12 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
 
     monkeypatch.setattr(training.LossTrainer, "training_step", poisoned)
     with pytest.raises(
-        ConversionError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last weights that are"
+        MQAError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last weights that are"
     ):
         uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
     assert not (tmp_path / "out").exists()
     assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-4")
-    with pytest.raises(ConversionError, match="diverged"):  # far above the start, though finite
+    with pytest.raises(MQAError, match="diverged"):  # far above the start, though finite
         uptrain(home / "student", tmp_path / "high", what(home), replace(SCHEDULE, learning_rate=30.0))
 
 
@@ -282,7 +283,7 @@ def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
     share, plus = training.DIVERGED
     assert max(losses) > share * losses[0] + plus
     monkeypatch.setattr(training, "ends", lambda logged, window: ends(logged, 1))
-    with pytest.raises(ConversionError, match="diverged"):
+    with pytest.raises(MQAError, match="diverged"):
         uptrain(tmp_path / "model", tmp_path / "again", more, schedule)
 
 
@@ -335,7 +336,7 @@ def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=(last + 1) * 1e-3))
     monkeypatch.undo()
-    with pytest.raises(ConversionError, match=r"learning_rate was 0.004 and is 0.001.*--restart"):
+    with pytest.raises(MQAError, match=r"learning_rate was 0.004 and is 0.001.*--restart"):
         uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3))
     report = uptrain(
         home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True
@@ -357,7 +358,7 @@ def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
         uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
     monkeypatch.undo()
     convert(home / "source", tmp_path / "student", method="first", dtype="float32", overwrite=True)
-    with pytest.raises(ConversionError, match="options: files of the student"):
+    with pytest.raises(MQAError, match="options: files of the student"):
         uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
 
 
@@ -379,7 +380,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(home, tmp_path):
     path.write_text(path.read_text().replace('"<s>"', '"<begin>"'))
     settings = tmp_path / "teacher" / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"<s>"', '"<begin>"'))
-    with pytest.raises(ConversionError, match="another tokenizer"):
+    with pytest.raises(MQAError, match="another tokenizer"):
         uptrain(home / "student", tmp_path / "out", what(home, teacher=str(tmp_path / "teacher")), SCHEDULE)
 
 
@@ -387,14 +388,14 @@ def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tm
     shutil.copytree(home / "student", tmp_path / "student")
     (tmp_path / "secret.txt").write_text("a secret")
     (tmp_path / "student" / "NOTES").symlink_to("../secret.txt")
-    with pytest.raises(ConversionError, match=r"NOTES leads to .*secret\.txt, outside of the checkpoint"):
+    with pytest.raises(MQAError, match=r"NOTES leads to .*secret\.txt, outside of the checkpoint"):
         uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "student"]
 
 
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ConversionError, match=r"and .* has 1,000 free"):
+    with pytest.raises(MQAError, match=r"and .* has 1,000 free"):
         uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
 
 
@@ -453,7 +454,7 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
     )
     assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
     assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
-    with pytest.raises(ConversionError, match="no sentinels"):
+    with pytest.raises(MQAError, match="no sentinels"):
         uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
 
 
@@ -509,7 +510,7 @@ def test_a_stream_is_read_on_the_way(home, tmp_path):
 def test_a_stream_without_a_whole_row_ends(home, tmp_path):
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "few"}) + "\n" + json.dumps({"text": None}) + "\n")
     options = what(home, streaming=True, dataset=(Part(str(tmp_path / "short.jsonl")),))
-    with pytest.raises(ConversionError, match="no row of 16 tokens"):
+    with pytest.raises(MQAError, match="no row of 16 tokens"):
         uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
 
 
@@ -547,7 +548,7 @@ def test_what_cannot_be_is_said_and_leaves_nothing(home, tmp_path, words, messag
     words = [text if word == "TEXT" else word for word in words]
     dataset = [] if "--dataset" in words else ["--dataset", text]
     result = CliRunner().invoke(app, ["uptrain", str(home / "student"), str(tmp_path / "out"), *dataset, *words])
-    assert isinstance(result.exception, ConversionError), result.output
+    assert isinstance(result.exception, MQAError), result.output
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
 

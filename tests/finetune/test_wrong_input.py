@@ -10,8 +10,9 @@ from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
+from mqa_hf import convert
+from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion import ConversionError, convert
 
 SIZES = {"vocab_size": 93, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 NO_TEXT = "has no (column 'text' of )?text; its columns: text"
@@ -70,7 +71,7 @@ def refused(place, words, message):
     """The command fails with the message, and writes no checkpoint."""
     names = {"OUTPUT": place / "output", "one": place / "one", "source": place / "source"}
     result = CliRunner().invoke(app, [str(names.get(word, word)) for word in words])
-    assert isinstance(result.exception, ConversionError), f"{result.exception!r}\n{result.output}"
+    assert isinstance(result.exception, MQAError), f"{result.exception!r}\n{result.output}"
     assert re.search(message, str(result.exception)), str(result.exception)
     assert "Traceback" not in str(result.exception)
     assert not (place / "output" / "config.json").exists()

@@ -17,9 +17,9 @@ from seq2seq_sources import SEQ2SEQ_CASES
 from sources import CASES
 from transformers import AutoConfig
 
+from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion import ConversionError
 from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, REFUSED
 from mqa_hf.conversion.families.base import SourceConfig
 from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
@@ -64,7 +64,7 @@ def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
         if family.native is not None and native == "none" and isinstance(config, MQAConfig):
             pooled = copy.deepcopy(config)
             pooled.num_key_value_heads = 1
-            with suppress(ConversionError):  # this configuration has no native home
+            with suppress(MQAError):  # this configuration has no native home
                 target = family.native(source, pooled).model_type
                 native = "same class" if target == name else f"`{target}`"
     return (

@@ -17,7 +17,7 @@ from sources import CASES, largest_difference, make_model, overwrite_heads_with_
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
 from transformers.utils import logging
 
-from mqa_hf.conversion import convert, inspect
+from mqa_hf import convert, inspect
 
 ATTENTIONS = ("decoder", "cross", "encoder")
 

@@ -18,9 +18,8 @@ from transformers import (
 )
 from transformers.generation import logits_process
 
-from mqa_hf import compat_mqa, rules_mqa
+from mqa_hf import compat_mqa, convert, rules_mqa
 from mqa_hf.compat_mqa import cache_name, check_version
-from mqa_hf.conversion import convert
 from mqa_hf.modeling_mqa import MQAAttention
 
 OTHER_NAME = {"cache": "past_key_values", "past_key_values": "cache"}[cache_name()]

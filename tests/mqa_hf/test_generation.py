@@ -7,7 +7,7 @@ import torch
 from sources import LLAMA, make_model, save
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
-from mqa_hf.conversion import convert
+from mqa_hf import convert
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from .errors import ConversionError
+from .errors import MQAError
 
 PLAIN = (".txt", ".md", ".rst")
 DEFAULT_TEXT = "Python's reference manual"
@@ -16,7 +16,7 @@ CHUNK = 32  # documents that are tokenised at once
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
-def load(source: str | os.PathLike, option: str = "--calibration", streaming: bool = False) -> Any:
+def load(source: str | os.PathLike, option: str = "`calibration`", streaming: bool = False) -> Any:
     """The rows of a data file or of an id of the Hub's datasets, as `datasets` has them.
 
     Args:
@@ -26,20 +26,20 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
         streaming: whether rows are fetched as they are needed.
 
     Raises:
-        ConversionError: where there are none.
+        MQAError: where there are none.
     """
     path = Path(source)
     try:
         import datasets
     except ImportError as error:
-        raise ConversionError(f"{option} {source} needs the datasets library: pip install datasets") from error
+        raise MQAError(f"{option} {source} needs the datasets library: pip install datasets") from error
     kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
     if path.is_file() and not path.stat().st_size:
-        raise ConversionError(f"{option} {source} is empty")
+        raise MQAError(f"{option} {source} is empty")
     if path.is_dir():
-        raise ConversionError(f"{option} {source} is a directory; give a file")
+        raise MQAError(f"{option} {source} is a directory; give a file")
     if path.exists() and not (path.is_file() and kind):
-        raise ConversionError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
+        raise MQAError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
     try:
         if kind and path.is_file():
             return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
@@ -47,7 +47,7 @@ def load(source: str | os.PathLike, option: str = "--calibration", streaming: bo
         name, _, configuration = where.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=streaming)
     except Exception as error:  # whatever a loader raises for what it cannot read or fetch
-        raise ConversionError(f"{option} {source} cannot be read: {error.__cause__ or error}") from error
+        raise MQAError(f"{option} {source} cannot be read: {error.__cause__ or error}") from error
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -73,7 +73,7 @@ class Texts(Sequence[str]):
         except IndexError:
             raise
         except Exception as error:  # whatever stands in a file that is no UTF-8
-            raise ConversionError(f"{self.name} cannot be read, row {index}: {error}") from error
+            raise MQAError(f"{self.name} cannot be read, row {index}: {error}") from error
         return (cell or "") if self.tokenizer is None else chat_text(cell, self.tokenizer)
 
 
@@ -85,7 +85,7 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
         tokenizer: of transformers.
 
     Raises:
-        ConversionError: where the tokenizer has no template, or it does not take these messages.
+        MQAError: where the tokenizer has no template, or it does not take these messages.
     """
     if not messages:
         return ""
@@ -96,7 +96,7 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
             raise ValueError("messages need role and content")
         text = tokenizer.apply_chat_template(said, tokenize=False)
     except Exception as error:  # whatever a template raises, and transformers where there is none
-        raise ConversionError(f"the tokenizer makes no text of a chat ({str(messages)[:80]} ...): {error}") from error
+        raise MQAError(f"the tokenizer makes no text of a chat ({str(messages)[:80]} ...): {error}") from error
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(bos)
@@ -122,16 +122,16 @@ def holds_chats(feature: Any) -> bool:
     return type(inner).__name__ == "Json" or (isinstance(inner, dict) and {"role", "content"} <= set(inner))
 
 
-def no_text(source: str | os.PathLike, option: str, columns: Sequence[str], known: Sequence[str]) -> ConversionError:
+def no_text(source: str | os.PathLike, option: str, columns: Sequence[str], known: Sequence[str]) -> MQAError:
     """The error for a data set without such a column of text."""
     said = f"no column {', '.join(map(repr, columns))} of text" if columns else "no text"
-    return ConversionError(f"{option} {source} has {said}; its columns: {', '.join(known)}")
+    return MQAError(f"{option} {source} has {said}; its columns: {', '.join(known)}")
 
 
 def one_column(columns: Sequence[str], option: str) -> str | None:
-    """The column that a decoder-only model reads; raises ConversionError where more are named."""
+    """The column that a decoder-only model reads; raises MQAError where more are named."""
     if len(columns) > 1:
-        raise ConversionError(
+        raise MQAError(
             f"{option} {','.join(columns)}: a decoder-only model reads one column, of texts or of chats (lists of "
             "messages)"
         )
@@ -139,7 +139,7 @@ def one_column(columns: Sequence[str], option: str) -> str | None:
 
 
 def documents(
-    source: str | os.PathLike | None, column: str | None = None, option: str = "--calibration", tokenizer: Any = None
+    source: str | os.PathLike | None, column: str | None = None, option: str = "`calibration`", tokenizer: Any = None
 ) -> Sequence[str]:
     """The documents of a text.
 
@@ -152,7 +152,7 @@ def documents(
         tokenizer: whose template makes texts of chats.
 
     Raises:
-        ConversionError: where there is no such text.
+        MQAError: where there is no such text.
     """
     if source is None:
         from pydoc_data.topics import topics
@@ -160,7 +160,7 @@ def documents(
         return [topics[name] for name in sorted(topics)]
     if is_plain(source):
         if column:
-            raise ConversionError(f"{option} {source} is one text, without columns; got the column {column}")
+            raise MQAError(f"{option} {source} is one text, without columns; got the column {column}")
         return [read_plain(source, option)]
     rows = load(source, option)
     features = features_of(rows)
@@ -177,11 +177,11 @@ def read_plain(source: str | os.PathLike, option: str) -> str:
     try:
         return Path(source).read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConversionError(f"{option} {source} cannot be read: {error}") from error
+        raise MQAError(f"{option} {source} cannot be read: {error}") from error
 
 
 def pairs(
-    source: str | os.PathLike | None, columns: Sequence[str], option: str = "--calibration"
+    source: str | os.PathLike | None, columns: Sequence[str], option: str = "`calibration`"
 ) -> tuple[Sequence[str], Sequence[str]] | None:
     """The texts that an encoder reads and a decoder writes, or `None` where there is one text only.
 
@@ -192,13 +192,13 @@ def pairs(
         option: that named the source, for messages.
 
     Raises:
-        ConversionError: where the columns do not exist, or hold no text.
+        MQAError: where the columns do not exist, or hold no text.
     """
     if len(columns) > 2:
-        raise ConversionError(f"an encoder-decoder model takes one or two columns; got {', '.join(columns)}")
+        raise MQAError(f"an encoder-decoder model takes one or two columns; got {', '.join(columns)}")
     if source is None or is_plain(source):
         if len(columns) == 2:
-            raise ConversionError(f"{option} needs a data set with the columns {', '.join(columns)}; got {source}")
+            raise MQAError(f"{option} needs a data set with the columns {', '.join(columns)}; got {source}")
         return None
     if len(columns) == 1:
         return None
@@ -244,16 +244,16 @@ def token_rows(
 
 
 def load_tokenizer(checkpoint: str | os.PathLike, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint, a directory or a hub id; raises ConversionError where there is none."""
+    """The tokenizer of a checkpoint, a directory or a hub id; raises MQAError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
     except Exception as error:  # whatever tokenizers raise for files that are none
-        raise ConversionError(f"{checkpoint} has no tokenizer that can be loaded: {error}") from error
+        raise MQAError(f"{checkpoint} has no tokenizer that can be loaded: {error}") from error
 
 
 def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
     if int(tokens.max()) >= vocab_size:
-        raise ConversionError(f"the tokenizer gives ids up to {int(tokens.max())}; the model has {vocab_size}")
+        raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}; the model has {vocab_size}")
 
 
 def calibration_tokens(
@@ -273,12 +273,12 @@ def calibration_tokens(
         vocab_size: of the model, which every id must be below.
 
     Raises:
-        ConversionError: where there is no tokenizer, too little text, or an id that the model does not have.
+        MQAError: where there is no tokenizer, too little text, or an id that the model does not have.
     """
     tokenizer = load_tokenizer(directory)
     tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
-        raise ConversionError(
+        raise MQAError(
             f"the calibration text gives less than {2 * length} tokens; at least two sequences of {length} are needed"
         )
     check_ids(tokens, vocab_size)
@@ -375,14 +375,14 @@ def seq2seq_tokens(
             if total >= count:
                 break
     if len(sources) < 2:
-        raise ConversionError(
+        raise MQAError(
             f"the calibration text gives {len(sources)} examples; at least two are needed, of {length} tokens where "
             "they are not pairs"
         )
     pad = config.pad_token_id or 0
     start = config.decoder_start_token_id
     if start is None:
-        raise ConversionError("config.json has no decoder_start_token_id, which the decoder's input begins with")
+        raise MQAError("config.json has no decoder_start_token_id, which the decoder's input begins with")
     longest = config.decoder.max_position_embeddings
     read, read_valid = padded(sources, pad)
     written, written_valid = padded([[start, *row][:longest] for row in targets], pad)

@@ -23,25 +23,13 @@ from typing import IO
 
 from rich.console import Console
 
-from .errors import ConversionError, listing
-from .source import REPORT_FILE
+from .errors import MQAError, listing
+from .files import REPORT_FILE
 
 try:
     import fcntl
 except ImportError:  # a system without such locks
     fcntl = None  # type: ignore[assignment]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")  # always the same: what a killed process leaves is written over
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool, mark: str = REPORT_FILE) -> Path:
@@ -54,27 +42,27 @@ def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool, mar
         mark: file that what may be replaced has in it.
 
     Raises:
-        ConversionError: where writing there would lose something, or is impossible.
+        MQAError: where writing there would lose something, or is impossible.
     """
     try:
         here, there = Path(output).resolve(), source.resolve()
         if here == there:
-            raise ConversionError(f"source and output are the same directory: {here}")
+            raise MQAError(f"source and output are the same directory: {here}")
         if here in there.parents or there in here.parents:
-            raise ConversionError(f"source {there} and output {here} lie in each other")
+            raise MQAError(f"source {there} and output {here} lie in each other")
         if here in (Path.cwd(), *Path.cwd().parents):
-            raise ConversionError(f"the working directory is or lies in {here}; give the output a name of its own")
+            raise MQAError(f"the working directory is or lies in {here}; give the output a name of its own")
         if here.is_mount():
-            raise ConversionError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
+            raise MQAError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
         if _left_over(here):
             with suppress(BlockingIOError), _locked(here) as alone:
                 if alone:
                     _recover(here)
         _check_free(here, overwrite, mark)
-    except ConversionError:
+    except MQAError:
         raise
     except (OSError, RuntimeError, ValueError) as error:  # the latter two for loops of links and impossible names
-        raise ConversionError(f"cannot write {str(output)!r}: {error}") from error
+        raise MQAError(f"cannot write {str(output)!r}: {error}") from error
     return here
 
 
@@ -82,13 +70,13 @@ def _check_free(output: Path, overwrite: bool, mark: str) -> None:
     if not output.exists():
         return
     if not output.is_dir():
-        raise ConversionError(f"{output} is a file; give a directory to write")
+        raise MQAError(f"{output} is a file; give a directory to write")
     if any(output.iterdir()):
         if not overwrite:
-            raise ConversionError(f"{output} exists and is not empty; pass --overwrite to replace it")
+            raise MQAError(f"{output} exists and is not empty; pass `overwrite` to replace it")
         if not (output / mark).is_file():
-            raise ConversionError(
-                f"{output} was not written by a {Path(mark).stem} (no {mark}), so --overwrite does not replace it; "
+            raise MQAError(
+                f"{output} was not written by a {Path(mark).stem} (no {mark}), so `overwrite` does not replace it; "
                 "remove it first, or give another output"
             )
 
@@ -102,7 +90,7 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
         size: bytes that it takes.
 
     Raises:
-        ConversionError: where the disk is too small or cannot be written, or another process writes the same output.
+        MQAError: where the disk is too small or cannot be written, or another process writes the same output.
     """
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
@@ -112,7 +100,7 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
                 _recover(output)
             free = shutil.disk_usage(output.parent).free
             if free < size:
-                raise ConversionError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
+                raise MQAError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
             partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             try:
                 partial.chmod(0o777 & ~_umask())
@@ -122,13 +110,11 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
     except BlockingIOError as error:
-        raise ConversionError(
-            f"another process is writing {output}; wait for it, end it, or give another output"
-        ) from error
+        raise MQAError(f"another process is writing {output}; wait for it, end it, or give another output") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(f"no space left for {size:,} bytes beside {output}; nothing was kept") from error
-        raise ConversionError(f"{output} was not written: {error}") from error
+            raise MQAError(f"no space left for {size:,} bytes beside {output}; nothing was kept") from error
+        raise MQAError(f"{output} was not written: {error}") from error
     finally:
         for parent in new_parents:
             with suppress(OSError):  # not empty, if all went well

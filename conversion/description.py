@@ -1,52 +1,28 @@
 """What a checkpoint is and what a conversion would make of it, from its configuration alone."""
 
 import math
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mqa_hf.base.errors import ConversionError, MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json
+from mqa_hf.base.hub import locate
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .errors import ConversionError
 from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
+from .inspect import Inspection
 from .passthrough import own_class
 from .plan import canonical_shapes, decoder_of
 from .pooling import CanonicalConfig, choose_attentions, with_heads
-from .source import REPORT_FILE, TRAINING_FILE, Source, locate, read_json, read_source
+from .source import Source, read_source
 
 
-def inspect(
-    source: str | os.PathLike,
-    *,
-    kv_heads: int = 1,
-    revision: str | None = None,
-    ignore_switches: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Describe a checkpoint without reading its weights.
-
-    Args:
-        source: directory or hub id, of an original or of a converted checkpoint.
-        kv_heads: key/value heads of the conversion to describe.
-        revision: branch, tag or commit of a hub id.
-        ignore_switches: as in [`convert`].
-
-    Returns:
-        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else
-        `None`), `conversion` and `training` (what `conversion.json` of a converted checkpoint and `uptraining.json` of
-        a trained one say, else `None`). Where the
-        configuration is understood: `layers`, `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters`
-        and `kv_bytes_per_token` (16 bit; `now` and, where it can be converted, `after`); of a native conversion only
-        what its `conversion.json` says. Where it can be converted: `native`, the model type of the class of
-        transformers that holds the result, or `False`.
-
-    Raises:
-        ConversionError: where there is no checkpoint at all.
-    """
-    directory, commit = locate(source, revision, weights=False)
+def describe(job: Inspection) -> dict[str, Any]:
+    """What [`Inspection.run`] gives."""
+    directory, commit = locate(job.source, job.revision, weights=False)
     raw = read_json(directory / "config.json")
-    result: dict[str, Any] = {"source": str(source), "family": raw.get("model_type"), "conversion": None}
+    result: dict[str, Any] = {"source": job.source, "family": raw.get("model_type"), "conversion": None}
     trained = (directory / TRAINING_FILE).is_file()
     result["training"] = read_json(directory / TRAINING_FILE) if trained else None
     gone = [name for name in ("tokens", "validation", "command") if trained and name not in result["training"]]
@@ -56,19 +32,19 @@ def inspect(
         return result | _converted(directory, trained)
     result |= {"convertible": True, "reason": None}
     try:
-        checkpoint = read_source(str(source), directory, commit)
+        checkpoint = read_source(str(job.source), directory, commit)
         if checkpoint.config.model_type in NATIVE_ONLY:
-            return result | _describe_own_class(checkpoint, kv_heads)
-        config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(ignore_switches))
-    except ConversionError as error:
+            return result | _describe_own_class(checkpoint, job.kv_heads)
+        config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(job.ignore_switch))
+    except MQAError as error:
         return {**result, "convertible": False, "reason": str(error)}
     result |= _describe(config)
     family = family_of(checkpoint.config.model_type)
     try:
         if family.canonical:
             check_own_heads(config)
-        pooled = with_heads(config, kv_heads, choose_attentions(config, None))
-    except ConversionError as error:
+        pooled = with_heads(config, job.kv_heads, choose_attentions(config, None))
+    except MQAError as error:
         return {**result, "convertible": False, "reason": str(error)}
     for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
         if name in result:
@@ -76,7 +52,7 @@ def inspect(
     native = family.native
     try:
         result["native"] = native is not None and native(checkpoint.config, decoder_of(pooled)).model_type
-    except ConversionError:
+    except MQAError:
         result["native"] = False
     return result
 

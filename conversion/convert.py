@@ -1,0 +1,217 @@
+"""`mqa-hf convert`: from a pretrained checkpoint to a multi-query one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mqa_hf.base.errors import ConversionError
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Heads(Options):
+    """Which heads a conversion makes."""
+
+    _: KW_ONLY
+    kv_heads: Annotated[
+        int,
+        Option(
+            "Key/value heads of the result, a divisor of the source's. The source's own number changes no weight.",
+            min=1,
+            recorded="always",
+        ),
+    ] = 1
+    method: Annotated[
+        str,
+        Option(
+            "How heads become one: mean, first or random (arXiv 2305.13245, section 3.2), or shared: heads fitted to "
+            "what the layers see of a calibration text.",
+            choices=("mean", "first", "random", "shared"),
+            recorded="always",
+        ),
+    ] = "mean"
+    seed: Annotated[int, Option("Seed of `method` random and shared.", min=0, below=2**64)] = 0
+    attention: Annotated[
+        Sequence[str] | None,
+        Option(
+            "Of an encoder-decoder model, the attentions that get fewer heads. Default: decoder (self-attention) and "
+            "cross.",
+            choices=("decoder", "cross", "encoder"),
+            comma=True,
+        ),
+    ] = None
+    window: Annotated[
+        int | None,
+        Option(
+            "Positions that the decoder's self-attention sees, the current one included (arXiv 1911.02150, section "
+            "4.1, has 32), which also bounds its cache. Needs training afterwards. Default: all."
+        ),
+    ] = None
+    ignore_switch: Annotated[
+        Sequence[str],
+        Option("An unknown switch in config.json that does not change the model's function; may be repeated."),
+    ] = ()
+
+
+@dataclass(frozen=True)
+class Fit(Options, panel="Fitted heads (--method shared)"):
+    """How heads, and output projections, are fitted to a calibration text."""
+
+    _: KW_ONLY
+    calibration: Annotated[
+        str | None,
+        Option("Text file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's reference manual."),
+    ] = None
+    calibration_tokens: Annotated[int, Option("Tokens that heads are fitted on.", min=1)] = 131_072
+    sequence_length: Annotated[int, Option("Tokens of a sequence.", min=4)] = 512
+    calibration_columns: Annotated[
+        Sequence[str],
+        Option(
+            "Column of the text; for encoder-decoder models also two, such as en,de: read and written. Default: text, "
+            "or a translation's two languages.",
+            comma=True,
+        ),
+    ] = ()
+    head_width: Annotated[float, Option("Width of a new head in units of an old one.", above=0)] = 1.0
+    key_width: Annotated[float | None, Option("The same, of keys alone. Default: `head_width`.", above=0)] = None
+    value_width: Annotated[float | None, Option("The same, of values alone. Default: `head_width`.", above=0)] = None
+    cache_budget: Annotated[
+        str | None,
+        Option(
+            "In place of widths: cache bytes per token at 16 bits, or a share of the source's such as 25%. The widths "
+            "of each layer are chosen so that the least is lost."
+        ),
+    ] = None
+    refit: Annotated[
+        bool | None,
+        Option(
+            "Whether output projections are refitted on the calibration text. Default: with `method` shared.",
+        ),
+    ] = None
+    device: Annotated[str, Option("Where layers run.")] = "cpu"
+
+
+@dataclass(frozen=True)
+class Written(Options, panel="Output"):
+    """How the result is written."""
+
+    _: KW_ONLY
+    target: Annotated[
+        str,
+        Option(
+            "mqa: this package's class, as remote code. native: a class of transformers, where one can hold the "
+            "model.",
+            choices=("mqa", "native"),
+        ),
+    ] = "mqa"
+    dtype: Annotated[str | None, Option("Of the weights. Default: as in the source.", choices=NUMBER_TYPES)] = None
+    max_shard_size: Annotated[str, Option("Largest file of weights.")] = "5GB"
+    allow_nonfinite: Annotated[
+        bool, Option("Convert weights that hold NaN or infinity too, and count them in the report.")
+    ] = False
+    overwrite: Annotated[bool, Option("Replace the checkpoint at `output`.", recorded="never")] = False
+
+
+@dataclass(frozen=True)
+class Hub(Options, panel="Hub"):
+    """Where a source comes from, and a result goes to."""
+
+    _: KW_ONLY
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
+    push_to_hub: Annotated[str | None, Option("Repository to upload the result to.", recorded="never")] = None
+    private: Annotated[bool, Option("Make a new repository private.", recorded="never")] = False
+
+
+@dataclass(frozen=True)
+class Conversion(Hub, Written, Fit, Heads, Job[dict[str, Any]]):
+    """Convert a checkpoint to fewer key/value heads.
+
+    Returns:
+        The content of `conversion.json`.
+
+    Raises:
+        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
+    """
+
+    name = "convert"
+
+    source: Annotated[str | os.PathLike[str], Option("Directory or hub id of the checkpoint.")]
+    output: Annotated[Path | str, Option("Directory to write. It appears only when it is whole.")]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether layers look at a calibration text."""
+        return self.method == "shared" or bool(self.refit)
+
+    @property
+    def width_factors(self) -> tuple[float, float]:
+        """Widths of a new head's keys and values in units of an old one."""
+        key, value = self.key_width, self.value_width
+        return self.head_width if key is None else key, self.head_width if value is None else value
+
+    def recorded(self) -> dict[str, Any]:
+        fit = {field.name for field in fields(Fit)} - {"refit"}
+        unread = {"source", "output"} | (set() if self.calibrated else fit)
+        return {name: value for name, value in super().recorded().items() if name not in unread}
+
+    def resolve(self) -> "Conversion":
+        """With `refit` settled; raises ConversionError for options that contradict each other."""
+        job = replace(self, refit=self.method == "shared" if self.refit is None else self.refit)
+        widths = (job.head_width != 1, job.key_width is not None, job.value_width is not None)
+        budget = job.cache_budget is not None
+        contradictions = (
+            (
+                job.private and not job.push_to_hub,
+                "`private` is about the repository of `push_to_hub`, which is missing",
+            ),
+            (
+                job.method != "shared" and (any(widths) or budget),
+                f"widths and `cache_budget` are for `method` shared, not {job.method}",
+            ),
+            (
+                not job.calibrated and (job.calibration is not None or bool(job.calibration_columns)),
+                f"calibration text is for `method` shared and for `refit`; `method` {job.method} reads none",
+            ),
+            (
+                job.calibrated and job.allow_nonfinite,
+                "`allow_nonfinite` is for methods without calibration: nothing is fitted to NaN",
+            ),
+            (
+                budget and any(widths),
+                "`cache_budget` chooses widths; give either it or `head_width`, `key_width`, `value_width`",
+            ),
+            (
+                budget and job.target == "native",
+                "`cache_budget` is for `target` mqa: native heads have the source's width",
+            ),
+        )
+        for holds, said in contradictions:
+            if holds:
+                raise ConversionError(said)
+        return job
+
+    def run(self) -> dict[str, Any]:
+        from .converter import carry_out
+
+        return carry_out(self.resolve())
+
+    def show(self, report: dict[str, Any], console: "Console") -> None:
+        """Say in a line what became of the heads and the cache."""
+        cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
+        attentions = report["attentions"]
+        heads = ", ".join(
+            f"{n['before']} -> {n['after']} key/value heads" + (f" ({name})" if len(attentions) > 1 else "")
+            for name, n in attentions.items()
+        )
+        source_tokens = f", {cross['before']:,} -> {cross['after']:,} per source token" if cross["before"] else ""
+        console.print(
+            f"{self.output}: {heads}; {cache['before']:,} -> {cache['after']:,} cache bytes per token{source_tokens}"
+        )
+
+
+convert = function(Conversion)

@@ -1,0 +1,111 @@
+"""`mqa-hf inspect`: what a checkpoint is, and what a conversion would make of it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mqa_hf.base.options import Job, Option, function
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# What `conversion.json` says of each layer, by method.
+ERRORS = (
+    *("key_error", "value_error", "cross_key_error", "cross_value_error"),
+    *("attention_error", "attention_kl", "discarded_key_energy", "discarded_value_energy"),
+    *("cross_attention_error", "cross_attention_kl", "cross_discarded_key_energy", "cross_discarded_value_energy"),
+)
+
+
+@dataclass(frozen=True)
+class Inspection(Job[dict[str, Any]]):
+    """Say what a checkpoint is and what a conversion would make of it, without reading weights.
+
+    Returns:
+        Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else
+        `None`), `conversion` and `training` (what `conversion.json` of a converted checkpoint and `uptraining.json` of
+        a trained one say, else `None`). Where the configuration is understood: `layers`, `num_attention_heads`,
+        `num_key_value_heads`, `head_dim`, `parameters` and `kv_bytes_per_token` (16 bit; `now` and, where it can be
+        converted, `after`); of a native conversion only what its `conversion.json` says. Where it can be converted:
+        `native`, the model type of the class of transformers that holds the result, or `False`.
+
+    Raises:
+        MQAError: where there is no checkpoint at all.
+    """
+
+    name = "inspect"
+
+    source: Annotated[
+        str | os.PathLike[str], Option("Directory or hub id, of an original or of a converted checkpoint.")
+    ]
+    _: KW_ONLY
+    kv_heads: Annotated[
+        int, Option("Key/value heads of the conversion to describe; a divisor of the source's.", min=1)
+    ] = 1
+    ignore_switch: Annotated[
+        Sequence[str],
+        Option("An unknown switch in config.json that does not change the model's function; may be repeated."),
+    ] = ()
+    revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
+
+    def run(self) -> dict[str, Any]:
+        from .description import describe
+
+        return describe(self)
+
+    def show(self, result: dict[str, Any], console: "Console") -> None:
+        from rich.table import Table
+
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name in (
+            "source",
+            "family",
+            "encoder_layers",
+            "layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        ):
+            if name in result:
+                table.add_row(name.replace("_", " "), str(result[name]))
+        if "parameters" in result:
+            table.add_row("parameters", f"{result['parameters']:,}")
+            for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
+                if name in result:
+                    cache = result[name]
+                    after = (
+                        f" -> {cache['after']:,} with {self.kv_heads} key/value head(s)" if "after" in cache else ""
+                    )
+                    title = "cache bytes per token" if name.startswith("kv") else "cache bytes per source token"
+                    table.add_row(title, f"{cache['now']:,}{after}")
+        answer = "yes" if result["convertible"] else "no"
+        table.add_row("can be converted", f"{answer}: {result['reason']}" if result["reason"] else answer)
+        if result.get("native") is not None:
+            table.add_row("native target", result["native"] or "none")
+        if result["conversion"]:
+            conversion = result["conversion"]
+            table.add_row("made by", conversion["command"])
+            if "held_out_loss" in conversion:
+                loss = conversion["held_out_loss"]
+                measured = f" ({loss['tokens']:,} tokens of {loss['text']})" if "tokens" in loss else ""
+                table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token{measured}")
+            for name in ERRORS:
+                errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
+                if not errors:
+                    continue
+                table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
+        if result["training"]:
+            training = result["training"]
+            table.add_row("trained on", f"{training['tokens']:,} tokens")
+            for name, loss in ((training["validation"] or {}).get("after") or {}).items():
+                before = training["validation"]["before"].get(name)
+                table.add_row(
+                    f"{name} on validation text", f"{loss:.3f}" if before is None else f"{before:.3f} -> {loss:.3f}"
+                )
+            if training["command"]:
+                table.add_row("trained by", training["command"])
+        console.print(table)
+
+
+inspect = function(Inspection)

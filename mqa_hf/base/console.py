@@ -1,0 +1,44 @@
+"""What is said on the way. It goes to standard error, so that standard output has results alone."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+QUIET, NORMAL, VERBOSE = range(3)
+_level = NORMAL
+
+
+def set_verbosity(level: int) -> None:
+    """How much is said: `QUIET` (nothing but warnings and errors), `NORMAL` or `VERBOSE`."""
+    global _level
+    _level = level
+
+
+def verbosity() -> int:
+    return _level
+
+
+def stderr() -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def say(text: str, level: int = NORMAL) -> None:
+    """Print a line, unless the verbosity is below `level`."""
+    if _level >= level:
+        stderr().print(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning, whatever the verbosity."""
+    stderr().print(f"warning: {text}", style="yellow")
+
+
+def progress_bar(*columns: "ProgressColumn") -> "Progress":
+    """A progress bar with these columns, shown unless the verbosity is `QUIET`."""
+    from rich.progress import Progress
+
+    return Progress(*columns, console=stderr(), disable=_level < NORMAL)

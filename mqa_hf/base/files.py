@@ -1,0 +1,52 @@
+"""Files that are read and written whole."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import MQAError
+
+REPORT_FILE = "conversion.json"
+TRAINING_FILE = "uptraining.json"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")  # always the same: what a killed process leaves is written over
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises MQAError for a file that holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MQAError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise MQAError(f"{path} holds a {type(content).__name__}, not an object with fields")
+    return content
+
+
+def read_yaml(path: Any) -> Any:
+    """What stands in a YAML file, a `Path` or a package's; raises MQAError where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise MQAError(f"{path} cannot be read: {error}") from error
+
+
+def stamp(source: str) -> tuple[str, int, int]:
+    """What changes when a file does; ids of the Hub are taken as they are."""
+    if not os.path.exists(source):
+        return ("", 0, 0)
+    status = os.stat(source)
+    return (os.path.abspath(source), status.st_size, status.st_mtime_ns)

@@ -1,0 +1,115 @@
+"""Checkpoints on disk and on the Hub: found, fetched, uploaded."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .errors import MQAError
+from .files import REPORT_FILE
+
+ADAPTER = "adapter_config.json"
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+# What stands beside the weights and is carried over as it is.
+COMPANIONS = (
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "target_vocab.json",
+    "normalizer.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template*",
+    CHAT_TEMPLATES,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
+PICKLES = ("*.bin", "*.bin.index.json")
+# Of the HTTP library, which is not the same in every huggingface_hub: an answer that is an error, or none at all.
+HTTPError: type[Exception] = HfHubHTTPError.__base__  # type: ignore[assignment]
+
+
+def locate(source: str | os.PathLike, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
+    """The directory of a checkpoint, and its commit where it is a hub id; arguments as in [`open_source`]."""
+    directory, commit = Path(source), None
+    try:
+        if not directory.is_dir():
+            if directory.exists():
+                raise MQAError(f"{source} is a file; give the directory of a checkpoint")
+            if directory.is_absolute() or str(source).startswith((".", "~")):
+                raise MQAError(f"there is no directory {source}")
+            directory = _download(str(source), revision, weights)
+            commit = directory.name
+        elif revision is not None:
+            raise MQAError(f"`revision` {revision} is for hub ids; {source} is a directory")
+        if not (directory / "config.json").is_file():
+            raise MQAError(f"no config.json in {source}: it is not a checkpoint of transformers")
+    except OSError as error:
+        raise MQAError(f"{source} cannot be read: {error}") from error
+    check_no_adapter(directory)
+    return directory, commit
+
+
+def check_no_adapter(directory: Path) -> None:
+    """Raises MQAError for a checkpoint that transformers loads together with an adapter."""
+    if (directory / ADAPTER).is_file():
+        raise MQAError(
+            f"{directory} holds an adapter of PEFT beside the weights ({ADAPTER}); merge it first (merge_and_unload), "
+            "or move it away"
+        )
+
+
+def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
+    try:
+        patterns = [*COMPANIONS, "config.json", "README.md", "*.py", REPORT_FILE]
+        if weights:
+            names = _files_on_hub(repo_id, revision)
+            has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in names)
+            patterns += SAFETENSORS if has_safetensors else SAFETENSORS + PICKLES
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HTTPError, OSError, ValueError) as error:
+        raise MQAError(
+            f"{repo_id} is neither a directory nor a model that can be fetched from the Hub: {error}"
+        ) from error
+
+
+def _files_on_hub(repo_id: str, revision: str | None) -> list[str]:
+    """The names of a repository's files; none without a network, where the cache holds what there is to have."""
+    if HF_HUB_OFFLINE:
+        return []
+    try:
+        return HfApi().list_repo_files(repo_id, revision=revision)
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError):
+        return []
+
+
+def make_repository(repo_id: str, private: bool) -> None:
+    """Before the work, so that a missing token or a taken name is found while nothing is lost."""
+    try:
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    except (HTTPError, OSError, ValueError) as error:
+        raise MQAError(f"cannot push to {repo_id}: {error}") from error
+
+
+def push(output: Path, repo_id: str) -> None:
+    try:
+        HfApi().upload_folder(
+            repo_id=repo_id,
+            folder_path=output,
+            commit_message="Convert with mqa-hf",
+            delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload that this one does not have
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise MQAError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error

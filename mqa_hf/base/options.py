@@ -1,0 +1,316 @@
+"""A job is a value: a frozen dataclass whose fields say once what each option is.
+
+    @dataclass(frozen=True)
+    class Greeting(Job[str]):
+        "Say hello."
+
+        name: Annotated[str, Option("Who is greeted.")]
+        _: KW_ONLY
+        times: Annotated[int, Option("How often.", min=1)] = 1
+
+        def run(self) -> str: ...
+
+From this come the command (`mqa_hf/cli.py`), the Python function ([`function`]), the steps of a recipe ([`Job.of`]),
+the recorded command ([`Job.command`]) and the documentation. Options that several jobs share are a dataclass of their
+own, a subclass of [`Options`], that the jobs inherit from; its `panel` is the heading above them in `--help`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+from .errors import MQAError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+P = ParamSpec("P")
+R = TypeVar("R")
+J = TypeVar("J", bound="Options")
+
+NUMBER_TYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option is, beside its name, type and default.
+
+    Attributes:
+        help: one or two sentences; other options are named in backticks.
+        min, above, below: bounds of a number; `above` and `below` are excluded.
+        choices: the values that a text may have.
+        comma: whether a list is one word with commas on the command line; else the option is repeated.
+        recorded: whether the command in results shows it: where it is not the default, always, or never, because it
+            does not change the result.
+        metavar: what stands for the value in `--help`.
+    """
+
+    help: str
+    min: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    comma: bool = False
+    recorded: Literal["changed", "always", "never"] = "changed"
+    metavar: str | None = None
+
+
+@dataclass(frozen=True)
+class Field:
+    """An option of a class of [`Options`], with what its field says.
+
+    Attributes:
+        name: of the field.
+        kind: `bool`, `int`, `float`, `str` or `Path`; of a list that of its items.
+        many: whether it is a list.
+        optional: whether it may be `None`.
+        default: its default; `MISSING` where it must be given.
+        positional: whether it is an argument of the command rather than an option.
+        panel: heading in `--help`.
+        option: the rest.
+    """
+
+    name: str
+    kind: type
+    many: bool
+    optional: bool
+    default: Any
+    positional: bool
+    panel: str | None
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    def checked(self, value: Any) -> Any:
+        """The value in the field's own type; raises MQAError where it is none, or out of bounds."""
+        if value is None:
+            if not self.optional:
+                raise MQAError(f"`{self.name}` must be {self.expected()}; got nothing")
+            return None
+        if not self.many:
+            return self.item(value)
+        if isinstance(value, str | os.PathLike):
+            text = os.fspath(value)
+            value = [part.strip() for part in text.split(",")] if self.option.comma else [text]
+        if not isinstance(value, Sequence | set | frozenset):
+            raise MQAError(f"`{self.name}` must be {self.expected()}; got {value!r}")
+        return tuple(self.item(item) for item in value)
+
+    def item(self, value: Any) -> Any:
+        option, found = self.option, value
+        try:
+            if self.kind is bool:
+                fits = isinstance(value, bool)
+            elif self.kind in (int, float):
+                fits = not isinstance(value, bool) and isinstance(value, int | float | str)
+                found = self.kind(value) if fits else value
+                fits = fits and math.isfinite(found) and (isinstance(value, str) or found == value)
+            else:
+                fits = isinstance(value, str | os.PathLike | int | float) and not isinstance(value, bool)
+                found = (
+                    self.kind(os.fspath(value) if isinstance(value, os.PathLike) else str(value)) if fits else value
+                )
+                fits = fits and "\0" not in str(found)
+        except (ValueError, OverflowError):
+            fits = False
+        fits = fits and not (
+            (option.min is not None and found < option.min)
+            or (option.above is not None and found <= option.above)
+            or (option.below is not None and found >= option.below)
+            or (option.choices and found not in option.choices)
+        )
+        if not fits:
+            raise MQAError(f"`{self.name}` must be {self.expected()}; got {value!r}")
+        return found
+
+    def expected(self) -> str:
+        """What it takes, in words."""
+        option = self.option
+        if option.choices:
+            said = f"one of {', '.join(option.choices)}"
+        else:
+            bounds = [
+                f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} 2**{math.log2(bound):g}"
+                for word, bound in (("at least", option.min), ("above", option.above), ("below", option.below))
+                if bound is not None
+            ]
+            kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+            said = " ".join([kinds[self.kind], " and ".join(bounds)]).strip()
+        return f"a list, each {said}" if self.many else said
+
+    def words(self, value: Any) -> list[str]:
+        """The words of a command line that set it to `value`."""
+        if value is None or (self.many and not value):
+            return []
+        if self.kind is bool:
+            return [self.flag if value else "--no-" + self.flag.removeprefix("--")]
+        values = [",".join(map(str, value))] if self.many and self.option.comma else value if self.many else [value]
+        texts = [f"{v:g}" if isinstance(v, float) and float(f"{v:g}") == v else str(v) for v in values]
+        if self.positional:
+            return texts
+        return [
+            word for text in texts for word in ((f"{self.flag}={text}",) if text[:1] == "-" else (self.flag, text))
+        ]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Some options of jobs, checked when they are made. Fields are `Annotated[type, Option(...)]`."""
+
+    panel: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, panel: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls.panel = panel
+
+    def __post_init__(self) -> None:
+        for field in options(type(self)):
+            value = getattr(self, field.name)
+            if field.positional and not isinstance(value, str | os.PathLike | Sequence | None):
+                continue  # a model in memory in place of its path
+            object.__setattr__(self, field.name, field.checked(value))
+
+    @classmethod
+    def of(cls: type[J], given: Mapping[str, Any]) -> J:
+        """From options by name, as a recipe has them, with or without underscores.
+
+        Raises:
+            MQAError: for an option that there is not, one that is missing, and values that are none.
+        """
+        known = {field.name: field for field in options(cls)}
+        named = {str(name).replace("-", "_"): value for name, value in given.items()}
+        for name in named:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(sorted(known))}"
+                raise MQAError(f"there is no option `{name}`{hint}")
+        missing = [name for name, field in known.items() if field.required and named.get(name) is None]
+        if missing:
+            raise MQAError(f"`{missing[0]}` is missing: {known[missing[0]].option.help}")
+        return cls(**named)
+
+
+class Job(Options, Generic[R]):
+    """Something to do, as a value: what was asked for, checked."""
+
+    name: ClassVar[str]  # of its command
+
+    def resolve(self: J) -> J:
+        """The same with everything that is derived filled in, for every way in which a job is asked for."""
+        return self
+
+    def run(self) -> R:
+        """Do it."""
+        raise NotImplementedError
+
+    def show(self, result: R, console: "Console") -> None:
+        """Say what came of it."""
+
+    def dry_run(self) -> dict[str, Any]:
+        """What would be read and written, by name, without doing it."""
+        raise NotImplementedError
+
+    def interrupted(self) -> str:
+        """What was kept of a job that was interrupted, and how to go on, in a sentence."""
+        return ""
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that made a difference, as JSON has them."""
+        found = {f.name: getattr(self, f.name) for f in options(type(self)) if f.option.recorded != "never"}
+        return {
+            name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+            for name, v in found.items()
+        }
+
+    def words(self) -> list[str]:
+        """The words of the command that does this: what is not as it is by default."""
+        arguments, flags, recorded = [], [], self.recorded()
+        for field in options(type(self)):
+            value = getattr(self, field.name)
+            if field.positional:
+                arguments += field.words(value)
+            elif field.name in recorded and (field.option.recorded == "always" or value != field.default):
+                flags += field.words(value)
+        return [self.name, *arguments, *flags]
+
+    def command(self) -> str:
+        """The command that does this, to be typed in a shell."""
+        return shlex.join(["mqa-hf", *self.words()])
+
+
+def options(cls: type[Options]) -> tuple[Field, ...]:
+    """The options of a class: arguments first, then by panel."""
+    found = list(fields_of(cls))
+    panels = list(dict.fromkeys(field.panel for field in found))
+    return tuple(sorted(found, key=lambda field: (not field.positional, panels.index(field.panel))))
+
+
+def fields_of(cls: type[Options]) -> Iterator[Field]:
+    for field in dataclasses.fields(cls):
+        kind, option = get_args(field.type)
+        optional = many = False
+        if get_origin(kind) in (Union, UnionType):
+            parts = [part for part in get_args(kind) if part is not type(None)]
+            optional = len(parts) < len(get_args(kind))
+            kind = parts[0]
+        if get_origin(kind) is not None:
+            kind, many = get_args(kind)[0], True
+        if not isinstance(kind, type):  # a forward reference to a model in memory, or its path
+            kind = str
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+        panel = getattr(owner, "panel", None)
+        yield Field(field.name, kind, many, optional, default, not field.kw_only, panel, option)
+
+
+def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
+    """The function that makes a job of its arguments and runs it; its help has all options."""
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return job(*args, **kwargs).run()
+
+    assert isinstance(job, type)
+    assert issubclass(job, Job)
+    run.__name__ = run.__qualname__ = job.name
+    run.__module__ = "mqa_hf"
+    run.__doc__ = documentation(job)
+    run.__signature__ = inspect.signature(job)  # type: ignore[attr-defined]
+    return run
+
+
+def summary(job: type[Options]) -> str:
+    """A class's docstring before its sections."""
+    return inspect.cleandoc(job.__doc__ or "").partition("\n\nReturns:")[0].partition("\n\nRaises:")[0]
+
+
+def documentation(job: type[Options]) -> str:
+    """The docstring of a job's function: that of the class, with its arguments."""
+    arguments = "\n".join(f"    {field.name}: {field.option.help}" for field in options(job))
+    head = summary(job)
+    return f"{head}\n\nArgs:\n{arguments}{inspect.cleandoc(job.__doc__ or '').removeprefix(head)}\n"
+
+
+def as_flags(message: str, cls: type[Options]) -> str:
+    """A message with the class's options as they are named on the command line."""
+    known = {
+        field.name: field.option.metavar or field.name.upper() if field.positional else field.flag
+        for field in options(cls)
+    }
+    return re.sub(r"`(\w+)`", lambda m: known.get(m.group(1), m.group(0)), message)
