@@ -29,12 +29,13 @@ from mqa_hf.base.devices import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.converter import TARGETS
 from mqa_hf.conversion.families import family_of, native_config
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .shapes import Config, OwnShape, Weights, read_shape
+
+TARGETS = ("mqa", "native")
 
 
 @dataclass(frozen=True)

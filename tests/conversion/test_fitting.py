@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from mqa_hf import fitting
+from mqa_hf.conversion import fitting
 
 torch.set_default_dtype(torch.float32)
 d, D, m, n = 10, 6, 3, 6

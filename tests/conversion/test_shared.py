@@ -12,9 +12,10 @@ from sources import CASES, IDS, LLAMA, batch, largest_difference, make_model, sa
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from mqa_hf import calibration, convert
+from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.text import corrupt_spans, documents
+from mqa_hf.conversion import calibration
 from mqa_hf.conversion.widths import Curves, choose_widths
 
 SMALL = {"calibration_tokens": 1024, "sequence_length": 32}
