@@ -7,8 +7,8 @@
         milliseconds: float
 
 A record has the version of its layout. One that a newer mqa-hf has written is refused; one without a version is of
-the first layout. Fields that a layout does not have are passed over. Those that are missing or of another type are named in
-one message with the file.
+the first layout. Fields that a layout does not have are passed over. Those that are missing or of another type are
+named in one message with the file.
 """
 
 import json
