@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from mqa_hf import convert, inspect
 from mqa_hf.base.errors import ConversionWarning
-from mqa_hf.cli import main as run
 
 from .data import Part
 from .training import Schedule
@@ -188,4 +187,4 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))
