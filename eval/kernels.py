@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import numbers
 from mqa_hf.kernels_mqa import attend, available

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
 from mqa_hf.base.text import calibration_tokens
 from mqa_hf.conversion.loading import load_model

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
 
 from .data import Part

@@ -21,6 +21,7 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from mqa_hf.base.devices import peak_rate
+from mqa_hf.base.entry import run_command
 from mqa_hf.conversion.loading import load_model
 
 from .data import IGNORED, Part, collate_packed
