@@ -5,7 +5,7 @@
 
 The layers are those of `modeling_mqa.py`; what is different is that nothing has a shape that changes, that projections
 of the same input are one matrix product, and that norms, rotation, writes to the cache, activations and residuals are
-part of the kernels around them where there are any (`kernels_mqa.py`).
+part of the kernels around them where there are any (`kernel_*_mqa.py`).
 """
 
 import weakref
@@ -17,7 +17,9 @@ from torch import nn
 
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, from_float8, to_float8
-from .kernels_mqa import MAX_HEAD_WIDTH, append, attend, available, compile_all
+from .kernel_append_mqa import append
+from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
+from .kernel_launch_mqa import available, compile_all
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
 from .weights_mqa import Projections

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels_mqa import ACTIVATIONS, MAX_SMALL_ROWS, activate, normalise, project
+from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
+from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
 
 WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
 
@@ -88,7 +89,7 @@ class Projections:
             rms = isinstance(norm, nn.RMSNorm)
             normal = "rms_norm" if rms else "layer_norm", norm.weight, None if rms else norm.bias, norm.eps
         if fits and len(x) == 1 and known:
-            return project(x, weight, bias, *normal, activation=name, gated=gated, residual=residual)
+            return fused_linear(x, weight, bias, *normal, activation=name, gated=gated, residual=residual)
         if norm is None:
             y = x
         elif self.triton and known:
@@ -96,7 +97,7 @@ class Projections:
         else:
             y = norm(x)
         if fits and len(x) <= MAX_SMALL_ROWS and len(weight) >= WIDE and x.element_size() == 2:
-            return project(y, weight, bias, activation=name, gated=gated, residual=residual)
+            return fused_linear(y, weight, bias, activation=name, gated=gated, residual=residual)
         if residual is not None and bias is None and y.is_cuda:
             return torch.addmm(residual, y, weight.t(), out=residual)
         out = few_rows(y, weight, bias) if left_is_faster(y) else nn.functional.linear(y, weight, bias)
