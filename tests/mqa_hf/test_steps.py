@@ -83,11 +83,11 @@ def test_a_changed_one_and_those_that_need_it_run_again_when_asked(tmp_path, run
 
 
 def test_those_that_need_no_failed_one_run_all_the_same(tmp_path, runs, capsys):
-    with pytest.raises(MQAError, match="^no$"):
+    with pytest.raises(MQAError, match=r"^no$"):
         run_steps(steps(tmp_path, fails=True), tmp_path / "done.json", "it", keep_going=True)
     assert [name for name, _ in runs] == ["one", "three"]
     assert "one: MQAError: no" in capsys.readouterr().err
-    with pytest.raises(MQAError, match="^no$"):
+    with pytest.raises(MQAError, match=r"^no$"):
         run_steps(steps(tmp_path, fails=True), tmp_path / "done.json", "it")
     assert len(runs) == 3
 
