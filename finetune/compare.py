@@ -22,8 +22,8 @@ from rich.table import Table
 from transformers.utils import logging
 
 from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
-from mqa_hf.cli import main as run
 
 from .data import Part
 from .training import Schedule
@@ -188,4 +188,4 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

@@ -6,10 +6,7 @@ What takes long to import is imported by what runs. Errors that are meant for a 
 import inspect
 import json
 import shlex
-import signal
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +16,8 @@ import typer
 from rich.console import Console
 
 from .base import console
-from .base.errors import ConversionWarning, MQAError
+from .base.entry import run_command
+from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
@@ -101,7 +99,7 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
     help = as_flags(option.help, job)
     metavar = option.metavar or "|".join(option.choices) or (f"<{field.kind.__name__}>" if field.many else None)
     if field.positional:
-        info = typer.Argument(help=help, metavar=metavar, show_default=False)
+        info = typer.Argument(help=help, metavar=field.name.upper(), show_default=False)
     else:
         flags = [field.flag] if field.kind is bool and not field.optional else []
         shown = not field.required and default not in (None, False)
@@ -647,26 +645,9 @@ def numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    if issubclass(category, ConversionWarning):
-        console.warn(str(message))
-    else:
-        _show_warning(message, category, *where)
-
-
-_show_warning = warnings.showwarning
-
-
-def main(command: Callable[..., Any] = app) -> None:
-    """Entry point: errors meant for a person are printed as one message, with exit code 1."""
-    # A job that is told to stop cleans up like one that is interrupted by hand.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    warnings.showwarning = show_warning  # type: ignore[assignment]
-    try:
-        command()
-    except MQAError as error:
-        console.stderr().print(f"error: {error}", style="red")
-        sys.exit(1)
+def main() -> None:
+    """Entry point of `mqa-hf`."""
+    run_command(app)
 
 
 if __name__ == "__main__":

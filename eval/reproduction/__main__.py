@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
-from mqa_hf.cli import main
 from mqa_hf.finetune.data import Part
 from mqa_hf.finetune.pretrain import Pretraining, find_tokenizer
 from mqa_hf.finetune.recipe import run_steps
@@ -190,4 +190,4 @@ def page(
 
 
 if __name__ == "__main__":
-    main(app)
+    run_command(app)
