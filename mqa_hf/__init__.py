@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .eval.plan import plan
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -40,6 +41,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "plan",
 ]
 
 __version__ = version("mqa-hf")
@@ -49,6 +51,7 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "eval.plan": ("plan",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),

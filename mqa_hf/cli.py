@@ -21,8 +21,9 @@ from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
+from .eval.plan import Planning
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,57 +115,8 @@ for _job in JOBS:
     add(_job)
 
 
-Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.", show_default=False)]
-KVHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of the result; a divisor of the source's.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-IgnoreSwitch = Annotated[
-    list[str] | None,
-    typer.Option(help="An unknown switch in config.json that does not change the model; may be repeated."),
-]
-
 OUTPUT = "Output"
 DATA, WRITING, HARNESS, RUNNING = "Held-out text", "What it writes", "lm-eval", "Running"
-
-
-@app.command()
-def plan(
-    shape: Annotated[
-        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
-    ],
-    kv_heads: Annotated[
-        str | None,
-        typer.Option(
-            help="Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them.",
-            show_default=False,
-        ),
-    ] = None,
-    widths: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of a new head in units of an old one. Default: 1,2; of native targets 1.", show_default=False
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="mqa or native, as of convert. Default: mqa; native where the type is converted in its own class "
-            "only.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
-    source: Annotated[int, typer.Option(min=0, help="Positions of the encoder's output, where there is one.")] = 512,
-    device: Annotated[str, typer.Option(help="h100, a100-80gb, l4, ..., or measured: the one that is here.")] = "h100",
-    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
-    from mqa_hf.eval.roofline import show
-
-    heads = None if kv_heads is None else numbers("--kv-heads", kv_heads)
-    wide = None if widths is None else numbers("--widths", widths)
-    show(shape, heads, wide, batch, context, device, source, dtype, as_json, target)
 
 
 @app.command()

@@ -181,7 +181,7 @@ class Options:
     def __post_init__(self) -> None:
         for field in options(type(self)):
             value = getattr(self, field.name)
-            if field.positional and not isinstance(value, str | os.PathLike | Sequence | None):
+            if field.positional and not field.many and not isinstance(value, str | os.PathLike | Sequence | None):
                 continue  # a model in memory in place of its path
             object.__setattr__(self, field.name, field.checked(value))
 
