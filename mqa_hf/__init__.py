@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .finetune.pretrain import pretrain
+    from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -40,6 +42,8 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "pretrain",
+    "uptrain",
 ]
 
 __version__ = version("mqa-hf")
@@ -49,6 +53,8 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "finetune.pretrain": ("pretrain",),
+    "finetune.uptrain": ("uptrain",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),
