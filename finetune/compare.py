@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
-from mqa_hf.cli import main as run
+from mqa_hf.conversion.convert import convert
+from mqa_hf.conversion.inspect import inspect
 
 from .uptrain import NO_TEACHER, Uptraining, default_learning_rate, width_of
 
@@ -188,4 +189,4 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

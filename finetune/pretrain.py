@@ -152,10 +152,9 @@ def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[s
 pretrain = function(Pretraining)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the same as python -m mqa_hf pretrain
+    import runpy
     import sys
 
-    from mqa_hf.cli import main
-
-    sys.argv.insert(1, "pretrain")
-    main()
+    sys.argv.insert(1, Pretraining.name)
+    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

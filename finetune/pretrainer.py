@@ -9,7 +9,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.utils import logging
 
-import mqa_hf
+from mqa_hf import modeling_mqa
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.files import stamps
 from mqa_hf.base.output import resolve_output, written_beside
@@ -72,7 +72,7 @@ def write(job: Pretraining, target: Path, config: Any, tokenizer: Any, report: d
     with written_beside(target, 4 * trained.num_parameters(), job.overwrite, REPORT) as partial:
         trained.save_pretrained(partial)
         for name in RUNTIME_FILES.get(type(trained).__name__, ()):
-            shutil.copyfile(Path(mqa_hf.__file__).parent / name, partial / name)
+            shutil.copyfile(Path(modeling_mqa.__file__).with_name(name), partial / name)
         tokenizer.save_pretrained(partial)
         if (main / "runs").is_dir():
             shutil.copytree(main / "runs", partial / "runs")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from mqa_hf.base.devices import peak_rate
-from mqa_hf.cli import main as run
+from mqa_hf.base.entry import run_command
 from mqa_hf.conversion.loading import load_model
 
 from .arguments import training_arguments
@@ -144,4 +144,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

@@ -4,7 +4,7 @@ GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of the tokens
 original is the teacher, whose distribution says more about each token than the token itself; fewer tokens then do.
 
     mqa-hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
-    accelerate launch -m mqa_hf.finetune.uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
+    accelerate launch -m mqa_hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
 
 are the same on one process and on many. The job keeps its checkpoints in `.OUTPUT.uptrain` beside the output, goes on
 from the last one when the same command is given again, and removes them once OUTPUT is whole.
@@ -235,10 +235,9 @@ def original_of(student: Path) -> tuple[str, str | None]:
 uptrain = function(Uptraining)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the same as python -m mqa_hf uptrain
+    import runpy
     import sys
 
-    from mqa_hf.cli import main
-
-    sys.argv.insert(1, "uptrain")
-    main()
+    sys.argv.insert(1, Uptraining.name)
+    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .eval.plan import plan
     from .finetune.pretrain import pretrain
     from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "plan",
     "pretrain",
     "uptrain",
 ]
@@ -53,6 +55,7 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "eval.plan": ("plan",),
     "finetune.pretrain": ("pretrain",),
     "finetune.uptrain": ("uptrain",),
 }

@@ -6,10 +6,7 @@ What takes long to import is imported by what runs. Errors that are meant for a 
 import inspect
 import json
 import shlex
-import signal
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -19,14 +16,16 @@ import typer
 from rich.console import Console
 
 from .base import console
-from .base.errors import ConversionWarning, MQAError
+from .base.entry import run_command
+from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
+from .eval.plan import Planning
 from .finetune.pretrain import Pretraining
 from .finetune.uptrain import Uptraining
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Pretraining, Uptraining)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Pretraining, Uptraining)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,7 +103,7 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
     help = as_flags(option.help, job)
     metavar = option.metavar or "|".join(option.choices) or (f"<{field.kind.__name__}>" if field.many else None)
     if field.positional:
-        info = typer.Argument(help=help, metavar=metavar, show_default=False)
+        info = typer.Argument(help=help, metavar=field.name.upper(), show_default=False)
     else:
         flags = [field.flag] if field.kind is bool and not field.optional else []
         shown = not field.required and default not in (None, False)
@@ -121,47 +120,6 @@ for _job in JOBS:
 
 OUTPUT = "Output"
 DATA, WRITING, HARNESS, RUNNING = "Held-out text", "What it writes", "lm-eval", "Running"
-
-
-@app.command()
-def plan(
-    shape: Annotated[
-        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
-    ],
-    kv_heads: Annotated[
-        str | None,
-        typer.Option(
-            help="Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them.",
-            show_default=False,
-        ),
-    ] = None,
-    widths: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of a new head in units of an old one. Default: 1,2; of native targets 1.", show_default=False
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="mqa or native, as of convert. Default: mqa; native where the type is converted in its own class "
-            "only.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
-    source: Annotated[int, typer.Option(min=0, help="Positions of the encoder's output, where there is one.")] = 512,
-    device: Annotated[str, typer.Option(help="h100, a100-80gb, l4, ..., or measured: the one that is here.")] = "h100",
-    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
-    from mqa_hf.eval.roofline import show
-
-    heads = None if kv_heads is None else numbers("--kv-heads", kv_heads)
-    wide = None if widths is None else numbers("--widths", widths)
-    show(shape, heads, wide, batch, context, device, source, dtype, as_json, target)
 
 
 @app.command()
@@ -368,26 +326,9 @@ def numbers(option: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    if issubclass(category, ConversionWarning):
-        console.warn(str(message))
-    else:
-        _show_warning(message, category, *where)
-
-
-_show_warning = warnings.showwarning
-
-
-def main(command: Callable[..., Any] = app) -> None:
-    """Entry point: errors meant for a person are printed as one message, with exit code 1."""
-    # A job that is told to stop cleans up like one that is interrupted by hand.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    warnings.showwarning = show_warning  # type: ignore[assignment]
-    try:
-        command()
-    except MQAError as error:
-        console.stderr().print(f"error: {error}", style="red")
-        sys.exit(1)
+def main() -> None:
+    """Entry point of `mqa-hf`."""
+    run_command(app)
 
 
 if __name__ == "__main__":

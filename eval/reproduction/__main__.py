@@ -14,9 +14,9 @@ import torch
 import typer
 from rich.console import Console
 
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
-from mqa_hf.cli import main
 from mqa_hf.finetune.options import Data
 from mqa_hf.finetune.recipe import run_steps
 from mqa_hf.finetune.tokenizer import trained_tokenizer
@@ -185,4 +185,4 @@ def page(
 
 
 if __name__ == "__main__":
-    main(app)
+    run_command(app)
