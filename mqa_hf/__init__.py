@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .conversion.inspect import inspect
     from .eval.plan import plan
+    from .finetune.pretrain import pretrain
+    from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -42,6 +44,8 @@ __all__ = [
     "convert",
     "inspect",
     "plan",
+    "pretrain",
+    "uptrain",
 ]
 
 __version__ = version("mqa-hf")
@@ -52,6 +56,8 @@ _LIGHT = {
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
     "eval.plan": ("plan",),
+    "finetune.pretrain": ("pretrain",),
+    "finetune.uptrain": ("uptrain",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),
