@@ -37,8 +37,8 @@ from mqa_hf.base.devices import DTYPES, check_device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.cache_mqa import DecodeCache
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import family_of
-from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 from mqa_hf.rules_mqa import CACHE
 
