@@ -3,7 +3,7 @@
     B rows decoded, k rows of each prompt (beams or returned sequences), P = B / k prompts, V vocabulary, S positions,
     H query heads, G key/value heads, D and Dv head widths
 
-The layers are those of `modeling_mqa.py`; what is different is that nothing has a shape that changes, that projections
+The layers are those of `layer_mqa.py`; what is different is that nothing has a shape that changes, that projections
 of the same input are one matrix product, and that norms, rotation, writes to the cache, activations and residuals are
 part of the kernels around them where there are any (`kernel_*_mqa.py`).
 """
@@ -20,12 +20,14 @@ from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, from_float8, to_float8
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
+from .positions_mqa import distance_bias
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
 from .weights_mqa import Projections
 
 if TYPE_CHECKING:
-    from .modeling_mqa import MQAMLP, MQAAttention, MQADecoderLayer, MQAModel
+    from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer
+    from .modeling_mqa import MQAModel
 
 
 class DecodeStep:
@@ -147,7 +149,7 @@ class DecodeStep:
             self.cos, self.sin = cos[0, 0].contiguous(), sin[0, 0].contiguous()
         for i, layer in enumerate(self.layers):
             if layer.self_attn.relative_bias is not None:
-                table = self.stack.distance_bias(layer.self_attn.relative_bias)
+                table = distance_bias(self.config, layer.self_attn.relative_bias)
                 if i in self.tables:
                     self.tables[i].copy_(table)
                 else:
@@ -219,27 +221,26 @@ class DecodeStep:
         return logits
 
     def layer(self, layer: "MQADecoderLayer", x: torch.Tensor, i: int) -> torch.Tensor:
-        kind, attention = layer.residual, layer.self_attn
-        post = kind == "post_norm"
-        first = None if post else layer.input_layernorm
-        joined = self.linear(x, (attention.q_proj, attention.k_proj, attention.v_proj), norm=first)
-        attended = self.self_attention(attention, joined, i)
-        if kind in ("parallel", "parallel_shared_norm"):
-            norm = first if kind == "parallel_shared_norm" else layer.post_attention_layernorm
-            inner = self.inner(layer.mlp, x, norm)
-            x = self.add(x, attended, attention.o_proj)
-        else:
-            x = self.add(x, attended, attention.o_proj)
-            if post:
-                x = layer.input_layernorm(x)
-            if self.cross is not None:
-                cross = layer.cross_attn
-                query = self.linear(x, (cross.q_proj,), norm=None if post else layer.cross_attn_layernorm)
-                x = self.add(x, self.cross_attention(cross, query, i), cross.o_proj)
-                x = layer.cross_attn_layernorm(x) if post else x
-            inner = self.inner(layer.mlp, x, None if post else layer.post_attention_layernorm)
-        x = self.add(x, inner, layer.mlp.down_proj)
-        return layer.post_attention_layernorm(x) if post else x
+        for branches, after in layer.residuals(cross=self.cross is not None):
+            # What two sub-layers read is not to be written to before both have read it.
+            inner = [self.branch(layer, module, norm, x, i) for norm, module in branches]
+            for values, projection in inner:
+                x = self.add(x, values, projection)
+            x = x if after is None else after(x)
+        return x
+
+    def branch(
+        self, layer: "MQADecoderLayer", module: nn.Module, norm: nn.Module | None, x: torch.Tensor, i: int
+    ) -> tuple[torch.Tensor, nn.Module]:
+        """What goes into the last projection of a sub-layer, and that projection."""
+        if module is layer.mlp:
+            return self.inner(layer.mlp, x, norm), layer.mlp.down_proj
+        if module is layer.self_attn:
+            own = layer.self_attn
+            joined = self.linear(x, (own.q_proj, own.k_proj, own.v_proj), norm=norm)
+            return self.self_attention(own, joined, i), own.o_proj
+        cross = layer.cross_attn
+        return self.cross_attention(cross, self.linear(x, (cross.q_proj,), norm=norm), i), cross.o_proj
 
     def add(self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """The residual stream after a sub-layer that ends in this projection; it may be written to."""

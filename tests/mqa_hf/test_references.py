@@ -10,7 +10,9 @@ from mqa_hf.cache_mqa import FLOAT8, from_float8
 from mqa_hf.kernel_append_mqa import naive_append
 from mqa_hf.kernel_attend_mqa import naive_attend
 from mqa_hf.kernel_linear_mqa import naive_linear
-from mqa_hf.modeling_mqa import MQAMLP, MQAAttention, MQAModel
+from mqa_hf.layer_mqa import MQAMLP, MQAAttention
+from mqa_hf.modeling_mqa import MQAModel
+from mqa_hf.positions_mqa import distance_bias
 
 STACK = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 2}
 SLOPES = [0.5, 0.25, 0.1, 0.05, 0.01, 0.002]
@@ -43,7 +45,7 @@ def test_attention_is_that_of_the_last_token(name):
         options["slopes"] = (options["slopes"] / config.attention_scale).bfloat16().float()
         options["bfloat16_from_start"] = config.positions_from_mask
     if name == "relative":
-        options["table"] = model.distance_bias(layer.self_attn.relative_bias)
+        options["table"] = distance_bias(config, layer.self_attn.relative_bias)
     keys, values = (nn.functional.pad(states, (0, 0, 0, 7), value=torch.nan) for states in (k, v))
     length = torch.tensor([30])
     found = naive_attend(q[:, :, -1], keys, values, length, config.attention_scale, capacity=37, **options)
