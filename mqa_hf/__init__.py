@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .eval.evaluate import evaluate
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -39,6 +40,7 @@ __all__ = [
     "MQASeq2SeqModel",
     "__version__",
     "convert",
+    "evaluate",
     "inspect",
 ]
 
@@ -49,6 +51,7 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "eval.evaluate": ("evaluate",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),

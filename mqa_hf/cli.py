@@ -21,8 +21,9 @@ from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
+from .eval.evaluate import Evaluation
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Evaluation)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -123,7 +124,6 @@ IgnoreSwitch = Annotated[
 ]
 
 OUTPUT = "Output"
-DATA, WRITING, HARNESS, RUNNING = "Held-out text", "What it writes", "lm-eval", "Running"
 
 
 @app.command()
@@ -515,72 +515,6 @@ def uptrain(
             highlight=False,
             soft_wrap=True,
         )
-
-
-@app.command()
-def evaluate(
-    original: Annotated[str, typer.Argument(help="Directory or hub id of the original.", show_default=False)],
-    checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="What was made of it: directories or hub ids.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Directory for results; what is there is not measured again.", rich_help_panel=OUTPUT)
-    ] = Path("evaluation"),
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Held-out text: file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's manual.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    columns: Columns = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to predict.", rich_help_panel=DATA)] = 131_072,
-    seed: Annotated[int, typer.Option(help="Of the choice of documents.", rich_help_panel=DATA)] = 0,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that a model reads at once. Default: its positions, 2,048 at most.", rich_help_panel=DATA
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from window to window. Default: half of one.", rich_help_panel=DATA)
-    ] = None,
-    prompts: Annotated[
-        int, typer.Option(help="Texts that are continued or translated; 0: none.", rich_help_panel=WRITING)
-    ] = 64,
-    prompt_tokens: Annotated[int, typer.Option(help="Of a text's beginning.", rich_help_panel=WRITING)] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", rich_help_panel=WRITING)] = 128,
-    beams: Annotated[int, typer.Option(help="Of beam search (encoder-decoder).", rich_help_panel=WRITING)] = 4,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.", rich_help_panel=HARNESS)
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Directory with tasks of one's own.", rich_help_panel=HARNESS)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task.", rich_help_panel=HARNESS)] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens read at once.", rich_help_panel=RUNNING)] = 8_192,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the checkpoint's; float32 on a CPU.", rich_help_panel=RUNNING
-        ),
-    ] = None,
-) -> None:
-    """How much worse a checkpoint is than its original: likelihood, distributions, what it writes, tasks."""
-    from mqa_hf.base.errors import MQAError
-
-    try:
-        from mqa_hf.base.devices import processes
-        from mqa_hf.eval import quality
-    except ImportError as error:
-        raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[evaluation]'") from error
-    given = {**locals(), "columns": tuple(columns.split(",")) if columns else ()}
-    given["tasks"] = tuple(tasks.split(",")) if tasks else ()
-    what = quality.Evaluation(**{f.name: given[f.name] for f in fields(quality.Evaluation)})
-    command = shlex.join(["mqa-hf", *sys.argv[1:]])
-    results = quality.evaluate(original, checkpoints or (), output, what, command)
-    if processes().is_main_process:
-        quality.show(results, Console(width=250, markup=False, highlight=False))
 
 
 @app.command()

@@ -44,7 +44,7 @@ def commands(path, marked=True):
     text = path.read_text()
     blocks = [block for mark, block in BLOCK.findall(text) if marked or not mark]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    modules = {"mqa_hf.finetune.uptrain": "uptrain", "mqa_hf.eval.quality": "evaluate"}
+    modules = {"mqa_hf.finetune.uptrain": "uptrain", "mqa_hf.eval.evaluate": "evaluate"}
     found = []
     for words in (shlex.split(line, comments=True) for line in lines):
         if words[:3] == ["accelerate", "launch", "-m"]:
