@@ -1,7 +1,7 @@
 """`mqa-hf evaluate`: how much worse a converted checkpoint is than its original.
 
 mqa-hf evaluate ORIGINAL CONVERTED ... --text held-out.jsonl --output evaluation
-accelerate launch -m mqa_hf.eval.evaluate ORIGINAL CONVERTED ... --text held-out.jsonl --output evaluation
+accelerate launch -m mqa_hf evaluate ORIGINAL CONVERTED ... --text held-out.jsonl --output evaluation
 """
 
 import math
@@ -211,9 +211,10 @@ def spread(found: Any, name: str, form: str) -> str:
 
 evaluate = function(Evaluation)
 
-if __name__ == "__main__":  # the same as `python -m mqa_hf evaluate`
+
+if __name__ == "__main__":  # the same as python -m mqa_hf evaluate
     import runpy
     import sys
 
     sys.argv.insert(1, Evaluation.name)
-    runpy.run_module("mqa_hf", run_name="__main__")
+    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from mqa_hf.base.console import progress_bar
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.errors import MQAError, listing
-from mqa_hf.base.files import stamp, write_whole
+from mqa_hf.base.files import stamps, write_whole
 from mqa_hf.base.hub import locate
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.conversion.inspect import Inspection
@@ -173,7 +173,7 @@ class Measurements:
             "what": {name: getattr(job, name) for name in DECISIVE},
         }
         if job.text is not None and Path(job.text).is_file():
-            key["text"] = stamp(job.text)
+            key["text"] = stamps(job.text)
         return json.loads(json.dumps(key))
 
     def load(self, path: Path) -> Any:
@@ -278,12 +278,6 @@ def cache_size(path: Path) -> dict[str, int]:
     except MQAError:  # a model of a class that this package does not know
         return {}
     return {n: said[n]["now"] for n in ("kv_bytes_per_token", "cross_kv_bytes_per_token") if n in said}
-
-
-def stamps(path: Path) -> list[list[Any]]:
-    """What tells whether a checkpoint's files are still the same."""
-    parts = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors", ".bin", ".model"))
-    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parts]
 
 
 def json_or_none(path: Path) -> Any:

@@ -20,7 +20,8 @@ from rich.table import Table
 from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import numbers
-from mqa_hf.kernels_mqa import attend, available
+from mqa_hf.kernel_attend_mqa import attend
+from mqa_hf.kernel_launch_mqa import available
 
 from .roofline import measured_device
 

@@ -14,28 +14,18 @@ and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are cou
 Of a mixture of experts, a step reads those that b tokens choose, here independently of each other.
 """
 
-import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from mqa_hf.base.devices import DEVICES, Device
-from mqa_hf.base.errors import MQAError
+from mqa_hf.base.datasheets import Device
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
-from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.families import family_of, native_config
-from mqa_hf.conversion.plan import decoder_of
-from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
-from .shapes import Config, OwnShape, Weights, read_shape
-
-TARGETS = ("mqa", "native")
+from .shapes import Weights
 
 
 @dataclass(frozen=True)
@@ -192,151 +182,3 @@ def fastest(run: Callable[[], object], device: torch.device) -> float:
             run()
             seconds.append(time.perf_counter() - began)
     return min(seconds)
-
-
-def choices(config: Config, kv_heads: list[int], widths: list[int]) -> dict[str, MQAConfig]:
-    """Decoder configurations by name: the original, then every number of heads at every width."""
-    decoder = decoder_of(config)
-    original = decoder.num_key_value_heads
-    found = {f"original ({original})": decoder}
-    for heads in kv_heads:
-        if heads > original or original % heads:
-            raise MQAError(f"--kv-heads {heads} must divide the {original} key/value heads of the source")
-        for width in widths:
-            if heads * width >= original and (heads, width) != (original, 1):
-                continue  # as large as the original
-            pooled = decoder_of(with_heads(config, heads, choose_attentions(config, None)))
-            changed = {**pooled.to_dict()}
-            for name in ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim"):
-                value = changed[name]
-                changed[name] = [width * v for v in value] if isinstance(value, list) else width * value
-            name = f"{heads}" if width == 1 else f"{heads}, width x{width}"
-            if heads != original:
-                found[name] = MQAConfig(**changed)
-    return found
-
-
-def own_choices(shape: OwnShape, kv_heads: list[int]) -> dict[str, OwnShape]:
-    """A model in its own class by name: as it is, then with every number of heads."""
-    original = shape.config.num_key_value_heads
-    fewer = {f"{heads}": shape.with_heads(heads) for heads in kv_heads if heads != original}
-    return {f"original ({original})": shape, **fewer}
-
-
-def plan(
-    config: Config | OwnShape,
-    kv_heads: list[int],
-    widths: list[int],
-    batch: int,
-    context: int,
-    device: Device,
-    source: int = 0,
-    itemsize: int = 2,
-) -> list[dict]:
-    """One record per choice of heads and width; the keys say what and in which unit."""
-    records: list[dict] = []
-    if isinstance(config, OwnShape):
-        models = {name: (own.config, own.weights) for name, own in own_choices(config, kv_heads).items()}
-    else:
-        models = {name: (stack, weights_of(stack)) for name, stack in choices(config, kv_heads, widths).items()}
-    for title, (decoder, weights) in models.items():
-        cost = step_cost(decoder, batch, context, source, itemsize, weights)
-        step = cost.seconds(device)
-        rows = largest_batch(decoder, context, device.memory, source, itemsize, weights) if device.memory else 0
-        most = rows / step_cost(decoder, rows, context, source, itemsize, weights).seconds(device) if rows else 0.0
-        first = records[0] if records else None
-        records.append(
-            {
-                "kv_heads": title,
-                "kv_bytes_per_token": decoder.kv_bytes_per_token * itemsize // 2,
-                "cross_kv_bytes_per_token": decoder.cross_kv_bytes_per_token * itemsize // 2,
-                **asdict(cost),
-                "bytes_per_operation": cost.bytes_per_operation,
-                "prefill_bytes_per_operation": prefill_ratio(decoder, batch, context, itemsize, weights),
-                "floor_ms": 1000 * step,
-                "tokens_per_sec": batch / step,
-                "speedup": (batch / step) / first["tokens_per_sec"] if first else 1.0,
-                "largest_batch": rows,
-                "largest_batch_tokens_per_sec": most,
-                "largest_batch_speedup": most / first["largest_batch_tokens_per_sec"]
-                if first and first["largest_batch_tokens_per_sec"]
-                else (1.0 if rows else 0.0),
-            }
-        )
-    return records
-
-
-def show(
-    name: str,
-    kv_heads: list[int] | None,
-    widths: list[int] | None,
-    batch: int,
-    context: int,
-    device_name: str,
-    source: int,
-    dtype: str,
-    as_json: bool,
-    target: str | None = None,
-) -> None:
-    """The command: a table of [`plan`], or JSON.
-
-    Args:
-        name: of a shape or a checkpoint.
-        kv_heads: default: those of 1, 2, 4, 8 that divide the original's.
-        widths: default: 1 and 2, of native targets 1.
-        target: the class that holds the result, as of a conversion. Default: this package's, where it can.
-        batch, context, device_name, source, dtype, as_json: as of the command.
-    """
-    itemsize = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}.get(dtype)
-    if itemsize is None:
-        raise MQAError(f"--dtype must be float32, bfloat16, float16 or float8, got {dtype!r}")
-    if device_name == "measured":
-        device = measured_device("cuda" if torch.cuda.is_available() else "cpu")
-    elif device_name in DEVICES:
-        device = DEVICES[device_name]
-    else:
-        raise MQAError(f"--device must be measured or one of {', '.join(DEVICES)}, got {device_name!r}")
-    if target not in (None, *TARGETS):
-        raise MQAError(f"--target must be one of {', '.join(TARGETS)}, got {target!r}")
-    original, config = read_shape(name)
-    if target == "mqa":
-        family_of(original.model_type)  # an error where it has its own class only
-    native = target == "native" or isinstance(config, OwnShape)
-    if native and widths is not None and widths != [1]:
-        raise MQAError("--widths is for --target mqa: the heads of transformers' classes have the source's width")
-    attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
-    if kv_heads is None:
-        kv_heads = [n for n in (1, 2, 4, 8) if attention.num_key_value_heads % n == 0]
-    if target == "native" and not isinstance(config, OwnShape):
-        for decoder in list(choices(config, kv_heads, [1]).values())[1:]:
-            native_config(original, decoder)
-    source = source if isinstance(config, MQASeq2SeqConfig) else 0
-    records = plan(config, kv_heads, widths or ([1] if native else [1, 2]), batch, context, device, source, itemsize)
-    if as_json:
-        print(json.dumps({"device": asdict(device), "choices": records}, indent=2))
-        return
-    table = Table(
-        title=f"{name}, {dtype}, batch {batch}, context {context}" + (f", source {source}" if source else "")
-        + f", {device.name} ({device.bandwidth / 1e12:.2f} TB/s, {device.rate / 1e12:.0f} TFLOP/s)",
-        title_justify="left",
-    )  # fmt: skip
-    for column in (
-        "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s",
-        "speed-up", "largest batch", "tokens/s there", "speed-up there",
-    ):  # fmt: skip
-        table.add_column(column, justify="left" if column == "key/value heads" else "right")
-    for r in records:
-        table.add_row(
-            r["kv_heads"], f"{r['kv_bytes_per_token']:,}", f"{(r['weight_bytes'] + r['cache_bytes']) / 1e9:.2f}",
-            f"{r['bytes_per_operation']:.3f}", f"{r['floor_ms']:.2f}", f"{r['tokens_per_sec']:,.0f}",
-            f"{r['speedup']:.2f}", f"{r['largest_batch']:,}" if device.memory else "-",
-            f"{r['largest_batch_tokens_per_sec']:,.0f}" if r["largest_batch"] else "-",
-            f"{r['largest_batch_speedup']:.2f}" if r["largest_batch"] else "-",
-        )  # fmt: skip
-    Console(width=150).print(table)
-    first = records[0]
-    print(
-        f"Reading a prompt, or training, takes {first['prefill_bytes_per_operation']:.4f} bytes per operation; the "
-        f"device does {device.rate / device.bandwidth:.0f} operations in the time of a byte, so below "
-        f"{device.bandwidth / device.rate:.4f} arithmetic is the limit, above it memory."
-    )

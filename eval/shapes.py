@@ -1,12 +1,9 @@
-"""Shapes of published models by name, so that plans and timings need no checkpoint.
-
-Each is what `config.json` of the checkpoint says about sizes, for the class of its `model_type`.
-"""
+"""What plans and timings know of a model: its attention and how many weights it has, from a name or a checkpoint."""
 
 import copy
 import math
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
@@ -20,6 +17,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
 from mqa_hf.conversion.passthrough import own_class
+from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.source import Source, read_source
 
 Config = MQAConfig | MQASeq2SeqConfig
@@ -122,6 +120,14 @@ def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     Raises:
         MQAError: neither a name of [`SHAPES`] nor a checkpoint that is understood.
     """
+    source, config = _read(name)
+    attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
+    if not attention.kv_bytes_per_token:
+        raise MQAError(f"{name} has no layer with keys and values; there is nothing to compare")
+    return source, config
+
+
+def _read(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     if name in SHAPES:
         raw = dict(SHAPES[name])
         config = AutoConfig.for_model(**raw)
@@ -129,7 +135,7 @@ def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     try:
         directory, commit = locate(name, weights=False)
     except MQAError as error:
-        if Path(name).exists():
+        if os.path.exists(name):
             raise
         raise MQAError(f"{error}. Known shapes are {', '.join(SHAPES)}") from error
     raw = read_json(directory / "config.json")

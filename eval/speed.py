@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCac
 from transformers.generation.streamers import BaseStreamer
 
 from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, __version__
-from mqa_hf.base.devices import DTYPES, Device, check_device
+from mqa_hf.base.datasheets import Device
+from mqa_hf.base.devices import DTYPES, check_device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.cache_mqa import DecodeCache

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .conversion.convert import convert
     from .conversion.inspect import inspect
     from .eval.evaluate import evaluate
+    from .eval.plan import plan
+    from .finetune.pretrain import pretrain
+    from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -42,6 +45,9 @@ __all__ = [
     "convert",
     "evaluate",
     "inspect",
+    "plan",
+    "pretrain",
+    "uptrain",
 ]
 
 __version__ = version("mqa-hf")
@@ -52,6 +58,9 @@ _LIGHT = {
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
     "eval.evaluate": ("evaluate",),
+    "eval.plan": ("plan",),
+    "finetune.pretrain": ("pretrain",),
+    "finetune.uptrain": ("uptrain",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),

@@ -7,7 +7,6 @@ import inspect
 import json
 import shlex
 import sys
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,8 +21,11 @@ from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
 from .eval.evaluate import Evaluation
+from .eval.plan import Planning
+from .finetune.pretrain import Pretraining
+from .finetune.uptrain import Uptraining
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Evaluation)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Pretraining, Uptraining, Evaluation)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,7 +96,8 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
     kind: Any = field.kind
     if field.many:
         kind = str if option.comma else list[kind]
-        default = default and (",".join(map(str, default)) if option.comma else list(default))
+        if not field.required and default:
+            default = ",".join(map(str, default)) if option.comma else list(default)
     if not field.required and not default and kind is not bool:
         default, kind = default if field.kind in (int, float) else None, kind | None
     help = as_flags(option.help, job)
@@ -115,56 +118,7 @@ for _job in JOBS:
     add(_job)
 
 
-Source = Annotated[str, typer.Argument(help="Directory or hub id of the checkpoint.", show_default=False)]
-KVHeads = Annotated[int, typer.Option(min=1, help="Key/value heads of the result; a divisor of the source's.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
-IgnoreSwitch = Annotated[
-    list[str] | None,
-    typer.Option(help="An unknown switch in config.json that does not change the model; may be repeated."),
-]
-
 OUTPUT = "Output"
-
-
-@app.command()
-def plan(
-    shape: Annotated[
-        str, typer.Argument(help="A published shape by name, a directory or a hub id.", show_default=False)
-    ],
-    kv_heads: Annotated[
-        str | None,
-        typer.Option(
-            help="Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them.",
-            show_default=False,
-        ),
-    ] = None,
-    widths: Annotated[
-        str | None,
-        typer.Option(
-            help="Widths of a new head in units of an old one. Default: 1,2; of native targets 1.", show_default=False
-        ),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="mqa or native, as of convert. Default: mqa; native where the type is converted in its own class "
-            "only.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at once.")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="Positions in the cache.")] = 4096,
-    source: Annotated[int, typer.Option(min=0, help="Positions of the encoder's output, where there is one.")] = 512,
-    device: Annotated[str, typer.Option(help="h100, a100-80gb, l4, ..., or measured: the one that is here.")] = "h100",
-    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "bfloat16",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Say how fast decoding can be with fewer key/value heads, before anything is converted."""
-    from mqa_hf.eval.roofline import show
-
-    heads = None if kv_heads is None else numbers("--kv-heads", kv_heads)
-    wide = None if widths is None else numbers("--widths", widths)
-    show(shape, heads, wide, batch, context, device, source, dtype, as_json, target)
 
 
 @app.command()
@@ -236,285 +190,6 @@ def benchmark(
         plots,
         shlex.join(["mqa-hf", *sys.argv[1:]]),
     )
-
-
-TRAINING, SCHEDULE, LOGS = "What it is trained on", "How", "Checkpoints and logs"
-
-# Options that pretrain and uptrain share.
-Dataset = Annotated[
-    list[str],
-    typer.Option(
-        help="Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration[split]); SOURCE=WEIGHT "
-        "in a mixture, for which the option is repeated.",
-        rich_help_panel=TRAINING,
-    ),
-]
-Columns = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of the text (default: text) or of chats, or two for translation: en,de.", rich_help_panel=TRAINING
-    ),
-]
-Streaming = Annotated[bool, typer.Option("--streaming", help="Fetch text on the way.", rich_help_panel=TRAINING)]
-Validation = Annotated[str | None, typer.Option(help="Text that losses are measured on.", rich_help_panel=TRAINING)]
-ValidationTokens = Annotated[int, typer.Option(help="So much of it.", rich_help_panel=TRAINING)]
-SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens of a row.", rich_help_panel=SCHEDULE)]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a step, on all processes.", rich_help_panel=SCHEDULE)]
-MicroBatch = Annotated[
-    int | None,
-    typer.Option(min=1, help="Rows at once on a process. Default: 16,384 tokens.", rich_help_panel=SCHEDULE),
-]
-Warmup = Annotated[float, typer.Option(help="Share of the steps.", rich_help_panel=SCHEDULE)]
-WeightDecay = Annotated[float, typer.Option(help="Of matrices.", rich_help_panel=SCHEDULE)]
-Bf16 = Annotated[
-    bool | None, typer.Option(help="Compute in bfloat16. Default: on GPUs that can.", rich_help_panel=SCHEDULE)
-]
-Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.", rich_help_panel=SCHEDULE)
-]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile.", rich_help_panel=SCHEDULE)]
-Seed = Annotated[int, typer.Option(help="Of everything.", rich_help_panel=SCHEDULE)]
-SaveEvery = Annotated[int, typer.Option(help="Steps between checkpoints. 0: about 20 in all.", rich_help_panel=LOGS)]
-Keep = Annotated[int, typer.Option(min=1, help="Checkpoints that are kept.", rich_help_panel=LOGS)]
-EvaluateEvery = Annotated[
-    int, typer.Option(help="Steps between evaluations. 0: at the start and the end.", rich_help_panel=LOGS)
-]
-LogEvery = Annotated[int, typer.Option(help="Steps between log lines. 0: about 50 in all.", rich_help_panel=LOGS)]
-ReportTo = Annotated[
-    str | None,
-    typer.Option(help="tensorboard, wandb, both, or none. Default: which are installed.", rich_help_panel=LOGS),
-]
-Workers = Annotated[int | None, typer.Option(min=0, help="Processes that read data.", rich_help_panel=LOGS)]
-Restart = Annotated[
-    bool, typer.Option("--restart", help="Begin again where an unfinished run lies.", rich_help_panel=OUTPUT)
-]
-
-
-def schedule_of(given: dict[str, Any]) -> Any:
-    """The `Schedule` that the arguments of a command describe, by their names."""
-    from mqa_hf.finetune.training import Schedule
-
-    return Schedule(**{field.name: given[field.name] for field in fields(Schedule) if field.name in given})
-
-
-def text_of(given: dict[str, Any]) -> dict[str, Any]:
-    """What `Pretraining` and `Uptraining` know of the text, from the arguments of a command."""
-    from mqa_hf.finetune.data import Part
-
-    columns = given["columns"]
-    return {
-        "dataset": tuple(map(Part.parse, given["dataset"])),
-        "columns": () if columns is None else tuple(columns.split(",")),
-        **{name: given[name] for name in ("streaming", "validation", "validation_tokens")},
-    }
-
-
-@app.command()
-def pretrain(
-    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
-    config: Annotated[
-        str,
-        typer.Option(
-            help="JSON or a file with it: model_type and fields of its configuration; or a published shape by name.",
-            rich_help_panel=TRAINING,
-        ),
-    ],
-    dataset: Dataset,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.", rich_help_panel=TRAINING)],
-    equal_parameters: Annotated[
-        str | None,
-        typer.Option(
-            help="A configuration: feed-forward layers become so wide that the parameters are as many.",
-            rich_help_panel=TRAINING,
-            show_default=False,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Directory of a tokenizer. Default: one is trained on the text.", rich_help_panel=TRAINING),
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Entries of one that is trained.", rich_help_panel=TRAINING)] = 8192,
-    columns: Columns = None,
-    streaming: Streaming = False,
-    validation: Validation = None,
-    validation_tokens: ValidationTokens = 131_072,
-    sequence_length: SequenceLength = 512,
-    batch_tokens: BatchTokens = 65_536,
-    micro_batch: MicroBatch = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak, of AdamW.", rich_help_panel=SCHEDULE)] = 2e-3,
-    warmup: Warmup = 0.02,
-    weight_decay: WeightDecay = 0.1,
-    bf16: Bf16 = None,
-    gradient_checkpointing: Checkpointing = False,
-    compile: Compile = False,
-    seed: Seed = 0,
-    save_every: SaveEvery = 0,
-    keep: Keep = 2,
-    evaluate_every: EvaluateEvery = 0,
-    log_every: LogEvery = 0,
-    report_to: ReportTo = None,
-    workers: Workers = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights written: float32, float16 or bfloat16.", rich_help_panel=OUTPUT)
-    ] = "float32",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model pretrained at OUTPUT.", rich_help_panel=OUTPUT)
-    ] = False,
-    restart: Restart = False,
-) -> None:
-    """Train a small model from scratch, to convert it or to compare with."""
-    from mqa_hf.base.devices import processes
-    from mqa_hf.finetune.pretrain import Pretraining, read_config
-    from mqa_hf.finetune.pretrain import pretrain as run
-
-    what = Pretraining(
-        config=read_config(config),
-        **text_of(locals()),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        equal_parameters=None if equal_parameters is None else read_config(equal_parameters),
-    )
-    schedule = schedule_of(locals())
-    report = run(output, what, schedule, dtype=dtype, overwrite=overwrite, restart=restart)
-    if processes().is_main_process:
-        loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
-        said = f"{output}: {report['parameters']:,} parameters, {report['tokens']:,} tokens{loss}"
-        Console(markup=False).print(said, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def uptrain(
-    student: Annotated[str, typer.Argument(help="Directory of the converted checkpoint.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)],
-    dataset: Dataset,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to train on.", rich_help_panel=TRAINING, show_default=False)
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="In place of --tokens: a share of --pretraining-tokens.", rich_help_panel=TRAINING),
-    ] = None,
-    pretraining_tokens: Annotated[
-        int | None, typer.Option(help="Tokens that the original was trained on.", rich_help_panel=TRAINING)
-    ] = None,
-    columns: Columns = None,
-    streaming: Streaming = False,
-    validation: Validation = None,
-    validation_tokens: ValidationTokens = 131_072,
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="The original. Default: the source that conversion.json names; none: no teacher.",
-            rich_help_panel=TRAINING,
-            show_default=False,
-        ),
-    ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="lm, kl, hidden, attention, or a weighted sum such as kl=1,hidden=0.5. Default: kl with a teacher, "
-            "else lm.",
-            rich_help_panel=TRAINING,
-            show_default=False,
-        ),
-    ] = None,
-    attention_tokens: Annotated[
-        int,
-        typer.Option(help="Tokens of a first stage that fits attention layers alone.", rich_help_panel=TRAINING),
-    ] = 0,
-    train: Annotated[str, typer.Option(help="all, attention or lora.", rich_help_panel=SCHEDULE)] = "all",
-    lora_rank: Annotated[int, typer.Option(min=1, help="Of the adapters.", rich_help_panel=SCHEDULE)] = 32,
-    sequence_length: SequenceLength = 512,
-    batch_tokens: BatchTokens = 32_768,
-    micro_batch: MicroBatch = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Peak, of AdamW. Default: by width, docs/uptraining.md.", rich_help_panel=SCHEDULE),
-    ] = None,
-    warmup: Warmup = 0.02,
-    weight_decay: WeightDecay = 0.1,
-    bf16: Bf16 = None,
-    gradient_checkpointing: Checkpointing = False,
-    compile: Compile = False,
-    dropout: Annotated[
-        bool | None,
-        typer.Option(
-            "--dropout/--no-dropout",
-            help="Keep the model's own dropout. Default: unless it learns from its teacher.",
-            rich_help_panel=SCHEDULE,
-            show_default=False,
-        ),
-    ] = None,
-    liger: Annotated[
-        bool, typer.Option("--liger", help="Liger's fused losses, where installed.", rich_help_panel=SCHEDULE)
-    ] = False,
-    seed: Seed = 0,
-    save_every: SaveEvery = 0,
-    keep: Keep = 2,
-    evaluate_every: EvaluateEvery = 0,
-    log_every: LogEvery = 0,
-    report_to: ReportTo = None,
-    workers: Workers = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.", rich_help_panel=OUTPUT)
-    ] = False,
-    restart: Restart = False,
-) -> None:
-    """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good."""
-    from transformers import AutoConfig
-
-    from mqa_hf.base.devices import processes
-    from mqa_hf.base.errors import MQAError
-    from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, original_of, parse_losses
-    from mqa_hf.finetune.uptrain import uptrain as run
-
-    if (tokens is None) == (alpha is None) or (alpha is None) != (pretraining_tokens is None):
-        raise MQAError("pass --tokens, or --alpha with --pretraining-tokens")
-    if tokens is None:
-        if alpha is None or not 0 < alpha < float("inf"):
-            raise MQAError(f"--alpha must be a share above 0; got {alpha}")
-        tokens = max(1, round(alpha * (pretraining_tokens or 0)))
-    if not (Path(student) / "config.json").is_file():
-        raise MQAError(f"{student} is no checkpoint: it has no config.json")
-    teacher_revision = None
-    if teacher is None:
-        teacher, teacher_revision = original_of(Path(student))
-    elif teacher == "none":
-        teacher = None
-    config = AutoConfig.from_pretrained(student)
-    width = getattr(config, "decoder", config).hidden_size
-    what = Uptraining(
-        **text_of(locals()),
-        teacher=teacher,
-        teacher_revision=teacher_revision,
-        losses=parse_losses(loss or ("lm" if teacher is None else "kl")),
-        attention_tokens=attention_tokens,
-        train=train,
-        lora_rank=lora_rank,
-        dropout=dropout,
-        liger=liger,
-    )
-    learning_rate = default_learning_rate(train, width) if learning_rate is None else learning_rate
-    schedule = schedule_of(locals())
-    command = shlex.join(["mqa-hf", *sys.argv[1:]])
-    report = run(student, output, what, schedule, overwrite=overwrite, restart=restart, command=command)
-    if not processes().is_main_process:
-        return
-    said = f"{output}: trained on {report['tokens']:,} tokens"
-    if report["validation"]:
-        before, after = report["validation"]["before"], report["validation"]["after"]
-        said += "; " + ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in after if name in before)
-    Console(markup=False).print(said, highlight=False, soft_wrap=True)
-    worse = [name for name, _ in what.losses if report["validation"] and after.get(name, 0.0) > before.get(name, 0.0)]
-    if worse:
-        Console(stderr=True).print(
-            f"warning: {', '.join(worse)} on --validation is higher after the training than before it; lower "
-            f"--learning-rate ({learning_rate:g}), or train on more --tokens",
-            style="yellow",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 @app.command()

@@ -181,7 +181,7 @@ class Options:
     def __post_init__(self) -> None:
         for field in options(type(self)):
             value = getattr(self, field.name)
-            if field.positional and not isinstance(value, str | os.PathLike | Sequence | None):
+            if field.positional and not field.many and not isinstance(value, str | os.PathLike | Sequence | None):
                 continue  # a model in memory in place of its path
             object.__setattr__(self, field.name, field.checked(value))
 
@@ -291,7 +291,9 @@ def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
     run.__name__ = run.__qualname__ = job.name
     run.__module__ = "mqa_hf"
     run.__doc__ = documentation(job)
-    run.__signature__ = inspect.signature(job)  # type: ignore[attr-defined]
+    parameters = inspect.signature(job).parameters.values()
+    plain = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in parameters]
+    run.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
     return run
 
 

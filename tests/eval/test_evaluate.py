@@ -224,7 +224,7 @@ def test_two_processes_find_what_one_does(places, tmp_path):
     asked = [str(places / "original"), str(places / "mean"), "--text", str(places / "text.jsonl"), "--window", "16"]
     asked += ["--tokens", "300", "--prompts", "5", "--prompt-tokens", "4", "--new-tokens", "6"]
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    words += ["-m", "mqa_hf.eval.evaluate", *asked, "--output", str(tmp_path / "two")]
+    words += ["-m", "mqa_hf", "evaluate", *asked, "--output", str(tmp_path / "two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -12,15 +12,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration
-from mqa_hf.base.devices import DEVICES, Device
+from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, plan
+from mqa_hf.base.datasheets import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import SHAPES
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.cli import app
 from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.source import Source
-from mqa_hf.eval.roofline import choices, largest_batch, plan, step_cost, step_weights, weights_of
+from mqa_hf.eval.choices import canonical_models, compare, own_models
+from mqa_hf.eval.roofline import largest_batch, step_cost, step_weights, weights_of
 from mqa_hf.eval.shapes import own_shape, read_shape
 
 
@@ -56,7 +57,7 @@ def test_operations_and_bytes_of_a_step():
     assert cost.weight_operations == 2 * 3 * weights
     assert cost.cache_bytes == 3 * 100 * config.kv_bytes_per_token
     assert cost.cache_operations == 2 * 3 * 100 * 32 * 32 * (128 + 128)
-    one = choices(config, [1], [1])["1"]
+    one, _ = canonical_models(config, [1], [1])["1"]
     assert step_cost(one, 3, 100).cache_bytes * 32 == cost.cache_bytes
     assert step_cost(one, 3, 100).cache_operations == cost.cache_operations
 
@@ -90,12 +91,12 @@ def test_time_is_the_larger_of_reading_and_computing():
 
 def test_multi_query_reads_less_per_operation_and_wide_heads_more_again():
     _, config = read_shape("llama-2-7b")
-    records = {r["kv_heads"]: r for r in plan(config, [1, 8], [1, 2], 256, 4096, DEVICES["h100"])}
+    records = {r.kv_heads: r for r in compare(canonical_models(config, [1, 8], [1, 2]), 256, 4096, DEVICES["h100"])}
     assert list(records) == ["original (32)", "1", "1, width x2", "8", "8, width x2"]
-    ratio = [records[n]["bytes_per_operation"] for n in ("1", "1, width x2", "8", "original (32)")]
+    ratio = [records[n].bytes_per_operation for n in ("1", "1, width x2", "8", "original (32)")]
     assert ratio == sorted(ratio)
-    assert records["1"]["speedup"] > 15
-    assert records["original (32)"]["prefill_bytes_per_operation"] < 0.001
+    assert records["1"].speedup > 15
+    assert records["original (32)"].prefill_bytes_per_operation < 0.001
 
 
 def test_the_command(tmp_path: Path):
@@ -107,20 +108,41 @@ def test_the_command(tmp_path: Path):
     assert [r["kv_heads"] for r in json.loads(as_json.output)["choices"]] == ["original (6)", "1", "1, width x2"]
     for arguments, message in (
         (["--kv-heads", "4"], "--kv-heads 4 must divide the 6"),
-        (["--device", "abacus"], "--device must be measured or one of h100"),
-        (["--dtype", "int3"], "--dtype must be float32"),
-        (["--widths", "x"], "--widths takes positive integers"),
+        (["--device", "abacus"], "--device must be one of measured, h100"),
+        (["--dtype", "int3"], "--dtype must be one of float32"),
+        (["--widths", "x"], "--widths must be a list, each a whole number at least 1; got 'x'"),
+        (["--kv-heads", "1,0"], "--kv-heads must be a list, each a whole number at least 1; got '0'"),
+        (["--context", str(2**31)], "--context must be a whole number at least 1 and below 2**31"),
     ):
         result = CliRunner().invoke(app, ["plan", str(source), *arguments])
         assert isinstance(result.exception, MQAError)
         assert message in str(result.exception)
 
 
+def test_a_checkpoint_without_keys_and_values_has_no_plan(tmp_path: Path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    with pytest.raises(MQAError, match="has no layer with keys and values"):
+        plan(source)
+    for nothing in (5, None, "a" * 5000):
+        with pytest.raises(MQAError):
+            plan(nothing)
+
+
+def test_the_function_returns_what_the_command_prints(tmp_path: Path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    found = plan(source, kv_heads=[1], widths=[1, 2], device="l4")
+    words = ["plan", str(source), "--kv-heads", "1", "--widths", "1,2", "--device", "l4", "--json"]
+    assert json.loads(CliRunner().invoke(app, words).output) == found.model_dump()
+    assert found.choices[1].speedup == found.choices[1].tokens_per_sec / found.choices[0].tokens_per_sec
+
+
 def test_plans_of_every_shape():
     for name in SHAPES:
         _, config = read_shape(name)
-        records = plan(config, [1], [1], 8, 1024, DEVICES["a100-80gb"], source=64)
-        assert records[-1]["tokens_per_sec"] >= 0.99 * records[0]["tokens_per_sec"]
+        records = compare(canonical_models(config, [1], [1]), 8, 1024, DEVICES["a100-80gb"], source=64)
+        assert records[-1].tokens_per_sec >= 0.99 * records[0].tokens_per_sec
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -137,9 +159,9 @@ def test_weights_of_a_model_in_its_own_class_are_those_of_the_class(model_type):
         assert shape.weights.chosen == (0.5 if experts else 1)  # two of four
         assert all(p.shape[0] == 4 for p in experts.values() if p.ndim == 3)
     assert own.config.kv_bytes_per_token == 4 * own.with_heads(1).config.kv_bytes_per_token
-    records = plan(own, [1, 2], [1], 2, 64, DEVICES["l4"])
-    assert [r["kv_heads"] for r in records] == ["original (4)", "1", "2"]
-    assert records[0]["cache_bytes"] == 4 * records[1]["cache_bytes"]
+    records = compare(own_models(own, [1, 2]), 2, 64, DEVICES["l4"])
+    assert [r.kv_heads for r in records] == ["original (4)", "1", "2"]
+    assert records[0].cache_bytes == 4 * records[1].cache_bytes
 
 
 def test_a_step_reads_the_experts_that_its_rows_choose_and_the_window_of_a_layer():
