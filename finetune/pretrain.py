@@ -22,7 +22,7 @@ from .options import HOW, OUTPUT, TRAINED_ON, Schedule, Training, Written
 if TYPE_CHECKING:
     from rich.console import Console
 
-REPORT = "pretraining.json"
+    from .records import PretrainingRecord
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Weights(Written, panel=OUTPUT):
 
 
 @dataclass(frozen=True)
-class Pretraining(Weights, PretrainingSchedule, Model, Training[dict[str, Any]]):
+class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingRecord"]):
     """Train a small model from scratch, to convert it or to compare with.
 
     Returns:
-        The content of `pretraining.json`: options, parameters, loss, the log.
+        What stands in `pretraining.json`: options, parameters, loss, the log.
 
     Raises:
         MQAError: for what cannot be, and where training diverges.
@@ -107,20 +107,20 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training[dict[str, Any]])
             "equal_parameters": None if other is None else read_config(other, "equal_parameters"),
         }
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> "PretrainingRecord":
         try:
             from .pretrainer import carry_out
         except ImportError as error:
             raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
         return carry_out(self.resolve())
 
-    def show(self, report: dict[str, Any], console: "Console") -> None:
+    def show(self, record: "PretrainingRecord", console: "Console") -> None:
         """Say in a line how large the model is and how good."""
         from mqa_hf.base.devices import processes
 
         if processes().is_main_process:
-            loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
-            said = f"{self.output}: {report['parameters']:,} parameters, {report['tokens']:,} tokens{loss}"
+            loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
+            said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
             console.print(said, soft_wrap=True)
 
 

@@ -15,8 +15,8 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_yaml
 from mqa_hf.eval.evaluation_record import EvaluationRecord
 from mqa_hf.eval.evaluator import cache_size
-from mqa_hf.finetune.pretrain import REPORT as PRETRAINING
 from mqa_hf.finetune.recipe import Step, command_group, flags, unfinished
+from mqa_hf.finetune.records import PretrainingRecord
 
 FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
 TIMES = "times.json"  # which experiments have been timed
@@ -230,7 +230,7 @@ class Experiment:
         words = ["pretrain", str(place / "model"), "--config", json.dumps(config), *equal]
         words += ["--tokenizer", str(self.tokenizer), "--tokens", str(self.recipe["tokens"])]
         words += self.training("pretrain", seed)
-        report = place / "model" / PRETRAINING
+        report = place / "model" / PretrainingRecord.file
         translated = self.evaluations(place / "model", place, ("pretrain",), ("validation", "test"))
         measured = Measured(
             {"task": self.task, "table": "models", "model": name, "seed": seed},

@@ -47,10 +47,10 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
     data = {"dataset": text, "validation": text, "validation_tokens": 1024, "vocab_size": 300}
     short = pretrain(tmp_path / "short", config=CONFIG, **data, tokens=256, **SHORT)
     long = pretrain(tmp_path / "long", config=CONFIG, **data, tokens=256 * 60, learning_rate=1e-2, **SHORT)
-    assert long["tokens"] == 256 * 60
-    assert long["loss"] < short["loss"] - 1
+    assert long.tokens == 256 * 60
+    assert long.loss < short.loss - 1
     again = pretrain(tmp_path / "again", config=json.dumps(CONFIG), **data, tokens=256, **SHORT)
-    assert again["loss"] == pytest.approx(short["loss"])
+    assert again.loss == pytest.approx(short.loss)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -58,7 +58,7 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
     ids = tokenizer("all work and no play", return_tensors="pt").input_ids
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
-    assert loss < long["loss"] + 1.5
+    assert loss < long.loss + 1.5
     report = convert(tmp_path / "long", tmp_path / "ours", method="shared", calibration=text, sequence_length=32)
     assert report["num_key_value_heads"] == {"before": 4, "after": 1}
 
@@ -99,7 +99,7 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
     data = {"dataset": source, "columns": columns, "validation": source, "vocab_size": 420}
     how = {"tokens": 256 * 30, "learning_rate": 5e-3, **SHORT}
     report = pretrain(tmp_path / "out", config=ENCODER_DECODER, **data, **how)
-    measured = [line["eval_lm"] for line in report["log"] if "eval_lm" in line]
+    measured = [line["eval_lm"] for line in report.log if "eval_lm" in line]
     assert measured[-1] < measured[0] - 1
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")

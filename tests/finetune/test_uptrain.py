@@ -97,20 +97,20 @@ def weights(directory):
 def test_the_student_comes_nearer_to_its_teacher_and_loads_anywhere(home, tmp_path):
     validation = {"validation": str(home / "text.jsonl"), "validation_tokens": 320, "evaluate_every": 20}
     report = job(home, tmp_path / "out", tokens=40 * 128, **validation).run()
-    before, after = report["validation"]["before"], report["validation"]["after"]
+    before, after = report.validation.before, report.validation.after
     assert after["kl"] < 0.7 * before["kl"]
-    assert report["tokens"] == 40 * 128
+    assert report.tokens == 40 * 128
     assert not list(tmp_path.glob(".out*"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{after['kl']:.3f}" in card
-    assert report["command"].startswith("mqa-hf uptrain ")
-    assert report["command"] in card
+    assert report.command.startswith("mqa-hf uptrain ")
+    assert report.command in card
     assert "uptraining.png" in card
     assert (tmp_path / "out" / "uptraining.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
         (home / "student" / "config.json").read_text()
     )
-    evaluated = [line for line in report["log"]["main"] if "eval_kl" in line]
+    evaluated = [line for line in report.log["main"] if "eval_kl" in line]
     assert [line["step"] for line in evaluated] == [0, 20, 40]
     program = """
 import json, sys
@@ -139,7 +139,7 @@ def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
                     total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
     assert count
-    assert report["validation"]["after"]["lm"] == pytest.approx(total / count, rel=1e-4)
+    assert report.validation.after["lm"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
         assert changed == {name for name in old if "_proj" in name}
     else:
         assert changed == set(old)
-    assert list(report["log"]) == (["attention", "main"] if "attention_tokens" in options else ["main"])
-    first, last = report["log"]["main"][0]["loss"], report["log"]["main"][-2]["loss"]
+    assert list(report.log) == (["attention", "main"] if "attention_tokens" in options else ["main"])
+    first, last = report.log["main"][0]["loss"], report.log["main"][-2]["loss"]
     assert last < first
 
 
@@ -275,7 +275,7 @@ def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
     pretrain(tmp_path / "model", config=config, dataset=str(tmp_path / "short.jsonl"), vocab_size=400, **how)
     more = {"dataset": str(tmp_path / "both.jsonl"), "teacher": "none", **how}
     report = uptrain(tmp_path / "model", tmp_path / "out", **more)
-    losses = [line["loss"] for line in report["log"]["main"] if "loss" in line]
+    losses = [line["loss"] for line in report.log["main"] if "loss" in line]
     share, plus = trainer.DIVERGED
     assert max(losses) > share * losses[0] + plus
     monkeypatch.setattr(trainer, "ends", lambda logged, window: ends(logged, 1))
@@ -334,7 +334,7 @@ def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
     with pytest.raises(MQAError, match=r"learning_rate was 0.004 and is 0.001.*`restart`"):
         job(home, tmp_path / "out", learning_rate=1e-3).run()
     report = job(home, tmp_path / "out", learning_rate=1e-3, restart=True).run()
-    assert report["options"]["learning_rate"] == 1e-3
+    assert report.options["learning_rate"] == 1e-3
 
 
 def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
@@ -437,8 +437,8 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
     validation = {"validation": str(tmp_path / "pairs.jsonl"), "validation_tokens": 320}
     job = replace(translation(tmp_path), loss="kl,hidden", attention_tokens=256, **validation)
     report = replace(job, tokens=2048, sequence_length=32).run()
-    assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
-    assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
+    assert report.validation.after["kl"] < report.validation.before["kl"]
+    assert 2048 <= report.tokens < 2048 + 128 * 2  # what the decoder writes, in whole steps
     with pytest.raises(MQAError, match="no sentinels"):
         replace(job, output=tmp_path / "no", columns=()).run()
 
@@ -449,7 +449,7 @@ def test_a_teacher_is_followed_without_dropout(tmp_path):
 
     def first_divergence(name, dropout=None):
         report = replace(job, output=tmp_path / name, dropout=dropout).run()
-        return report["log"]["main"][0]["kl"]
+        return report.log["main"][0]["kl"]
 
     assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-5)
     assert first_divergence("noisy", dropout=True) > 1e-4
@@ -485,8 +485,8 @@ def test_dropout_is_kept_unless_a_teacher_is_learnt_from(home, tmp_path, words, 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
     report = job(home, tmp_path / "out", streaming=True, tokens=400 * 16).run()
-    assert report["tokens"] == 6400
-    assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
+    assert report.tokens == 6400
+    assert report.log["main"][-2]["loss"] < report.log["main"][0]["loss"]
 
 
 def test_a_stream_without_a_whole_row_ends(home, tmp_path):
