@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .eval.benchmark import benchmark
     from .eval.plan import plan
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
@@ -39,6 +40,7 @@ __all__ = [
     "MQASeq2SeqConfig",
     "MQASeq2SeqModel",
     "__version__",
+    "benchmark",
     "convert",
     "inspect",
     "plan",
@@ -51,6 +53,7 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "eval.benchmark": ("benchmark",),
     "eval.plan": ("plan",),
 }
 _CLASSES = {
