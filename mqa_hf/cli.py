@@ -5,8 +5,6 @@ What takes long to import is imported by what runs. Errors that are meant for a 
 
 import inspect
 import json
-import shlex
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +18,13 @@ from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
+from .eval.benchmark import Benchmark
 from .eval.evaluate import Evaluation
 from .eval.plan import Planning
 from .finetune.pretrain import Pretraining
 from .finetune.uptrain import Uptraining
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Pretraining, Uptraining, Evaluation)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Benchmark, Pretraining, Uptraining, Evaluation)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -119,77 +118,6 @@ for _job in JOBS:
 
 
 OUTPUT = "Output"
-
-
-@app.command()
-def benchmark(
-    shapes: Annotated[
-        list[str],
-        typer.Argument(help="Published shapes by name, directories or hub ids.", show_default=False),
-    ],
-    kv_heads: Annotated[
-        str, typer.Option(help="Key/value heads to time; `original`: the source's own.")
-    ] = "original,1",
-    engines: Annotated[
-        str | None,
-        typer.Option(
-            help="mqa-hf; dynamic and static are transformers' loops. Default: mqa-hf,dynamic; dynamic for types that "
-            "run in their own class only.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Rows decoded at once.")] = "1",
-    context: Annotated[str, typer.Option(help="Positions in the cache, or tokens of the source.")] = "512",
-    cells: Annotated[
-        str | None, typer.Option(help="In place of both: pairs such as 1x512,16x4096.", show_default=False)
-    ] = None,
-    beams: Annotated[str, typer.Option(help="Beams, of encoder-decoder shapes.")] = "1",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 48,
-    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
-    window: Annotated[int | None, typer.Option(help="Positions that self-attention sees. Default: all.")] = None,
-    largest_batch: Annotated[
-        bool, typer.Option("--largest-batch", help="Time the largest batch that fits at each context, too.")
-    ] = False,
-    prefill_limit: Annotated[
-        int, typer.Option(help="Largest batch times context of which the first token is timed; 0: of none.")
-    ] = 32768,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Turns that the models take. Default: 3 on a CPU, 1 on a GPU.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="File that gets one JSON line per cell.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
-) -> None:
-    """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'."""
-    import torch
-
-    from mqa_hf.base.errors import MQAError
-    from mqa_hf.eval.speed import benchmark
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = [(b, n) for b in numbers("--batch", batch) for n in numbers("--context", context)]
-    if cells is not None:
-        split = [cell.split("x") for cell in cells.split(",")]
-        if any(len(cell) != 2 for cell in split):
-            raise MQAError(f"--cells takes pairs of batch and context such as 1x512,16x4096, got {cells!r}")
-        pairs = [(numbers("--cells", b)[0], numbers("--cells", n)[0]) for b, n in split]
-    heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
-    benchmark(
-        shapes,
-        heads,
-        None if engines is None else [engine.strip() for engine in engines.split(",")],
-        [(*pair, k) for pair in pairs for k in numbers("--beams", beams)],
-        tokens,
-        dtype or ("float32" if device == "cpu" else "bfloat16"),
-        device,
-        window,
-        sorted({n for _, n in pairs}) if largest_batch else [],
-        prefill_limit,
-        rounds,
-        output,
-        plots,
-        shlex.join(["mqa-hf", *sys.argv[1:]]),
-    )
 
 
 @app.command()
