@@ -1,6 +1,7 @@
 # make demo [OUTPUT=directory]                                  set up and run the whole job on a small model
 # make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
 # make test                                                     set up and run the tests
+# make test-slow, make test-gpu                                 those that take long; those that need a GPU
 # make test-5.17.0                                              the same, with that version of transformers
 # make docs                                                     set up and build the documentation in site/
 
@@ -10,7 +11,7 @@ TESTS ?= tests/mqa_hf tests/conversion tests/finetune
 SOURCE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 PIP = install --quiet --disable-pip-version-check
 
-.PHONY: demo convert test lint docs
+.PHONY: demo convert test test-slow test-gpu lint docs
 .PRECIOUS: .venv-%/installed-dev
 
 demo: $(VENV)/installed-demo
@@ -21,6 +22,9 @@ convert: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -q -n auto
+
+test-slow test-gpu: $(VENV)/installed-dev
+	$(VENV)/bin/pytest -q -m $(@:test-%=%)
 
 # Another transformers, and the tests that depend on it most.
 test-%: .venv-%/installed-dev

@@ -62,8 +62,11 @@ from .widths import Widths, budget_components, choose_widths, fitted_config
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What `from_pretrained(..., trust_remote_code=True)` of each class imports.
 _DECODER_FILES = (
-    "compat_mqa.py", "configuration_mqa.py", "attention_mqa.py", "modeling_mqa.py",
-    "decoding_mqa.py", "step_mqa.py", "rules_mqa.py", "cache_mqa.py", "kernels_mqa.py",
+    "compat_mqa.py", "configuration_mqa.py", "attention_mqa.py", "positions_mqa.py", "layer_mqa.py", "modeling_mqa.py",
+    "decoding_mqa.py", "request_mqa.py", "engine_mqa.py", "graph_mqa.py", "sampling_mqa.py", "beams_mqa.py",
+    "step_mqa.py", "weights_mqa.py", "rules_mqa.py", "cache_mqa.py",
+    "kernel_launch_mqa.py", "kernel_attend_mqa.py", "kernel_append_mqa.py", "kernel_norm_mqa.py",
+    "kernel_linear_mqa.py",
 )  # fmt: skip
 _SEQ2SEQ_FILES = (*_DECODER_FILES, "configuration_mqa_seq2seq.py", "modeling_mqa_seq2seq.py")
 RUNTIME_FILES = {

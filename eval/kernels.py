@@ -17,10 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
-from mqa_hf.cli import main as run
 from mqa_hf.cli import numbers
-from mqa_hf.kernels_mqa import attend, available
+from mqa_hf.kernel_attend_mqa import attend
+from mqa_hf.kernel_launch_mqa import available
 
 from .roofline import measured_device
 
@@ -111,4 +112,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

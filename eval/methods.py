@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
 from mqa_hf.base.text import calibration_tokens
-from mqa_hf.cli import main as run
 from mqa_hf.conversion.loading import load_model
 
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
@@ -132,4 +132,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

@@ -21,32 +21,31 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from mqa_hf import convert, inspect
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
-from mqa_hf.cli import main as run
+from mqa_hf.conversion.convert import convert
+from mqa_hf.conversion.inspect import inspect
 
-from .data import Part
-from .training import Schedule
-from .uptrain import Uptraining, default_learning_rate, uptrain
+from .uptrain import NO_TEACHER, Uptraining, default_learning_rate, width_of
 
 ORIGINAL = "original, LM"
-# By name: how the source is converted, losses (none: no teacher), and the share of the tokens for attention alone.
-RUNS: dict[str, tuple[dict[str, Any], dict[str, float], float]] = {
-    "shared, KL": ({"method": "shared"}, {"kl": 1.0}, 0.0),
-    "mean, LM": ({"method": "mean"}, {"lm": 1.0}, 0.0),
-    "mean, KL": ({"method": "mean"}, {"kl": 1.0}, 0.0),
-    ORIGINAL: ({"kv_heads": 0}, {"lm": 1.0}, 0.0),
-    "shared, LM": ({"method": "shared"}, {"lm": 1.0}, 0.0),
-    "mean, attention then KL": ({"method": "mean"}, {"kl": 1.0}, 0.2),
-    "shared, attention then KL": ({"method": "shared"}, {"kl": 1.0}, 0.2),
-    "shared, width 2, KL": ({"method": "shared", "head_width": 2}, {"kl": 1.0}, 0.0),
-    "shared, width 4, KL": ({"method": "shared", "head_width": 4}, {"kl": 1.0}, 0.0),
-    "shared, 2 heads, KL": ({"method": "shared", "kv_heads": 2}, {"kl": 1.0}, 0.0),
-    "shared, 4 heads, KL": ({"method": "shared", "kv_heads": 4}, {"kl": 1.0}, 0.0),
-    "mean, 2 heads, LM": ({"method": "mean", "kv_heads": 2}, {"lm": 1.0}, 0.0),
-    "mean, 4 heads, LM": ({"method": "mean", "kv_heads": 4}, {"lm": 1.0}, 0.0),
-    "shared, KL and hidden": ({"method": "shared"}, {"kl": 1.0, "hidden": 1.0}, 0.0),
-    "shared, KL and LM": ({"method": "shared"}, {"kl": 0.5, "lm": 0.5}, 0.0),
+# By name: how the source is converted, the loss (lm: no teacher), and the share of the tokens for attention alone.
+RUNS: dict[str, tuple[dict[str, Any], str, float]] = {
+    "shared, KL": ({"method": "shared"}, "kl", 0.0),
+    "mean, LM": ({"method": "mean"}, "lm", 0.0),
+    "mean, KL": ({"method": "mean"}, "kl", 0.0),
+    ORIGINAL: ({"kv_heads": 0}, "lm", 0.0),
+    "shared, LM": ({"method": "shared"}, "lm", 0.0),
+    "mean, attention then KL": ({"method": "mean"}, "kl", 0.2),
+    "shared, attention then KL": ({"method": "shared"}, "kl", 0.2),
+    "shared, width 2, KL": ({"method": "shared", "head_width": 2}, "kl", 0.0),
+    "shared, width 4, KL": ({"method": "shared", "head_width": 4}, "kl", 0.0),
+    "shared, 2 heads, KL": ({"method": "shared", "kv_heads": 2}, "kl", 0.0),
+    "shared, 4 heads, KL": ({"method": "shared", "kv_heads": 4}, "kl", 0.0),
+    "mean, 2 heads, LM": ({"method": "mean", "kv_heads": 2}, "lm", 0.0),
+    "mean, 4 heads, LM": ({"method": "mean", "kv_heads": 4}, "lm", 0.0),
+    "shared, KL and hidden": ({"method": "shared"}, "kl=1,hidden=1", 0.0),
+    "shared, KL and LM": ({"method": "shared"}, "kl=0.5,lm=0.5", 0.0),
 }
 
 
@@ -108,11 +107,11 @@ def main(
     lines = output / "results.jsonl"
     results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
     heads = inspect(source)["num_key_value_heads"]
-    width = inspect(source).get("hidden_size") or json.loads((source / "config.json").read_text())["hidden_size"]
-    rates = [float(r) for r in learning_rates.split(",")] if learning_rates else [default_learning_rate(train, width)]
+    own_rate = default_learning_rate(train, width_of(source))
+    rates = [float(r) for r in learning_rates.split(",")] if learning_rates else [own_rate]
     console = Console(width=140, markup=False, highlight=False)
     for name in runs.split(";") if runs else RUNS:
-        options, losses, stage = RUNS[name]
+        options, loss, stage = RUNS[name]
         student = output / "student"
         shutil.rmtree(student, ignore_errors=True)
         fitted = options.get("method") == "shared"
@@ -128,26 +127,28 @@ def main(
                     continue
                 if not student.exists():
                     convert(source, student, **chosen, **text)
-                schedule = Schedule(
-                    tokens=max(1, round(share * pretraining_tokens)),
+                tokens = max(1, round(share * pretraining_tokens))
+                start = time.monotonic()
+                report = Uptraining(
+                    student,
+                    output / "trained",
+                    dataset=(dataset,),
+                    validation=validation,
+                    validation_tokens=validation_tokens,
+                    teacher=NO_TEACHER if loss == "lm" else str(source),
+                    loss=loss,
+                    attention_tokens=round(stage * tokens),
+                    train=train,
+                    tokens=tokens,
                     sequence_length=sequence_length,
                     batch_tokens=batch_tokens,
                     micro_batch=micro_batch,
                     learning_rate=rate,
                     save_every=10**9,
-                    report_to="none",
-                )
-                what = Uptraining(
-                    dataset=(Part(dataset),),
-                    validation=validation,
-                    validation_tokens=validation_tokens,
-                    teacher=str(source) if set(losses) - {"lm"} else None,
-                    losses=tuple(losses.items()),
-                    attention_tokens=round(stage * schedule.tokens),
-                    train=train,
-                )
-                start = time.monotonic()
-                report = uptrain(student, output / "trained", what, schedule, overwrite=True, restart=True)
+                    report_to=("none",),
+                    overwrite=True,
+                    restart=True,
+                ).run()
                 after = {**key, "tokens": report["tokens"], **report["validation"]["after"]}
                 after["seconds"] = round(time.monotonic() - start, 1)
                 before = {**key, "share": 0.0, "tokens": 0, **report["validation"]["before"]}
@@ -188,4 +189,4 @@ def show(results: Sequence[dict[str, Any]], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

@@ -3,7 +3,9 @@
 Everything is read through `datasets`: local text, JSON lines, parquet or CSV, or an id of the Hub, whole or streamed.
 """
 
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.files import stamp
+from mqa_hf.base.files import stamps
 from mqa_hf.base.text import (
     chat_text,
     corrupt_spans,
@@ -29,39 +32,25 @@ from mqa_hf.base.text import (
 )
 from mqa_hf.modeling_mqa_seq2seq import shift_right
 
+from .options import Part, Training
+
 IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
+DATASET = "`dataset`"  # the option, for messages
 BUFFER = 10_000  # documents that a stream is shuffled among
 
 
-@dataclass(frozen=True)
-class Part:
-    """A data set of a mixture, and its weight among the others."""
-
-    source: str
-    weight: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """`SOURCE` or `SOURCE=WEIGHT`."""
-        source, sign, weight = text.rpartition("=")
-        try:
-            return cls(source, float(weight)) if sign else cls(text)
-        except ValueError:
-            return cls(text)  # a name with "=" in it
-
-
-def open_dataset(source: str, streaming: bool = False) -> Any:
-    """The rows of a text file, or of what [`load`] takes.
+def open_dataset(source: str, streaming: bool = False, option: str = DATASET) -> Any:
+    """The rows of a text file, or of what [`load`] takes; `option` named it, for messages.
 
     Raises:
         MQAError: where there is none.
     """
     if not is_plain(source):
-        return load(source, "--dataset", streaming)
+        return load(source, option, streaming)
     import datasets
 
-    whole = datasets.Dataset.from_list([{"text": documents(source, option="--dataset")[0]}])
+    whole = datasets.Dataset.from_list([{"text": documents(source, option=option)[0]}])
     return whole.to_iterable_dataset() if streaming else whole
 
 
@@ -69,7 +58,9 @@ def column_names(rows: Any) -> list[str]:
     return list(rows.column_names or next(iter(rows), {}))
 
 
-def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: Any = None) -> Any:
+def choose_columns(
+    source: str, rows: Any, columns: Sequence[str], tokenizer: Any = None, option: str = DATASET
+) -> Any:
     """The same rows with one column "text", or with "source" and "target" where two columns are named.
 
     Columns may also be languages of "translation", as the Hub's data sets of translations have them. Chats become text
@@ -77,17 +68,17 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: An
     """
     import datasets
 
-    features = reading(f"--dataset {source}", features_of, rows)
+    features = reading(f"{option} {source}", features_of, rows)
     known = list(features)
     if "translation" in known and len(columns) == 2:
         one, other = columns
         inside = features["translation"]
         languages = list(inside) if isinstance(inside, dict) else list(getattr(inside, "languages", ()))
         if not set(columns) <= set(languages):
-            raise MQAError(f"--dataset {source} has translations in {', '.join(languages)}, not {one} and {other}")
+            raise MQAError(f"{option} {source} has translations in {', '.join(languages)}, not {one} and {other}")
         wrong = [name for name in columns if isinstance(inside, dict) and not holds_text(inside[name])]
         if wrong:
-            raise no_text(source, "--dataset", wrong, languages)
+            raise no_text(source, option, wrong, languages)
 
         def sides(row: dict[str, Any]) -> dict[str, Any]:
             both = row["translation"] or {}
@@ -99,19 +90,19 @@ def choose_columns(source: str, rows: Any, columns: Sequence[str], tokenizer: An
         (name,) = wanted
         if tokenizer is None:
             raise MQAError(
-                f"--dataset {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
-                "--tokenizer"
+                f"{option} {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
+                "`tokenizer`"
             )
 
         def chat(row: dict[str, Any]) -> dict[str, str]:
             return {"text": chat_text(row[name], tokenizer)}
 
         text = datasets.Features({"text": datasets.Value("string")})
-        return reading(f"--dataset {source}", rows.map, chat, remove_columns=known, features=text)
+        return reading(f"{option} {source}", rows.map, chat, remove_columns=known, features=text)
     # A part of a mixture, or the beginning of a stream, may have none.
     wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
     if wrong:
-        raise no_text(source, "--dataset", wrong, known)
+        raise no_text(source, option, wrong, known)
     names = ["text"] if len(wanted) == 1 else ["source", "target"]
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
@@ -136,6 +127,7 @@ def mixture(
     streaming: bool = False,
     seed: int = 0,
     tokenizer: Any = None,
+    option: str = DATASET,
 ) -> Any:
     """All parts in one data set, drawn at random by their weights until each has been read through.
 
@@ -145,6 +137,7 @@ def mixture(
         streaming: whether rows are fetched as they are needed.
         seed: of the order.
         tokenizer: whose template makes text of chats.
+        option: that named the parts, for messages.
 
     Raises:
         MQAError: for what cannot be read, columns that are not there, and weights that are none.
@@ -152,12 +145,12 @@ def mixture(
     import datasets
 
     if len(columns) > 2:
-        raise MQAError(f"--columns takes one column, or two of pairs; got {', '.join(columns)}")
+        raise MQAError(f"`columns` takes one column, or two of pairs; got {', '.join(columns)}")
     if not parts or not all(0 < part.weight < math.inf for part in parts):
-        raise MQAError(f"--dataset needs weights above 0; got {[part.weight for part in parts]}")
+        raise MQAError(f"{option} needs weights above 0; got {[part.weight for part in parts]}")
     found = []
     for part in parts:
-        rows = choose_columns(part.source, open_dataset(part.source, streaming), columns, tokenizer)
+        rows = choose_columns(part.source, open_dataset(part.source, streaming, option), columns, tokenizer, option)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
     if len(found) == 1:
         return found[0]
@@ -242,6 +235,7 @@ def training_rows(
     pairs: bool = False,
     streaming: bool = False,
     seed: int = 0,
+    option: str = DATASET,
 ) -> Any:
     """The examples of a training run, as `datasets` keeps them: on disk, made once for the same text and options.
 
@@ -251,6 +245,7 @@ def training_rows(
         length: tokens of a row, or most tokens of either side of a pair.
         count: rows wanted; a text that gives fewer is read again by who trains, in another order.
         pairs: whether they are for an encoder-decoder model.
+        option: that named the parts, for messages.
 
     Returns:
         A `Dataset`, or, streaming, an endless `IterableDataset`.
@@ -259,23 +254,23 @@ def training_rows(
     from datasets.fingerprint import Hasher
 
     if not pairs:
-        one_column(columns, "--columns")
+        one_column(columns, "`columns`")
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
         raise MQAError(
-            "this tokenizer has no sentinels to hide spans behind; name two columns, such as --columns en,de"
+            "this tokenizer has no sentinels to hide spans behind; name two columns, such as `columns` en,de"
         )
 
     # Here, so that what is wrong with it is said as it is.
-    opened = mixture(parts, columns, streaming, seed, tokenizer)
+    opened = mixture(parts, columns, streaming, seed, tokenizer, option)
     if pairs and len(columns) == 2 and not streaming:
         count = min(count, len(opened))  # the same rows are kept once, however many more were wanted
 
     nothing = f"{', '.join(part.source for part in parts)}: no row of {length} tokens in the text; add text or lower "
-    nothing += "--sequence-length"
+    nothing += "`sequence_length`"
 
     def once(turn: int) -> Iterator[dict[str, Any]]:
-        rows = mixture(parts, columns, streaming, seed + turn, tokenizer) if turn else opened
+        rows = mixture(parts, columns, streaming, seed + turn, tokenizer, option) if turn else opened
         if pairs:
             yield from paired(rows, tokenizer, length, seed + turn, sentinels)
         else:
@@ -299,7 +294,7 @@ def training_rows(
 
     if streaming:
         return datasets.IterableDataset.from_generator(endless)
-    known = [(part.source, part.weight, *stamp(part.source)) for part in parts]
+    known = [(os.path.abspath(part.source), part.weight, stamps(part.source)) for part in parts]
     vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
     words = (vocabulary, tokenizer.eos_token_id, tokenizer.chat_template)
     made_of = (known, words, length, count, list(columns), pairs, seed, "1")
@@ -356,3 +351,41 @@ class CollatePairs:
             "decoder_input_ids": written,
             "labels": labels,
         }
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What a model is trained on.
+
+    Attributes:
+        rows: of [`training_rows`].
+        collate: makes a batch of some of them.
+        row_tokens: that a row predicts: of pairs, in the mean, those that the decoder writes.
+        validation: rows that losses are measured on.
+    """
+
+    rows: Any
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+    row_tokens: float
+    validation: Any = None
+
+
+def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
+    """The text of a job as a model with `config` reads it."""
+    assert job.tokens is not None, "a job is resolved first"
+    pairs, length = bool(config.is_encoder_decoder), job.sequence_length
+    common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
+    with processes().main_process_first():
+        # Pairs are short or long; so many there may be use for.
+        wanted = job.tokens if pairs else job.steps(length) * job.rows
+        rows = training_rows(job.parts, tokenizer, length, wanted, streaming=job.streaming, **common)
+        validation = None
+        if job.validation is not None:
+            part, count = (Part(job.validation),), math.ceil(job.validation_tokens / length)
+            validation = training_rows(part, tokenizer, length, count, option="`validation`", **common)
+    if not pairs:
+        return TrainingSet(rows, collate_packed, length, validation)
+    fixed = length if job.streaming else None
+    collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed, starts_with_last(config))
+    lengths = [len(row["labels"]) for row in itertools.islice(iter(rows), 1000)]
+    return TrainingSet(rows, collate, sum(lengths) / len(lengths), validation)

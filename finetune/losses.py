@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from mqa_hf.base.errors import MQAError
 
 from .data import IGNORED
+from .options import LOSSES
 
-LOSSES = ("lm", "kl", "hidden", "attention")
 CHUNK_ELEMENTS = 2**27  # logits of one chunk: half a gigabyte in float32
 
 
@@ -61,7 +61,7 @@ def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
 
 def check_liger() -> None:
     if importlib.util.find_spec("liger_kernel") is None or not torch.cuda.is_available():
-        raise MQAError("--liger needs a CUDA device and Liger's kernels: pip install liger-kernel")
+        raise MQAError("`liger` needs a CUDA device and Liger's kernels: pip install liger-kernel")
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def check_head(model: PreTrainedModel) -> None:
     if not error < 1e-2:
         raise MQAError(
             f"{type(model).__name__} changes its logits after the head in a way that is not known here (they differ "
-            f"by {error:.1%}); convert with --target mqa, which folds such things into the weights"
+            f"by {error:.1%}); convert with `target` mqa, which folds such things into the weights"
         )
 
 
@@ -153,13 +153,13 @@ class Objective:
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(LOSSES)
         if unknown or not self.weights or min(self.weights.values()) <= 0:
-            raise MQAError(f"--loss takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
+            raise MQAError(f"`loss` takes {', '.join(LOSSES)}, each with a weight above 0; got {self.weights}")
         if set(self.weights) - {"lm"} and self.teacher is None:
-            raise MQAError(f"--loss {', '.join(self.weights)} needs a teacher; pass --teacher, or --loss lm")
+            raise MQAError(f"`loss` {', '.join(self.weights)} needs a teacher; pass `teacher`, or `loss` lm")
         if self.layerwise and len(self.weights) > 1:
             raise MQAError(
-                "--loss attention gives each layer the teacher's input, where no other loss means anything; it stands "
-                "alone, or comes first with --attention-tokens"
+                "`loss` attention gives each layer the teacher's input, where no other loss means anything; it stands "
+                "alone, or comes first with `attention_tokens`"
             )
         if self.liger:
             check_liger()
@@ -320,7 +320,7 @@ class Objective:
             teacher = core(self.teacher)  # type: ignore[arg-type]
             told: Any = teacher.get_output_embeddings()
             if cap is not None or head.bias is not None or hasattr(told.weight, "to_local"):
-                raise MQAError("--liger has no KL for logits with a cap or a bias, nor for a sharded teacher")
+                raise MQAError("`liger` has no KL for logits with a cap or a bias, nor for a sharded teacher")
             states = (taught["last"].flatten(0, 1) * after_head(teacher)[0]).to(dtype)
             divergence = LigerFusedLinearJSD(jsd_beta=0.0, ignore_index=IGNORED)
             mean = divergence(hidden, weight, states, told.weight.to(dtype), labels)
@@ -361,7 +361,7 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
     }
     if not names:
         raise MQAError(
-            "--loss attention and --attention-tokens need a student whose attention layers differ from its teacher's "
+            "`loss` attention and `attention_tokens` need a student whose attention layers differ from its teacher's "
             "in shape, and go by the same names"
         )
     return [name for name, _ in student.named_modules() if name in names]

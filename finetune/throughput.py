@@ -21,16 +21,20 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from mqa_hf.base.devices import peak_rate
-from mqa_hf.cli import main as run
+from mqa_hf.base.entry import run_command
 from mqa_hf.conversion.loading import load_model
 
-from .data import IGNORED, Part, collate_packed
+from .arguments import training_arguments
+from .data import IGNORED, collate_packed, training_set
 from .losses import Objective
-from .training import Schedule, in_order, operations_per_token, train
-from .uptrain import Uptraining, examples, load_teacher, tokenizer_of
+from .order import in_order
+from .teacher import load_teacher
+from .trainer import operations_per_token, train
+from .uptrain import Uptraining
+from .uptrainer import tokenizer_of
 
 
-class Clock(TrainerCallback):
+class StepClock(TrainerCallback):
     """The time of each log, which waits for the device since it reads the loss."""
 
     def __init__(self) -> None:
@@ -72,7 +76,10 @@ def main(
 ) -> None:
     """Compare tokens per second."""
     logging.disable_progress_bar()
-    schedule = Schedule(
+    job = Uptraining(
+        converted,
+        "unwritten",
+        dataset=(dataset,),
         tokens=steps * (batch_tokens // sequence_length) * sequence_length,
         sequence_length=sequence_length,
         batch_tokens=batch_tokens,
@@ -83,27 +90,26 @@ def main(
         report_to="none",
         compile=compile,
     )
-    what = Uptraining(dataset=(Part(dataset),), teacher=str(original))
     config = AutoConfig.from_pretrained(original)
     tokenizer = tokenizer_of(original, config.vocab_size)
-    rows, _, collate, schedule = examples(tokenizer, config, what, schedule)
+    text = training_set(tokenizer, config, job)
     found: dict[str, tuple[float, float]] = {}
 
-    def record(name: str, clock: Clock, model: Any, teacher: Any = None) -> None:
-        rate = schedule.step_tokens / clock.seconds_per_step()
+    def record(name: str, clock: StepClock, model: Any, teacher: Any = None) -> None:
+        rate = job.rows * text.row_tokens / clock.seconds_per_step()
         found[name] = rate, rate * operations_per_token(model, teacher, sequence_length)
 
     for name, collator in (
         ("Trainer, documents see each other", collate_joined),
         ("Trainer, documents apart", collate_plain),
     ):
-        with tempfile.TemporaryDirectory() as job:
-            clock, model = Clock(), load_model(original, config=config, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as place:
+            clock, model = StepClock(), load_model(original, config=config, dtype=torch.float32)
             model.config.use_cache = False
             trainer = Trainer(
                 model=model,
-                args=schedule.arguments(Path(job)),
-                train_dataset=in_order(rows, schedule),
+                args=training_arguments(job, steps, Path(place)),
+                train_dataset=in_order(text.rows, job, steps),
                 data_collator=collator,
                 callbacks=[clock],
             )
@@ -117,12 +123,12 @@ def main(
     if liger:
         kinds += [(f"{name}, Liger", path, loss, True) for name, path, loss, _ in kinds[1:]]
     for name, path, loss, fused in kinds:
-        with tempfile.TemporaryDirectory() as job:
-            clock, model = Clock(), load_model(path, dtype=torch.float32)
+        with tempfile.TemporaryDirectory() as place:
+            clock, model = StepClock(), load_model(path, dtype=torch.float32)
             model.config.use_cache = False
-            teacher = load_teacher(what, path, model, Path(job) / "teacher") if loss == "kl" else None
+            teacher = load_teacher(str(original), None, path, model, Path(place) / "teacher") if loss == "kl" else None
             objective = Objective({loss: 1.0}, teacher, liger=fused)
-            train(name, model, objective, schedule, rows, collate, Path(job) / "main", callbacks=[clock])
+            train(name, model, objective, job, text, Path(place) / "main", callbacks=[clock])
             record(name, clock, model, teacher)
 
     table = Table(title=f"{batch_tokens:,} tokens a step in rows of {sequence_length}", title_justify="left")
@@ -138,4 +144,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(lambda: typer.run(main))
+    run_command(lambda: typer.run(main))

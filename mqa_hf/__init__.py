@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .conversion.inspect import inspect
     from .eval.benchmark import benchmark
     from .eval.plan import plan
+    from .finetune.pretrain import pretrain
+    from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
@@ -44,6 +46,8 @@ __all__ = [
     "convert",
     "inspect",
     "plan",
+    "pretrain",
+    "uptrain",
 ]
 
 __version__ = version("mqa-hf")
@@ -55,6 +59,8 @@ _LIGHT = {
     "conversion.inspect": ("inspect",),
     "eval.benchmark": ("benchmark",),
     "eval.plan": ("plan",),
+    "finetune.pretrain": ("pretrain",),
+    "finetune.uptrain": ("uptrain",),
 }
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),

@@ -23,7 +23,8 @@ KNOWN_ARGUMENTS = {
     "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "encoder_outputs",
     "decoder_attention_mask", "decoder_position_ids", "inputs_embeds",
 }  # fmt: skip
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (scores [B, V], tokens [B, W], cursor [1])
+# (scores [B, V], tokens [B, W], cursor [1]) -> scores
+LogitsRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Processors of the scores alone.
 STATELESS = {
@@ -72,7 +73,7 @@ def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> to
     return torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, columns, True)[:, :V]
 
 
-def rule_of(processor: Any) -> tuple[Any, Rule] | None:
+def rule_of(processor: Any) -> tuple[Any, LogitsRule] | None:
     """A logits processor as a function that a captured step can hold, with a key of what it does; or `None`."""
     kind, p = kind_of(processor), processor
     if kind in STATELESS:
@@ -172,7 +173,7 @@ def unsupported(
     beams: bool,
 ) -> str | None:
     """Why transformers' own loop has to be taken, or `None`."""
-    stack = decoder_of(model).config
+    stack = decoder_stack(model).config
     if synced or config.is_assistant:
         return "synced_gpus and assisted decoding need it"
     if model.training:
@@ -275,6 +276,6 @@ def left_padded(mask: torch.Tensor) -> bool:
     return bool(mask[:, -1].all()) and contiguous(mask)
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_stack(model: Any) -> Any:
     """The stack of layers that writes."""
     return model.model.decoder if model.config.is_encoder_decoder else model.model

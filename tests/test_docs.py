@@ -44,11 +44,10 @@ def commands(path, marked=True):
     text = path.read_text()
     blocks = [block for mark, block in BLOCK.findall(text) if marked or not mark]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    modules = {"mqa_hf.finetune.uptrain": "uptrain", "mqa_hf.eval.quality": "evaluate"}
     found = []
     for words in (shlex.split(line, comments=True) for line in lines):
-        if words[:3] == ["accelerate", "launch", "-m"]:
-            words = ["mqa-hf", modules[words[3]], *words[4:]]
+        if words[:4] == ["accelerate", "launch", "-m", "mqa_hf"]:
+            words = ["mqa-hf", *words[4:]]
         if words[:1] == ["mqa-hf"]:
             found.append([word for word in words if word != "..."])
     return found

@@ -14,12 +14,12 @@ import torch
 import typer
 from rich.console import Console
 
+from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
-from mqa_hf.cli import main
-from mqa_hf.finetune.data import Part
-from mqa_hf.finetune.pretrain import Pretraining, find_tokenizer
+from mqa_hf.finetune.options import Data
 from mqa_hf.finetune.recipe import run_steps
+from mqa_hf.finetune.tokenizer import trained_tokenizer
 
 from .experiments import RECORD, TIMES, Chain, Experiment, read_lines
 from .queue import run_chains
@@ -112,13 +112,8 @@ def prepare_tokenizer(experiment: Experiment) -> None:
             "another WORK"
         )
     columns = experiment.recipe.get("columns")
-    what = Pretraining(
-        config={},
-        dataset=(Part(experiment.split("train")),),
-        columns=tuple(columns.split(",")) if columns else (),
-        vocab_size=made_of["vocab_size"],
-    )
-    find_tokenizer(what, experiment.tokenizer, columns is not None, 0)
+    data = Data(dataset=(experiment.split("train"),), columns=columns or ())
+    trained_tokenizer(data, made_of["vocab_size"], experiment.tokenizer, columns is not None, 0)
     write_whole(note, json.dumps(made_of))
 
 
@@ -190,4 +185,4 @@ def page(
 
 
 if __name__ == "__main__":
-    main(app)
+    run_command(app)

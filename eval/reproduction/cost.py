@@ -16,11 +16,12 @@ from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.base.devices import peak_rate
 from mqa_hf.base.errors import MQAError
 from mqa_hf.eval.benchmark import ORIGINAL, Benchmark
-from mqa_hf.finetune.data import CollatePairs
+from mqa_hf.finetune.architecture import configuration
+from mqa_hf.finetune.data import CollatePairs, TrainingSet
 from mqa_hf.finetune.losses import Objective
-from mqa_hf.finetune.pretrain import configuration
-from mqa_hf.finetune.throughput import Clock
-from mqa_hf.finetune.training import Schedule, operations_per_token, train
+from mqa_hf.finetune.options import Run
+from mqa_hf.finetune.throughput import StepClock
+from mqa_hf.finetune.trainer import operations_per_token, train
 
 from .experiments import FIRST, configured
 
@@ -65,7 +66,7 @@ def training_cost(name: str, config: Any, rows: int, length: int, steps: int) ->
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, config.vocab_size, (2, rows, length), generator=generator).tolist()
     pairs = datasets.Dataset.from_dict({"input_ids": ids[0], "labels": ids[1]})
-    schedule = Schedule(
+    schedule = Run(
         tokens=steps * rows * length,
         sequence_length=length,
         batch_tokens=rows * length,
@@ -73,12 +74,13 @@ def training_cost(name: str, config: Any, rows: int, length: int, steps: int) ->
         learning_rate=1e-5,
         save_every=10**9,
         log_every=max(1, steps // 12),
-        report_to="none",
+        report_to=("none",),
     )
     set_seed(0)
-    model, clock = MQAForConditionalGeneration(config), Clock()
-    with tempfile.TemporaryDirectory() as job:
-        train(name, model, Objective({"lm": 1.0}), schedule, pairs, CollatePairs(0, 0), Path(job), callbacks=[clock])
+    model, clock = MQAForConditionalGeneration(config), StepClock()
+    text = TrainingSet(pairs, CollatePairs(0, 0), row_tokens=length)
+    with tempfile.TemporaryDirectory() as place:
+        train(name, model, Objective({"lm": 1.0}), schedule, text, Path(place), callbacks=[clock])
     seconds, peak = clock.seconds_per_step(), peak_rate()
     operations = rows * length * operations_per_token(model, None, length)
     return {

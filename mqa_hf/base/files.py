@@ -44,9 +44,12 @@ def read_yaml(path: Any) -> Any:
         raise MQAError(f"{path} cannot be read: {error}") from error
 
 
-def stamp(source: str) -> tuple[str, int, int]:
-    """What changes when a file does; ids of the Hub are taken as they are."""
-    if not os.path.exists(source):
-        return ("", 0, 0)
-    status = os.stat(source)
-    return (os.path.abspath(source), status.st_size, status.st_mtime_ns)
+def stamps(path: str | os.PathLike) -> list[list[Any]]:
+    """What tells whether a file, or the files of a checkpoint, are still the same: name, bytes and time of each.
+
+    An id of the Hub has none.
+    """
+    place = Path(path)
+    kinds = (".json", ".safetensors", ".bin", ".model")
+    found = sorted(p for p in place.iterdir() if p.suffix in kinds) if place.is_dir() else [place]
+    return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in found if p.exists()]

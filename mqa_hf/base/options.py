@@ -293,7 +293,9 @@ def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
     run.__name__ = run.__qualname__ = job.name
     run.__module__ = "mqa_hf"
     run.__doc__ = documentation(job)
-    run.__signature__ = inspect.signature(job)  # type: ignore[attr-defined]
+    parameters = inspect.signature(job).parameters.values()
+    plain = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in parameters]
+    run.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
     return run
 
 

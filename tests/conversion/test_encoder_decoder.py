@@ -89,7 +89,7 @@ def test_generation_is_that_of_the_source(model_type, what, config, options, tmp
         for caching in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
             torch.testing.assert_close(ours.generate(**arguments, **caching), expected)
         # The fast loop has run, but for the processor of n-grams that Blenderbot's generation begins with.
-        assert (ours.decoding.decoder is not None) == (model_type != "blenderbot")
+        assert (ours.decoding.engine is not None) == (model_type != "blenderbot")
 
 
 @pytest.mark.parametrize("method", ["random", "first"])

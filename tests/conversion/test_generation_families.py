@@ -39,7 +39,7 @@ def test_it_generates_what_the_source_does(model_type, tmp_path):
         for other in tokens[1:]:
             torch.testing.assert_close(other, tokens[0])
         fast = (ours.config.rope_parameters or {}).get("rope_type") not in ("dynamic", "longrope")
-        assert (ours.decoding.decoder is not None) == fast
+        assert (ours.decoding.engine is not None) == fast
         ours.decoding.release()
 
 

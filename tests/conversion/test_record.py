@@ -14,9 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert, inspect
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune.data import Part
-from mqa_hf.finetune.training import Schedule
-from mqa_hf.finetune.uptrain import Uptraining, original_of, uptrain
+from mqa_hf.finetune.uptrain import original_of, uptrain
 
 FIT = {"calibration_tokens": 512, "sequence_length": 16}
 METHODS = [
@@ -87,11 +85,11 @@ def test_it_says_whether_outputs_were_refitted_and_what_a_loss_was_measured_on(o
         assert "30 tokens of" in shown
 
 
-def train(home: Path, student: Path, output: Path, teacher: str | None = None) -> None:
-    part = Part(str(home / "text.jsonl"))
-    losses = (("lm" if teacher is None else "kl", 1.0),)
-    what = Uptraining((part,), teacher=teacher, losses=losses, validation=part.source, validation_tokens=64)
-    uptrain(student, output, what, Schedule(256, sequence_length=16, batch_tokens=128, report_to="none"))
+def train(home: Path, student: Path, output: Path, teacher: str) -> None:
+    text = str(home / "text.jsonl")
+    data = {"dataset": text, "validation": text, "validation_tokens": 64}
+    how = {"tokens": 256, "sequence_length": 16, "batch_tokens": 128, "report_to": "none"}
+    uptrain(student, output, teacher=teacher, **data, **how)
 
 
 def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home, tmp_path):
@@ -114,7 +112,7 @@ def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home,
 
 
 def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp_path):
-    train(home, home / "source", tmp_path / "trained")
+    train(home, home / "source", tmp_path / "trained", "none")
     result = inspect(tmp_path / "trained")
     assert result["conversion"] is None
     assert result["training"]["tokens"] == 256
@@ -123,7 +121,7 @@ def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp
 
 
 def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, tmp_path):
-    with pytest.raises(MQAError, match=r"does not say what it was converted from.*--teacher none"):
+    with pytest.raises(MQAError, match=r"does not say what it was converted from.*`teacher` none"):
         original_of(home / "source")
     words = ["uptrain", str(home / "source"), str(tmp_path / "out"), "--dataset", str(home / "text.jsonl")]
     result = CliRunner().invoke(app, [*words, "--tokens", "128"])

@@ -16,9 +16,7 @@ from mqa_hf.conversion.checkpoint import count_nonfinite
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.pooling import relative
 from mqa_hf.eval.quality import Evaluation, evaluate
-from mqa_hf.finetune.data import Part
-from mqa_hf.finetune.training import Schedule
-from mqa_hf.finetune.uptrain import Uptraining, uptrain
+from mqa_hf.finetune.uptrain import uptrain
 
 KEY, UP = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"
 
@@ -74,11 +72,8 @@ def test_a_model_is_not_loaded_from_other_weights_than_its_own(damage, message, 
 
 
 def trained(places: Path) -> None:
-    what = Uptraining(
-        dataset=(Part(str(places / "text.jsonl")),), teacher=str(places / "source"), losses=(("kl", 1.0),)
-    )
-    schedule = Schedule(tokens=128, sequence_length=16, batch_tokens=128, report_to="none")
-    uptrain(places / "ours", places / "trained", what, schedule)
+    given = {"dataset": str(places / "text.jsonl"), "teacher": str(places / "source"), "report_to": "none"}
+    uptrain(places / "ours", places / "trained", **given, tokens=128, sequence_length=16, batch_tokens=128)
 
 
 def measured(places: Path) -> None:

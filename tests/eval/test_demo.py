@@ -15,7 +15,7 @@ from mqa_hf.base.text import documents
 from mqa_hf.cli import app
 from mqa_hf.eval import demo
 from mqa_hf.eval.quality import Evaluation, evaluate
-from mqa_hf.finetune import training
+from mqa_hf.finetune import trainer
 
 SHIPPED = Path(demo.__file__).parent / demo.MODEL
 STEPS = ["mean", "shared", "wide", "train", "evaluate", "benchmark", "report"]
@@ -91,16 +91,16 @@ def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path, monkeypatch):
 
 
 def test_an_interrupted_demo_goes_on(small, tmp_path, monkeypatch):
-    plain = training.LossTrainer.training_step
+    plain = trainer.LossTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == 2:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", interrupted)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", interrupted)
     assert run(tmp_path / "demo").exit_code != 0
-    monkeypatch.setattr(training.LossTrainer, "training_step", plain)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", plain)
     (tmp_path / "demo" / "times.jsonl").write_text("no record\n")  # as an interrupted benchmark may leave it
     result = run(tmp_path / "demo")
     assert result.exit_code == 0, f"{result.output} {result.exception}"

@@ -19,7 +19,8 @@ from mqa_hf.eval.reproduction.__main__ import app, chains_of
 from mqa_hf.eval.reproduction.cost import MODELS, paper_config
 from mqa_hf.eval.reproduction.experiments import FIRST, Experiment, configured
 from mqa_hf.eval.reproduction.page import filled, picture, quality, read, spread
-from mqa_hf.finetune.pretrain import train_tokenizer, widened
+from mqa_hf.finetune.architecture import widened
+from mqa_hf.finetune.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p.name for p in (files("mqa_hf.eval.reproduction") / "recipes").iterdir())

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from mqa_hf import MQAConfig, MQAForCausalLM
 from mqa_hf.finetune.data import IGNORED
 from mqa_hf.finetune.losses import Objective
-from mqa_hf.finetune.training import sum_in_float32
+from mqa_hf.finetune.trainer import sum_in_float32
 
 
 def model(heads):

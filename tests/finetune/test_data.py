@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import chat_text, documents, load
 from mqa_hf.eval.quality import Evaluation, read_text
-from mqa_hf.finetune.data import IGNORED, CollatePairs, Part, batches, collate_packed, mixture, packed, training_rows
-from mqa_hf.finetune.training import Schedule, in_order
+from mqa_hf.finetune.data import IGNORED, CollatePairs, batches, collate_packed, mixture, packed, training_rows
+from mqa_hf.finetune.options import Part, Schedule
+from mqa_hf.finetune.order import in_order
 
 
 def write(path, rows):
@@ -119,9 +120,9 @@ def test_the_pairs_of_a_step_are_of_like_length_and_each_comes_once_a_pass(tmp_p
     lengths = np.random.default_rng(0).integers(2, 30, 400)
     part = write(tmp_path / "pairs.jsonl", [{"en": "a" * n, "de": "b" * n} for n in lengths.tolist()])
     rows = training_rows((part,), tokenizer, 64, 400, columns=("en", "de"), pairs=True)
-    schedule = Schedule(tokens=800, sequence_length=2, batch_tokens=32, row_tokens=1.0)
-    assert (schedule.rows, schedule.steps) == (16, 50)
-    size = np.array([len(row["labels"]) for row in in_order(rows, schedule)])
+    schedule = Schedule(tokens=800, sequence_length=2, batch_tokens=32)
+    assert (schedule.rows, schedule.steps(1.0)) == (16, 50)
+    size = np.array([len(row["labels"]) for row in in_order(rows, schedule, 50)])
     assert sorted(size.tolist()) == sorted(2 * [len(row["labels"]) for row in rows])
     longest = size.reshape(50, 16).max(1)
     assert size.sum() > 0.9 * 16 * longest.sum()  # in any order it is little above a half
@@ -195,7 +196,7 @@ def test_a_template_that_is_not_there_or_does_not_take_a_chat_is_said(tmp_path, 
 
 
 def test_texts_that_the_tokenizer_ends_are_ended_once(tmp_path):
-    from mqa_hf.finetune.pretrain import train_tokenizer
+    from mqa_hf.finetune.tokenizer import train_tokenizer
 
     ends = train_tokenizer(["abc def"], 400, pairs=True)
     row = next(packed(iter([["abc", "def"] * 5]), ends, 12))

@@ -242,7 +242,7 @@ def test_what_cannot_be_compared_is_said():
         Objective({"kl": 1.0})
     with pytest.raises(MQAError, match="stands alone"):
         Objective({"kl": 1.0, "attention": 1.0}, decoder(4))
-    with pytest.raises(MQAError, match="--loss takes"):
+    with pytest.raises(MQAError, match="`loss` takes"):
         Objective({"mse": 1.0})
     with pytest.raises(MQAError, match="differ from its teacher's"):
         run(Objective({"attention": 1.0}, decoder(4)), decoder(4), batch())

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune.data import Part
-from mqa_hf.finetune.pretrain import Pretraining, pretrain, read_config, train_tokenizer, widened
-from mqa_hf.finetune.training import Schedule
+from mqa_hf.finetune.architecture import widened
+from mqa_hf.finetune.pretrain import pretrain, read_config
+from mqa_hf.finetune.tokenizer import train_tokenizer
 
 CONFIG = {
     "model_type": "llama",
@@ -44,12 +44,12 @@ def text(tmp_path):
 
 
 def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
-    what = Pretraining(config=CONFIG, dataset=(Part(text),), validation=text, validation_tokens=1024, vocab_size=300)
-    short = pretrain(tmp_path / "short", what, Schedule(tokens=256, learning_rate=2e-3, **SHORT))
-    long = pretrain(tmp_path / "long", what, Schedule(tokens=256 * 60, learning_rate=1e-2, **SHORT))
+    data = {"dataset": text, "validation": text, "validation_tokens": 1024, "vocab_size": 300}
+    short = pretrain(tmp_path / "short", config=CONFIG, **data, tokens=256, **SHORT)
+    long = pretrain(tmp_path / "long", config=CONFIG, **data, tokens=256 * 60, learning_rate=1e-2, **SHORT)
     assert long["tokens"] == 256 * 60
     assert long["loss"] < short["loss"] - 1
-    again = pretrain(tmp_path / "again", what, Schedule(tokens=256, learning_rate=2e-3, **SHORT))
+    again = pretrain(tmp_path / "again", config=json.dumps(CONFIG), **data, tokens=256, **SHORT)
     assert again["loss"] == pytest.approx(short["loss"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
@@ -64,13 +64,13 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
 
 
 def test_weights_are_written_as_asked(tmp_path, text):
-    what = Pretraining(config=CONFIG, dataset=(Part(text),), vocab_size=300)
+    given = {"config": CONFIG, "dataset": text, "vocab_size": 300, "tokens": 512, **SHORT}
     for dtype in ("float32", "float16"):
-        pretrain(tmp_path / dtype, what, Schedule(tokens=512, **SHORT), dtype=dtype)
+        pretrain(tmp_path / dtype, **given, dtype=dtype)
     exact, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("float32", "float16"))
     assert all(torch.equal(rounded[name], weight.half()) for name, weight in exact.items())
-    with pytest.raises(MQAError, match="--dtype must be one of float32, float16, bfloat16; got 'int8'"):
-        pretrain(tmp_path / "none", what, Schedule(tokens=512, **SHORT), dtype="int8")
+    with pytest.raises(MQAError, match="`dtype` must be one of float32, float16, bfloat16; got 'int8'"):
+        pretrain(tmp_path / "none", **given, dtype="int8")
     assert not (tmp_path / ".none.pretrain").exists()
 
 
@@ -84,8 +84,7 @@ def test_weights_are_written_as_asked(tmp_path, text):
     ids=["learned positions", "window", "fewer, wider heads"],
 )
 def test_every_canonical_configuration_can_be_trained(tmp_path, text, config):
-    what = Pretraining(config=config, dataset=(Part(text),), vocab_size=300)
-    pretrain(tmp_path / "out", what, Schedule(tokens=512, **SHORT))
+    pretrain(tmp_path / "out", config=config, dataset=text, vocab_size=300, tokens=512, **SHORT)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     for name, value in config.items():
         assert getattr(model.config, name) == value
@@ -97,10 +96,9 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
     rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(80)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source, columns = (str(tmp_path / "pairs.jsonl"), ("en", "de")) if kind == "translation" else (text, ())
-    what = Pretraining(
-        config=ENCODER_DECODER, dataset=(Part(source),), columns=columns, validation=source, vocab_size=420
-    )
-    report = pretrain(tmp_path / "out", what, Schedule(tokens=256 * 30, learning_rate=5e-3, **SHORT))
+    data = {"dataset": source, "columns": columns, "validation": source, "vocab_size": 420}
+    how = {"tokens": 256 * 30, "learning_rate": 5e-3, **SHORT}
+    report = pretrain(tmp_path / "out", config=ENCODER_DECODER, **data, **how)
     measured = [line["eval_lm"] for line in report["log"] if "eval_lm" in line]
     assert measured[-1] < measured[0] - 1
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
@@ -120,9 +118,8 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
     ],
 )
 def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
-    what = Pretraining(config=config, dataset=(Part(text),), vocab_size=300)
-    with pytest.raises((MQAError, ValueError), match=message):
-        pretrain(tmp_path / "out", what, Schedule(tokens=256, **SHORT))
+    with pytest.raises(MQAError, match=message):
+        pretrain(tmp_path / "out", config=config, dataset=text, vocab_size=300, tokens=256, **SHORT)
     assert not (tmp_path / "out").exists()
 
 
@@ -145,7 +142,7 @@ def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
     assert read_config("shazeer-2019")["num_heads"] == 8
     assert read_config(json.dumps({**CONFIG, "name": "long/" * 100}))["hidden_size"] == 32
     for wrong in ("{", "[]", "nothing"):
-        with pytest.raises(MQAError, match="--config"):
+        with pytest.raises(MQAError, match="`config`"):
             read_config(wrong)
 
 

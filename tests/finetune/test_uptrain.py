@@ -32,22 +32,25 @@ from typer.testing import CliRunner
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune import training
-from mqa_hf.finetune.data import Part, training_rows
-from mqa_hf.finetune.pretrain import Pretraining, pretrain
-from mqa_hf.finetune.training import Schedule, ends, last_checkpoint
-from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain, without_dropout
+from mqa_hf.finetune import checkpoints, trainer
+from mqa_hf.finetune.checkpoints import last_checkpoint
+from mqa_hf.finetune.data import training_rows
+from mqa_hf.finetune.options import Part
+from mqa_hf.finetune.pretrain import pretrain
+from mqa_hf.finetune.trainer import ends
+from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain
+from mqa_hf.finetune.uptrainer import without_dropout
 
-SCHEDULE = Schedule(
-    tokens=8 * 128,
-    sequence_length=16,
-    batch_tokens=128,
-    micro_batch=4,
-    learning_rate=3e-3,
-    save_every=2,
-    log_every=1,
-    report_to="none",
-)
+SCHEDULE = {
+    "tokens": 8 * 128,
+    "sequence_length": 16,
+    "batch_tokens": 128,
+    "micro_batch": 4,
+    "learning_rate": 3e-3,
+    "save_every": 2,
+    "log_every": 1,
+    "report_to": "none",
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +84,10 @@ def home(tmp_path_factory):
     return directory
 
 
-def what(home, **options):
-    given = {"dataset": (Part(str(home / "text.jsonl")),), "teacher": str(home / "source"), "losses": (("kl", 1.0),)}
-    return Uptraining(**{**given, "dropout": True, **options})  # whose noise is to be the same in each run
+def job(home, output, student="student", **options):
+    """An uptraining of a student in `home`, with dropout, whose noise is to be the same in each run."""
+    given = {"dataset": str(home / "text.jsonl"), "teacher": str(home / "source"), "loss": "kl", "dropout": True}
+    return Uptraining(home / student, output, **{**given, **SCHEDULE, **options})
 
 
 def weights(directory):
@@ -91,16 +95,16 @@ def weights(directory):
 
 
 def test_the_student_comes_nearer_to_its_teacher_and_loads_anywhere(home, tmp_path):
-    schedule = replace(SCHEDULE, tokens=40 * 128, evaluate_every=20)
-    options = what(home, validation=str(home / "text.jsonl"), validation_tokens=320)
-    report = uptrain(home / "student", tmp_path / "out", options, schedule, command="mqa-hf uptrain ...")
+    validation = {"validation": str(home / "text.jsonl"), "validation_tokens": 320, "evaluate_every": 20}
+    report = job(home, tmp_path / "out", tokens=40 * 128, **validation).run()
     before, after = report["validation"]["before"], report["validation"]["after"]
     assert after["kl"] < 0.7 * before["kl"]
     assert report["tokens"] == 40 * 128
     assert not list(tmp_path.glob(".out*"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{after['kl']:.3f}" in card
-    assert "mqa-hf uptrain ..." in card
+    assert report["command"].startswith("mqa-hf uptrain ")
+    assert report["command"] in card
     assert "uptraining.png" in card
     assert (tmp_path / "out" / "uptraining.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
@@ -120,10 +124,8 @@ print(json.dumps(type(model).__name__))
 def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
     """Against transformers' own loss of each document alone: packing lets nothing across."""
     (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": "ab" * n}) + "\n" for n in (5, 9, 4, 12, 7, 8)))
-    options = what(home, validation=str(tmp_path / "lines.jsonl"), validation_tokens=10**6)
-    report = uptrain(
-        home / "student", tmp_path / "out", options, replace(SCHEDULE, sequence_length=32, batch_tokens=128)
-    )
+    validation = {"validation": str(tmp_path / "lines.jsonl"), "validation_tokens": 10**6}
+    report = job(home, tmp_path / "out", sequence_length=32, **validation).run()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = write_tokenizer(tmp_path)
     rows = training_rows((Part(str(tmp_path / "lines.jsonl")),), tokenizer, 32, 10**6)
@@ -143,8 +145,8 @@ def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"losses": (("lm", 1.0),), "teacher": None},
-        {"losses": (("kl", 0.5), ("hidden", 2.0))},
+        {"loss": "lm", "teacher": "none"},
+        {"loss": "kl=0.5,hidden=2"},
         {"attention_tokens": 256},
         {"train": "attention"},
         {"train": "lora", "lora_rank": 4},
@@ -152,7 +154,7 @@ def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
     ids=lambda options: ", ".join(options),
 )
 def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
-    report = uptrain(home / "student", tmp_path / "out", what(home, **options), SCHEDULE)
+    report = job(home, tmp_path / "out", **options).run()
     old, new = weights(home / "student"), weights(tmp_path / "out")
     assert old.keys() == new.keys()
     changed = {name for name in old if not torch.equal(old[name], new[name])}
@@ -187,11 +189,11 @@ def test_a_training_that_made_it_worse_is_said(home, tmp_path):
 
 def test_a_killed_run_ends_where_an_undisturbed_one_does(home, tmp_path):
     words = [sys.executable, "-m", "mqa_hf.cli", *command(home, tmp_path / "killed")]
-    job = tmp_path / ".killed.uptrain" / "main"
+    main = tmp_path / ".killed.uptrain" / "main"
     for step in (6, 18):
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while not (job / f"checkpoint-{step}").exists() and time.monotonic() < deadline and process.poll() is None:
+        while not (main / f"checkpoint-{step}").exists() and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -205,9 +207,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(home, tmp_path):
 
 
 def test_an_interruption_between_stages_is_no_loss(home, tmp_path, monkeypatch):
-    options = what(home, attention_tokens=256)
-    uptrain(home / "student", tmp_path / "whole", options, SCHEDULE)
-    plain = training.LossTrainer.training_step
+    job(home, tmp_path / "whole", attention_tokens=256).run()
+    plain = trainer.LossTrainer.training_step
     steps = []
 
     def interrupted(self, *args, **kwargs):
@@ -216,10 +217,10 @@ def test_an_interruption_between_stages_is_no_loss(home, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", interrupted)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
-    uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
+        job(home, tmp_path / "out", attention_tokens=256).run()
+    job(home, tmp_path / "out", attention_tokens=256).run()
     one, other = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -234,22 +235,22 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path):
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, monkeypatch):
-    plain = training.LossTrainer.training_step
+    plain = trainer.LossTrainer.training_step
 
     def poisoned(self, model, *args, **kwargs):
         if self.state.global_step == 5:
             next(model.parameters()).data.fill_(float("nan"))
         return plain(self, model, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", poisoned)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", poisoned)
     with pytest.raises(
         MQAError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last weights that are"
     ):
-        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+        job(home, tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
     assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-4")
     with pytest.raises(MQAError, match="diverged"):  # far above the start, though finite
-        uptrain(home / "student", tmp_path / "high", what(home), replace(SCHEDULE, learning_rate=30.0))
+        job(home, tmp_path / "high", learning_rate=30.0).run()
 
 
 def test_the_ends_of_a_training_are_means_over_as_many_steps():
@@ -268,109 +269,101 @@ def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stack = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = {"encoder": {**stack, "causal": False}, "decoder": {**stack, "cross_num_key_value_heads": 1}}
-    schedule = Schedule(tokens=900, sequence_length=24, batch_tokens=24 * 16, learning_rate=1e-2, log_every=1)
-    schedule = replace(schedule, report_to="none")
-    data = Pretraining(
-        config={"model_type": "mqa_seq2seq", **config},
-        dataset=(Part(str(tmp_path / "short.jsonl")),),
-        columns=("en", "de"),
-        vocab_size=400,
-    )
-    pretrain(tmp_path / "model", data, schedule)
-    more = Uptraining(dataset=(Part(str(tmp_path / "both.jsonl")),), columns=("en", "de"))
-    report = uptrain(tmp_path / "model", tmp_path / "out", more, schedule)
+    how = {"tokens": 900, "sequence_length": 24, "batch_tokens": 24 * 16, "learning_rate": 1e-2, "log_every": 1}
+    how |= {"columns": ("en", "de"), "report_to": "none"}
+    config = {"model_type": "mqa_seq2seq", **config}
+    pretrain(tmp_path / "model", config=config, dataset=str(tmp_path / "short.jsonl"), vocab_size=400, **how)
+    more = {"dataset": str(tmp_path / "both.jsonl"), "teacher": "none", **how}
+    report = uptrain(tmp_path / "model", tmp_path / "out", **more)
     losses = [line["loss"] for line in report["log"]["main"] if "loss" in line]
-    share, plus = training.DIVERGED
+    share, plus = trainer.DIVERGED
     assert max(losses) > share * losses[0] + plus
-    monkeypatch.setattr(training, "ends", lambda logged, window: ends(logged, 1))
+    monkeypatch.setattr(trainer, "ends", lambda logged, window: ends(logged, 1))
     with pytest.raises(MQAError, match="diverged"):
-        uptrain(tmp_path / "model", tmp_path / "again", more, schedule)
+        uptrain(tmp_path / "model", tmp_path / "again", **more)
 
 
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_from_there(home, tmp_path, monkeypatch):
-    uptrain(home / "student", tmp_path / "whole", what(home), SCHEDULE)
-    plain = training.LossTrainer.training_step
+    job(home, tmp_path / "whole").run()
+    plain = trainer.LossTrainer.training_step
 
     def told(self, *args, **kwargs):
         if self.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", told)
-    schedule = replace(SCHEDULE, save_every=100)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", told)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        uptrain(home / "student", tmp_path / "out", what(home), schedule)
+        job(home, tmp_path / "out", save_every=100).run()
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) == before
     assert last_checkpoint(tmp_path / ".out.uptrain" / "main").endswith("checkpoint-5")
-    uptrain(home / "student", tmp_path / "out", what(home), schedule)
+    job(home, tmp_path / "out", save_every=100).run()
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_training_leaves_out_cudnns_attention_and_lets_it_be_used_again(home, tmp_path, monkeypatch):
-    plain, seen = training.LossTrainer.training_step, set()
+    plain, seen = trainer.LossTrainer.training_step, set()
 
     def watched(self, *args, **kwargs):
         seen.add(torch.backends.cuda.cudnn_sdp_enabled())
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", watched)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+    job(home, tmp_path / "out").run()
     assert seen == {False}
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
-    plain = training.LossTrainer.training_step
+    plain = trainer.LossTrainer.training_step
 
     def stop(self, *args, **kwargs):
         if self.state.global_step == last:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", stop)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", stop)
     for last in (0, 3):
         with pytest.raises(KeyboardInterrupt):
-            uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=(last + 1) * 1e-3))
+            job(home, tmp_path / "out", learning_rate=(last + 1) * 1e-3).run()
     monkeypatch.undo()
-    with pytest.raises(MQAError, match=r"learning_rate was 0.004 and is 0.001.*--restart"):
-        uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3))
-    report = uptrain(
-        home / "student", tmp_path / "out", what(home), replace(SCHEDULE, learning_rate=1e-3), restart=True
-    )
+    with pytest.raises(MQAError, match=r"learning_rate was 0.004 and is 0.001.*`restart`"):
+        job(home, tmp_path / "out", learning_rate=1e-3).run()
+    report = job(home, tmp_path / "out", learning_rate=1e-3, restart=True).run()
     assert report["options"]["learning_rate"] == 1e-3
 
 
 def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
     shutil.copytree(home / "student", tmp_path / "student")
-    plain = training.LossTrainer.training_step
+    plain = trainer.LossTrainer.training_step
 
     def stop(self, *args, **kwargs):
         if self.state.global_step == 3:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", stop)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", stop)
     with pytest.raises(KeyboardInterrupt):
-        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+        job(home, tmp_path / "out", tmp_path / "student").run()
     monkeypatch.undo()
     convert(home / "source", tmp_path / "student", method="first", dtype="float32", overwrite=True)
     with pytest.raises(MQAError, match="options: files of the student"):
-        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+        job(home, tmp_path / "out", tmp_path / "student").run()
 
 
 def test_adapters_begin_where_the_seed_says(home, tmp_path):
     for name in ("one", "other"):
-        uptrain(home / "student", tmp_path / name, what(home, train="lora"), replace(SCHEDULE, tokens=256))
+        job(home, tmp_path / name, train="lora", tokens=256).run()
     one, other = weights(tmp_path / "one"), weights(tmp_path / "other")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_logs_for_tensorboard_stay_with_the_result(home, tmp_path):
-    uptrain(home / "student", tmp_path / "out", what(home), replace(SCHEDULE, tokens=256, report_to="tensorboard"))
+    job(home, tmp_path / "out", tokens=256, report_to="tensorboard").run()
     assert list((tmp_path / "out" / "runs" / "main").rglob("events.out.tfevents.*"))
 
 
@@ -381,7 +374,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(home, tmp_path):
     settings = tmp_path / "teacher" / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"<s>"', '"<begin>"'))
     with pytest.raises(MQAError, match="another tokenizer"):
-        uptrain(home / "student", tmp_path / "out", what(home, teacher=str(tmp_path / "teacher")), SCHEDULE)
+        job(home, tmp_path / "out", teacher=str(tmp_path / "teacher")).run()
 
 
 def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tmp_path):
@@ -389,14 +382,14 @@ def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tm
     (tmp_path / "secret.txt").write_text("a secret")
     (tmp_path / "student" / "NOTES").symlink_to("../secret.txt")
     with pytest.raises(MQAError, match=r"NOTES leads to .*secret\.txt, outside of the checkpoint"):
-        uptrain(tmp_path / "student", tmp_path / "out", what(home), SCHEDULE)
+        job(home, tmp_path / "out", tmp_path / "student").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "student"]
 
 
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(MQAError, match=r"and .* has 1,000 free"):
-        uptrain(home / "student", tmp_path / "out", what(home), SCHEDULE)
+        job(home, tmp_path / "out").run()
 
 
 def test_two_processes_do_what_one_does(home, tmp_path):
@@ -419,14 +412,14 @@ def test_two_processes_do_what_one_does(home, tmp_path):
 
 def test_accumulation_does_not_change_the_result(home, tmp_path):
     for micro in (2, 8):
-        uptrain(home / "plain", tmp_path / str(micro), what(home), replace(SCHEDULE, micro_batch=micro, tokens=512))
+        job(home, tmp_path / str(micro), "plain", micro_batch=micro, tokens=512).run()
     one, other = weights(tmp_path / "2"), weights(tmp_path / "8")
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
 def translation(directory, kv_heads=1, **config):
-    """A source that translates, a conversion of it and pairs; returned is what the latter is trained on."""
+    """A source that translates, a conversion of it and pairs; returned is how the latter is trained."""
     torch.manual_seed(0)
     shape = {"vocab_size": 93, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0, **config))
@@ -436,35 +429,26 @@ def translation(directory, kv_heads=1, **config):
     pairs = directory / "pairs.jsonl"
     rows = [{"en": f"word {i} of text", "de": f"Wort {i} im Text"} for i in range(60)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Uptraining(
-        dataset=(Part(str(pairs)),), columns=("en", "de"), teacher=str(directory / "source"), losses=(("kl", 1.0),)
-    )
+    given = {"dataset": str(pairs), "columns": ("en", "de"), "loss": "kl", **SCHEDULE}
+    return Uptraining(directory / "student", directory / "out", teacher=str(directory / "source"), **given)
 
 
 def test_a_translation_model_learns_from_its_teacher(tmp_path):
-    options = replace(
-        translation(tmp_path),
-        validation=str(tmp_path / "pairs.jsonl"),
-        validation_tokens=320,
-        losses=(("kl", 1.0), ("hidden", 1.0)),
-        attention_tokens=256,
-    )
-    report = uptrain(
-        tmp_path / "student", tmp_path / "out", options, replace(SCHEDULE, tokens=2048, sequence_length=32)
-    )
+    validation = {"validation": str(tmp_path / "pairs.jsonl"), "validation_tokens": 320}
+    job = replace(translation(tmp_path), loss="kl,hidden", attention_tokens=256, **validation)
+    report = replace(job, tokens=2048, sequence_length=32).run()
     assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
     assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
     with pytest.raises(MQAError, match="no sentinels"):
-        uptrain(tmp_path / "student", tmp_path / "no", replace(options, columns=()), SCHEDULE)
+        replace(job, output=tmp_path / "no", columns=()).run()
 
 
 def test_a_teacher_is_followed_without_dropout(tmp_path):
     """A student that is its teacher has no divergence from it: what is left is the noise of its own dropout."""
-    options = translation(tmp_path, kv_heads=4, dropout_rate=0.3)
-    schedule = replace(SCHEDULE, tokens=256, sequence_length=32)
+    job = replace(translation(tmp_path, kv_heads=4, dropout_rate=0.3), tokens=256, sequence_length=32)
 
     def first_divergence(name, dropout=None):
-        report = uptrain(tmp_path / "student", tmp_path / name, replace(options, dropout=dropout), schedule)
+        report = replace(job, output=tmp_path / name, dropout=dropout).run()
         return report["log"]["main"][0]["kl"]
 
     assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-5)
@@ -500,23 +484,20 @@ def test_dropout_is_kept_unless_a_teacher_is_learnt_from(home, tmp_path, words, 
 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
-    report = uptrain(
-        home / "student", tmp_path / "out", what(home, streaming=True), replace(SCHEDULE, tokens=400 * 16)
-    )
+    report = job(home, tmp_path / "out", streaming=True, tokens=400 * 16).run()
     assert report["tokens"] == 6400
     assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
 
 
 def test_a_stream_without_a_whole_row_ends(home, tmp_path):
     (tmp_path / "short.jsonl").write_text(json.dumps({"text": "few"}) + "\n" + json.dumps({"text": None}) + "\n")
-    options = what(home, streaming=True, dataset=(Part(str(tmp_path / "short.jsonl")),))
     with pytest.raises(MQAError, match="no row of 16 tokens"):
-        uptrain(home / "student", tmp_path / "out", options, SCHEDULE)
+        job(home, tmp_path / "out", streaming=True, dataset=str(tmp_path / "short.jsonl")).run()
 
 
 def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
     convert(home / "source", tmp_path / "native", target="native", dtype="float32")
-    uptrain(tmp_path / "native", tmp_path / "out", what(home), SCHEDULE)
+    job(home, tmp_path / "out", tmp_path / "native").run()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM"
     assert model.config.num_key_value_heads == 1
@@ -525,7 +506,7 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--tokens, or --alpha"),
+        ([], "pass --tokens, or --alpha"),
         (["--alpha", "0.05"], "--alpha with --pretraining-tokens"),
         (["--tokens", "500", "--loss", "mse"], "lm, kl, hidden, attention"),
         (["--tokens", "500", "--train", "half"], "all, attention, lora"),
@@ -535,8 +516,8 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
         (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
         (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
         (["--tokens", "500", "--learning-rate", "-1"], "above 0"),
-        (["--tokens", "500", "--report-to", "paper"], "tensorboard, wandb and none"),
-        (["--tokens", "500", "--validation-tokens", "0", "--validation", "TEXT"], "no row of"),
+        (["--tokens", "500", "--report-to", "paper"], "tensorboard, wandb, none"),
+        (["--tokens", "500", "--validation-tokens", "0", "--validation", "TEXT"], "at least 1"),
         (["--tokens", "500", "--loss", "attention", "--train", "lora"], "--attention-tokens"),
         (["--tokens", "500", "--liger"], "needs a CUDA device"),
         (["--tokens", "500", "--batch-tokens", "10000000"], "a step takes"),
@@ -554,7 +535,7 @@ def test_what_cannot_be_is_said_and_leaves_nothing(home, tmp_path, words, messag
 
 
 def test_names_and_defaults():
-    assert parse_losses("kl=1,hidden=0.5") == (("kl", 1.0), ("hidden", 0.5))
+    assert parse_losses("kl=1,hidden=0.5") == {"kl": 1.0, "hidden": 0.5}
     assert Part.parse("a=0.3") == Part("a", 0.3)
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)

@@ -106,10 +106,13 @@ def test_chats_need_a_tokenizer(place, tmp_path):
     ("option", "value", "message"),
     [
         *(("weight", value, "weights above 0; got") for value in ("nan", "inf", "-1", "0")),
-        *(("--warmup", value, "--warmup must be a share of the steps") for value in ("nan", "-0.1", "1", "inf")),
+        *(
+            ("--warmup", value, "--warmup must be a number at least 0 and below 1")
+            for value in ("nan", "-0.1", "1", "inf")
+        ),
         *(("--learning-rate", value, "--learning-rate must be a number above 0") for value in ("nan", "inf", "0")),
-        *(("--weight-decay", value, "--weight-decay must be a number, at least 0") for value in ("nan", "inf", "-1")),
-        ("--seed", "-1", "--seed must be at least 0"),
+        *(("--weight-decay", value, "--weight-decay must be a number at least 0") for value in ("nan", "inf", "-1")),
+        ("--seed", "-1", "--seed must be a whole number at least 0"),
         ("--loss", "kl=inf", "--loss takes .*each with a weight above 0"),
         ("--loss", "kl=nan", "--loss takes .*each with a weight above 0"),
     ],
@@ -123,7 +126,7 @@ def test_numbers_of_a_training_that_are_none_are_said(place, option, value, mess
 @pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
 def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
     words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", value]
-    refused(place, [*words, "--pretraining-tokens", "1000"], "--alpha must be a share above 0")
+    refused(place, [*words, "--pretraining-tokens", "1000"], "--alpha must be a number above 0")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, Lo
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig, request_mqa
 from mqa_hf import decoding_mqa as decoding
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.rules_mqa import CACHE
@@ -126,11 +126,11 @@ def both(model, fast=True, **arguments):
     model.decoding.enabled = True
     torch.manual_seed(7)
     ours = model.generate(**arguments)
-    decoder = model.decoding.decoder
-    assert (decoder is not None) == fast
+    engine = model.decoding.engine
+    assert (engine is not None) == fast
     if fast and model.device.type == "cuda":
-        assert decoder.graph is not None
-        assert decoder.step.triton
+        assert engine.graph.captured is not None
+        assert engine.decode_step.triton
     model.decoding.enabled = False
     torch.manual_seed(7)
     theirs = model.generate(**arguments)
@@ -221,7 +221,7 @@ def test_what_it_cannot_do_is_left_to_transformers_and_said_once(options, reason
         model.generate(**copy.deepcopy(arguments))
         decoding.logger.setLevel(level)
         decoding.logger.removeHandler(caplog.handler)
-    assert model.decoding.decoder is None
+    assert model.decoding.engine is None
     messages = [record.message for record in caplog.records if "slower loop" in record.message]
     assert len(set(messages)) == 1
     assert reason in messages[0]
@@ -231,14 +231,14 @@ def test_what_it_cannot_do_is_left_to_transformers_and_said_once(options, reason
 def test_the_second_call_uses_the_buffers_of_the_first(device):
     model = make(device=device)
     first = model.generate(**prompts(device), max_new_tokens=20, do_sample=False)
-    decoder = model.decoding.decoder
+    engine = model.decoding.engine
     again = model.generate(**prompts(device), max_new_tokens=20, do_sample=False)
-    assert model.decoding.decoder is decoder
+    assert model.decoding.engine is engine
     assert again.tolist() == first.tolist()
     model.generate(**prompts(device), max_new_tokens=20, do_sample=False, repetition_penalty=1.5)
-    assert model.decoding.decoder is not decoder
+    assert model.decoding.engine is not engine
     model.train()
-    assert model.decoding.decoder is None
+    assert model.decoding.engine is None
 
 
 @where
@@ -259,11 +259,11 @@ def test_what_was_returned_does_not_change_with_the_next_call(device, beams, row
 @where
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "eos_token_id": 11}], ids=str)
 def test_the_cache_grows(device, options, monkeypatch):
-    monkeypatch.setattr(decoding, "ROOM", 8)
+    monkeypatch.setattr(request_mqa, "ROOM", 8)
     model = make({"num_key_value_heads": 2}, device)
     ours, theirs = both(model, **prompts(device), **{"max_new_tokens": 160, **options})
     assert ours.tolist() == theirs.tolist()
-    assert model.decoding.decoder is None or model.decoding.decoder.step.cache.capacity >= 128
+    assert model.decoding.engine is None or model.decoding.engine.cache.capacity >= 128
 
 
 @where
@@ -364,7 +364,7 @@ def test_sampling_draws_from_the_distribution(device):
             ids, do_sample=True, temperature=2.0, top_k=0, num_return_sequences=n // 4, max_new_tokens=2
         )
         counts += torch.bincount(out[:, -1], minlength=13)
-    assert model.decoding.decoder is not None
+    assert model.decoding.engine is not None
     chi2 = ((counts - n * expected) ** 2 / (n * expected)).sum()
     assert chi2 < 33  # 12 degrees of freedom, 0.1 %
 
@@ -421,7 +421,7 @@ def test_adapters_are_applied(device):
     with adapted.disable_adapter():
         bare = adapted.generate(**arguments)
     ours = adapted.generate(**arguments)
-    assert model.decoding.decoder is not None
+    assert model.decoding.engine is not None
     adapted.merge_adapter()
     assert ours.tolist() == adapted.generate(**arguments).tolist() != bare.tolist()
     adapted.unmerge_adapter()
@@ -467,7 +467,7 @@ def test_hooks_are_heeded(where_it_is):
     hook.remove()
     model.decoding.enabled = True
     assert model.generate(**arguments).tolist() == plain.tolist()
-    assert model.decoding.decoder is not None
+    assert model.decoding.engine is not None
 
 
 @where
@@ -477,17 +477,15 @@ def test_a_float8_cache_is_near(name, device):
     model.decoding.cache_dtype = torch.float8_e4m3fn
     ids = prompts(device)["input_ids"]
     model.generate(ids, max_new_tokens=6, do_sample=False)
-    decoder = model.decoding.decoder
-    step, cache = decoder.step, decoder.step.cache
+    engine = model.decoding.engine
+    step, cache = engine.decode_step, engine.cache
     assert cache.dtype == torch.float8_e4m3fn
     # The logits of the next step, with the exact cache beside.
-    tokens = decoder.tokens[:, : cache.get_seq_length() + 1]
+    tokens = engine.text.tokens[:, : cache.get_seq_length() + 1]
     with torch.no_grad():
         exact = model(tokens).logits[:, -1]
-        step.host_length = cache.get_seq_length()
-        step.length.fill_(step.host_length)
-        step.positions.fill_(step.host_length)
-        step.host_length += 1
+        step.place({}, cache.get_seq_length())
+        step.advance()
         near = step.forward(tokens[:, -1].contiguous())
     assert 0 < (near - exact).norm() / exact.norm() < 0.15
 
@@ -502,9 +500,9 @@ def test_graphs_and_kernels_have_switches(name, graphs, device):
         arguments = {**prompts(device), "max_new_tokens": 24, "do_sample": False, "num_beams": beams}
         model.decoding.enabled = True
         ours = model.generate(**arguments)
-        decoder = model.decoding.decoder
-        assert not decoder.step.triton
-        assert (decoder.graph is not None) == (graphs and device == "cuda")
+        engine = model.decoding.engine
+        assert not engine.decode_step.triton
+        assert (engine.graph.captured is not None) == (graphs and device == "cuda")
         model.decoding.enabled = False
         assert ours.tolist() == model.generate(**arguments).tolist()
 
@@ -608,7 +606,7 @@ def test_a_step_that_waits_for_the_device_is_not_captured():
     model.model.layers[1].mlp.up_proj = waiting = Waiting(up.in_features, up.out_features, bias=False).cuda()
     waiting.weight = up.weight
     model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False)
-    assert model.decoding.decoder.graph is None
+    assert model.decoding.engine.graph.captured is None
     ours = model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False)
     model.decoding.enabled = False
     assert ours.tolist() == model.generate(**prompts("cuda"), max_new_tokens=9, do_sample=False).tolist()

@@ -1,0 +1,75 @@
+"""The directory of a training: what it began with, and the checkpoints that it goes on from.
+
+In it stand `options.json` (a training goes on only with the options that it began with) and a folder for each phase
+with the checkpoints of transformers' Trainer; `final` is the phase's result.
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from mqa_hf.base.devices import processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import read_json
+
+OPTIONS_FILE = "options.json"
+
+
+def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
+    """Open a job's directory, or find it again.
+
+    Raises:
+        MQAError: where one with other options lies there.
+    """
+    state = processes()
+    with state.main_process_first():
+        if not state.is_main_process:
+            return
+        if restart:
+            shutil.rmtree(directory, ignore_errors=True)
+        options = json.loads(json.dumps(options, default=str))
+        path = directory / OPTIONS_FILE
+        before = read_json(path) if path.is_file() else {}
+        gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
+        if gone_far:
+            changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
+            if changed:
+                said = ", ".join(
+                    f"{n} was {before.get(n)!r} and is {options.get(n)!r}" for n in changed if n != "files"
+                )
+                said += "; " * (bool(said) and "files" in changed)
+                said += "files of the student, the teacher or the text have changed" * ("files" in changed)
+                raise MQAError(
+                    f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
+                    "again with `restart`"
+                )
+            return
+        if before != options:
+            shutil.rmtree(directory, ignore_errors=True)  # a tokenizer or a teacher of other options
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(options, indent=2) + "\n")
+        except OSError as error:
+            raise MQAError(f"{directory} cannot be written: {error}") from error
+
+
+def check_disk(directory: Path, size: float) -> None:
+    """Raise MQAError where a checkpoint of `size` bytes does not fit."""
+    there = next(parent for parent in (directory, *directory.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise MQAError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint that is whole: its state, which is written last, can be read. Others are removed."""
+    while (found := get_last_checkpoint(str(directory)) if directory.is_dir() else None) is not None:
+        with suppress(OSError, ValueError):
+            json.loads((Path(found) / "trainer_state.json").read_text())
+            return found
+        shutil.rmtree(found)
+    return None

@@ -1,0 +1,42 @@
+"""The order in which rows are trained on."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from .options import Schedule
+
+POOL = 50  # steps whose pairs are sorted by length together, as transformers has it
+
+
+def in_order(rows: Any, schedule: Schedule, steps: int) -> Any:
+    """The rows of so many steps, the same for any number of processes: all of them shuffled, all again, and so on.
+
+    The pairs of a step are of like length, as in arXiv 1706.03762, section 5.1: most of a step would be padding.
+    """
+    generator = np.random.default_rng(schedule.seed)
+    wanted = steps * schedule.rows
+    passes = -(-wanted // len(rows))
+    order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted]
+    if by_like_length(rows):
+        columns = rows.with_format("arrow")
+        lengths = sum(pc.list_value_length(columns[name]).to_numpy() for name in ("input_ids", "labels"))
+        pool = POOL * schedule.rows
+        order = np.concatenate([by_length(part, lengths, schedule.rows, generator) for part in cut(order, pool)])
+    return rows.select(order)
+
+
+def by_like_length(rows: Any) -> bool:
+    """Whether they are pairs, and not streamed."""
+    return hasattr(rows, "__len__") and "labels" in rows.column_names
+
+
+def cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return np.split(order, range(size, len(order), size))
+
+
+def by_length(order: np.ndarray, lengths: Any, rows: int, generator: np.random.Generator) -> np.ndarray:
+    """The same rows, those of like length in one step of so many; steps in random order."""
+    steps = cut(order[np.argsort(lengths[order], kind="stable")], rows)
+    return np.concatenate([steps[i] for i in generator.permutation(len(steps))])

@@ -1,0 +1,81 @@
+"""Pretraining carried out: a tokenizer and a model are made, trained, and written."""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.utils import logging
+
+from mqa_hf import modeling_mqa
+from mqa_hf.base.devices import DTYPES, processes
+from mqa_hf.base.files import stamps
+from mqa_hf.base.output import resolve_output, written_beside
+from mqa_hf.base.text import load_tokenizer, one_column
+from mqa_hf.conversion.converter import RUNTIME_FILES
+from mqa_hf.conversion.loading import load_model
+
+from .architecture import build, configuration, widened
+from .checkpoints import begin
+from .data import training_set
+from .losses import Objective
+from .pretrain import REPORT, Pretraining, read_config
+from .tokenizer import trained_tokenizer
+from .trainer import train
+
+
+def carry_out(job: Pretraining) -> dict[str, Any]:
+    """Train a model from scratch and write it, whole, with its tokenizer to the output of a job."""
+    state = processes()
+    logging.disable_progress_bar()
+    target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, REPORT)
+    fields, options = read_config(job.config), job.decisive()
+    pairs = bool(configuration(fields).is_encoder_decoder)
+    if not pairs:
+        one_column(job.columns, "`columns`")
+    begin(job.place, {"files": [stamp for part in job.parts for stamp in stamps(part.source)], **options}, job.restart)
+
+    with state.main_process_first():
+        if job.tokenizer is not None:
+            tokenizer = load_tokenizer(job.tokenizer)
+        else:
+            tokenizer = trained_tokenizer(job, job.vocab_size, job.place / "tokenizer", pairs, job.seed)
+    if job.equal_parameters is not None:
+        fields = widened(fields, read_config(job.equal_parameters, "equal_parameters"), tokenizer)
+    set_seed(job.seed)
+    model = build(fields, tokenizer)
+    text = training_set(tokenizer, model.config, job)
+    log = train("pretraining", model, Objective({"lm": 1.0}), job, text, job.place / "main")
+
+    measured = [line["eval_lm"] for line in log if "eval_lm" in line]
+    report = {
+        "options": options,
+        "config": fields,
+        "parameters": model.num_parameters(),
+        "tokens": round(job.steps(text.row_tokens) * job.rows * text.row_tokens),
+        "loss": measured[-1] if measured else None,
+        "log": log,
+    }
+    if state.is_main_process:
+        write(job, target, model.config, tokenizer, report)
+    state.wait_for_everyone()
+    return report
+
+
+def write(job: Pretraining, target: Path, config: Any, tokenizer: Any, report: dict[str, Any]) -> None:
+    """Write the trained model beside its place, with its tokenizer, and its code where that is this package's."""
+    main = job.place / "main"
+    trained = load_model(main / "final", config=config, dtype=DTYPES[job.dtype])
+    trained.config.use_cache = True
+    with written_beside(target, 4 * trained.num_parameters(), job.overwrite, REPORT) as partial:
+        trained.save_pretrained(partial)
+        for name in RUNTIME_FILES.get(type(trained).__name__, ()):
+            shutil.copyfile(Path(modeling_mqa.__file__).with_name(name), partial / name)
+        tokenizer.save_pretrained(partial)
+        if (main / "runs").is_dir():
+            shutil.copytree(main / "runs", partial / "runs")
+        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    with suppress(OSError):
+        shutil.rmtree(job.place)

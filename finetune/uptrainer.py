@@ -1,0 +1,216 @@
+"""Uptraining carried out: the student and its teacher loaded, one stage or two of training, the result written."""
+
+import copy
+import json
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers.utils import logging
+
+from mqa_hf.base.devices import processes
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, stamps
+from mqa_hf.base.hub import CHAT_TEMPLATES, PICKLES, SAFETENSORS
+from mqa_hf.base.output import resolve_output, written_beside
+from mqa_hf.base.text import load_tokenizer
+from mqa_hf.conversion.companions import check_loads, copy_files, inside
+from mqa_hf.conversion.loading import load_model
+
+from .card import add_training_section
+from .checkpoints import begin
+from .data import TrainingSet, training_set
+from .losses import Objective, attention_names, check_liger, core
+from .teacher import describe_teacher, load_teacher
+from .trainer import train
+from .uptrain import Uptraining
+
+
+def carry_out(job: Uptraining) -> dict[str, Any]:
+    """Train a converted checkpoint and write it, whole, to the output of a job that is resolved."""
+    state = processes()
+    logging.disable_progress_bar()  # of every file that is read and written
+    source = Path(job.student)
+    target = resolve_output(job.output, source, job.overwrite)
+    config = AutoConfig.from_pretrained(source)
+    check(job, config)
+    carried_over(source)  # before the training rather than after it
+    files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]
+    known = [stamp for path in files for stamp in stamps(path)]
+    begin(job.place, {"student": str(source.resolve()), "files": known, **job.decisive()}, job.restart)
+
+    student = load_model(source, config=config if job.dropout else without_dropout(config), dtype=torch.float32)
+    student.config.use_cache = False
+    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
+    teacher = teacher_of(job, student)
+    text = training_set(tokenizer, config, job)
+    set_seed(job.seed)  # adapters begin at random
+    logs: dict[str, list[dict[str, float]]] = {}
+    main: Uptraining = job
+    if job.attention_tokens:
+        student, logs["attention"] = attention_stage(job, student, teacher, text)
+        teacher = teacher_of(job, student)  # the first may be in shards by now
+        main = replace(job, tokens=int(job.tokens or 0) - job.attention_tokens, seed=(job.seed + 1) % 2**32)
+    trained = select_parameters(student, teacher, job)
+    objective = Objective(job.losses, teacher, liger=job.liger)
+    if job.attention_tokens and job.streaming:  # other rows than the first stage's
+        text = replace(text, rows=training_set(tokenizer, config, main).rows)
+    logs["main"] = train("uptraining", trained, objective, main, text, job.place / "main")
+
+    report = describe(job, text.row_tokens, logs)
+    if state.is_main_process:
+        write(job, target, config, report)
+    state.wait_for_everyone()
+    return report
+
+
+def check(job: Uptraining, config: Any) -> None:
+    """Raise MQAError for what cannot be trained as the job says."""
+    if job.train == "lora":
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise MQAError("`train` lora needs PEFT: pip install 'mqa-hf[training]'") from error
+    if job.liger:
+        check_liger()
+    if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
+        raise MQAError("encoder-decoder models are trained in this package's class; convert with `target` mqa")
+    if getattr(config, "num_mel_bins", None):
+        raise MQAError("speech models are not trained on text")
+    stack = getattr(config, "decoder", config)
+    longest = getattr(stack, "max_position_embeddings", None)
+    bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
+    if bounded and longest and job.sequence_length > longest:
+        raise MQAError(f"`sequence_length` {job.sequence_length} is more than the {longest} positions of the model")
+    if job.taught:
+        describe_teacher(str(job.teacher), job.teacher_revision)
+
+
+def tokenizer_of(directory: Path, size: int) -> Any:
+    """The tokenizer of a checkpoint whose model has `size` words."""
+    tokenizer = load_tokenizer(directory)
+    if len(tokenizer) > size:
+        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
+    return tokenizer
+
+
+def teacher_of(job: Uptraining, student: PreTrainedModel) -> PreTrainedModel | None:
+    if not job.taught:
+        return None
+    return load_teacher(str(job.teacher), job.teacher_revision, Path(job.student), student, job.place / "teacher")
+
+
+def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, job: Uptraining) -> nn.Module:
+    """Freeze what is not trained; with LoRA, put adapters on every linear layer of the stack."""
+    if "attention" in job.losses:
+        return only_attention(model, teacher)
+    if job.train == "all":
+        return model.requires_grad_(True)
+    if job.train == "lora":
+        import peft
+
+        adapters = peft.LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear")
+        adapted = peft.get_peft_model(model, adapters)
+        return adapted
+    return only_attention(model, teacher)
+
+
+def only_attention(model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    model.requires_grad_(False)
+    if teacher is not None:
+        names = attention_names(model, core(teacher))
+    else:
+        names = [
+            name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ("self_attn", "cross_attn", "attn")
+        ]
+    for name in names:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def without_dropout(config: Any) -> Any:
+    """A copy of a configuration, with all of its stacks, in which every probability of dropout is 0."""
+    config = copy.deepcopy(config)
+    parts = (getattr(config, name, None) for name in config.sub_configs)
+    for stack in (config, *(part for part in parts if part is not None)):
+        for name, value in vars(stack).items():
+            if re.search(r"dropout|_pdrop|layerdrop", name) and isinstance(value, float):
+                setattr(stack, name, 0.0)
+    return config
+
+
+def attention_stage(
+    job: Uptraining, student: PreTrainedModel, teacher: PreTrainedModel | None, text: TrainingSet
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+    """The first stage: attention layers alone, each by itself, to the teacher's outputs."""
+    objective = Objective({"attention": 1.0}, teacher)
+    short = replace(job, tokens=job.attention_tokens)
+    model, directory = only_attention(student, teacher), job.place / "attention"
+    logged = train("attention", model, objective, short, text, directory)
+    return load_model(directory / "final", config=student.config, dtype=torch.float32), logged
+
+
+def describe(job: Uptraining, row_tokens: float, logs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """What stands in `uptraining.json`."""
+    measured = [line for lines in logs.values() for line in lines if "eval_lm" in line]
+
+    def losses(line: dict[str, float]) -> dict[str, float]:
+        return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+
+    return {
+        "student": str(job.student),
+        "options": job.decisive(),
+        "tokens": round(job.steps(row_tokens) * job.rows * row_tokens),
+        "validation": {"before": losses(measured[0]), "after": losses(measured[-1])} if measured else None,
+        "log": logs,
+        "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "accelerate", "datasets")},
+        "command": job.command(),
+    }
+
+
+def write(job: Uptraining, target: Path, config: Any, report: dict[str, Any]) -> None:
+    """Write the trained checkpoint beside its place: everything of the student's but the weights, and those."""
+    source, final = Path(job.student), job.place / "main" / "final"
+    if job.train == "lora":
+        import peft
+
+        base = job.place / "attention" / "final" if job.attention_tokens else source
+        model: Any = peft.PeftModel.from_pretrained(
+            load_model(base, config=config, dtype=torch.float32), final
+        ).merge_and_unload()
+    else:
+        model = load_model(final, config=config, dtype=torch.float32)
+    model = model.to(config.dtype or torch.float32)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    with written_beside(target, size, job.overwrite) as partial:
+        copy_files(source, carried_over(source), partial)
+        settings = {path.name: path.read_bytes() for kind in ("*.json", "*.py") for path in partial.glob(kind)}
+        model.save_pretrained(partial)
+        for name, content in settings.items():
+            (partial / name).write_bytes(content)  # as the student has them, its code too; not the index of shards
+        for logs in job.place.glob("*/runs"):
+            shutil.copytree(logs, partial / "runs" / logs.parent.name)
+        (partial / TRAINING_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
+            (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
+        add_training_section(partial, report)
+        check_loads(partial, source)
+    with suppress(OSError):
+        shutil.rmtree(job.place)
+
+
+def carried_over(student: Path) -> list[Path]:
+    """All files of a student but its weights; raises MQAError for one that is a link to elsewhere."""
+    left_out = (*SAFETENSORS, *PICKLES)
+    found = [p for p in student.iterdir() if p.is_file() and not any(p.match(pattern) for pattern in left_out)]
+    found += student.glob(CHAT_TEMPLATES)
+    for path in found:
+        inside(student, path)
+    return found

@@ -1,0 +1,144 @@
+"""Jobs one after another, each of which is run once: what is done is not done again, what was begun goes on.
+
+A file beside the results says which steps are done, and by which words: those of their commands, paths under the
+file's directory as they are from there, so that the whole can be moved.
+"""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import say, stderr
+from .errors import MQAError
+from .files import read_json, write_whole
+from .options import Job
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BEGUN = "begun"  # in the record, those that were begun
+
+
+@dataclass(frozen=True)
+class Step:
+    """A job, and what is there when it is done.
+
+    Attributes:
+        job: to do. One with a costly result has the option `overwrite`.
+        result: the file that is there when it is done.
+        needs: steps whose results it reads.
+        costly: whether a result takes long to make again, so that it is replaced only when that is asked for.
+    """
+
+    job: Job[Any]
+    result: Path
+    needs: tuple[str, ...] = ()
+    costly: bool = False
+
+    def words(self, record: Path) -> list[str]:
+        """What tells it from another job: its command, paths under the record's directory as they are from there."""
+        return [word.removeprefix(f"{record.parent}{os.sep}") for word in self.job.words()]
+
+    def run(self, overwrite: bool, console: "Console") -> None:
+        job: Any = self.job
+        job = replace(job, overwrite=True) if overwrite else job
+        job.show(job.run(), console)
+
+
+def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """By step, the words of those that are done, and of those that were begun: none where a record was cut off.
+
+    Raises:
+        MQAError: for a file that is no such record.
+    """
+    try:
+        json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}, {}
+    done = read_json(record)
+    begun = done.pop(BEGUN, {})
+    for steps in (done, begun):
+        if not isinstance(steps, dict) or not all(
+            isinstance(words, list) and all(isinstance(word, str) for word in words) for words in steps.values()
+        ):
+            raise MQAError(f"{record} does not say which steps are done; remove it to begin again")
+    return done, begun
+
+
+def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:
+    write_whole(record, json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n")
+
+
+def unfinished(steps: Mapping[str, Step], record: Path) -> list[str]:
+    """Steps whose results are not there, or were made by another job."""
+    done, _ = read_record(record)
+    return [
+        name for name, step in steps.items() if not (step.result.is_file() and done.get(name) == step.words(record))
+    ]
+
+
+def run_steps(
+    steps: Mapping[str, Step], record: Path, name: str, overwrite: bool = False, keep_going: bool = False
+) -> None:
+    """Run jobs whose results are not there yet, in order, and show what came of each.
+
+    Args:
+        steps: by name.
+        record: file beside the results that says which are done.
+        name: of what they are steps of, for messages.
+        overwrite: run a step that has changed, and those that need it, again.
+        keep_going: run steps that need none of those that failed, too, before the first error is raised.
+
+    Raises:
+        MQAError: where a step has changed and `overwrite` is false, and whatever the jobs raise.
+    """
+    from rich.console import Console
+
+    done, begun = read_record(record)
+    failed: dict[str, Exception] = {}
+    for step, what in steps.items():
+        there, words = what.result.is_file(), what.words(record)
+        if set(what.needs) & set(failed):
+            continue
+        # A costly result appears whole; it may have come to be there just before its run was killed.
+        if there and words in (done.get(step), begun.get(step)):
+            say(f"{step}: done before")
+            if step not in done:
+                done |= {step: begun.pop(step)}
+                write_record(record, done, begun)
+            continue
+        replaced = there and what.costly
+        try:
+            if replaced and not overwrite:
+                made = f" ({shlex.join(done[step])})" if step in done else ""
+                raise MQAError(
+                    f"{what.result} was made by another command{made}, or from what has been made again since; give "
+                    f"{name} another output, or pass `overwrite` to run this step and those that need it again"
+                )
+            if there and not what.costly:
+                what.result.unlink()
+            stay = {n for n, other in steps.items() if n != step and step not in other.needs}
+            done, begun = ({n: kept for n, kept in said.items() if n in stay} for said in (done, begun))
+            if what.costly and not there:
+                begun[step] = words
+            write_record(record, done, begun)
+            say(f"{step}: {what.job.command()}")
+            start = time.monotonic()
+            what.run(replaced, Console(markup=False, highlight=False))
+        except Exception as error:
+            if not keep_going:
+                raise
+            stderr().print(f"{step}: {type(error).__name__}: {error}")
+            failed[step] = error
+            continue
+        say(f"{step}: done in {time.monotonic() - start:.0f} s")
+        done[step] = words
+        begun.pop(step, None)
+        write_record(record, done, begun)
+    if failed:
+        raise next(iter(failed.values()))

@@ -1,0 +1,179 @@
+"""The engine of the fast decoding loop: buffers, the step that fills them, and its CUDA graph.
+
+B rows decoded, k rows of each prompt (beams or returned sequences), P = B / k prompts, T tokens of the prompt
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+
+from .beams_mqa import BeamSearch
+from .cache_mqa import DecodeCache
+from .graph_mqa import StepGraph
+from .request_mqa import ROOM, Call, round_up
+from .rules_mqa import CACHE, decoder_stack
+from .sampling_mqa import Sampler, Text
+from .step_mqa import DecodeStep
+
+
+class Engine:
+    """Decodes calls of one request: [`Engine.acquire`], [`Engine.prefill`], [`Engine.step`] while there are tokens to
+    come, [`Engine.result`].
+
+    A call has an engine for itself. An error midway leaves it behind, and the next call builds another one.
+
+    Attributes:
+        cache: keys and values of self-attention; `owned` if the caller did not give it.
+        text: the tokens so far, and the choice of the next ones.
+        decode_step: the forward pass.
+        new_tokens: steps that are launched, the prefill's choice included.
+    """
+
+    def __init__(self, model: Any, call: Call):
+        request, config, head = call.request, decoder_stack(model).config, model.lm_head.weight
+        self.model, self.request = weakref.proxy(model), request
+        cache, cross, device = call.cache, None, head.device
+        if cache is None:
+            dtype, copy = request.cache_dtype, request.beams is None
+            cache = DecodeCache(config, request.rows, call.capacity, dtype, device, copy=copy)
+        if model.config.is_encoder_decoder:
+            prompts = request.rows // request.copies
+            cross = DecodeCache(config, prompts, request.source_capacity, head.dtype, device, cross=True)
+        self.cache, self.owned = cache, call.cache is None
+        self.decode_step = DecodeStep(model, request, cache, cross)
+        self.text: Text
+        if request.beams is None:
+            self.text = Sampler(request, call.rules, cache.capacity + 1, device)
+        else:
+            self.text = BeamSearch(request, call.rules, cache.capacity + 1, device, self.decode_step.reorder)
+        self.graph = StepGraph(self.decode_step.graph)
+        self.pointers: tuple[int, ...] = ()  # where everything lay that the last call read
+        self.prompt = self.held = self.new_tokens = self.first_position = self.most_positions = 0
+
+    @classmethod
+    def acquire(cls, model: Any, call: Call) -> "Engine":
+        """The engine of the last call where it serves this one, or a new one. No other call finds it until
+        [`Engine.result`] gives it back.
+        """
+        if call.cache is not None and call.cache.capacity < call.prompt:
+            call.cache.grow(round_up(call.prompt))
+        engine = model.decoding.take()
+        if engine is not None and not engine.serves(call):
+            engine = None  # before another one is allocated
+        return engine or cls(model, call)
+
+    def serves(self, call: Call) -> bool:
+        """Whether the call can use these buffers: of the same kind, about as large, and with the weights in place."""
+        if self.request != call.request or self.pointers != self.read():
+            return False
+        if call.cache is not None:
+            return self.cache is call.cache
+        return self.owned and call.capacity <= self.cache.capacity <= 2 * call.capacity + ROOM
+
+    def read(self) -> tuple[int, ...]:
+        """Where everything lies that a graph reads and does not own."""
+        layers: Any = self.cache.layers
+        held = [buffer.data_ptr() for layer in layers for buffer in layer.buffers().values()]
+        return (*(parameter.data_ptr() for parameter in self.model.parameters()), *held)
+
+    def prefill(self, call: Call) -> None:
+        """Run the model over the prompt, and choose the first token of each row."""
+        step, copies, arguments = self.decode_step, self.request.copies, dict(call.arguments)
+        if self.owned:
+            self.cache.set_length(0)
+        arguments[CACHE] = self.cache
+        if step.cross is not None:
+            step.cross.set_length(0)
+            arguments[CACHE] = EncoderDecoderCache(self.cache, step.cross)
+        self.widen()
+        self.text.start(call.input_ids, call.limit, call.config.max_length)
+
+        outputs = self.model._prefill(call.input_ids[::copies], call.config, arguments)
+        logits = outputs.logits[:, -1].repeat_interleave(copies, 0)
+        del outputs
+        self.prompt, self.held = call.input_ids.shape[1], self.cache.get_seq_length()
+        self.widen()
+        step.place(arguments, self.held)
+        self.prepare()
+        self.text.next(logits)
+        self.new_tokens = 1
+        self.first_position, self.most_positions = int(step.positions.max()), self.held + call.max_new_tokens
+
+    def step(self) -> None:
+        """Launch one step: the forward pass of the newest tokens, and the choice of the next ones."""
+        if self.decode_step.host_length + 1 > self.cache.capacity:
+            self.grow(round_up(min(2 * self.cache.capacity, self.most_positions)))
+        self.decode_step.advance()
+        if not self.graph.warm:
+            self.decode_step.compile()
+        self.graph(self.run)
+        self.new_tokens += 1
+
+    def run(self) -> None:
+        self.text.next(self.decode_step.forward(self.text.newest))
+
+    @property
+    def ended(self) -> int:
+        """New tokens at which all rows had ended, as far as the host knows, or 0."""
+        return max(int(self.text.host_ended) - self.prompt, 0)
+
+    @property
+    def beyond_positions(self) -> bool:
+        """Whether the next step looks up a learned position that there is not."""
+        table = decoder_stack(self.model).embed_positions
+        return table is not None and self.first_position + self.new_tokens > table.num_embeddings
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more positions; the graph is captured anew."""
+        self.cache.set_length(self.decode_step.host_length)
+        self.cache.grow(capacity)
+        self.widen()
+        self.prepare()
+
+    def widen(self) -> None:
+        """Give the other buffers room for as many positions as the cache has room for."""
+        width = self.cache.capacity + 1
+        if width > self.text.tokens.shape[1]:
+            self.graph.forget()
+            self.text.grow(width)
+            self.decode_step.widen()
+
+    def prepare(self) -> None:
+        if self.decode_step.prepare():
+            self.graph.forget()
+
+    def result(self, call: Call) -> Any:
+        """What the call is to return, none of it in buffers that the next call writes to; ends the call."""
+        new, config = self.ended or self.new_tokens, call.config
+        self.cache.set_length(self.held + new - 1)
+        self.pointers = self.read()
+        sequences = self.text.result(self.prompt + new, config.num_return_sequences)
+        result: Any = sequences
+        if self.request.beams is None and config.return_dict_in_generate:
+            result = self.with_cache(sequences, call.cache)
+        self.model.decoding.keep(self)
+        return result
+
+    def with_cache(self, sequences: Any, given: DecodeCache | None) -> Any:
+        """Tokens and the cache, which is the caller's own or one of transformers'."""
+        cross, dtype = self.decode_step.cross, self.decode_step.dtype
+        config = decoder_stack(self.model).config
+        cache: Any = given if given is not None else dynamic_cache(self.cache, config, dtype)
+        if cross is None:
+            return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+        cache = EncoderDecoderCache(cache, dynamic_cache(cross, None, dtype, self.request.copies))
+        return GenerateEncoderDecoderOutput(sequences=sequences, **{CACHE: cache})
+
+
+def dynamic_cache(cache: DecodeCache, config: Any, dtype: torch.dtype, copies: int = 1) -> DynamicCache:
+    """The same keys and values as transformers keeps them, each row `copies` times."""
+    plain = DynamicCache(config=config) if config is not None else DynamicCache()
+    layers: Any = cache.layers
+    for i, layer in enumerate(layers):
+        keys = layer.read(layer.keys, layer.key_scales, 1, dtype)
+        values = layer.read(layer.values, layer.value_scales, 1, dtype)
+        plain.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), i)
+    return plain

@@ -1,0 +1,234 @@
+"""A layer of the canonical model: attention over shared heads, MLP, and the order of the residual stream.
+
+B batch, T tokens, S tokens attended to, H query heads, G key/value heads, D query/key head width, Dv value head
+width, d hidden size
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_mqa import eager_attention_forward
+from .compat_mqa import cache_name
+from .configuration_mqa import MQAConfig, of_layer
+from .positions_mqa import rotate, rotated_components
+
+CACHE = cache_name()
+
+
+def make_norm(config: MQAConfig) -> nn.Module:
+    if config.norm_type == "rms_norm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, config.norm_affine, config.norm_bias)
+
+
+def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, T, d] -> [B, heads, T, width]."""
+    return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
+
+
+class MQAAttention(nn.Module):
+    """Attention of H query heads over G shared key/value heads (G = 1: multi-query, arXiv 1911.02150).
+
+    With `cross`, keys and values come from an encoder's output; a cache keeps them after the first step.
+    """
+
+    rotated: torch.Tensor | None
+
+    def __init__(self, config: MQAConfig, layer_idx: int, cross: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.qk_head_dim = of_layer(config.cross_qk_head_dim if cross else config.qk_head_dim, layer_idx)
+        self.v_head_dim = of_layer(config.cross_v_head_dim if cross else config.v_head_dim, layer_idx)
+        self.cross = cross
+        d, H = config.hidden_size, config.num_attention_heads
+        G = config.cross_num_key_value_heads if cross else config.num_key_value_heads
+        assert G is not None
+        self.num_key_value_groups = H // G
+        self.scaling = config.attention_scale
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.causal and not cross
+        self.rotary = config.rope_layers[layer_idx] and not cross
+        sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
+        self.sliding_window = config.sliding_window if sliding else None
+        chosen = config.rope_frequencies is not None and self.rotary
+        self.register_buffer("rotated", rotated_components(config, layer_idx) if chosen else None, persistent=False)
+        self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
+        self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
+        self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
+        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
+        self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        B, T, _ = hidden_states.shape
+        query = project(self.q_proj, hidden_states, self.qk_head_dim)
+        cache, known = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
+            known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
+        if known and cache is not None:
+            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+            key, value = stored.keys.to(query.device), stored.values.to(query.device)
+        else:
+            states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            key = project(self.k_proj, states, self.qk_head_dim)
+            value = project(self.v_proj, states, self.v_head_dim)
+            if self.rotary and position_embeddings is not None:
+                query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
+            if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
+                kwargs["cache"] = cache  # a paged cache, which before 5.24 the attention function extends
+            elif cache is not None:
+                # From 5.24 on a paged cache reads and sets what the attention function is given beside.
+                beside = {"kwargs": kwargs} if CACHE == "cache" else {}
+                key, value = cache.update(key, value, self.layer_idx, **beside)
+                if self.cross and isinstance(past_key_values, EncoderDecoderCache):
+                    past_key_values.is_updated[self.layer_idx] = True
+
+        # vLLM looks for this call in the source of `forward`, and for the name of the cache in its arguments.
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(B, T, -1)), weights
+
+    def as_computed(self) -> bool:
+        """Whether the places of rotated components, which no checkpoint holds, are there."""
+        return (
+            self.rotated is None
+            or self.rotated.is_meta
+            or torch.equal(self.rotated.cpu(), rotated_components(self.config, self.layer_idx))
+        )
+
+    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Rotate queries or keys [B, heads, T, qk_head_dim]; `cos` and `sin` are those of all frequencies."""
+        if self.rotated is None:
+            return rotate(x, cos, sin, self.head_dim)
+        return rotate(x, cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
+
+
+class MQAMLP(nn.Module):
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.dropout = config.activation_dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            inner = self.act_fn(self.up_proj(x))
+        else:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.training and self.dropout:
+            inner = nn.functional.dropout(inner, self.dropout)
+        return self.down_proj(inner)
+
+
+class Residual(NamedTuple):
+    """One step of the residual stream: x -> after(x + f(norm(x))), or of two sub-layers f side by side.
+
+    Attributes:
+        branches: (norm, f) of each; `None` for a norm that is not there.
+        after: the norm of a post-norm layer, or `None`.
+    """
+
+    branches: tuple[tuple[nn.Module | None, nn.Module], ...]
+    after: nn.Module | None = None
+
+
+class MQADecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MQAConfig, layer_idx: int):
+        super().__init__()
+        self.residual = config.residual
+        self.residual_multiplier = config.residual_multiplier
+        self.hidden_dropout = config.hidden_dropout
+        self.self_attn = MQAAttention(config, layer_idx)
+        self.mlp = MQAMLP(config)
+        self.input_layernorm = make_norm(config)
+        if config.cross_num_key_value_heads:
+            self.cross_attn = MQAAttention(config, layer_idx, cross=True)
+            self.cross_attn_layernorm = make_norm(config)
+        if config.residual != "parallel_shared_norm":
+            self.post_attention_layernorm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            if module is self.mlp:
+                return self.mlp(x)
+            if module is self.self_attn:
+                own: dict[str, Any] = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            else:
+                own = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            return module(x, past_key_values=past_key_values, **own, **kwargs)[0]
+
+        x = hidden_states
+        for branches, after in self.residuals(cross=encoder_hidden_states is not None):
+            normed, known, outputs = x, None, []
+            for norm, module in branches:
+                if norm is None or norm is not known:  # two that share a norm compute it once
+                    normed, known = x if norm is None else norm(x), norm
+                outputs.append(self.added(run(module, normed)))
+            for output in outputs:
+                x = x + output
+            x = x if after is None else after(x)
+        return x
+
+    def residuals(self, cross: bool) -> list[Residual]:
+        """The order in which sub-layers read the residual stream and add to it.
+
+        Args:
+            cross: whether there is an encoder's output to attend to.
+        """
+        if self.residual == "parallel_shared_norm":
+            return [Residual(((self.input_layernorm, self.self_attn), (self.input_layernorm, self.mlp)))]
+        attention, mlp = (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        if self.residual == "parallel":
+            return [Residual((attention, mlp))]
+        branches = [attention, *([(self.cross_attn_layernorm, self.cross_attn)] if cross else []), mlp]
+        if self.residual == "post_norm":
+            return [Residual(((None, module),), after=norm) for norm, module in branches]
+        return [Residual((branch,)) for branch in branches]
+
+    def added(self, x: torch.Tensor) -> torch.Tensor:
+        """What a sub-layer with this output adds to the residual stream."""
+        if self.residual_multiplier != 1.0:
+            x = x * self.residual_multiplier
+        return nn.functional.dropout(x, self.hidden_dropout, True) if self.training and self.hidden_dropout else x

@@ -1,0 +1,246 @@
+"""Positions: rotary and sinusoidal embeddings, masks, and the biases of ALiBi and of relative positions.
+
+B batch, T tokens, S tokens attended to, H query heads, d hidden size, R rotated components of a head
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .compat_mqa import cache_name
+from .configuration_mqa import MQAConfig
+
+CACHE = cache_name()
+BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
+MASKS: dict[tuple[bool, str], Callable] = {
+    (True, "full_attention"): create_causal_mask,
+    (True, "sliding_attention"): create_sliding_window_causal_mask,
+    (False, "full_attention"): create_bidirectional_mask,
+    (False, "sliding_attention"): create_bidirectional_sliding_window_mask,
+}
+
+
+def sinusoids(position_ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5).
+
+    In float32, or in float64 where the positions are.
+    """
+    half = config.hidden_size // 2
+    dtype = torch.float64 if position_ids.dtype == torch.float64 else torch.float32
+    steps = torch.arange(half, device=position_ids.device, dtype=dtype)
+    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1 if config.sinusoidal_endpoint else half)))
+    angles = (position_ids + config.position_offset).unsqueeze(-1).to(dtype) * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class MQARotaryEmbedding(nn.Module):
+    """Cosines and signed sines of the rotary position embedding (arXiv 2104.09864), any of transformers' rope types.
+
+    Returns `cos` and `sin`, each [B, 1, T, R] with R rotated components, for [`rotate`]; the first half of `sin` is
+    negated, which saves a negation and a concatenation each time it is used.
+    """
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        # transformers recomputes the buffers of any module so named from these attributes, after loading on `meta`.
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        default = self.rope_type == "default"
+        rope_init: Callable = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MQAConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        base = config.rope_parameters["rope_theta"]
+        dim = config.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+        return 1.0 / base**exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
+
+    def as_computed(self) -> bool:
+        """Whether the frequencies, which no checkpoint holds, are there."""
+        held = self.original_inv_freq
+        expected = MQARotaryEmbedding(self.config).original_inv_freq.to(held.dtype)  # cast where the model was
+        return held.is_meta or torch.allclose(held.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rotate the first R of every `head_dim` components of x, pairing component j with j + R/2.
+
+    Args:
+        x: [B, heads, T, m·head_dim]; each of the m blocks is rotated by the same angles.
+        cos, sin: [B, 1, T, R] of [`MQARotaryEmbedding`].
+        head_dim: width of a block, at least R.
+    """
+    R, width = cos.shape[-1], x.shape[-1]
+    if width > head_dim:
+        x = x.unflatten(-1, (-1, head_dim))
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    rotated, passed = (x, None) if head_dim == R else (x[..., :R], x[..., R:])
+    rotated = rotated * cos + rotated.roll(R // 2, -1) * sin
+    if passed is not None:
+        rotated = torch.cat((rotated, passed), dim=-1)
+    return rotated.flatten(-2) if width > head_dim else rotated
+
+
+def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
+    """Where the cosine and sine of each rotated component of a layer stand among those of all frequencies."""
+    assert config.rope_frequencies is not None
+    pairs = torch.tensor(config.rope_frequencies[layer], dtype=torch.long)
+    return torch.cat((pairs, pairs + config.rotary_dim // 2))
+
+
+def make_masks(
+    config: MQAConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+    position_ids: torch.Tensor,
+    cache: Cache | None,
+) -> dict[str, Any]:
+    """The mask of each layer type, in the form that the attention implementation takes."""
+    if isinstance(attention_mask, dict):
+        return attention_mask
+    arguments: dict[str, Any] = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        CACHE: cache,
+    }
+    if config.causal:
+        arguments["position_ids"] = position_ids
+    return {name: MASKS[config.causal, name](**arguments) for name in set(config.layer_types)}
+
+
+class PositionBias:
+    """Gives each layer its mask, with the bias of ALiBi or of relative positions folded in.
+
+    Args:
+        config: of the stack.
+        masks: of [`make_masks`], by layer type.
+        attention_mask: as the model was given it.
+        x: [B, T, d], for its sizes, type and device.
+    """
+
+    def __init__(
+        self, config: MQAConfig, masks: dict[str, Any], attention_mask: Any, x: torch.Tensor, cache: Cache | None
+    ):
+        self.config, self.masks, self.x = config, masks, x
+        self.ready: dict[str, torch.Tensor] = {}
+        if config.position_embedding not in BIAS_POSITIONS:
+            return
+        T, past = x.shape[1], cache.get_seq_length() if cache is not None else 0
+        self.queries = torch.arange(T, device=x.device) + past
+        self.spans: dict[str, tuple[int, torch.Tensor]] = {}  # by layer type, the keys that its cache gives
+        self.visible: dict[str, torch.Tensor | None] = {}
+        for name in set(config.layer_types):
+            S, first = (T, 0) if cache is None else cache.get_mask_sizes(T, config.layer_types.index(name))
+            self.spans[name] = first, torch.arange(S, device=x.device) + first
+            self.visible[name] = self.spans[name][1] <= self.queries[:, None] if config.causal else None
+        if config.position_embedding == "alibi":
+            self.add_alibi(attention_mask)
+
+    def __call__(self, layer: nn.Module, layer_type: str) -> Any:
+        """The mask of a layer; layers without a relative bias of their own have that of the layer before."""
+        if self.config.position_embedding not in BIAS_POSITIONS:
+            return self.masks[layer_type]
+        attention: Any = layer.self_attn
+        if attention.relative_bias is not None:
+            self.add_relative(attention.relative_bias)
+        return self.ready[layer_type]
+
+    def add_alibi(self, attention_mask: Any) -> None:
+        """Linear biases (arXiv 2108.12409)."""
+        config, T = self.config, len(self.queries)
+        slopes = torch.tensor(config.alibi_slopes, device=self.x.device)[:, None, None]
+        counted = None
+        if config.positions_from_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            counted = (attention_mask.long().cumsum(1) - 1) * attention_mask.long()
+        for name, (first, span) in self.spans.items():
+            keys, here = span[None], self.queries[None]
+            if counted is not None:
+                room = nn.functional.pad(counted, (0, len(span)))
+                keys, here = room[:, first : first + len(span)], counted[:, -T:]
+            if config.alibi_bfloat16:
+                scale = config.attention_scale
+                bias = ((slopes / scale).bfloat16() * keys[:, None, None]).float() * scale
+            else:
+                # Softmax does not see what a query's keys have in common; small numbers are exact in 16 bits.
+                bias = slopes * (keys[:, None, None] - here[:, None, :, None])
+            self.ready[name] = add_bias(self.masks[name], bias.to(self.x.dtype), self.visible[name])
+
+    def add_relative(self, table: nn.Embedding) -> None:
+        """A learned bias for each bucket of distances."""
+        config = self.config
+        for name, (_, span) in self.spans.items():
+            distance = span - self.queries[:, None]
+            bucket = relative_bucket(distance, config.relative_buckets, config.relative_max_distance, config.causal)
+            bias = table(bucket.to(table.weight.device)).permute(2, 0, 1)[None]
+            self.ready[name] = add_bias(self.masks[name], bias.to(self.x.device, self.x.dtype), self.visible[name])
+
+
+def relative_bucket(distance: torch.Tensor, buckets: int, max_distance: int, causal: bool) -> torch.Tensor:
+    """The bucket of each distance (key position minus query position), as T5 has it (arXiv 1910.10683, section 2.1).
+
+    Small distances have a bucket each, larger ones share buckets that widen logarithmically up to `max_distance`.
+    Without `causal`, half of the buckets are for keys after the query.
+    """
+    offset = torch.zeros_like(distance)
+    if causal:
+        distance = -distance.clamp(max=0)
+    else:
+        buckets //= 2
+        offset = (distance > 0).long() * buckets
+        distance = distance.abs()
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    coarse = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return offset + torch.where(distance < exact, distance, coarse)
+
+
+def distance_bias(config: MQAConfig, table: nn.Embedding) -> torch.Tensor:
+    """[H, n]: the relative bias of a key n positions before the query; the last one holds for all farther."""
+    distances = torch.arange(config.relative_max_distance + 1, device=table.weight.device)
+    buckets = relative_bucket(-distances, config.relative_buckets, config.relative_max_distance, config.causal)
+    return table(buckets).t().float().contiguous()
+
+
+def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """A bias [1, H, T, S] on the attention logits as an additive mask, with a mask of any form folded in.
+
+    `visible` [T, S] stands in for a mask that was left out because the attention function knows it is causal.
+    """
+    if mask is None:
+        mask = visible
+    if mask is None:
+        return bias
+    # A row that sees nothing, of padding, keeps its bias: where all of a row is the lowest number, the backward pass
+    # of PyTorch's attention takes each key's weight for 1.
+    least = torch.finfo(bias.dtype).min
+    if mask.dtype == torch.bool:
+        return torch.where(mask | ~mask.any(-1, keepdim=True), bias, least)
+    blind = mask.amax(-1, keepdim=True) <= least / 2
+    return torch.where(blind, bias, (mask + bias).clamp(min=least))

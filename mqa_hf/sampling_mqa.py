@@ -1,0 +1,118 @@
+"""The tokens of a text in buffers on the device, and the choice of the next one: the largest, or a sample.
+
+B rows, T tokens of the prompt, V vocabulary, W columns of the buffer
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .request_mqa import Request
+from .rules_mqa import LogitsRule, among
+
+
+class Text:
+    """B rows of tokens, and when they end; a subclass chooses the next ones.
+
+    Attributes:
+        tokens: [B, W]; columns from `cursor` on hold `request.fill`.
+        newest: [B], the tokens of the last column that is written.
+        cursor: [1], how many columns are written.
+        ended: [1], the cursor at which all rows had ended, or 0.
+        host_ended: `ended` as the host knows it, one or more steps late.
+    """
+
+    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device):
+        self.request, self.rules = request, rules
+        self.on_device = device.type == "cuda"
+        self.eos = None if request.eos is None else torch.tensor(request.eos, device=device)
+        self.tokens = torch.zeros(request.rows, width, dtype=torch.long, device=device)
+        self.newest = torch.zeros(request.rows, dtype=torch.long, device=device)
+        self.cursor = torch.zeros(1, dtype=torch.long, device=device)
+        self.ended = torch.zeros(1, dtype=torch.long, device=device)
+        self.host_ended = torch.zeros(1, dtype=torch.long, pin_memory=True) if self.on_device else self.ended
+
+    def start(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        """Begin a text of at most `limit` tokens, those of the prompt [B, T] included.
+
+        Beams that may yet improve are judged by the length `longest`.
+        """
+        T = prompt.shape[1]
+        self.tokens.fill_(self.request.fill)
+        self.tokens[:, :T] = prompt
+        self.cursor.fill_(T)
+        self.ended.zero_()
+        self.host_ended.zero_()
+
+    def grow(self, width: int) -> None:
+        """Make room for `width` columns."""
+        self.tokens = self.widened(self.tokens, width)
+
+    def widened(self, tokens: torch.Tensor, width: int) -> torch.Tensor:
+        return nn.functional.pad(tokens, (0, width - tokens.shape[-1]), value=self.request.fill)
+
+    def next(self, logits: torch.Tensor) -> None:
+        """[B, V] logits -> the next token of each row, with all that follows from it."""
+        self.choose(logits)
+        if self.on_device:
+            self.host_ended.copy_(self.ended, non_blocking=True)
+
+    def choose(self, logits: torch.Tensor) -> None:
+        """Write the next tokens to `tokens` and `newest`, move `cursor`, and call [`Text.end`]."""
+        raise NotImplementedError
+
+    def ruled(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V] as the logits processors leave them."""
+        for rule in self.rules:
+            scores = rule(scores, self.tokens, self.cursor)
+        return scores
+
+    def end(self, now: torch.Tensor) -> None:
+        """Remember where the text ended, the first time that `now` [] holds."""
+        self.ended.copy_(torch.where((self.ended == 0) & now, self.cursor, self.ended))
+
+    def end_soon(self) -> bool:
+        """Whether a text that is to end now needs one step more, which is then its last."""
+        return False
+
+    def result(self, length: int, found: int) -> torch.Tensor:
+        """A copy of the tokens, `length` of each row, or of the best `found` beams of each prompt."""
+        return self.tokens[:, :length].clone()
+
+
+class Sampler(Text):
+    """The token of the largest logit, or one drawn from the softmax of the logits.
+
+    Attributes:
+        unfinished: [B], which rows have not ended.
+    """
+
+    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device):
+        super().__init__(request, rules, width, device)
+        self.pad = None if request.pad is None else torch.tensor(request.pad, device=device)
+        self.unfinished = torch.ones(request.rows, dtype=torch.bool, device=device)
+
+    def start(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
+        super().start(prompt, limit, longest)
+        self.unfinished.fill_(True)
+
+    def choose(self, logits: torch.Tensor) -> None:
+        if self.rules or self.request.sample:  # the largest is the same in any type
+            logits = logits.float()
+        logits = self.ruled(logits)
+        token = draw(logits).argmax(-1) if self.request.sample else logits.argmax(-1)
+        if self.eos is not None:
+            token = torch.where(self.unfinished, token, self.pad)  # type: ignore[arg-type]
+            self.unfinished &= ~among(token, self.eos)
+        self.newest.copy_(token)
+        self.tokens.index_copy_(1, self.cursor, token[:, None])
+        self.cursor += 1
+        if self.eos is not None:
+            self.end(~self.unfinished.any())
+
+
+def draw(scores: torch.Tensor) -> torch.Tensor:
+    """Numbers whose largest are a sample without replacement from softmax(scores), as `torch.multinomial` draws."""
+    probabilities = scores.softmax(-1)
+    return probabilities / torch.empty_like(probabilities).exponential_()

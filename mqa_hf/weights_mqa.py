@@ -1,0 +1,182 @@
+"""Projections of a decoding step: those of the same input as one matrix product, with what stands around them.
+
+B rows decoded, N outputs and K inputs of a projection
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
+from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
+
+WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
+
+
+class Projections:
+    """act(norm(x) · Wᵀ + b) + residual for modules that share their input.
+
+    Args:
+        hidden_act: name of the activation that [`Projections.__call__`] may be given.
+        triton: whether the kernels are used.
+    """
+
+    def __init__(self, hidden_act: str, triton: bool):
+        self.activation = hidden_act if hidden_act in ACTIVATIONS else None
+        self.triton = triton
+        self.plans: dict[int, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
+
+    def prepare(self, groups: Iterable[tuple[nn.Module, ...]]) -> bool:
+        """Join the weights of each group of modules; called before the first step of each text.
+
+        Returns:
+            Whether a graph that was captured before is not to be used: a module may do something else than it did (an
+            adapter that can be switched).
+        """
+        before = {key: plan is not None for key, plan in self.plans.items()}
+        self.plans = {}
+        for modules in groups:
+            self.weights(modules)
+        now = {key: plan is not None for key, plan in self.plans.items()}
+        return now != before or not all(now.values())
+
+    def weights(self, modules: tuple) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` where one is not plain (LoRA, int8)."""
+        key = id(modules[0])
+        if key not in self.plans:
+            self.plans[key] = None
+            if all(plain(module) for module in modules) and len({m.weight.dtype for m in modules}) == 1:
+                sizes = [m.out_features for m in modules]
+                weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+                if joinable(weights, sizes) and joinable(biases, sizes):
+                    weight = joined(weights, sizes)
+                    assert weight is not None
+                    self.plans[key] = weight, joined(biases, sizes)
+        return self.plans[key]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        modules: tuple,
+        norm: nn.Module | None = None,
+        activation: Any = None,
+        gated: bool = False,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """act(norm(x) · Wᵀ + b) + residual with the joined weights of `modules`.
+
+        Args:
+            x: [B, K].
+            activation: a module, applied to all outputs; with `gated` to those of the first of two modules, which are
+                multiplied with those of the second.
+            residual: [B, N]; the result may be written to it.
+        """
+        found, name = self.weights(modules), None if activation is None else self.activation
+        if found is None:
+            y = x if norm is None else norm(x)
+            parts = [module(y) for module in modules]
+            if activation is not None:
+                parts[0] = activation(parts[0])
+            out = parts[0] * parts[1] if gated else torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+            return out if residual is None else residual + out
+        weight, bias = found
+        fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype
+        known = norm is None or type(norm) in (nn.RMSNorm, nn.LayerNorm)
+        normal: Any = (None, None, None, 0.0)
+        if norm is not None and known:
+            rms = isinstance(norm, nn.RMSNorm)
+            normal = "rms_norm" if rms else "layer_norm", norm.weight, None if rms else norm.bias, norm.eps
+        if fits and len(x) == 1 and known:
+            return fused_linear(x, weight, bias, *normal, activation=name, gated=gated, residual=residual)
+        if norm is None:
+            y = x
+        elif self.triton and known:
+            y = normalise(x, *normal)
+        else:
+            y = norm(x)
+        if fits and len(x) <= MAX_SMALL_ROWS and len(weight) >= WIDE and x.element_size() == 2:
+            return fused_linear(y, weight, bias, activation=name, gated=gated, residual=residual)
+        if residual is not None and bias is None and y.is_cuda:
+            return torch.addmm(residual, y, weight.t(), out=residual)
+        out = few_rows(y, weight, bias) if left_is_faster(y) else nn.functional.linear(y, weight, bias)
+        if activation is not None and fits:
+            out = activate(out, name, gated)  # type: ignore[arg-type]
+        elif activation is not None:
+            first, *second = out.chunk(2, -1) if gated else (out,)
+            out = activation(first) * second[0] if gated else activation(first)
+        return out if residual is None else residual + out
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether a module is a matrix product and nothing else (no adapter, no quantised weight, no hook)."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.element_size() > 1
+        and module.weight.is_contiguous()
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def are_joined(parameters: list[Any], sizes: list[int]) -> bool:
+    """Whether parameters stand one after the other in a storage of their own."""
+    one = next(p for p in parameters if p is not None)
+    width, storage = one[0].numel(), one.untyped_storage()
+    offsets = [sum(sizes[:i]) * width for i in range(len(sizes))]
+    return storage.nbytes() == sum(sizes) * width * one.element_size() and all(
+        p is None or (p.untyped_storage().data_ptr() == storage.data_ptr() and p.storage_offset() == offset)
+        for p, offset in zip(parameters, offsets)
+    )
+
+
+def joinable(parameters: list[Any], sizes: list[int]) -> bool:
+    """Whether parameters may become views of one tensor: not where they are views already that another relies on, as
+    those of optimisers that keep all weights in one buffer, nor where other processes share them.
+    """
+    present = [p for p in parameters if p is not None]
+    alone = all(
+        p.untyped_storage().nbytes() == p.numel() * p.element_size()
+        and not p.is_inference()
+        and not (p.device.type == "cpu" and p.is_shared())
+        for p in present
+    )
+    return len(parameters) == 1 or not present or alone or are_joined(parameters, sizes)
+
+
+def joined(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
+    """Parameters one after the other along their first dimension, as one tensor that they become views of.
+
+    A missing one (`None`, for a bias) is a gap of zeros. The second call finds what the first one did.
+
+    Args:
+        parameters: tensors of `sizes[i]` rows each, or `None`.
+    """
+    present = [p for p in parameters if p is not None]
+    if not present:
+        return None
+    if len(parameters) == 1:
+        return present[0].data
+    one, total = present[0], sum(sizes)
+    if are_joined(parameters, sizes):
+        return one.data.as_strided((total, *one.shape[1:]), one.stride(), 0)
+    whole = one.data.new_zeros(total, *one.shape[1:])
+    for p, part in zip(parameters, whole.split(sizes)):
+        if p is not None:
+            part.copy_(p.data)
+            p.data = part
+    return whole
+
+
+def left_is_faster(x: torch.Tensor) -> bool:
+    """Whether the weights are better on the left of the product: for a few rows of float32 on a CPU, where MKL takes
+    1.3 to 2.9 times as long with them on the right (measured, 2 to 32 rows).
+    """
+    return x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 32
+
+
+def few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    out = torch.mm(weight, x.t()).t().contiguous()
+    return out if bias is None else out.add_(bias)
