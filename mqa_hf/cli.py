@@ -117,9 +117,6 @@ for _job in JOBS:
     add(_job)
 
 
-OUTPUT = "Output"
-
-
 @app.command()
 def report(
     evaluation: Annotated[Path, typer.Argument(help="What mqa-hf evaluate has written.", show_default=False)],
