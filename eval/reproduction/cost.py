@@ -15,7 +15,7 @@ from transformers import set_seed
 from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.base.devices import peak_rate
 from mqa_hf.base.errors import MQAError
-from mqa_hf.eval.speed import benchmark
+from mqa_hf.eval.benchmark import ORIGINAL, Benchmark
 from mqa_hf.finetune.architecture import configuration
 from mqa_hf.finetune.data import CollatePairs, TrainingSet
 from mqa_hf.finetune.losses import Objective
@@ -98,8 +98,6 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
     """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
     work.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *sys.argv[1:]])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
     kept = ("device", "copy_bandwidth", "versions", "time_per_token_ms", "encoder_sec", "bytes_per_step", "floor_ms")
     lines = work / "cost.jsonl"
     lines.unlink(missing_ok=True)
@@ -107,14 +105,23 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
         config = configuration(paper_config(name, scale, 2 * length))
         shape = work / "shapes" / name.replace(" ", "-")
         config.save_pretrained(shape)
-        cells = [(batch, length, beams) for beams in (1, 4)]
-        timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
-        failed = [record["error"] for record in timed if "error" in record]
+        job = Benchmark(
+            [str(shape)],
+            kv_heads=[ORIGINAL],
+            engines=["mqa-hf"],
+            cells=[f"{batch}x{length}"],
+            beams=[1, 4],
+            tokens=length,
+            prefill_limit=0,
+            rounds=1,
+        )
+        timed = job.run()
+        failed = [record.error for record in timed if record.error is not None]
         if failed:
-            raise MQAError(f"{name}: {failed[0]}; lower --batch ({batch}) or --length ({length})")
+            raise MQAError(f"{name}: {failed[0]}; lower `batch` ({batch}) or `length` ({length})")
         trained = training_cost(name, config, rows, 2 * length, steps)
         with lines.open("a", encoding="utf-8") as file:
             for record in timed:
-                said = {"model": name, "batch": batch, "length": length, "beams": record["beams"]}
-                found = said | {k: record[k] for k in kept} | trained | {"command": command}
+                said = {"model": name, "batch": batch, "length": length, "beams": record.beams}
+                found = said | record.model_dump(include=set(kept)) | trained | {"command": command}
                 file.write(json.dumps(found) + "\n")

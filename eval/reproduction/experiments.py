@@ -13,7 +13,8 @@ from typing import Any
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_yaml
-from mqa_hf.eval.quality import RESULTS, cache_size
+from mqa_hf.eval.evaluation_record import EvaluationRecord
+from mqa_hf.eval.evaluator import cache_size
 from mqa_hf.finetune.recipe import Step, command_group, flags, unfinished
 from mqa_hf.finetune.records import PretrainingRecord
 
@@ -203,7 +204,7 @@ class Experiment:
         for split in splits:
             output = directory / split
             words = ["evaluate", str(checkpoint), "--text", self.split(split), *self.columns, "--output", str(output)]
-            found[f"{split} {checkpoint.name}"] = Step([*words, *options], output / RESULTS, needs)
+            found[f"{split} {checkpoint.name}"] = Step([*words, *options], output / EvaluationRecord.file, needs)
         return found
 
     def place(self, name: str, seed: int) -> Path:
