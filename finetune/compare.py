@@ -129,7 +129,7 @@ def main(
                     convert(source, student, **chosen, **text)
                 tokens = max(1, round(share * pretraining_tokens))
                 start = time.monotonic()
-                report = Uptraining(
+                record = Uptraining(
                     student,
                     output / "trained",
                     dataset=(dataset,),
@@ -149,13 +149,15 @@ def main(
                     overwrite=True,
                     restart=True,
                 ).run()
-                after = {**key, "tokens": report["tokens"], **report["validation"]["after"]}
+                measured = record.validation
+                assert measured is not None
+                after = {**key, "tokens": record.tokens, **measured.after}
                 after["seconds"] = round(time.monotonic() - start, 1)
-                before = {**key, "share": 0.0, "tokens": 0, **report["validation"]["before"]}
-                for record in [after] + [before] * (not any(r["run"] == name and not r["share"] for r in results)):
-                    results.append(record)
+                before = {**key, "share": 0.0, "tokens": 0, **measured.before}
+                for line in [after] + [before] * (not any(r["run"] == name and not r["share"] for r in results)):
+                    results.append(line)
                     with lines.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                        file.write(json.dumps(line) + "\n")
                 console.print_json(json.dumps(after), indent=None)
     shutil.rmtree(output / "student", ignore_errors=True)
     shutil.rmtree(output / "trained", ignore_errors=True)

@@ -22,7 +22,7 @@ from .options import HOW, OUTPUT, TRAINED_ON, Schedule, Training, Written
 if TYPE_CHECKING:
     from rich.console import Console
 
-REPORT = "pretraining.json"
+    from .records import PretrainingRecord
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class Model(Options, panel=TRAINED_ON):
         for name in ("config", "equal_parameters"):
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                object.__setattr__(self, name, json.dumps(value))
+                try:
+                    object.__setattr__(self, name, json.dumps(dict(value)))
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise MQAError(f"`{name}` is no JSON: {error}") from error
         super().__post_init__()
 
 
@@ -85,11 +88,11 @@ class Weights(Written, panel=OUTPUT):
 
 
 @dataclass(frozen=True)
-class Pretraining(Weights, PretrainingSchedule, Model, Training[dict[str, Any]]):
+class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingRecord"]):
     """Train a small model from scratch, to convert it or to compare with.
 
     Returns:
-        The content of `pretraining.json`: options, parameters, loss, the log.
+        What stands in `pretraining.json`: options, parameters, loss, the log.
 
     Raises:
         MQAError: for what cannot be, and where training diverges.
@@ -107,20 +110,20 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training[dict[str, Any]])
             "equal_parameters": None if other is None else read_config(other, "equal_parameters"),
         }
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> "PretrainingRecord":
         try:
             from .pretrainer import carry_out
         except ImportError as error:
             raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
         return carry_out(self.resolve())
 
-    def show(self, report: dict[str, Any], console: "Console") -> None:
+    def show(self, record: "PretrainingRecord", console: "Console") -> None:
         """Say in a line how large the model is and how good."""
         from mqa_hf.base.devices import processes
 
         if processes().is_main_process:
-            loss = "" if report["loss"] is None else f", loss {report['loss']:.3f} nats a token"
-            said = f"{self.output}: {report['parameters']:,} parameters, {report['tokens']:,} tokens{loss}"
+            loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
+            said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
             console.print(said, soft_wrap=True)
 
 
@@ -131,22 +134,25 @@ def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[s
         MQAError: where there is none, naming the option that said so.
     """
     if isinstance(said, Mapping):
-        found = dict(said)
+        found: Any = dict(said)
     elif said in SHAPES:
         found = dict(SHAPES[said])
     else:
-        text = said
-        if not text.lstrip().startswith(("{", "[")) and Path(text).is_file():
-            text = Path(text).read_text(encoding="utf-8")
         try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise MQAError(
-                f"`{option}` is neither JSON, nor a file, nor one of {', '.join(SHAPES)}: {error}"
-            ) from error
-    if not isinstance(found, dict) or "model_type" not in found:
+            text = said if said.lstrip()[:1] in ("{", "[") else Path(said).read_text(encoding="utf-8")
+            found = json.loads(text, parse_constant=refuse)
+        except FileNotFoundError:
+            raise MQAError(f"`{option}` is neither JSON, nor a file, nor one of {', '.join(SHAPES)}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise MQAError(f"`{option}` holds no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise MQAError(f"`{option}` needs a model_type")
     return found
+
+
+def refuse(constant: str) -> None:
+    """What JSON does not have, and Python reads all the same: NaN and infinity."""
+    raise ValueError(f"{constant} is no number")
 
 
 pretrain = function(Pretraining)

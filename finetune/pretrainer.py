@@ -1,13 +1,11 @@
 """Pretraining carried out: a tokenizer and a model are made, trained, and written."""
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils import logging
 
 from mqa_hf.base.code import runtime_files
 from mqa_hf.base.devices import DTYPES, processes
@@ -18,18 +16,19 @@ from mqa_hf.conversion.loading import load_model
 
 from .architecture import build, configuration, widened
 from .checkpoints import begin
-from .data import training_set
+from .data import set_up_logs, training_set
 from .losses import Objective
-from .pretrain import REPORT, Pretraining, read_config
+from .pretrain import Pretraining, read_config
+from .records import PretrainingRecord
 from .tokenizer import trained_tokenizer
 from .trainer import train
 
 
-def carry_out(job: Pretraining) -> dict[str, Any]:
+def carry_out(job: Pretraining) -> PretrainingRecord:
     """Train a model from scratch and write it, whole, with its tokenizer to the output of a job."""
     state = processes()
-    logging.disable_progress_bar()
-    target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, REPORT)
+    set_up_logs()
+    target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, PretrainingRecord.file)
     fields, options = read_config(job.config), job.decisive()
     pairs = bool(configuration(fields).is_encoder_decoder)
     if not pairs:
@@ -49,32 +48,32 @@ def carry_out(job: Pretraining) -> dict[str, Any]:
     log = train("pretraining", model, Objective({"lm": 1.0}), job, text, job.place / "main")
 
     measured = [line["eval_lm"] for line in log if "eval_lm" in line]
-    report = {
-        "options": options,
-        "config": fields,
-        "parameters": model.num_parameters(),
-        "tokens": round(job.steps(text.row_tokens) * job.rows * text.row_tokens),
-        "loss": measured[-1] if measured else None,
-        "log": log,
-    }
+    record = PretrainingRecord(
+        options=options,
+        config=fields,
+        parameters=model.num_parameters(),
+        tokens=round(job.steps(text.row_tokens) * job.rows * text.row_tokens),
+        loss=measured[-1] if measured else None,
+        log=[{**line} for line in log],
+    )
     if state.is_main_process:
-        write(job, target, model.config, tokenizer, report)
+        write(job, target, model.config, tokenizer, record)
     state.wait_for_everyone()
-    return report
+    return record
 
 
-def write(job: Pretraining, target: Path, config: Any, tokenizer: Any, report: dict[str, Any]) -> None:
+def write(job: Pretraining, target: Path, config: Any, tokenizer: Any, record: PretrainingRecord) -> None:
     """Write the trained model beside its place, with its tokenizer, and its code where that is this package's."""
     main = job.place / "main"
     trained = load_model(main / "final", config=config, dtype=DTYPES[job.dtype])
     trained.config.use_cache = True
-    with written_beside(target, 4 * trained.num_parameters(), job.overwrite, REPORT) as partial:
+    with written_beside(target, 4 * trained.num_parameters(), job.overwrite, PretrainingRecord.file) as partial:
         trained.save_pretrained(partial)
         for path in runtime_files(type(trained)):
             shutil.copyfile(path, partial / path.name)
         tokenizer.save_pretrained(partial)
         if (main / "runs").is_dir():
             shutil.copytree(main / "runs", partial / "runs")
-        (partial / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+        record.write(partial)
     with suppress(OSError):
         shutil.rmtree(job.place)

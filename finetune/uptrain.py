@@ -26,6 +26,8 @@ from .options import HOW, LOSSES, TRAINED_ON, Schedule, Training
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .records import UptrainingRecord
+
 NO_TEACHER = "none"
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
@@ -85,11 +87,11 @@ class UptrainingSchedule(Schedule, panel=HOW):
 
 
 @dataclass(frozen=True)
-class Uptraining(UptrainingSchedule, Lesson, Training[dict[str, Any]], Student):
+class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Student):
     """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good.
 
     Returns:
-        The content of `uptraining.json`: options, losses before and after, the log.
+        What stands in `uptraining.json`: options, losses before and after, the log.
 
     Raises:
         MQAError: for what cannot be, said before anything is trained; and where training diverges.
@@ -164,30 +166,38 @@ class Uptraining(UptrainingSchedule, Lesson, Training[dict[str, Any]], Student):
             learning_rate=default_learning_rate(self.train, width_of(student)) if rate is None else rate,
         )
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> "UptrainingRecord":
         try:
             from .uptrainer import carry_out
         except ImportError as error:
             raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
         return carry_out(self.resolve())
 
-    def show(self, report: dict[str, Any], console: "Console") -> None:
+    def dry_run(self) -> dict[str, Any]:
+        try:
+            from .estimate import estimate
+        except ImportError as error:
+            raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
+        return estimate(self.resolve())
+
+    def show(self, record: "UptrainingRecord", console: "Console") -> None:
         """Say in a line what the losses became, and warn of those that are worse."""
         from mqa_hf.base.devices import processes
 
         if not processes().is_main_process:
             return
-        said = f"{self.output}: trained on {report['tokens']:,} tokens"
-        measured = report["validation"]
-        if not measured:
+        said = f"{self.output}: trained on {record.tokens:,} tokens"
+        measured = record.validation
+        if measured is None:
             console.print(said, soft_wrap=True)
             return
-        before, after = measured["before"], measured["after"]
-        changes = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in after if name in before)
+        before, after = measured.before, measured.after
+        pairs = [(name, before.get(name), loss) for name, loss in after.items()]
+        changes = ", ".join(f"{name} {a:.3f} -> {b:.3f}" for name, a, b in pairs if a is not None and b is not None)
         console.print(f"{said}; {changes}", soft_wrap=True)
-        worse = [name for name, _ in report["options"]["losses"] if after.get(name, 0.0) > before.get(name, 0.0)]
+        worse = [name for name, _ in record.options["losses"] if (after.get(name) or 0.0) > (before.get(name) or 0.0)]
         if worse:
-            rate = report["options"]["learning_rate"]
+            rate = record.options["learning_rate"]
             said = f"{', '.join(worse)} on `validation` is higher after the training than before it; lower "
             warn(as_flags(f"{said}`learning_rate` ({rate:g}), or train on more `tokens`", type(self)))
 
@@ -199,10 +209,13 @@ def default_learning_rate(train: str, hidden_size: int) -> float:
 
 def width_of(student: Path) -> int:
     """The hidden size of a checkpoint, of the decoder where there are two stacks."""
-    from transformers import AutoConfig
+    from .architecture import checkpoint_config
 
-    config = AutoConfig.from_pretrained(student)
-    return getattr(config, "decoder", config).hidden_size
+    config = checkpoint_config(student)
+    width = getattr(getattr(config, "decoder", config), "hidden_size", None)
+    if not isinstance(width, int):
+        raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
+    return width
 
 
 def parse_losses(text: str) -> dict[str, float]:

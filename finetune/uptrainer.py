@@ -12,34 +12,35 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedModel, set_seed
 
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, stamps
+from mqa_hf.base.files import REPORT_FILE, stamps
 from mqa_hf.base.hub import CHAT_TEMPLATES, PICKLES, SAFETENSORS
 from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.base.text import load_tokenizer
 from mqa_hf.conversion.companions import check_loads, copy_files, inside
 from mqa_hf.conversion.loading import load_model
 
+from .architecture import checkpoint_config
 from .card import add_training_section
 from .checkpoints import begin
-from .data import TrainingSet, training_set
+from .data import TrainingSet, set_up_logs, training_set
 from .losses import Objective, attention_names, check_liger, core
+from .records import UptrainingRecord, Validation
 from .teacher import describe_teacher, load_teacher
 from .trainer import train
 from .uptrain import Uptraining
 
 
-def carry_out(job: Uptraining) -> dict[str, Any]:
+def carry_out(job: Uptraining) -> UptrainingRecord:
     """Train a converted checkpoint and write it, whole, to the output of a job that is resolved."""
     state = processes()
-    logging.disable_progress_bar()  # of every file that is read and written
+    set_up_logs()
     source = Path(job.student)
     target = resolve_output(job.output, source, job.overwrite)
-    config = AutoConfig.from_pretrained(source)
+    config = checkpoint_config(source)
     check(job, config)
     carried_over(source)  # before the training rather than after it
     files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]
@@ -64,11 +65,11 @@ def carry_out(job: Uptraining) -> dict[str, Any]:
         text = replace(text, rows=training_set(tokenizer, config, main).rows)
     logs["main"] = train("uptraining", trained, objective, main, text, job.place / "main")
 
-    report = describe(job, text.row_tokens, logs)
+    record = describe(job, text.row_tokens, logs)
     if state.is_main_process:
-        write(job, target, config, report)
+        write(job, target, config, record)
     state.wait_for_everyone()
-    return report
+    return record
 
 
 def check(job: Uptraining, config: Any) -> None:
@@ -157,25 +158,26 @@ def attention_stage(
     return load_model(directory / "final", config=student.config, dtype=torch.float32), logged
 
 
-def describe(job: Uptraining, row_tokens: float, logs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def describe(job: Uptraining, row_tokens: float, logs: dict[str, list[dict[str, float]]]) -> UptrainingRecord:
     """What stands in `uptraining.json`."""
     measured = [line for lines in logs.values() for line in lines if "eval_lm" in line]
 
-    def losses(line: dict[str, float]) -> dict[str, float]:
+    def losses(line: dict[str, float]) -> dict[str, float | None]:
         return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
 
-    return {
-        "student": str(job.student),
-        "options": job.decisive(),
-        "tokens": round(job.steps(row_tokens) * job.rows * row_tokens),
-        "validation": {"before": losses(measured[0]), "after": losses(measured[-1])} if measured else None,
-        "log": logs,
-        "versions": {name: version(name) for name in ("mqa-hf", "transformers", "torch", "accelerate", "datasets")},
-        "command": job.command(),
-    }
+    names = ("mqa-hf", "transformers", "torch", "accelerate", "datasets")
+    return UptrainingRecord(
+        student=str(job.student),
+        options=job.decisive(),
+        tokens=round(job.steps(row_tokens) * job.rows * row_tokens),
+        validation=Validation(before=losses(measured[0]), after=losses(measured[-1])) if measured else None,
+        log={phase: [{**line} for line in lines] for phase, lines in logs.items()},
+        versions={name: version(name) for name in names},
+        command=job.command(),
+    )
 
 
-def write(job: Uptraining, target: Path, config: Any, report: dict[str, Any]) -> None:
+def write(job: Uptraining, target: Path, config: Any, record: UptrainingRecord) -> None:
     """Write the trained checkpoint beside its place: everything of the student's but the weights, and those."""
     source, final = Path(job.student), job.place / "main" / "final"
     if job.train == "lora":
@@ -197,10 +199,10 @@ def write(job: Uptraining, target: Path, config: Any, report: dict[str, Any]) ->
             (partial / name).write_bytes(content)  # as the student has them, its code too; not the index of shards
         for logs in job.place.glob("*/runs"):
             shutil.copytree(logs, partial / "runs" / logs.parent.name)
-        (partial / TRAINING_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
+        record.write(partial)
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
-        add_training_section(partial, report)
+        add_training_section(partial, record)
         check_loads(partial, source)
     with suppress(OSError):
         shutil.rmtree(job.place)

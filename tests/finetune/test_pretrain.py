@@ -47,10 +47,10 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
     data = {"dataset": text, "validation": text, "validation_tokens": 1024, "vocab_size": 300}
     short = pretrain(tmp_path / "short", config=CONFIG, **data, tokens=256, **SHORT)
     long = pretrain(tmp_path / "long", config=CONFIG, **data, tokens=256 * 60, learning_rate=1e-2, **SHORT)
-    assert long["tokens"] == 256 * 60
-    assert long["loss"] < short["loss"] - 1
+    assert long.tokens == 256 * 60
+    assert long.loss < short.loss - 1
     again = pretrain(tmp_path / "again", config=json.dumps(CONFIG), **data, tokens=256, **SHORT)
-    assert again["loss"] == pytest.approx(short["loss"])
+    assert again.loss == pytest.approx(short.loss)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "long")
     assert type(model).__name__ == "LlamaForCausalLM"
@@ -58,7 +58,7 @@ def test_a_small_model_learns_its_text_and_can_be_converted(tmp_path, text):
     ids = tokenizer("all work and no play", return_tensors="pt").input_ids
     with torch.no_grad():
         loss = float(model(ids, labels=ids).loss)
-    assert loss < long["loss"] + 1.5
+    assert loss < long.loss + 1.5
     report = convert(tmp_path / "long", tmp_path / "ours", method="shared", calibration=text, sequence_length=32)
     assert report.num_key_value_heads.model_dump() == {"before": 4, "after": 1}
 
@@ -99,7 +99,7 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
     data = {"dataset": source, "columns": columns, "validation": source, "vocab_size": 420}
     how = {"tokens": 256 * 30, "learning_rate": 5e-3, **SHORT}
     report = pretrain(tmp_path / "out", config=ENCODER_DECODER, **data, **how)
-    measured = [line["eval_lm"] for line in report["log"] if "eval_lm" in line]
+    measured = [line["eval_lm"] for line in report.log if "eval_lm" in line]
     assert measured[-1] < measured[0] - 1
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -115,6 +115,17 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
         ({"model_type": "nonesuch"}, "is no configuration"),
         ({**CONFIG, "vocab_size": 10}, "has vocab_size 10, and the tokenizer"),
         ({**CONFIG, "num_attention_heads": 5}, "is no configuration|divisible|multiple"),
+        ({**CONFIG, "num_hidden_layer": 2}, "llama has no num_hidden_layer; did you mean num_hidden_layers"),
+        ({**ENCODER_DECODER, "encoder": {**STACK, "causal": False, "heads": 2}}, "mqa has no heads"),
+        ({**CONFIG, "num_hidden_layers": 5_000_000_000}, "num_hidden_layers is 5,000,000,000; no model has as many"),
+        ({**CONFIG, "intermediate_size": 10**13}, "makes a model of 960,000,000,013,312 parameters"),
+        ({**CONFIG, "intermediate_size": 10**30}, "makes no model"),
+        ({**CONFIG, "hidden_act": "nonesuch"}, "makes no model: .*nonesuch"),
+        ({**CONFIG, "rms_norm_eps": float("nan")}, "NaN is no number"),
+        ({**CONFIG, "hidden_act": {1, 2}}, "is no JSON"),
+        ({"hidden_size": 32}, "needs a model_type"),
+        ({"model_type": "whisper"}, "whisper models are of speech"),
+        ({"model_type": "llava"}, "makes no model"),
     ],
 )
 def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
@@ -141,7 +152,9 @@ def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
     assert read_config(json.dumps(CONFIG)) == CONFIG
     assert read_config("shazeer-2019")["num_heads"] == 8
     assert read_config(json.dumps({**CONFIG, "name": "long/" * 100}))["hidden_size"] == 32
-    for wrong in ("{", "[]", "nothing"):
+    (tmp_path / "latin.json").write_bytes(b'{"model_type": "w\xf6rd"}')
+    deep = "[" * 100_000
+    for wrong in ("{", "[]", "nothing", "long" * 2000, deep, str(tmp_path), str(tmp_path / "latin.json")):
         with pytest.raises(MQAError, match="`config`"):
             read_config(wrong)
 

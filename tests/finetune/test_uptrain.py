@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune import checkpoints, trainer
+from mqa_hf.finetune import checkpoints, trainer, uptrainer
 from mqa_hf.finetune.checkpoints import last_checkpoint
 from mqa_hf.finetune.data import training_rows
 from mqa_hf.finetune.options import Part
@@ -97,20 +97,20 @@ def weights(directory):
 def test_the_student_comes_nearer_to_its_teacher_and_loads_anywhere(home, tmp_path):
     validation = {"validation": str(home / "text.jsonl"), "validation_tokens": 320, "evaluate_every": 20}
     report = job(home, tmp_path / "out", tokens=40 * 128, **validation).run()
-    before, after = report["validation"]["before"], report["validation"]["after"]
+    before, after = report.validation.before, report.validation.after
     assert after["kl"] < 0.7 * before["kl"]
-    assert report["tokens"] == 40 * 128
+    assert report.tokens == 40 * 128
     assert not list(tmp_path.glob(".out*"))
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{after['kl']:.3f}" in card
-    assert report["command"].startswith("mqa-hf uptrain ")
-    assert report["command"] in card
+    assert report.command.startswith("mqa-hf uptrain ")
+    assert report.command in card
     assert "uptraining.png" in card
     assert (tmp_path / "out" / "uptraining.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
         (home / "student" / "config.json").read_text()
     )
-    evaluated = [line for line in report["log"]["main"] if "eval_kl" in line]
+    evaluated = [line for line in report.log["main"] if "eval_kl" in line]
     assert [line["step"] for line in evaluated] == [0, 20, 40]
     program = """
 import json, sys
@@ -139,7 +139,7 @@ def test_what_it_reports_is_the_loss_of_what_it_writes(home, tmp_path):
                     total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
     assert count
-    assert report["validation"]["after"]["lm"] == pytest.approx(total / count, rel=1e-4)
+    assert report.validation.after["lm"] == pytest.approx(total / count, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,8 @@ def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
         assert changed == {name for name in old if "_proj" in name}
     else:
         assert changed == set(old)
-    assert list(report["log"]) == (["attention", "main"] if "attention_tokens" in options else ["main"])
-    first, last = report["log"]["main"][0]["loss"], report["log"]["main"][-2]["loss"]
+    assert list(report.log) == (["attention", "main"] if "attention_tokens" in options else ["main"])
+    first, last = report.log["main"][0]["loss"], report.log["main"][-2]["loss"]
     assert last < first
 
 
@@ -275,7 +275,7 @@ def test_steps_of_longer_pairs_are_no_divergence(tmp_path, monkeypatch):
     pretrain(tmp_path / "model", config=config, dataset=str(tmp_path / "short.jsonl"), vocab_size=400, **how)
     more = {"dataset": str(tmp_path / "both.jsonl"), "teacher": "none", **how}
     report = uptrain(tmp_path / "model", tmp_path / "out", **more)
-    losses = [line["loss"] for line in report["log"]["main"] if "loss" in line]
+    losses = [line["loss"] for line in report.log["main"] if "loss" in line]
     share, plus = trainer.DIVERGED
     assert max(losses) > share * losses[0] + plus
     monkeypatch.setattr(trainer, "ends", lambda logged, window: ends(logged, 1))
@@ -334,7 +334,7 @@ def test_another_command_does_not_go_on_with_a_run(home, tmp_path, monkeypatch):
     with pytest.raises(MQAError, match=r"learning_rate was 0.004 and is 0.001.*`restart`"):
         job(home, tmp_path / "out", learning_rate=1e-3).run()
     report = job(home, tmp_path / "out", learning_rate=1e-3, restart=True).run()
-    assert report["options"]["learning_rate"] == 1e-3
+    assert report.options["learning_rate"] == 1e-3
 
 
 def test_a_student_that_has_changed_is_another_run(home, tmp_path, monkeypatch):
@@ -437,8 +437,8 @@ def test_a_translation_model_learns_from_its_teacher(tmp_path):
     validation = {"validation": str(tmp_path / "pairs.jsonl"), "validation_tokens": 320}
     job = replace(translation(tmp_path), loss="kl,hidden", attention_tokens=256, **validation)
     report = replace(job, tokens=2048, sequence_length=32).run()
-    assert report["validation"]["after"]["kl"] < report["validation"]["before"]["kl"]
-    assert 2048 <= report["tokens"] < 2048 + 128 * 2  # what the decoder writes, in whole steps
+    assert report.validation.after["kl"] < report.validation.before["kl"]
+    assert 2048 <= report.tokens < 2048 + 128 * 2  # what the decoder writes, in whole steps
     with pytest.raises(MQAError, match="no sentinels"):
         replace(job, output=tmp_path / "no", columns=()).run()
 
@@ -449,7 +449,7 @@ def test_a_teacher_is_followed_without_dropout(tmp_path):
 
     def first_divergence(name, dropout=None):
         report = replace(job, output=tmp_path / name, dropout=dropout).run()
-        return report["log"]["main"][0]["kl"]
+        return report.log["main"][0]["kl"]
 
     assert first_divergence("quiet") == pytest.approx(0.0, abs=1e-5)
     assert first_divergence("noisy", dropout=True) > 1e-4
@@ -485,8 +485,8 @@ def test_dropout_is_kept_unless_a_teacher_is_learnt_from(home, tmp_path, words, 
 
 def test_a_stream_is_read_on_the_way(home, tmp_path):
     report = job(home, tmp_path / "out", streaming=True, tokens=400 * 16).run()
-    assert report["tokens"] == 6400
-    assert report["log"]["main"][-2]["loss"] < report["log"]["main"][0]["loss"]
+    assert report.tokens == 6400
+    assert report.log["main"][-2]["loss"] < report.log["main"][0]["loss"]
 
 
 def test_a_stream_without_a_whole_row_ends(home, tmp_path):
@@ -540,3 +540,108 @@ def test_names_and_defaults():
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
     assert default_learning_rate("all", 512) == default_learning_rate("all", 64) == pytest.approx(6.8e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train": "attention", "attention_tokens": 128},
+        {"train": "lora", "lora_rank": 4},
+        {"loss": "lm", "teacher": "none"},
+    ],
+    ids=lambda options: ", ".join(options) or "all",
+)
+def test_a_dry_run_says_what_the_run_takes(home, tmp_path, options, monkeypatch):
+    seen = {}
+
+    def watched(name, model, objective, run, text, directory, callbacks=()):
+        parameters = list(model.parameters())
+        learnt = [p for p in parameters if p.requires_grad]
+        taught = [] if objective.teacher is None else list(objective.teacher.parameters())
+        seen[name] = [sum(p.numel() for p in some) for some in (parameters, learnt, taught)]
+        return plain(name, model, objective, run, text, directory, callbacks)
+
+    plain = uptrainer.train
+    said = job(home, tmp_path / "out", tokens=384, keep=3, **options).dry_run()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(uptrainer, "train", watched)
+    record = job(home, tmp_path / "out", tokens=384, keep=3, **options).run()
+    held, learnt, taught = seen["uptraining"]
+    assert (said["steps"], said["rows"], said["tokens_per_step"]) == (3, 24, 128)
+    assert record.tokens == said["steps"] * said["tokens_per_step"]
+    assert said["trained_parameters"] == learnt
+    assert said["memory_bytes"] == 4 * (held + 3 * learnt + taught)  # gradients and two moments of what is trained
+    saved = held - said["parameters"] if options.get("train") == "lora" else held
+    if "attention_tokens" not in options:
+        assert said["checkpoint_disk_bytes"] == 4 * (saved + 2 * learnt) * 4
+
+
+def test_a_dry_run_prints_numbers_and_an_interrupted_run_says_how_to_go_on(home, tmp_path, monkeypatch):
+    said = CliRunner().invoke(app, [*command(home, tmp_path / "out"), "--dry-run"])
+    assert said.exit_code == 0, said.output
+    assert "steps: 40" in said.stdout
+    plain = trainer.LossTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", stop)
+    for step, words, message in (  # noqa: B007
+        (1, (), "There was no checkpoint yet"),
+        (4, (), "give the same command again to go on"),
+        (4, ("--restart",), "give the same command without --restart again to go on"),
+    ):
+        stopped = CliRunner().invoke(app, [*command(home, tmp_path / "out"), *words])
+        assert stopped.exit_code == 130
+        assert f"interrupted. {message}" in stopped.stderr.replace(f"Checkpoints are in {tmp_path}/.out.uptrain; ", "")
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"half', "\x00"])
+def test_an_unfinished_run_of_which_nothing_is_known_is_not_gone_on_with(home, tmp_path, content):
+    place = tmp_path / ".out.uptrain"
+    (place / "main" / "checkpoint-2").mkdir(parents=True)
+    (place / "options.json").write_text(content)
+    job(home, tmp_path / "out", tokens=128).run()  # nothing to lose: it has no whole checkpoint
+    shutil.rmtree(tmp_path / "out")
+    (place / "main" / "checkpoint-2").mkdir(parents=True)
+    (place / "main" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (place / "options.json").write_text(content)
+    with pytest.raises(MQAError, match=r"options\.json in it does not say which; begin again with `restart`"):
+        job(home, tmp_path / "out", tokens=128).run()
+
+
+DAMAGED = {
+    "no configuration": ("config.json", None, "it has no config.json"),
+    "an empty configuration": ("config.json", "", r"config\.json cannot be read"),
+    "another configuration": ("config.json", "[1]", "holds a list"),
+    "an unknown type": ("config.json", '{"model_type": "nonesuch"}', "refuses"),
+    "layers without end": (
+        "config.json",
+        '{"model_type": "llama", "num_hidden_layers": 9000000000}',
+        "as many layers",
+    ),
+    "no language model": ("config.json", '{"model_type": "clip"}', "is no language model"),
+    "no tokenizer": ("tokenizer.json", None, "has no tokenizer that can be loaded"),
+    "no weights": ("model.safetensors", None, "cannot be loaded"),
+    "weights that are none": ("model.safetensors", "{}", "cannot be loaded"),
+    "a broken report": ("conversion.json", "{", r"conversion\.json cannot be read"),
+    "a report without a source": ("conversion.json", "{}", "does not say what it was converted from"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_student_that_is_none_is_said(home, tmp_path, damage):
+    name, content, message = DAMAGED[damage]
+    shutil.copytree(home / "student", tmp_path / "student")
+    (tmp_path / "student" / name).unlink()
+    if name == "tokenizer.json":
+        (tmp_path / "student" / "tokenizer_config.json").unlink()
+    if content is not None:
+        (tmp_path / "student" / name).write_text(content)
+    given = {"dataset": str(home / "text.jsonl"), "tokens": 128, "sequence_length": 16, "batch_tokens": 128}
+    with pytest.raises(MQAError, match=message):
+        uptrain(tmp_path / "student", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,34 @@
+"""Sections of a model card."""
+
+import re
+from collections.abc import Iterable, Iterator
+
+FENCE = re.compile(r"\s*(```|~~~)")
+
+
+def with_section(text: str, heading: str, body: str) -> str:
+    """A card with this section: in place of the one with the same heading, else at the end. All else stays.
+
+    Args:
+        text: of the card.
+        heading: a line such as `## Use`; the section reaches to the next heading that is as high.
+        body: what stands under it.
+    """
+    lines = text.splitlines()
+    level = len(heading) - len(heading.lstrip("#"))
+    headings = [i for i, line in unfenced(lines) if re.match(rf"#{{1,{level}}} ", line)]
+    start = next((i for i in headings if lines[i].rstrip() == heading), len(lines))
+    end = next((i for i in headings if i > start), len(lines))
+    parts = ("\n".join(lines[:start]).rstrip(), f"{heading}\n\n{body.strip()}", "\n".join(lines[end:]).strip())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def unfenced(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """The lines, with their numbers, that stand in no block of code."""
+    fence = None
+    for i, line in enumerate(lines):
+        found = FENCE.match(line)
+        if found and fence in (None, found.group(1)):
+            fence = None if fence else found.group(1)
+        elif fence is None:
+            yield i, line
