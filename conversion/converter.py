@@ -35,7 +35,7 @@ from .record import ConversionRecord
 from .saving import final_config, record_of, warnings_of, write_config
 from .source import open_source
 from .states import Examples, FitOptions
-from .walk import Heads, survey, walk
+from .walk import HeadMaker, survey, walk
 from .widths import budget_components
 
 
@@ -45,18 +45,18 @@ def carry_out(job: Conversion) -> ConversionRecord:
     source = open_any(job)
     companions = companions_of(source)
     place = resolve_output(job.output, source.directory, job.overwrite)
-    plan, heads = prepare(source, job, scratch=place.parent)
+    plan, maker = prepare(source, job, scratch=place.parent)
     if job.push_to_hub:
         make_repository(job.push_to_hub, job.private)
     with written_beside(place, plan.nbytes, job.overwrite) as partial:
         companions.carry_over(partial)
         writer = CheckpointWriter(partial, plan.tensors, job.max_shard_size, job.allow_nonfinite)
-        layers = walk(plan, heads, writer)
-        said = [*companions.doubts(), *warnings_of(plan, heads, writer)]
-        record = record_of(plan, job, heads, writer, layers, said)
+        layers = walk(plan, maker, writer)
+        said = [*companions.doubts(), *warnings_of(plan, maker, writer)]
+        record = record_of(plan, job, maker, writer, layers, said)
         (partial / REPORT_FILE).write_text(record.to_json() + "\n", encoding="utf-8")  # whole, as all of `partial` is
         write_card(partial, record, companions.card, plan.output)
-        write_config(plan, final_config(plan, heads), partial)
+        write_config(plan, final_config(plan, maker), partial)
         companions.check(partial)
     if job.push_to_hub:
         push(place, job.push_to_hub)
@@ -69,12 +69,12 @@ def converted(job: ModelConversion) -> PreTrainedModel:
     """The model that a resolved job asks for: on the CPU, or where the model is that it is made from."""
     check_device(job.device)
     source = open_any(job)
-    plan, heads = prepare(source, job, scratch=Path(tempfile.gettempdir()))
+    plan, maker = prepare(source, job, scratch=Path(tempfile.gettempdir()))
     writer = ModelWriter(plan.tensors, job.allow_nonfinite)
-    walk(plan, heads, writer)
+    walk(plan, maker, writer)
     generation = companions_of(source).generation()
-    model = build(final_config(plan, heads), writer.state, generation, job.allow_nonfinite)
-    for message in warnings_of(plan, heads, writer):
+    model = build(final_config(plan, maker), writer.state, generation, job.allow_nonfinite)
+    for message in warnings_of(plan, maker, writer):
         warnings.warn(message, ConversionWarning, stacklevel=4)
     return model.to(source.model.device) if isinstance(source, ModelSource) else model  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ def companions_of(source: AnySource) -> Beside | Given:
     return Given(source.model, source.tokenizer) if isinstance(source, ModelSource) else Beside(source.directory)
 
 
-def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, Heads]:
+def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, HeadMaker]:
     """The plan of a conversion, and what makes its heads.
 
     Args:
@@ -116,7 +116,7 @@ def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> 
     return plan, Pooling(reading.config, plan.pooled, reading.attentions, job.method, job.seed)
 
 
-def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, Heads]:
+def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, HeadMaker]:
     examples = _examples(reading, job)
     options = FitOptions(
         method=job.method,

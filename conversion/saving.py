@@ -23,14 +23,14 @@ from .convert import Conversion
 from .plan import Plan
 from .record import BeforeAfter, ConversionRecord, HeldOutLoss, LayerRecord, Nonfinite
 from .spellings import both_spellings, lost_in_transformers4
-from .walk import Heads
+from .walk import HeadMaker
 
 
-def final_config(plan: Plan, heads: Heads) -> PreTrainedConfig:
+def final_config(plan: Plan, maker: HeadMaker) -> PreTrainedConfig:
     """The configuration of the result: the plan's, with the class's name and what the fit has chosen."""
     output: PreTrainedConfig = plan.output
-    if isinstance(heads, Calibration) and not plan.native:
-        chosen = {name: {"rope_frequencies": pairs} for name, pairs in heads.frequencies.items()}
+    if isinstance(maker, Calibration) and not plan.native:
+        chosen = {name: {"rope_frequencies": pairs} for name, pairs in maker.frequencies.items()}
         output = with_stacks(plan.pooled, **chosen)
     architecture = type(on_meta(plan.output)) if plan.native else canonical_class(plan.pooled)
     return with_fields(output, architectures=[architecture.__name__])
@@ -50,7 +50,7 @@ def write_config(plan: Plan, config: PreTrainedConfig, partial: Path) -> None:
 
 
 def record_of(
-    plan: Plan, job: Conversion, heads: Heads, writer: Writer, layers: Sequence[LayerRecord], warnings: list[str]
+    plan: Plan, job: Conversion, maker: HeadMaker, writer: Writer, layers: Sequence[LayerRecord], warnings: list[str]
 ) -> ConversionRecord:
     """What `conversion.json` says."""
     source, before, after = plan.reading.source, plan.reading.config, plan.pooled
@@ -58,9 +58,9 @@ def record_of(
     found: dict[str, Any] = {}
     if job.allow_nonfinite:
         found["nonfinite"] = Nonfinite(read=plan.reading.reader.nonfinite, written=writer.nonfinite)
-    if isinstance(heads, Calibration):
+    if isinstance(maker, Calibration):
         said = job.recorded()["calibration"] or text.DEFAULT_TEXT
-        found["held_out_loss"] = HeldOutLoss.model_validate({**heads.losses(), "text": said})
+        found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses(), "text": said})
     named = replace(job, source=source.name, output="OUTPUT", revision=source.revision)
     return ConversionRecord(
         source=source.name,
@@ -84,7 +84,7 @@ def record_of(
     )
 
 
-def warnings_of(plan: Plan, heads: Heads, writer: Writer) -> list[str]:
+def warnings_of(plan: Plan, maker: HeadMaker, writer: Writer) -> list[str]:
     """What a person has to know before the result is used, in sentences."""
     found = []
     if writer.nonfinite:
@@ -100,4 +100,4 @@ def warnings_of(plan: Plan, heads: Heads, writer: Writer) -> list[str]:
         )
     if plan.native:
         found += lost_in_transformers4(plan.output)
-    return [*found, *(heads.warnings() if isinstance(heads, Calibration) else ())]
+    return [*found, *(maker.warnings() if isinstance(maker, Calibration) else ())]

@@ -24,7 +24,7 @@ from .record import LayerRecord
 from .widths import Curves, Widths, choose_widths
 
 
-class Heads(Protocol):
+class HeadMaker(Protocol):
     """What makes fewer heads of a layer's: [`Pooling`], or [`Calibration`], which fits them."""
 
     def outside(self, tensors: Tensors) -> None:
@@ -34,11 +34,11 @@ class Heads(Protocol):
         """A layer's tensors with fewer heads, and what they differ by."""
 
 
-def walk(plan: Plan, heads: Heads, writer: Writer) -> list[LayerRecord]:
+def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
     """Read, convert and write one layer after the other, and each tensor outside the layers by itself.
 
     Returns:
-        Of each layer, what `heads` says of it.
+        Of each layer, what `maker` says of it.
     """
     count = sum(part.layer is not None for part in plan.parts)
     records: list[LayerRecord] = []
@@ -47,12 +47,12 @@ def walk(plan: Plan, heads: Heads, writer: Writer) -> list[LayerRecord]:
         for part in plan.parts:
             canonical = plan.reading.read(part)
             if part.layer is None:
-                heads.outside(canonical)
+                maker.outside(canonical)
             else:
                 stack, number = part.layer
                 bar.update(task, description=f"layer {len(records) + 1}/{count}")
-                canonical, errors = heads.convert(part.layer, canonical)
-                if errors and isinstance(heads, Calibration) and verbosity() >= NORMAL:
+                canonical, errors = maker.convert(part.layer, canonical)
+                if errors and isinstance(maker, Calibration) and verbosity() >= NORMAL:
                     said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
                     bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
                 records.append(
