@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from transformers import TrainerCallback
 
+from mqa_hf.base.console import say
 from mqa_hf.base.devices import peak_rate, processes
 
 from .options import LOSSES
@@ -20,14 +20,13 @@ class Progress(TrainerCallback):
     def __init__(self, name: str, step_tokens: float, operations: float):
         """`operations`: floating-point operations a token, forward and backward, the teacher's included."""
         self.name, self.step_tokens, self.operations = name, step_tokens, operations
-        self.console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
         self.start, self.first = time.monotonic(), 0
         self.peak = peak_rate()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
         if state.global_step and state.is_world_process_zero:
-            self.console.print(f"{self.name}: goes on from step {state.global_step} of {state.max_steps}")
+            say(f"{self.name}: goes on from step {state.global_step} of {state.max_steps}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         done = state.global_step - self.first
@@ -48,7 +47,7 @@ class Progress(TrainerCallback):
                 words.append(f"MFU {share:.0%}")
             left = (state.max_steps - state.global_step) * size / rate
             words.append(f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left")
-        self.console.print("  ".join(words))
+        say("  ".join(words))
 
 
 class LastStep(TrainerCallback):

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.files import read_json
+from mqa_hf.base.files import read_json, write_whole
 
 OPTIONS_FILE = "options.json"
 
@@ -33,9 +33,14 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         options = json.loads(json.dumps(options, default=str))
         path = directory / OPTIONS_FILE
-        before = read_json(path) if path.is_file() else {}
+        before = options_of(path)
         gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
-        if gone_far:
+        if gone_far and before is None:
+            raise MQAError(
+                f"{directory} holds an unfinished run, and {path.name} in it does not say which; begin again with "
+                "`restart`"
+            )
+        if gone_far and before is not None:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
             if changed:
                 said = ", ".join(
@@ -52,9 +57,17 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
             shutil.rmtree(directory, ignore_errors=True)  # a tokenizer or a teacher of other options
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(options, indent=2) + "\n")
+            write_whole(path, json.dumps(options, indent=2) + "\n")
         except OSError as error:
             raise MQAError(f"{directory} cannot be written: {error}") from error
+
+
+def options_of(path: Path) -> dict[str, Any] | None:
+    """What an unfinished run began with; none where the file is not there, or not whole."""
+    try:
+        return read_json(path)
+    except MQAError:
+        return None
 
 
 def check_disk(directory: Path, size: float) -> None:

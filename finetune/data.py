@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+from mqa_hf.base.console import NORMAL, verbosity
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import stamps
@@ -38,6 +40,15 @@ IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
 DATASET = "`dataset`"  # the option, for messages
 BUFFER = 10_000  # documents that a stream is shuffled among
+
+
+def set_up_logs() -> None:
+    """What other libraries say: of reading and writing files no bars, and if nothing is to be said, no others."""
+    import datasets
+
+    logging.disable_progress_bar()
+    if verbosity() < NORMAL:
+        datasets.disable_progress_bars()
 
 
 def open_dataset(source: str, streaming: bool = False, option: str = DATASET) -> Any:
@@ -376,16 +387,21 @@ def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
     pairs, length = bool(config.is_encoder_decoder), job.sequence_length
     common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
     with processes().main_process_first():
+        validation = None
+        if job.validation is not None:  # first, since what is wrong with it is seen sooner
+            part, count = (Part(job.validation),), math.ceil(job.validation_tokens / length)
+            validation = training_rows(part, tokenizer, length, count, option="`validation`", **common)
         # Pairs are short or long; so many there may be use for.
         wanted = job.tokens if pairs else job.steps(length) * job.rows
         rows = training_rows(job.parts, tokenizer, length, wanted, streaming=job.streaming, **common)
-        validation = None
-        if job.validation is not None:
-            part, count = (Part(job.validation),), math.ceil(job.validation_tokens / length)
-            validation = training_rows(part, tokenizer, length, count, option="`validation`", **common)
     if not pairs:
         return TrainingSet(rows, collate_packed, length, validation)
     fixed = length if job.streaming else None
     collate = CollatePairs(config.pad_token_id, config.decoder_start_token_id, fixed, starts_with_last(config))
+    return TrainingSet(rows, collate, mean_tokens(rows), validation)
+
+
+def mean_tokens(rows: Any) -> float:
+    """Tokens that the decoder writes of a pair: the mean of the first 1,000."""
     lengths = [len(row["labels"]) for row in itertools.islice(iter(rows), 1000)]
-    return TrainingSet(rows, collate, sum(lengths) / len(lengths), validation)
+    return sum(lengths) / len(lengths)

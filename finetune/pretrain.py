@@ -51,7 +51,10 @@ class Model(Options, panel=TRAINED_ON):
         for name in ("config", "equal_parameters"):
             value = getattr(self, name)
             if isinstance(value, Mapping):
-                object.__setattr__(self, name, json.dumps(value))
+                try:
+                    object.__setattr__(self, name, json.dumps(dict(value)))
+                except (TypeError, ValueError, RecursionError) as error:
+                    raise MQAError(f"`{name}` is no JSON: {error}") from error
         super().__post_init__()
 
 
@@ -131,22 +134,25 @@ def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[s
         MQAError: where there is none, naming the option that said so.
     """
     if isinstance(said, Mapping):
-        found = dict(said)
+        found: Any = dict(said)
     elif said in SHAPES:
         found = dict(SHAPES[said])
     else:
-        text = said
-        if not text.lstrip().startswith(("{", "[")) and Path(text).is_file():
-            text = Path(text).read_text(encoding="utf-8")
         try:
-            found = json.loads(text)
-        except ValueError as error:
-            raise MQAError(
-                f"`{option}` is neither JSON, nor a file, nor one of {', '.join(SHAPES)}: {error}"
-            ) from error
-    if not isinstance(found, dict) or "model_type" not in found:
+            text = said if said.lstrip()[:1] in ("{", "[") else Path(said).read_text(encoding="utf-8")
+            found = json.loads(text, parse_constant=refuse)
+        except FileNotFoundError:
+            raise MQAError(f"`{option}` is neither JSON, nor a file, nor one of {', '.join(SHAPES)}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise MQAError(f"`{option}` holds no JSON: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise MQAError(f"`{option}` needs a model_type")
     return found
+
+
+def refuse(constant: str) -> None:
+    """What JSON does not have, and Python reads all the same: NaN and infinity."""
+    raise ValueError(f"{constant} is no number")
 
 
 pretrain = function(Pretraining)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils import logging
 
 from mqa_hf import modeling_mqa
 from mqa_hf.base.devices import DTYPES, processes
@@ -18,7 +17,7 @@ from mqa_hf.conversion.loading import load_model
 
 from .architecture import build, configuration, widened
 from .checkpoints import begin
-from .data import training_set
+from .data import set_up_logs, training_set
 from .losses import Objective
 from .pretrain import Pretraining, read_config
 from .records import PretrainingRecord
@@ -29,7 +28,7 @@ from .trainer import train
 def carry_out(job: Pretraining) -> PretrainingRecord:
     """Train a model from scratch and write it, whole, with its tokenizer to the output of a job."""
     state = processes()
-    logging.disable_progress_bar()
+    set_up_logs()
     target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, PretrainingRecord.file)
     fields, options = read_config(job.config), job.decisive()
     pairs = bool(configuration(fields).is_encoder_decoder)

@@ -241,7 +241,9 @@ def train(
     history = directory / "final" / "history.json"
     if history.is_file():
         with suppress(ValueError):  # one that was being written is made again
-            return json.loads(history.read_text())
+            logged = json.loads(history.read_text())
+            if isinstance(logged, list):
+                return logged
     rows, steps = text.rows, run.steps(text.row_tokens)
     if hasattr(rows, "__len__") and len(rows) < run.rows:
         raise MQAError(

@@ -186,6 +186,13 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
         return carry_out(self.resolve())
 
+    def dry_run(self) -> dict[str, Any]:
+        try:
+            from .estimate import estimate
+        except ImportError as error:
+            raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[training]'") from error
+        return estimate(self.resolve())
+
     def show(self, record: "UptrainingRecord", console: "Console") -> None:
         """Say in a line what the losses became, and warn of those that are worse."""
         from mqa_hf.base.devices import processes
@@ -215,10 +222,13 @@ def default_learning_rate(train: str, hidden_size: int) -> float:
 
 def width_of(student: Path) -> int:
     """The hidden size of a checkpoint, of the decoder where there are two stacks."""
-    from transformers import AutoConfig
+    from .architecture import checkpoint_config
 
-    config = AutoConfig.from_pretrained(student)
-    return getattr(config, "decoder", config).hidden_size
+    config = checkpoint_config(student)
+    width = getattr(getattr(config, "decoder", config), "hidden_size", None)
+    if not isinstance(width, int):
+        raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
+    return width
 
 
 def parse_losses(text: str) -> dict[str, float]:

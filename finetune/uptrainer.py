@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, set_seed
-from transformers.utils import logging
+from transformers import PreTrainedModel, set_seed
 
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
@@ -24,9 +23,10 @@ from mqa_hf.base.text import load_tokenizer
 from mqa_hf.conversion.companions import check_loads, copy_files, inside
 from mqa_hf.conversion.loading import load_model
 
+from .architecture import checkpoint_config
 from .card import add_training_section
 from .checkpoints import begin
-from .data import TrainingSet, training_set
+from .data import TrainingSet, set_up_logs, training_set
 from .losses import Objective, attention_names, check_liger, core
 from .records import UptrainingRecord, Validation
 from .teacher import describe_teacher, load_teacher
@@ -37,10 +37,10 @@ from .uptrain import Uptraining
 def carry_out(job: Uptraining) -> UptrainingRecord:
     """Train a converted checkpoint and write it, whole, to the output of a job that is resolved."""
     state = processes()
-    logging.disable_progress_bar()  # of every file that is read and written
+    set_up_logs()
     source = Path(job.student)
     target = resolve_output(job.output, source, job.overwrite)
-    config = AutoConfig.from_pretrained(source)
+    config = checkpoint_config(source)
     check(job, config)
     carried_over(source)  # before the training rather than after it
     files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]

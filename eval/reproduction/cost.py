@@ -23,7 +23,7 @@ from mqa_hf.finetune.options import Run
 from mqa_hf.finetune.throughput import StepClock
 from mqa_hf.finetune.trainer import operations_per_token, train
 
-from .experiments import FIRST, configured
+from .recipe import FIRST, Heads, configured
 
 STACK: dict[str, Any] = {
     "vocab_size": 32768,
@@ -37,18 +37,19 @@ STACK: dict[str, Any] = {
 }
 WIDENED = 5440  # d_ff of multi-query at equal parameters, section 4.1
 WINDOW = 32
-MODELS: dict[str, dict[str, Any]] = {
-    FIRST: {},
-    "multi-query": {"kv_heads": 1},
-    "multi-head local": {"window": WINDOW},
-    "multi-query local": {"kv_heads": 1, "window": WINDOW},
+MODELS = {
+    FIRST: Heads(),
+    "multi-query": Heads(kv_heads=1),
+    "multi-head local": Heads(window=WINDOW),
+    "multi-query local": Heads(kv_heads=1, window=WINDOW),
 }
 
 
 def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]:
     """A model of the paper's tables with `length` positions, all widths divided by `scale`."""
-    stack = {**STACK, "intermediate_size": WIDENED if "kv_heads" in MODELS[name] else STACK["intermediate_size"]}
-    stack["max_position_embeddings"] = length
+    heads, stack = MODELS[name], {**STACK, "max_position_embeddings": length}
+    if heads.kv_heads is not None:
+        stack["intermediate_size"] = WIDENED
     for field in ("hidden_size", "intermediate_size"):
         stack[field] = stack[field] // scale
     shape = {
@@ -58,7 +59,7 @@ def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
     }
-    return configured(shape, **MODELS[name])
+    return configured(shape, heads)
 
 
 def training_cost(name: str, config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:

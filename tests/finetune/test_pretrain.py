@@ -115,6 +115,17 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
         ({"model_type": "nonesuch"}, "is no configuration"),
         ({**CONFIG, "vocab_size": 10}, "has vocab_size 10, and the tokenizer"),
         ({**CONFIG, "num_attention_heads": 5}, "is no configuration|divisible|multiple"),
+        ({**CONFIG, "num_hidden_layer": 2}, "llama has no num_hidden_layer; did you mean num_hidden_layers"),
+        ({**ENCODER_DECODER, "encoder": {**STACK, "causal": False, "heads": 2}}, "mqa has no heads"),
+        ({**CONFIG, "num_hidden_layers": 5_000_000_000}, "num_hidden_layers is 5,000,000,000; no model has as many"),
+        ({**CONFIG, "intermediate_size": 10**13}, "makes a model of 960,000,000,013,312 parameters"),
+        ({**CONFIG, "intermediate_size": 10**30}, "makes no model"),
+        ({**CONFIG, "hidden_act": "nonesuch"}, "makes no model: .*nonesuch"),
+        ({**CONFIG, "rms_norm_eps": float("nan")}, "NaN is no number"),
+        ({**CONFIG, "hidden_act": {1, 2}}, "is no JSON"),
+        ({"hidden_size": 32}, "needs a model_type"),
+        ({"model_type": "whisper"}, "whisper models are of speech"),
+        ({"model_type": "llava"}, "makes no model"),
     ],
 )
 def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
@@ -141,7 +152,9 @@ def test_a_name_a_file_or_json_is_a_configuration(tmp_path):
     assert read_config(json.dumps(CONFIG)) == CONFIG
     assert read_config("shazeer-2019")["num_heads"] == 8
     assert read_config(json.dumps({**CONFIG, "name": "long/" * 100}))["hidden_size"] == 32
-    for wrong in ("{", "[]", "nothing"):
+    (tmp_path / "latin.json").write_bytes(b'{"model_type": "w\xf6rd"}')
+    deep = "[" * 100_000
+    for wrong in ("{", "[]", "nothing", "long" * 2000, deep, str(tmp_path), str(tmp_path / "latin.json")):
         with pytest.raises(MQAError, match="`config`"):
             read_config(wrong)
 

@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune import checkpoints, trainer
+from mqa_hf.finetune import checkpoints, trainer, uptrainer
 from mqa_hf.finetune.checkpoints import last_checkpoint
 from mqa_hf.finetune.data import training_rows
 from mqa_hf.finetune.options import Part
@@ -540,3 +540,108 @@ def test_names_and_defaults():
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
     assert default_learning_rate("all", 512) == default_learning_rate("all", 64) == pytest.approx(6.8e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train": "attention", "attention_tokens": 128},
+        {"train": "lora", "lora_rank": 4},
+        {"loss": "lm", "teacher": "none"},
+    ],
+    ids=lambda options: ", ".join(options) or "all",
+)
+def test_a_dry_run_says_what_the_run_takes(home, tmp_path, options, monkeypatch):
+    seen = {}
+
+    def watched(name, model, objective, run, text, directory, callbacks=()):
+        parameters = list(model.parameters())
+        learnt = [p for p in parameters if p.requires_grad]
+        taught = [] if objective.teacher is None else list(objective.teacher.parameters())
+        seen[name] = [sum(p.numel() for p in some) for some in (parameters, learnt, taught)]
+        return plain(name, model, objective, run, text, directory, callbacks)
+
+    plain = uptrainer.train
+    said = job(home, tmp_path / "out", tokens=384, keep=3, **options).dry_run()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(uptrainer, "train", watched)
+    record = job(home, tmp_path / "out", tokens=384, keep=3, **options).run()
+    held, learnt, taught = seen["uptraining"]
+    assert (said["steps"], said["rows"], said["tokens_per_step"]) == (3, 24, 128)
+    assert record.tokens == said["steps"] * said["tokens_per_step"]
+    assert said["trained_parameters"] == learnt
+    assert said["memory_bytes"] == 4 * (held + 3 * learnt + taught)  # gradients and two moments of what is trained
+    saved = held - said["parameters"] if options.get("train") == "lora" else held
+    if "attention_tokens" not in options:
+        assert said["checkpoint_disk_bytes"] == 4 * (saved + 2 * learnt) * 4
+
+
+def test_a_dry_run_prints_numbers_and_an_interrupted_run_says_how_to_go_on(home, tmp_path, monkeypatch):
+    said = CliRunner().invoke(app, [*command(home, tmp_path / "out"), "--dry-run"])
+    assert said.exit_code == 0, said.output
+    assert "steps: 40" in said.stdout
+    plain = trainer.LossTrainer.training_step
+
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", stop)
+    for step, words, message in (  # noqa: B007
+        (1, (), "There was no checkpoint yet"),
+        (4, (), "give the same command again to go on"),
+        (4, ("--restart",), "give the same command without --restart again to go on"),
+    ):
+        stopped = CliRunner().invoke(app, [*command(home, tmp_path / "out"), *words])
+        assert stopped.exit_code == 130
+        assert f"interrupted. {message}" in stopped.stderr.replace(f"Checkpoints are in {tmp_path}/.out.uptrain; ", "")
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"half', "\x00"])
+def test_an_unfinished_run_of_which_nothing_is_known_is_not_gone_on_with(home, tmp_path, content):
+    place = tmp_path / ".out.uptrain"
+    (place / "main" / "checkpoint-2").mkdir(parents=True)
+    (place / "options.json").write_text(content)
+    job(home, tmp_path / "out", tokens=128).run()  # nothing to lose: it has no whole checkpoint
+    shutil.rmtree(tmp_path / "out")
+    (place / "main" / "checkpoint-2").mkdir(parents=True)
+    (place / "main" / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (place / "options.json").write_text(content)
+    with pytest.raises(MQAError, match=r"options\.json in it does not say which; begin again with `restart`"):
+        job(home, tmp_path / "out", tokens=128).run()
+
+
+DAMAGED = {
+    "no configuration": ("config.json", None, "it has no config.json"),
+    "an empty configuration": ("config.json", "", r"config\.json cannot be read"),
+    "another configuration": ("config.json", "[1]", "holds a list"),
+    "an unknown type": ("config.json", '{"model_type": "nonesuch"}', "refuses"),
+    "layers without end": (
+        "config.json",
+        '{"model_type": "llama", "num_hidden_layers": 9000000000}',
+        "as many layers",
+    ),
+    "no language model": ("config.json", '{"model_type": "clip"}', "is no language model"),
+    "no tokenizer": ("tokenizer.json", None, "has no tokenizer that can be loaded"),
+    "no weights": ("model.safetensors", None, "cannot be loaded"),
+    "weights that are none": ("model.safetensors", "{}", "cannot be loaded"),
+    "a broken report": ("conversion.json", "{", r"conversion\.json cannot be read"),
+    "a report without a source": ("conversion.json", "{}", "does not say what it was converted from"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_student_that_is_none_is_said(home, tmp_path, damage):
+    name, content, message = DAMAGED[damage]
+    shutil.copytree(home / "student", tmp_path / "student")
+    (tmp_path / "student" / name).unlink()
+    if name == "tokenizer.json":
+        (tmp_path / "student" / "tokenizer_config.json").unlink()
+    if content is not None:
+        (tmp_path / "student" / name).write_text(content)
+    given = {"dataset": str(home / "text.jsonl"), "tokens": 128, "sequence_length": 16, "batch_tokens": 128}
+    with pytest.raises(MQAError, match=message):
+        uptrain(tmp_path / "student", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()

@@ -88,6 +88,13 @@ def test_text_that_is_none_is_said(place, tmp_path, text, command):
     refused(place, [*COMMANDS[command], str(tmp_path / name)], message)
 
 
+@pytest.mark.parametrize("command", ["uptrain", "pretrain"])
+def test_validation_text_with_other_columns_is_said_by_its_own_name(place, tmp_path, command):
+    (tmp_path / "other.jsonl").write_text('{"body": "words"}\n')
+    words = [*COMMANDS[command], str(place / "text.jsonl"), "--validation", str(tmp_path / "other.jsonl")]
+    refused(place, words, r"--validation \S+other\.jsonl has no column 'text' of text; its columns: body")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_prompt_and_its_completion_are_no_one_text(place, tmp_path, command):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "completion": "some words"}) + "\n")
