@@ -24,7 +24,7 @@ from transformers.utils import logging
 from mqa_hf import convert, inspect
 from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import ConversionWarning
-from mqa_hf.base.text import calibration_tokens
+from mqa_hf.base.text import calibration_tokens, load_tokenizer
 from mqa_hf.conversion.loading import load_model
 
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
@@ -80,7 +80,10 @@ def main(
         model = load_model(directory, dtype=torch.float32).to(device)
         if not ids:
             size = model.config.vocab_size
-            ids.extend(calibration_tokens(source, text, tokens, sequence_length, size, seed=0) for text in validation)
+            ids.extend(
+                calibration_tokens(load_tokenizer(source), text, tokens, sequence_length, size, seed=0)
+                for text in validation
+            )
         return [mean_loss(model, rows) for rows in ids]
 
     description = inspect(source)
@@ -106,7 +109,7 @@ def main(
             )
             result = {
                 "conversion": name,
-                "cache_bytes": report["kv_bytes_per_token"]["after"],
+                "cache_bytes": report.kv_bytes_per_token.after,
                 "seconds": round(time.perf_counter() - start, 1),
                 "device_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 if torch.cuda.is_available()

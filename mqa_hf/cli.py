@@ -70,7 +70,7 @@ def add(job: type[Job]) -> None:
         else:
             asked.show(result, Console(markup=False, highlight=False))
 
-    parameters = [parameter(field, job) for field in options(job)]
+    parameters = [parameter(field, job) for field in options(job) if field.option.objects != "only"]
     switches = {
         "quiet": "Say nothing but warnings and errors.",
         "verbose": "Say more.",
