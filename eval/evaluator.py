@@ -27,7 +27,7 @@ from mqa_hf.base.console import progress_bar
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.errors import MQAError, listing
 from mqa_hf.base.files import stamps, write_whole
-from mqa_hf.base.hub import locate
+from mqa_hf.base.hub import PICKLES, SAFETENSORS, locate
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.conversion.inspect import Inspection
 from mqa_hf.conversion.loading import load_model
@@ -74,6 +74,9 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
     check_output(job.output, names)
     with processes().main_process_first():
         paths = [locate(said, weights=True)[0] for said in given]
+    for said, path in zip(given, paths):
+        if not any(next(path.glob(pattern), None) for pattern in (*SAFETENSORS, *PICKLES)):
+            raise MQAError(f"{said} has no weights: neither *.safetensors nor *.bin")
     configs = [load_config(path) for path in paths]
     vocabulary = common_vocabulary(names, paths, configs)
     if getattr(configs[0], "num_mel_bins", None):

@@ -426,6 +426,11 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
     with pytest.raises(MQAError, match="cut cannot be loaded"):
         evaluate(places / "original", [tmp_path / "cut"], output=tmp_path / "out", **what(places))
 
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    with pytest.raises(MQAError, match=r"cut has no weights: neither \*\.safetensors nor \*\.bin"):
+        evaluate(places / "original", [tmp_path / "cut"], output=tmp_path / "early", **what(places))
+    assert not (tmp_path / "early").exists()
+
     shutil.copytree(places / "mean", tmp_path / "broken")
     broken = AutoModelForCausalLM.from_pretrained(places / "mean")
     with torch.no_grad():
