@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 from mqa_hf.finetune import recipe as recipes
-from mqa_hf.finetune import training
+from mqa_hf.finetune import trainer
 from mqa_hf.finetune.recipe import commands, flags
 
 
@@ -73,14 +73,14 @@ def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
 
 
 def test_an_interrupted_recipe_goes_on(tmp_path, recipe, monkeypatch):
-    plain = training.LossTrainer.training_step
+    plain = trainer.LossTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == 4:
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training.LossTrainer, "training_step", interrupted)
+    monkeypatch.setattr(trainer.LossTrainer, "training_step", interrupted)
     assert run(tmp_path, recipe).exit_code != 0
     monkeypatch.undo()
     result = run(tmp_path, recipe)
