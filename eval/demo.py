@@ -20,7 +20,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
 from mqa_hf.finetune.recipe import Step, run_steps
 
-from .quality import RESULTS
+from .evaluation_record import EvaluationRecord
 from .report import PAGE
 
 MODEL = "shakespeare"  # folder beside this file
@@ -54,7 +54,9 @@ def steps(output: Path) -> dict[str, Step]:
         "train": Step(
             ["uptrain", shared, trained, *training], output / "trained" / TRAINING_FILE, ("shared",), costly=True
         ),
-        "evaluate": Step(["evaluate", *checkpoints, *measured], evaluation / RESULTS, (*converted, "train")),
+        "evaluate": Step(
+            ["evaluate", *checkpoints, *measured], evaluation / EvaluationRecord.file, (*converted, "train")
+        ),
         "benchmark": Step(["benchmark", original, shared, wide, *timed], times, ("shared", "wide")),
         "report": Step(
             ["report", *shown, "--title", "Eight heads become one"], report / PAGE, ("evaluate", "benchmark")
@@ -109,7 +111,7 @@ def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
     put_beside(output)
     run_steps(steps(output), output / DONE, "the demo", overwrite)
     console = Console(markup=False, highlight=False, soft_wrap=True)
-    found = json.loads((output / "evaluation" / RESULTS).read_text(encoding="utf-8"))
+    found = json.loads((output / "evaluation" / EvaluationRecord.file).read_text(encoding="utf-8"))
     first = found["checkpoints"][0]["samples"][0]
     console.print(f"\nAfter\n\n{first['prompt']}\n")
     for checkpoint in found["checkpoints"]:

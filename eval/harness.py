@@ -32,11 +32,13 @@ def run_tasks(
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MQAError("--tasks needs lm-eval: pip install 'mqa-hf[lm-eval]'") from error
+        raise MQAError("`tasks` need lm-eval: pip install 'mqa-hf[lm-eval]'") from error
+    if include is not None and not include.is_dir():
+        raise MQAError(f"`include_path` {include} is no directory")
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise MQAError(f"lm-eval knows no task {', '.join(unknown)}; --include-path adds a directory of tasks")
+        raise MQAError(f"lm-eval knows no task {', '.join(unknown)}; `include_path` adds a directory of tasks")
     load_model(path, dtype=dtype)  # what lacks tensors is an error; lm-eval would load it
     arguments = {"pretrained": str(path), "dtype": dtype}
     found: Any = lm_eval.simple_evaluate(

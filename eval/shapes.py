@@ -61,20 +61,20 @@ class OwnShape:
 
     Attributes:
         source: the checkpoint.
-        run: the configuration of its class with these heads.
+        run_config: the configuration of its class with these heads.
         config: the attention of the layers that have keys and values, with their windows; nothing else of the model.
         weights: of the model. States of layers without keys and values are counted nowhere.
     """
 
     source: Source
-    run: PreTrainedConfig
+    run_config: PreTrainedConfig
     config: MQAConfig
     weights: Weights
 
     @property
     def why(self) -> str:
         """Why this package's class and loop cannot have it, as a clause."""
-        return NATIVE_ONLY[self.run.model_type].why
+        return NATIVE_ONLY[self.run_config.model_type].why
 
     def with_heads(self, kv_heads: int) -> "OwnShape":
         return self if kv_heads == self.config.num_key_value_heads else own_shape(self.source, kv_heads)

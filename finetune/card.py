@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mqa_hf.base.card import with_section
+from mqa_hf.base.figures import can_draw, describe, panels, save
 
 from .records import Line, UptrainingRecord
 
@@ -45,25 +46,19 @@ def as_text(loss: float | None) -> str:
 
 def draw(record: UptrainingRecord, path: Path) -> bool:
     """The curves as a PNG; false where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not can_draw():
         return False
     found = curves(record)
-    figure = Figure(figsize=(4.5 * len(found), 3.4), layout="constrained")
-    for i, (name, kinds) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), i + 1)
+    figure, rows = panels(len(found), 4.5, 3.4)
+    for axes, (name, kinds) in zip(rows, found.items()):
         for kind, points in kinds.items():
             x, y = [tokens / 1e6 for tokens, _ in points], [value for _, value in points]
             if kind == "training":
                 axes.plot(x, y, label=kind, lw=1, color="#9aa5b1")
             elif points:
                 axes.plot(x, y, label=kind, lw=2, marker="o", ms=4)
-        axes.set_xlabel("tokens, millions")
-        axes.set_ylabel(UNITS[name])
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+        describe(axes, "tokens, millions", UNITS[name])
+    save(figure, path)
     return True
 
 

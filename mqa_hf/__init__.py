@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
     from .conversion.convert import convert
     from .conversion.inspect import inspect
+    from .eval.benchmark import benchmark
+    from .eval.evaluate import evaluate
     from .eval.plan import plan
     from .finetune.pretrain import pretrain
     from .finetune.uptrain import uptrain
@@ -41,7 +43,9 @@ __all__ = [
     "MQASeq2SeqConfig",
     "MQASeq2SeqModel",
     "__version__",
+    "benchmark",
     "convert",
+    "evaluate",
     "inspect",
     "plan",
     "pretrain",
@@ -55,6 +59,8 @@ _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
     "conversion.inspect": ("inspect",),
+    "eval.benchmark": ("benchmark",),
+    "eval.evaluate": ("evaluate",),
     "eval.plan": ("plan",),
     "finetune.pretrain": ("pretrain",),
     "finetune.uptrain": ("uptrain",),

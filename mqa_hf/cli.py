@@ -5,9 +5,6 @@ What takes long to import is imported by what runs. Errors that are meant for a 
 
 import inspect
 import json
-import shlex
-import sys
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +18,13 @@ from .base.errors import MQAError
 from .base.options import Field, Job, as_flags, options, summary
 from .conversion.convert import Conversion
 from .conversion.inspect import Inspection
+from .eval.benchmark import Benchmark
+from .eval.evaluate import Evaluation
 from .eval.plan import Planning
 from .finetune.pretrain import Pretraining
 from .finetune.uptrain import Uptraining
 
-JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Pretraining, Uptraining)
+JOBS: tuple[type[Job], ...] = (Conversion, Inspection, Planning, Benchmark, Pretraining, Uptraining, Evaluation)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -116,152 +115,6 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
 
 for _job in JOBS:
     add(_job)
-
-
-OUTPUT = "Output"
-DATA, WRITING, HARNESS, RUNNING = "Held-out text", "What it writes", "lm-eval", "Running"
-
-
-@app.command()
-def benchmark(
-    shapes: Annotated[
-        list[str],
-        typer.Argument(help="Published shapes by name, directories or hub ids.", show_default=False),
-    ],
-    kv_heads: Annotated[
-        str, typer.Option(help="Key/value heads to time; `original`: the source's own.")
-    ] = "original,1",
-    engines: Annotated[
-        str | None,
-        typer.Option(
-            help="mqa-hf; dynamic and static are transformers' loops. Default: mqa-hf,dynamic; dynamic for types that "
-            "run in their own class only.",
-            show_default=False,
-        ),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Rows decoded at once.")] = "1",
-    context: Annotated[str, typer.Option(help="Positions in the cache, or tokens of the source.")] = "512",
-    cells: Annotated[
-        str | None, typer.Option(help="In place of both: pairs such as 1x512,16x4096.", show_default=False)
-    ] = None,
-    beams: Annotated[str, typer.Option(help="Beams, of encoder-decoder shapes.")] = "1",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are timed.")] = 48,
-    dtype: Annotated[str | None, typer.Option(help="Default: bfloat16 on a GPU, float32 on a CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
-    window: Annotated[int | None, typer.Option(help="Positions that self-attention sees. Default: all.")] = None,
-    largest_batch: Annotated[
-        bool, typer.Option("--largest-batch", help="Time the largest batch that fits at each context, too.")
-    ] = False,
-    prefill_limit: Annotated[
-        int, typer.Option(help="Largest batch times context of which the first token is timed; 0: of none.")
-    ] = 32768,
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Turns that the models take. Default: 3 on a CPU, 1 on a GPU.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="File that gets one JSON line per cell.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Directory for pictures.")] = None,
-) -> None:
-    """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'."""
-    import torch
-
-    from mqa_hf.base.errors import MQAError
-    from mqa_hf.eval.speed import benchmark
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = [(b, n) for b in numbers("--batch", batch) for n in numbers("--context", context)]
-    if cells is not None:
-        split = [cell.split("x") for cell in cells.split(",")]
-        if any(len(cell) != 2 for cell in split):
-            raise MQAError(f"--cells takes pairs of batch and context such as 1x512,16x4096, got {cells!r}")
-        pairs = [(numbers("--cells", b)[0], numbers("--cells", n)[0]) for b, n in split]
-    heads = [0 if part.strip() == "original" else numbers("--kv-heads", part)[0] for part in kv_heads.split(",")]
-    benchmark(
-        shapes,
-        heads,
-        None if engines is None else [engine.strip() for engine in engines.split(",")],
-        [(*pair, k) for pair in pairs for k in numbers("--beams", beams)],
-        tokens,
-        dtype or ("float32" if device == "cpu" else "bfloat16"),
-        device,
-        window,
-        sorted({n for _, n in pairs}) if largest_batch else [],
-        prefill_limit,
-        rounds,
-        output,
-        plots,
-        shlex.join(["mqa-hf", *sys.argv[1:]]),
-    )
-
-
-@app.command()
-def evaluate(
-    original: Annotated[str, typer.Argument(help="Directory or hub id of the original.", show_default=False)],
-    checkpoints: Annotated[
-        list[str] | None, typer.Argument(help="What was made of it: directories or hub ids.", show_default=False)
-    ] = None,
-    output: Annotated[
-        Path, typer.Option(help="Directory for results; what is there is not measured again.", rich_help_panel=OUTPUT)
-    ] = Path("evaluation"),
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Held-out text: file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's manual.",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of the text (default: text) or of chats, or two for translation: en,de.", rich_help_panel=DATA
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to predict.", rich_help_panel=DATA)] = 131_072,
-    seed: Annotated[int, typer.Option(help="Of the choice of documents.", rich_help_panel=DATA)] = 0,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens that a model reads at once. Default: its positions, 2,048 at most.", rich_help_panel=DATA
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens from window to window. Default: half of one.", rich_help_panel=DATA)
-    ] = None,
-    prompts: Annotated[
-        int, typer.Option(help="Texts that are continued or translated; 0: none.", rich_help_panel=WRITING)
-    ] = 64,
-    prompt_tokens: Annotated[int, typer.Option(help="Of a text's beginning.", rich_help_panel=WRITING)] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", rich_help_panel=WRITING)] = 128,
-    beams: Annotated[int, typer.Option(help="Of beam search (encoder-decoder).", rich_help_panel=WRITING)] = 4,
-    tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, with commas between them.", rich_help_panel=HARNESS)
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Directory with tasks of one's own.", rich_help_panel=HARNESS)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples of each task.", rich_help_panel=HARNESS)] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens read at once.", rich_help_panel=RUNNING)] = 8_192,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16. Default: the checkpoint's; float32 on a CPU.", rich_help_panel=RUNNING
-        ),
-    ] = None,
-) -> None:
-    """How much worse a checkpoint is than its original: likelihood, distributions, what it writes, tasks."""
-    from mqa_hf.base.errors import MQAError
-
-    try:
-        from mqa_hf.base.devices import processes
-        from mqa_hf.eval import quality
-    except ImportError as error:
-        raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[evaluation]'") from error
-    given = {**locals(), "columns": tuple(columns.split(",")) if columns else ()}
-    given["tasks"] = tuple(tasks.split(",")) if tasks else ()
-    what = quality.Evaluation(**{f.name: given[f.name] for f in fields(quality.Evaluation)})
-    command = shlex.join(["mqa-hf", *sys.argv[1:]])
-    results = quality.evaluate(original, checkpoints or (), output, what, command)
-    if processes().is_main_process:
-        quality.show(results, Console(width=250, markup=False, highlight=False))
 
 
 @app.command()

@@ -4,7 +4,7 @@
     python -m mqa_hf.eval.reproduction cost WORK
     python -m mqa_hf.eval.reproduction page docs
 
-`recipes/` says what is trained, `experiments.py` makes commands of `mqa-hf` of it, `queue.py` runs them on the GPUs
+`recipes/` says what is trained (`recipe.py`), `experiments.py` makes jobs of it, `queue.py` runs them on the GPUs
 that are there, `cost.py` times the shape of the first paper, and `page.py` makes the tables and pictures of
 docs/reproduction.md from what was measured.
 """

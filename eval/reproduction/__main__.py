@@ -16,9 +16,9 @@ from rich.console import Console
 
 from mqa_hf.base.entry import run_command
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.files import write_whole
+from mqa_hf.base.files import read_json, write_whole
+from mqa_hf.base.steps import run_steps
 from mqa_hf.finetune.options import Data
-from mqa_hf.finetune.recipe import run_steps
 from mqa_hf.finetune.tokenizer import trained_tokenizer
 
 from .experiments import RECORD, TIMES, Chain, Experiment, read_lines
@@ -104,16 +104,13 @@ def prepare_tokenizer(experiment: Experiment) -> None:
     Raises:
         MQAError: where one with another vocabulary or of another text is there.
     """
-    made_of = {"text": experiment.split("train"), "vocab_size": experiment.recipe["vocab_size"]}
+    made_of = {"text": experiment.split("train"), "vocab_size": experiment.recipe.vocab_size}
     note = experiment.tokenizer.with_name("tokenizer.json")
-    if note.is_file() and json.loads(note.read_text()) != made_of:
-        raise MQAError(
-            f"{experiment.tokenizer} is the tokenizer of {json.loads(note.read_text())}, not of {made_of}; give "
-            "another WORK"
-        )
-    columns = experiment.recipe.get("columns")
+    if note.is_file() and (there := read_json(note)) != made_of:
+        raise MQAError(f"{experiment.tokenizer} is the tokenizer of {there}, not of {made_of}; give another WORK")
+    columns = experiment.recipe.columns
     data = Data(dataset=(experiment.split("train"),), columns=columns or ())
-    trained_tokenizer(data, made_of["vocab_size"], experiment.tokenizer, columns is not None, 0)
+    trained_tokenizer(data, experiment.recipe.vocab_size, experiment.tokenizer, columns is not None, 0)
     write_whole(note, json.dumps(made_of))
 
 
@@ -147,7 +144,7 @@ def times(work: Work, recipes: Recipes) -> None:
 def collect(work: Path, experiments: list[Experiment]) -> None:
     """Write what has been measured, one line a checkpoint, beside what there is of other experiments."""
     path, tasks = work / RESULTS, {experiment.task for experiment in experiments}
-    found = [r for r in read_lines(path) if r["task"] not in tasks] if path.is_file() else []
+    found = [r for r in read_lines(path) if r.get("task") not in tasks] if path.is_file() else []
     found += [record for chain in chains_of(experiments) for record in chain.records()]
     found += [record for experiment in experiments for record in experiment.time_records()]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in found))

@@ -15,7 +15,7 @@ from transformers import set_seed
 from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.base.devices import peak_rate
 from mqa_hf.base.errors import MQAError
-from mqa_hf.eval.speed import benchmark
+from mqa_hf.eval.benchmark import ORIGINAL, Benchmark
 from mqa_hf.finetune.architecture import configuration
 from mqa_hf.finetune.data import CollatePairs, TrainingSet
 from mqa_hf.finetune.losses import Objective
@@ -23,7 +23,7 @@ from mqa_hf.finetune.options import Run
 from mqa_hf.finetune.throughput import StepClock
 from mqa_hf.finetune.trainer import operations_per_token, train
 
-from .experiments import FIRST, configured
+from .recipe import FIRST, Heads, configured
 
 STACK: dict[str, Any] = {
     "vocab_size": 32768,
@@ -37,18 +37,19 @@ STACK: dict[str, Any] = {
 }
 WIDENED = 5440  # d_ff of multi-query at equal parameters, section 4.1
 WINDOW = 32
-MODELS: dict[str, dict[str, Any]] = {
-    FIRST: {},
-    "multi-query": {"kv_heads": 1},
-    "multi-head local": {"window": WINDOW},
-    "multi-query local": {"kv_heads": 1, "window": WINDOW},
+MODELS = {
+    FIRST: Heads(),
+    "multi-query": Heads(kv_heads=1),
+    "multi-head local": Heads(window=WINDOW),
+    "multi-query local": Heads(kv_heads=1, window=WINDOW),
 }
 
 
 def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]:
     """A model of the paper's tables with `length` positions, all widths divided by `scale`."""
-    stack = {**STACK, "intermediate_size": WIDENED if "kv_heads" in MODELS[name] else STACK["intermediate_size"]}
-    stack["max_position_embeddings"] = length
+    heads, stack = MODELS[name], {**STACK, "max_position_embeddings": length}
+    if heads.kv_heads is not None:
+        stack["intermediate_size"] = WIDENED
     for field in ("hidden_size", "intermediate_size"):
         stack[field] = stack[field] // scale
     shape = {
@@ -58,7 +59,7 @@ def paper_config(name: str, scale: int = 1, length: int = 256) -> dict[str, Any]
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
     }
-    return configured(shape, **MODELS[name])
+    return configured(shape, heads)
 
 
 def training_cost(name: str, config: Any, rows: int, length: int, steps: int) -> dict[str, Any]:
@@ -98,8 +99,6 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
     """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
     work.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *sys.argv[1:]])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = "bfloat16" if device == "cuda" else "float32"
     kept = ("device", "copy_bandwidth", "versions", "time_per_token_ms", "encoder_sec", "bytes_per_step", "floor_ms")
     lines = work / "cost.jsonl"
     lines.unlink(missing_ok=True)
@@ -107,14 +106,23 @@ def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: i
         config = configuration(paper_config(name, scale, 2 * length))
         shape = work / "shapes" / name.replace(" ", "-")
         config.save_pretrained(shape)
-        cells = [(batch, length, beams) for beams in (1, 4)]
-        timed = benchmark([str(shape)], [0], ["mqa-hf"], cells, length, dtype, device, None, [], 0, 1, None, None)
-        failed = [record["error"] for record in timed if "error" in record]
+        job = Benchmark(
+            [str(shape)],
+            kv_heads=[ORIGINAL],
+            engines=["mqa-hf"],
+            cells=[f"{batch}x{length}"],
+            beams=[1, 4],
+            tokens=length,
+            prefill_limit=0,
+            rounds=1,
+        )
+        timed = job.run()
+        failed = [record.error for record in timed if record.error is not None]
         if failed:
-            raise MQAError(f"{name}: {failed[0]}; lower --batch ({batch}) or --length ({length})")
+            raise MQAError(f"{name}: {failed[0]}; lower `batch` ({batch}) or `length` ({length})")
         trained = training_cost(name, config, rows, 2 * length, steps)
         with lines.open("a", encoding="utf-8") as file:
             for record in timed:
-                said = {"model": name, "batch": batch, "length": length, "beams": record["beams"]}
-                found = said | {k: record[k] for k in kept} | trained | {"command": command}
+                said = {"model": name, "batch": batch, "length": length, "beams": record.beams}
+                found = said | record.model_dump(include=set(kept)) | trained | {"command": command}
                 file.write(json.dumps(found) + "\n")

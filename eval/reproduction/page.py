@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mqa_hf.base import figures
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
 
-from .experiments import FIRST, read_lines
+from .experiments import read_lines
+from .recipe import FIRST
 
 Record = dict[str, Any]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -266,17 +268,18 @@ class Panel:
             options = {"marker": "o", "ms": 4, "lw": 1.5, "capsize": 2, "label": line, **STYLES.get(line, {}), **style}
             axes.errorbar(xs, middle, yerr=half, **options)
 
-    def over_shares(self, axes: Any) -> None:
+    def over_shares(self, axes: Any) -> str:
+        """Draw it over the share of training; what that axis is."""
         for model in (m for m in self.models if "," not in m):
             shares = sorted({r["share"] for r in of(self.found, model=model)})
             self.draw(axes, [(100 * s, model, s) for s in shares if s or model != "original"], model)
         if self.field == "loss":
             axes.set_yscale("symlog", linthresh=0.1)
             axes.yaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("tokens of training, % of the pretraining")
+        return "tokens of training, % of the pretraining"
 
-    def over_sizes(self, axes: Any, kind: str) -> None:
-        """After 5% of the tokens; `kind` is cache or time."""
+    def over_sizes(self, axes: Any, kind: str) -> str:
+        """Draw it over the `kind` of size, cache or time, after 5% of the tokens; what that axis is."""
         sizes = self.cache if kind == "cache" else self.seconds
         for line in ("mean", "shared", "shared, width"):
             members = [m for m in self.models if line_of(m) == line or m == line.split(",")[0]]
@@ -287,17 +290,14 @@ class Panel:
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted(set(sizes.values())), minor=False)
             axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.set_xlabel("cache, bytes per token")
-        else:
-            axes.set_xlim(left=0)
-            axes.set_xlabel(f"ms per step of {self.times[0]['batch']:,} rows, greedy")
+            return "cache, bytes per token"
+        axes.set_xlim(left=0)
+        return f"ms per step of {self.times[0]['batch']:,} rows, greedy"
 
 
 def picture(records: Sequence[Record], kind: str, path: Path) -> None:
     """A picture of GQA's, with panels for each task: how much worse than the original a conversion is over the share
     of training, or after 5% over cache bytes or the time of a step."""
-    from matplotlib.figure import Figure
-
     converted = of(records, table="conversions")
     panels = [
         Panel(records, task, field)
@@ -309,23 +309,17 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
         panels = [panel for panel in panels if panel.times]
     if not panels:
         return
-    figure = Figure(figsize=(4.4 * len(panels), 3.8), layout="constrained")
+    figure, places = figures.panels(len(panels), 4.4, 3.8)
     handles: dict[str, Any] = {}
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.grid(alpha=0.3)
+    for axes, panel in zip(places, panels):
         axes.axhline(0, color="black", lw=0.6)
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_ylabel(
-            "loss above the original's, nats a token" if panel.field == "loss" else "BLEU above the original's, test"
-        )
-        if kind == "share":
-            panel.over_shares(axes)
-        else:
-            panel.over_sizes(axes, kind)
+        x = panel.over_shares(axes) if kind == "share" else panel.over_sizes(axes, kind)
+        y = "loss above the original's, nats a token" if panel.field == "loss" else "BLEU above the original's, test"
+        figures.describe(axes, x, y, panel.title, legend=False)
         lines, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, lines))
-    figure.legend(handles.values(), handles, frameon=False, fontsize=8, loc="outside lower center", ncols=len(handles))
-    figure.savefig(path, dpi=140)
+    figure.legend(handles.values(), handles, **figures.NOTE, loc="outside lower center", ncols=len(handles))
+    figures.save(figure, path)
 
 
 def read(path: Path) -> list[Record]:

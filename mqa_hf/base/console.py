@@ -37,8 +37,8 @@ def warn(text: str) -> None:
     stderr().print(f"warning: {text}", style="yellow")
 
 
-def progress_bar(*columns: "ProgressColumn") -> "Progress":
-    """A progress bar with these columns, shown unless the verbosity is `QUIET`."""
+def progress_bar(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
+    """A progress bar with these columns, shown unless the verbosity is `QUIET`; `transient`: gone in the end."""
     from rich.progress import Progress
 
-    return Progress(*columns, console=stderr(), disable=_level < NORMAL)
+    return Progress(*columns, console=stderr(), transient=transient, disable=_level < NORMAL)

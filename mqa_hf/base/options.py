@@ -107,6 +107,8 @@ class Field:
         if isinstance(value, str | os.PathLike):
             text = os.fspath(value)
             value = [part.strip() for part in text.split(",")] if self.option.comma else [text]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = [value]
         if not isinstance(value, Sequence | set | frozenset):
             raise MQAError(f"`{self.name}` must be {self.expected()}; got {value!r}")
         return tuple(self.item(item) for item in value)

@@ -15,7 +15,7 @@ from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.conversion.checkpoint import count_nonfinite
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.pooling import relative
-from mqa_hf.eval.quality import Evaluation, evaluate
+from mqa_hf.eval.evaluate import evaluate
 from mqa_hf.finetune.uptrain import uptrain
 
 KEY, UP = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.up_proj.weight"
@@ -77,8 +77,8 @@ def trained(places: Path) -> None:
 
 
 def measured(places: Path) -> None:
-    what = Evaluation(text=str(places / "text.jsonl"), tokens=64, window=32, prompts=0)
-    evaluate(places / "source", [places / "ours"], places / "evaluation", what)
+    asked = {"text": str(places / "text.jsonl"), "tokens": 64, "window": 32, "prompts": 0}
+    evaluate(places / "source", [places / "ours"], output=places / "evaluation", **asked)
 
 
 @pytest.mark.parametrize("job", [trained, measured])

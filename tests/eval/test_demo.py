@@ -14,7 +14,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import documents
 from mqa_hf.cli import app
 from mqa_hf.eval import demo
-from mqa_hf.eval.quality import Evaluation, evaluate
+from mqa_hf.eval.evaluate import evaluate
 from mqa_hf.finetune import trainer
 
 SHIPPED = Path(demo.__file__).parent / demo.MODEL
@@ -40,9 +40,9 @@ def test_the_shipped_model_is_small_and_knows_its_authors(tmp_path):
     assert sum(path.stat().st_size for path in files) < 10_000_000
     model = AutoModelForCausalLM.from_pretrained(SHIPPED)
     assert model.config.num_attention_heads == model.config.num_key_value_heads == 8
-    asked = Evaluation(text=str(SHIPPED / "text" / "held-out.jsonl.xz"), tokens=4096, window=512, prompts=0)
-    found = evaluate(SHIPPED, [], tmp_path, asked)["checkpoints"][0]["next_token"]
-    assert found["bits_per_byte"] < 2.3  # of letters drawn by their frequency: above 4.5
+    asked = {"text": str(SHIPPED / "text" / "held-out.jsonl.xz"), "tokens": 4096, "window": 512, "prompts": 0}
+    found = evaluate(SHIPPED, output=tmp_path, **asked).checkpoints[0].next_token
+    assert found.bits_per_byte < 2.3  # of letters drawn by their frequency: above 4.5
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED)
     assert len(tokenizer) == model.config.vocab_size
 

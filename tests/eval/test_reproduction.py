@@ -17,8 +17,9 @@ from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASe
 from mqa_hf.base.errors import MQAError
 from mqa_hf.eval.reproduction.__main__ import app, chains_of
 from mqa_hf.eval.reproduction.cost import MODELS, paper_config
-from mqa_hf.eval.reproduction.experiments import FIRST, Experiment, configured
+from mqa_hf.eval.reproduction.experiments import Experiment
 from mqa_hf.eval.reproduction.page import filled, picture, quality, read, spread
+from mqa_hf.eval.reproduction.recipe import FIRST, Heads, configured, read_recipe
 from mqa_hf.finetune.architecture import widened
 from mqa_hf.finetune.tokenizer import train_tokenizer
 
@@ -136,7 +137,7 @@ def test_models_of_a_recipe_have_the_heads_that_they_say_and_equal_parameters(na
     first = configured(recipe["shape"])
     counts = {}
     for model, options in recipe["models"].items():
-        fields = configured(recipe["shape"], **options)
+        fields = configured(recipe["shape"], Heads(**options))
         fields = fields if model == FIRST else widened(fields, first, tokenizer)
         several = "decoder" in fields
         made = {k: v for k, v in copy.deepcopy(fields).items() if k != "model_type"}
@@ -193,9 +194,16 @@ def test_a_table_says_where_seeds_or_parameters_differ():
     assert "Seeds 0, 1; 999 to 1,001 parameters each." in made
 
 
-@pytest.mark.parametrize("said", ["translation", "nonesuch=text", "missing.yaml=text"])
-def test_what_is_no_recipe_is_said(tmp_path, said):
-    with pytest.raises(MQAError, match="RECIPE is a YAML file or one of language, translation"):
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("translation", "'translation' is no RECIPE=TEXT"),
+        ("nonesuch=text", "'nonesuch' is no recipe, which is a YAML file or one of language, translation"),
+        ("missing.yaml=text", r"'missing\.yaml' is no recipe"),
+    ],
+)
+def test_what_is_no_recipe_is_said(tmp_path, said, message):
+    with pytest.raises(MQAError, match=message):
         Experiment.parse(said, tmp_path, "cpu")
 
 
@@ -205,6 +213,11 @@ def test_what_is_no_recipe_is_said(tmp_path, said):
         ({"evalute": {}}, "evalute: a recipe has shape"),
         ({"models": {"multi-query": {"kv_heads": 1}}}, "needs a model called multi-head"),
         ({"tokens": None}, None),
+        ({"tokens": "many"}, "tokens: input should be a valid integer"),
+        ({"seeds": []}, "seeds: list should have at least 1 item"),
+        ({"models": {FIRST: {"kv-heads": 1}}}, "models.multi-head.kv-heads: extra inputs are not permitted"),
+        ({"convert": {"mean": {"method": "mean"}}}, "convert.mean.loss: field required"),
+        ({"calibrate": None}, "needs shares and calibrate beside convert"),
     ],
 )
 def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, change, message):
@@ -212,6 +225,37 @@ def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, c
     small.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
     with pytest.raises(MQAError, match=message or "needs shape, vocab_size, models, seeds, tokens, train"):
         Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"sequence-lenth": 16}}, "small, pretrain: there is no option `sequence_lenth`; did you mean"),
+        ({"pretrain": {"warmup": 2}}, "small, pretrain: `warmup` must be a number at least 0 and below 1"),
+        ({"convert": {"mean": {"method": "median", "loss": "lm"}}}, "small, convert: `method` must be one of mean"),
+        ({"evaluate": {"beams": 0}}, "small, evaluate: `beams` must be a whole number at least 1"),
+    ],
+)
+def test_options_that_a_recipe_gets_wrong_are_named(tmp_path, small, change, message):
+    recipe = yaml.safe_load(small.read_text()) | change
+    small.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(MQAError, match=message):
+        chains_of([Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_jobs_of_a_recipe_are_those_of_its_options(name):
+    experiment = Experiment(name, read_recipe(name.removesuffix(".yaml")), "text/text", Path("work"), "cpu")
+    chains = {chain.name: chain for chain in experiment.chains()}
+    seeds, made = experiment.recipe.seeds, (*experiment.recipe.models, *experiment.recipe.convert)
+    assert len(chains) == len(seeds) * len(made)
+    chain = chains[f"{name}/seed-0/from-shared"]
+    convert, train = chain.steps["convert"].job, chain.steps["train 0.05"].job
+    assert convert.words()[:3] == ["convert", f"work/{name}/seed-0/multi-head/model", str(chain.place / "converted")]
+    assert (convert.method, convert.seed, convert.calibration) == ("shared", 0, "text/text")
+    assert (train.tokens, train.loss, train.teacher) == (round(0.05 * experiment.recipe.tokens), "kl", None)
+    assert chains[f"{name}/seed-0/from-mean"].steps["train 0.01"].job.teacher == "none"
+    assert experiment.shapes[0] == [FIRST, "original"]
 
 
 def test_a_text_that_is_not_there_is_said(tmp_path, small):

@@ -152,7 +152,7 @@ def test_weights_of_a_model_in_its_own_class_are_those_of_the_class(model_type):
     own = own_shape(Source("source", Path(), None, config, {}), 4)
     for shape in (own, own.with_heads(1)):
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape.run)
+            model = AutoModelForCausalLM.from_config(shape.run_config)
         assert shape.weights.total == model.num_parameters()
         experts = {n: p for n, p in model.named_parameters() if ".experts." in n}
         assert shape.weights.experts == sum(p.numel() for p in experts.values())

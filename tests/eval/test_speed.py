@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from native_sources import make_native
+from seq2seq_sources import BART, WHISPER, make_seq2seq
 from sources import LLAMA, make_model, save
 from typer.testing import CliRunner
 
@@ -12,18 +13,20 @@ from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import SHAPES
 from mqa_hf.cli import app
-from mqa_hf.eval.shapes import read_shape
-from mqa_hf.eval.speed import (
+from mqa_hf.eval.benchmark import Benchmark, Cell
+from mqa_hf.eval.benchmark_record import BenchmarkRecord
+from mqa_hf.eval.contenders import (
     Contender,
-    build,
     cache_bytes,
     contenders,
     filled_cache,
-    labels,
     own_contenders,
-    plots,
-    time_tokens,
+    random_model,
 )
+from mqa_hf.eval.shapes import read_shape
+from mqa_hf.eval.timing import time_tokens
+from mqa_hf.eval.timing_plots import draw_times
+from mqa_hf.eval.timing_table import model_names
 
 
 @pytest.fixture
@@ -32,12 +35,13 @@ def source(tmp_path: Path) -> Path:
 
 
 def benchmark(*arguments) -> object:
-    return CliRunner().invoke(app, ["benchmark", *map(str, arguments), "--device", "cpu"])
+    device = () if "--device" in arguments else ("--device", "cpu")
+    return CliRunner().invoke(app, ["benchmark", *map(str, arguments), *device])
 
 
 def test_original_grouped_and_multi_query_in_every_engine(source: Path):
     theirs, ours = read_shape(str(source))
-    found = contenders("llama", theirs, ours, [0, 3, 1], ["mqa-hf", "dynamic"])
+    found = contenders("llama", theirs, ours, [None, 3, 1], ["mqa-hf", "dynamic"])
     assert [c.name for c in found] == [
         "MQA, 6 K/V heads, mqa-hf",
         "Llama, 6 K/V heads, dynamic",
@@ -48,11 +52,11 @@ def test_original_grouped_and_multi_query_in_every_engine(source: Path):
     ]
     sizes = []
     for contender in found:
-        model = build(contender, torch.float32, "cpu")
-        record = time_tokens(contender, model, batch=2, context=8, tokens=4)
-        assert len(record["step_sec"]) == 4
-        assert all(t > 0 for t in record["step_sec"])
-        sizes.append(record["cache_bytes"])
+        model = random_model(contender, torch.float32, "cpu")
+        times = time_tokens(contender, model, batch=2, context=8, tokens=4)
+        assert len(times.step_sec) == 4
+        assert all(t > 0 for t in times.step_sec)
+        sizes.append(times.cache_bytes)
     assert sizes[0] == 2 * sizes[2] == 6 * sizes[4]  # one buffer from the start, for all steps
     assert sizes[1] == 2 * sizes[3] == 6 * sizes[5]
 
@@ -61,7 +65,7 @@ def test_original_grouped_and_multi_query_in_every_engine(source: Path):
 def test_a_filled_cache_holds_what_it_is_said_to(source: Path, engine: str):
     theirs, ours = read_shape(str(source))
     (contender,) = contenders("llama", theirs, ours, [1], [engine])
-    model = build(contender, torch.float32, "cpu")
+    model = random_model(contender, torch.float32, "cpu")
     cache = filled_cache(contender, model, batch=2, context=7, capacity=20)
     assert int(cache.get_seq_length()) == 7
     assert cache.layers[0].keys.shape == (2, 1, 7 if engine == "dynamic" else 20, 8)
@@ -133,14 +137,14 @@ def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
 def test_a_model_in_its_own_class_is_timed_there(tmp_path: Path, model_type: str):
     path = save(make_native(model_type), tmp_path / "source")
     _, own = read_shape(str(path))
-    for contender in own_contenders("source", own, [0, 1], ["dynamic"]):
-        model = build(contender, torch.float32, "cpu")
+    for contender in own_contenders("source", own, [None, 1], ["dynamic"]):
+        model = random_model(contender, torch.float32, "cpu")
         assert type(model).__name__.lower().startswith(model_type.replace("_", ""))
         assert sum(p.numel() for p in model.parameters()) == contender.weights.total
-        record = time_tokens(contender, model, batch=2, context=4, tokens=2)
+        times = time_tokens(contender, model, batch=2, context=4, tokens=2)
         seen = 4 + 8 + 2 - 1  # all but the last token
         windows = [seen if kind == "full_attention" else 4 for kind in contender.config.layer_types]  # window 5
-        assert record["cache_bytes"] == 2 * 2 * contender.kv_heads * 8 * sum(windows) * 4
+        assert times.cache_bytes == 2 * 2 * contender.kv_heads * 8 * sum(windows) * 4
 
 
 def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_path: Path):
@@ -191,35 +195,111 @@ def test_several_shapes_are_timed_in_one_run(source: Path, tmp_path: Path):
     assert all(r["original"] for r in records)
 
 
+def record(**fields) -> BenchmarkRecord:
+    given = {"shape": "x", "model": "x", "engine": "mqa-hf", "batch": 1, "context": 1, "device": "a"}
+    times = {} if "error" in fields else {"time_per_token_ms": 2.0, "tokens_per_sec": 500.0}
+    return BenchmarkRecord(**{**given, **times, **fields})
+
+
 def test_models_of_several_shapes_are_told_apart():
-    one, other = {"shape": "a/final", "model": "x"}, {"shape": "b/final", "model": "x"}
-    assert labels([one, one]) == ["x", "x"]
-    assert labels([one, other, one]) == ["a-final", "b-final", "a-final"]
-    assert labels([one, {**other, "model": "y"}, other]) == ["a-final: x", "b-final: y", "b-final: x"]
+    one, other = record(shape="a/final"), record(shape="b/final")
+    assert model_names([one, one]) == ["x", "x"]
+    assert model_names([one, other, one]) == ["a-final", "b-final", "a-final"]
+    different = record(shape="b/final", model="y")
+    assert model_names([one, different, other]) == ["a-final: x", "b-final: y", "b-final: x"]
 
 
 def test_pictures_of_an_empty_result_are_none(tmp_path: Path):
     pytest.importorskip("matplotlib")
-    assert plots([{"shape": "x", "model": "x", "error": "out of memory", "batch": 1, "context": 1}], tmp_path) == []
+    assert draw_times([record(error="out of memory")], tmp_path) == []
+
+
+def test_lines_are_read_as_they_were_written(tmp_path: Path):
+    path = tmp_path / "times.jsonl"
+    written = [record(batch=2, source=3), record(error="out of memory")]
+    for one in written:
+        one.append(path)
+    assert BenchmarkRecord.read_lines(path) == written
+    assert "error" not in json.loads(path.read_text().splitlines()[0])
+    old = {k: v for k, v in json.loads(path.read_text().splitlines()[0]).items() if k != "version"}
+    path.write_text("\n" + json.dumps(old | {"unknown": 1}) + "\n")
+    assert BenchmarkRecord.read_lines(path) == written[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (None, "times.jsonl holds no results of mqa-hf benchmark: .*No such file"),
+        ("", "times.jsonl holds no results of mqa-hf benchmark: it is empty"),
+        ("{}", "times.jsonl, line 2, is no benchmark.jsonl as mqa-hf writes it: batch: field required"),
+        ("[]", "times.jsonl holds no results of mqa-hf benchmark: line 2 is no object"),
+        ('{"shape": ', "times.jsonl holds no results of mqa-hf benchmark: line 2: Expecting value"),
+        ("time_per_token_ms", "line 2, .* time_per_token_ms missing, and no error"),
+        ('"time_per_token_ms": NaN', "line 2, .* time_per_token_ms: input should be a finite number"),
+        ('"batch": "many"', "line 2, .* batch: input should be a valid integer"),
+        ('"version": 99', "line 2, has layout 99, and this mqa-hf knows 1 at most"),
+    ],
+)
+def test_lines_that_are_none_are_named(tmp_path: Path, line: str | None, message: str):
+    path = tmp_path / "times.jsonl"
+    if line is not None:
+        record().append(path)
+        whole = path.read_text()
+        if line.startswith('"'):
+            line = whole.strip().removesuffix("}") + f", {line}}}"
+        elif line == "time_per_token_ms":
+            line = json.dumps({k: v for k, v in json.loads(whole).items() if k != line})
+        path.write_text(whole + line + "\n" if line else "")
+    with pytest.raises(MQAError, match=message):
+        BenchmarkRecord.read_lines(path)
+
+
+def test_what_is_asked_for_is_parsed_once():
+    job = Benchmark("llama-2-7b", kv_heads=["original", 8, "8"], cells="1x8, 2x16", beams=[1, 4])
+    assert job.head_counts == [None, 8]
+    assert job.workload == [Cell(1, 8, 1), Cell(1, 8, 4), Cell(2, 16, 1), Cell(2, 16, 4)]
+    assert Benchmark("x", batch=[1, 2], context=7).workload == [Cell(1, 7), Cell(2, 7)]
+    words = "benchmark llama-2-7b --kv-heads original,8,8 --cells 1x8,2x16 --beams 1,4"
+    assert job.words() == words.split()
+
+
+def test_the_command_is_noted_as_it_was_asked_for(source: Path, tmp_path: Path):
+    job = Benchmark([source], kv_heads=["1"], engines=["mqa-hf"], cells=["1x4"], tokens=2, rounds=1, device="cpu")
+    (found,) = job.run()
+    assert found.command == job.command()
+    assert found.version == 1
+    assert found.dtype == "float32"
 
 
 def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
     theirs, ours = read_shape("pythia-6.9b")
     (contender,) = contenders("llama", theirs, ours, [1], ["dynamic"])
     assert isinstance(contender, Contender)
-    assert type(contender.run).__name__ == "MQAConfig"
+    assert type(contender.run_config).__name__ == "MQAConfig"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--engines", "vllm"), "--engines takes mqa-hf, dynamic, static, got vllm"),
+        (("--engines", "vllm"), "--engines must be a list, each one of mqa-hf, dynamic, static; got 'vllm'"),
         (("--kv-heads", "4"), "must divide the 6 key/value heads"),
+        (("--kv-heads", "original,x"), "--kv-heads takes positive whole numbers and original, got 'x'"),
+        (("--kv-heads", "0"), "--kv-heads takes positive whole numbers and original, got '0'"),
         (("--cells", "8"), "--cells takes pairs of batch and context"),
-        (("--batch", "0"), "--batch takes positive integers"),
+        (("--cells", "1x2x3"), "--cells takes pairs of batch and context such as 1x512,16x4096, got '1x2x3'"),
+        (("--cells", "0x8"), "--cells takes pairs of batch and context"),
+        (("--cells", "1x8,"), "--cells takes pairs of batch and context"),
+        (("--cells", f"1x{2**31}"), "--cells takes pairs of batch and context"),
+        (("--batch", "0"), "--batch must be a list, each a whole number at least 1"),
+        (("--batch", "nan"), "--batch must be a list, each a whole number at least 1"),
         (("--beams", "2"), "--beams is for encoder-decoder shapes"),
         (("--dtype", "int8"), "--dtype must be one of"),
+        (("--window", "1"), "--window must be a whole number at least 2"),
         (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
+        (("--output", "no/such/file"), "--output no/such/file cannot be written"),
+        (("--device", "cuda:99"), "--device cuda:99"),
+        (("--device", "abacus"), "--device abacus: Expected one of cpu, cuda"),
+        (("--device", "meta"), "--device meta holds no numbers"),
     ],
     ids=str,
 )
@@ -227,6 +307,61 @@ def test_what_is_wrong_is_said(source: Path, arguments, message: str):
     result = benchmark(source, *arguments)
     assert isinstance(result.exception, MQAError)
     assert message in str(result.exception)
+
+
+def test_a_cell_without_memory_is_a_record_of_that(source: Path, tmp_path: Path):
+    lines = tmp_path / "cells.jsonl"
+    arguments = ("--kv-heads", "1", "--engines", "mqa-hf", "--tokens", 2, "--rounds", 1, "--output", lines)
+    result = benchmark(source, "--cells", f"{2**31 - 1}x{2**31 - 1},1x4", *arguments)
+    assert result.exit_code == 0, result.output
+    failed, good = BenchmarkRecord.read_lines(lines)
+    assert failed.error
+    assert failed.time_per_token_ms is None
+    assert good.time_per_token_ms > 0
+
+
+@pytest.mark.parametrize("name", ["shapes", "kv_heads", "engines", "batch", "context", "cells", "beams"])
+def test_an_empty_list_leaves_nothing_to_time(name: str):
+    with pytest.raises(MQAError, match=f"`{name}` is empty"):
+        Benchmark(**{"shapes": ["gpt2"], name: []}).run()
+
+
+def test_pictures_need_matplotlib_before_anything_is_timed(source: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("mqa_hf.base.figures.find_spec", lambda name: None)
+    result = benchmark(source, "--plots", tmp_path / "plots", "--output", tmp_path / "lines")
+    assert "--plots needs matplotlib" in str(result.exception)
+    assert not (tmp_path / "lines").exists()
+
+
+def test_positions_that_a_model_does_not_have_are_refused(tmp_path: Path):
+    gpt2 = {"n_embd": 48, "n_head": 6, "n_layer": 1, "vocab_size": 99, "n_positions": 64}
+    gpt2 = save(make_model("gpt2", gpt2), tmp_path / "gpt2")
+    bart = save(make_seq2seq("bart", BART), tmp_path / "bart")
+    n = BART["max_position_embeddings"]
+    fits = ("--rounds", 1, "--engines", "mqa-hf,dynamic", "--kv-heads", 1, "--tokens")
+    for shape, context, tokens, message in (
+        (gpt2, 40, 17, None),
+        (gpt2, 40, 18, "has 64 positions; --context 40 and 8 \\+ 18 --tokens need 65"),
+        (bart, n, n, None),
+        (bart, n + 1, 4, f"has {n} positions; --context {n + 1} need {n + 1}"),
+        (bart, 4, n + 1, f"has {n} positions; --tokens {n + 1} need {n + 1}"),
+    ):
+        result = benchmark(shape, "--cells", f"1x{context}", *fits, tokens)
+        if message is None:
+            assert result.exit_code == 0, result.output
+        else:
+            assert re.search(message, str(result.exception))
+
+
+def test_speech_is_not_timed(tmp_path: Path):
+    whisper = save(make_seq2seq("whisper", WHISPER), tmp_path / "whisper")
+    assert "reads speech, which is not timed" in str(benchmark(whisper).exception)
+
+
+def test_a_shape_that_is_given_twice_is_refused_before_it_is_timed(source: Path, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    result = benchmark(source, "./source")
+    assert "a checkpoint is given twice" in str(result.exception)
 
 
 def test_an_unknown_shape_is_answered_with_those_that_are_known():

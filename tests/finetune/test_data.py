@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import chat_text, documents, load
-from mqa_hf.eval.quality import Evaluation, read_text
+from mqa_hf.eval.evaluate import Evaluation
+from mqa_hf.eval.held_out import held_out_text
 from mqa_hf.finetune.data import IGNORED, CollatePairs, batches, collate_packed, mixture, packed, training_rows
 from mqa_hf.finetune.options import Part, Schedule
 from mqa_hf.finetune.order import in_order
@@ -166,7 +167,8 @@ def test_chats_are_the_text_that_the_template_makes_of_them(tmp_path, tokenizer)
         assert sorted(text for texts in batches(found) for text in texts) == sorted(expected)
     assert len(training_rows((part,), tokenizer, 16, 5, columns=("messages",))) == 5
     config = LlamaConfig(vocab_size=93)
-    windows = read_text(tokenizer, config, Evaluation(text=part.source, columns=("messages",))).windows
+    asked = Evaluation("original", text=part.source, columns=("messages",))
+    windows = held_out_text(tokenizer, config, asked).windows
     said = [tokenizer.decode([window.ids[0], *window.labels])[3:] for window in windows]
     assert sorted(text.removeprefix("<s>") for text in said) == sorted(expected)
 

@@ -1,0 +1,110 @@
+"""What `mqa-hf benchmark` has measured: a file of lines, each one record as JSON."""
+
+import json
+from pathlib import Path
+
+from pydantic import ConfigDict, model_validator
+
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.records import Record
+
+
+class BenchmarkRecord(Record):
+    """One cell: a model, an engine, a batch and a context, and how long a step took or why there is none.
+
+    Attributes:
+        shape: as it was given.
+        original: whether the model has as many key/value heads as the shape.
+        model, engine, kv_heads, batch, context, beams: what was timed; `context` positions are in the cache.
+        source: of an encoder-decoder model, tokens that were read; `context` then counts those in the mean step.
+        largest_batch: whether the batch is the largest that fits.
+        error: why nothing was measured. All times are then missing.
+        time_per_token_ms: of a step of all rows, the median; with the tenths that are below and above.
+        bytes_per_step, floor_ms: what the step reads, and the least time for that.
+        floor_share, bandwidth_share: the least time, and the time of a copy of these bytes, as shares of the median.
+        warmup_sec: what the first steps took longer.
+        encoder_sec, total_sec: of an encoder-decoder model, the encoder alone, and all tokens with it.
+        copy_bandwidth, matmul_rate: of the device, as measured: bytes, and operations, per second.
+        command: that measured it.
+    """
+
+    file = "benchmark.jsonl"
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    shape: str
+    original: bool = True
+    model: str
+    engine: str
+    kv_heads: int | None = None
+    batch: int
+    context: int
+    beams: int = 1
+    source: int | None = None
+    largest_batch: bool | None = None
+    error: str | None = None
+
+    time_per_token_ms: float | None = None
+    time_per_token_p10_ms: float | None = None
+    time_per_token_p90_ms: float | None = None
+    tokens_per_sec: float | None = None
+    bytes_per_step: float | None = None
+    floor_ms: float | None = None
+    floor_share: float | None = None
+    bandwidth_share: float | None = None
+    warmup_sec: float | None = None
+    time_to_first_token_sec: float | None = None
+    encoder_sec: float | None = None
+    total_sec: float | None = None
+    cache_bytes: int | None = None
+    weight_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+
+    dtype: str | None = None
+    device: str
+    copy_bandwidth: float | None = None
+    matmul_rate: float | None = None
+    versions: dict[str, str] = {}
+    command: str = ""
+
+    @model_validator(mode="after")
+    def timed_or_not(self) -> "BenchmarkRecord":
+        missing = [name for name in ("time_per_token_ms", "tokens_per_sec") if getattr(self, name) is None]
+        if self.error is None and missing:
+            raise ValueError(f"{' and '.join(missing)} missing, and no error")
+        return self
+
+    def append(self, path: Path) -> None:
+        """Add it to a file; raises MQAError where that cannot be written."""
+        line = json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
+        try:
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+        except OSError as error:
+            raise MQAError(f"{path} cannot be written: {error}") from error
+
+    @classmethod
+    def read_lines(cls, path: Path) -> list["BenchmarkRecord"]:
+        """All records of a file.
+
+        Raises:
+            MQAError: with the line and its fields, where one is no such record, and for a file without any.
+        """
+        what = f"{path} holds no results of mqa-hf benchmark"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise MQAError(f"{what}: {error}") from error
+        found = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise MQAError(f"{what}: line {number}: {error}") from error
+            if not isinstance(content, dict):
+                raise MQAError(f"{what}: line {number} is no object with fields")
+            found.append(cls.of(content, f"{path}, line {number},"))
+        if not found:
+            raise MQAError(f"{what}: it is empty")
+        return found
