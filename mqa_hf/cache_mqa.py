@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_mqa import of_layer
+from .configuration_mqa import MQAConfig, of_layer
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
@@ -131,7 +131,7 @@ class DecodeCache(Cache):
 
     def __init__(
         self,
-        config: Any,
+        config: MQAConfig,
         rows: int,
         capacity: int,
         dtype: torch.dtype,
@@ -141,36 +141,35 @@ class DecodeCache(Cache):
     ):
         names = ("cross_qk_head_dim", "cross_v_head_dim") if cross else ("qk_head_dim", "v_head_dim")
         heads = config.cross_num_key_value_heads if cross else config.num_key_value_heads
-        layers: list[Any] = []
+        layers: list[Any] = []  # transformers names other types of layers here
         for i in range(config.num_hidden_layers):
             widths = (of_layer(getattr(config, name), i) for name in names)
             layers.append(DecodeLayer((rows, heads, capacity, *widths), dtype, torch.device(device), copy))
         super().__init__(layers=layers)
 
     @property
-    def first(self) -> DecodeLayer:
-        layer: Any = self.layers[0]
-        return layer
+    def decode_layers(self) -> list[DecodeLayer]:
+        """`layers` by their type, which transformers does not know."""
+        layers: Any = self.layers
+        return layers
 
     @property
     def rows(self) -> int:
-        return self.first.keys.shape[0]
+        return self.decode_layers[0].keys.shape[0]
 
     @property
     def capacity(self) -> int:
-        return self.first.capacity
+        return self.decode_layers[0].capacity
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.first.keys.dtype
+        return self.decode_layers[0].keys.dtype
 
     def set_length(self, length: int) -> None:
         """Say how many positions are in use."""
-        layers: Any = self.layers
-        for layer in layers:
+        for layer in self.decode_layers:
             layer.length = length
 
     def grow(self, capacity: int) -> None:
-        layers: Any = self.layers
-        for layer in layers:
+        for layer in self.decode_layers:
             layer.grow(capacity)

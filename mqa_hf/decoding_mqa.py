@@ -16,11 +16,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .compat_mqa import TESTED, one_cache, self_check
-from .engine_mqa import Engine
+from .engine_mqa import Engine, Generated
 from .request_mqa import read_call
 from .rules_mqa import CACHE, obstacle, unsupported
 
@@ -83,13 +85,13 @@ class Decoding:
 def decode(
     model: Any,
     input_ids: torch.Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
     arguments: dict[str, Any],
     beams: bool,
-    streamer: Any,
-) -> Any:
+    streamer: BaseStreamer | None,
+) -> Generated:
     """What `_sample` and `_beam_search` are to return, of a call that [`unsupported`] has nothing against."""
     device = model.lm_head.weight.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -121,7 +123,7 @@ def decode(
 class StepsAhead:
     """Steps that are launched and may not have run yet; a streamer gets the tokens of those that have."""
 
-    def __init__(self, engine: Engine, streamer: Any):
+    def __init__(self, engine: Engine, streamer: BaseStreamer | None):
         self.engine, self.streamer, self.streamed = engine, streamer, 0
         self.on_device = engine.text.on_device
         self.pending: deque[tuple[torch.cuda.Event | None, torch.Tensor | None]] = deque()
@@ -146,7 +148,9 @@ class StepsAhead:
             event, token = self.pending.popleft()
             if event is not None:
                 event.synchronize()
-            if token is not None and not (self.engine.ended and self.streamed >= self.engine.ended):
+            if self.streamer is None or token is None:
+                continue
+            if not self.engine.ended or self.streamed < self.engine.ended:
                 self.streamer.put(token.clone())
                 self.streamed += 1
 
@@ -192,15 +196,15 @@ class FastDecoding:
     def _decode_fast(
         self,
         input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: Any = None,
+        streamer: BaseStreamer | None = None,
         *,
         beams: bool,
         **arguments: Any,
-    ) -> Any:
+    ) -> Generated | None:
         """What the fast loop gives, or `None` where transformers' own has to be taken."""
         if not self.decoding.enabled:
             return None

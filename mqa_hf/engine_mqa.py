@@ -12,11 +12,14 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 
 from .beams_mqa import BeamSearch
 from .cache_mqa import DecodeCache
+from .configuration_mqa import MQAConfig
 from .graph_mqa import StepGraph
 from .request_mqa import ROOM, Call, round_up
 from .rules_mqa import CACHE, decoder_stack
 from .sampling_mqa import Sampler, Text
 from .step_mqa import DecodeStep
+
+Generated = torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput
 
 
 class Engine:
@@ -75,8 +78,7 @@ class Engine:
 
     def read(self) -> tuple[int, ...]:
         """Where everything lies that a graph reads and does not own."""
-        layers: Any = self.cache.layers
-        held = [buffer.data_ptr() for layer in layers for buffer in layer.buffers().values()]
+        held = [buffer.data_ptr() for layer in self.cache.decode_layers for buffer in layer.buffers().values()]
         return (*(parameter.data_ptr() for parameter in self.model.parameters()), *held)
 
     def prefill(self, call: Call) -> None:
@@ -145,19 +147,19 @@ class Engine:
         if self.decode_step.prepare():
             self.graph.forget()
 
-    def result(self, call: Call) -> Any:
+    def result(self, call: Call) -> Generated:
         """What the call is to return, none of it in buffers that the next call writes to; ends the call."""
         new, config = self.ended or self.new_tokens, call.config
         self.cache.set_length(self.held + new - 1)
         self.pointers = self.read()
         sequences = self.text.result(self.prompt + new, config.num_return_sequences)
-        result: Any = sequences
+        result: Generated = sequences
         if self.request.beams is None and config.return_dict_in_generate:
             result = self.with_cache(sequences, call.cache)
         self.model.decoding.keep(self)
         return result
 
-    def with_cache(self, sequences: Any, given: DecodeCache | None) -> Any:
+    def with_cache(self, sequences: Any, given: DecodeCache | None) -> Generated:
         """Tokens and the cache, which is the caller's own or one of transformers'."""
         cross, dtype = self.decode_step.cross, self.decode_step.dtype
         config = decoder_stack(self.model).config
@@ -168,11 +170,10 @@ class Engine:
         return GenerateEncoderDecoderOutput(sequences=sequences, **{CACHE: cache})
 
 
-def dynamic_cache(cache: DecodeCache, config: Any, dtype: torch.dtype, copies: int = 1) -> DynamicCache:
+def dynamic_cache(cache: DecodeCache, config: MQAConfig | None, dtype: torch.dtype, copies: int = 1) -> DynamicCache:
     """The same keys and values as transformers keeps them, each row `copies` times."""
     plain = DynamicCache(config=config) if config is not None else DynamicCache()
-    layers: Any = cache.layers
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(cache.decode_layers):
         keys = layer.read(layer.keys, layer.key_scales, 1, dtype)
         values = layer.read(layer.values, layer.value_scales, 1, dtype)
         plain.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), i)

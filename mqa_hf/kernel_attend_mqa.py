@@ -10,7 +10,6 @@
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -297,7 +296,7 @@ def attend(
         partial = torch.empty(splits, B, H, DV, dtype=torch.float32, device=query.device)
         statistics = torch.empty(splits, B, H, dtype=torch.float32, device=query.device)
     bias = 3 if table is not None else 0 if slopes is None else 1 if bfloat16_from_start is None else 2
-    some: Any = length  # stands for what is not there and is not read
+    some = length  # stands for what is not there and is not read
     at_once = counters is not None and splits <= MAX_MERGED
     launch(_attend_kernel, (R * G, splits, tiles),
         query, keys, values,

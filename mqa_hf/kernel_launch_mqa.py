@@ -64,7 +64,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-def compile_all(run: Callable[[], Any]) -> None:
+def compile_all(run: Callable[[], object]) -> None:
     """Compile all kernels that `run` would launch, side by side; none is launched."""
     calls: list[tuple] = []
     _thread.collected = calls
@@ -73,7 +73,7 @@ def compile_all(run: Callable[[], Any]) -> None:
     finally:
         _thread.collected = None
 
-    def kind(value: Any) -> Any:
+    def kind(value: torch.Tensor | float) -> tuple:
         if isinstance(value, torch.Tensor):
             return value.dtype, value.data_ptr() % 16 == 0
         return value % 16 == 0, value == 1 if isinstance(value, int) else type(value)

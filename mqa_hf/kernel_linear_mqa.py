@@ -3,8 +3,6 @@
 M rows, N outputs and K inputs of the projection
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -152,7 +150,7 @@ def fused_linear(
         blocks = linear_blocks(M, K, x.dtype == torch.float32)
     block_n, block_k, warps, stages = blocks
     some = x
-    fixed: dict[str, Any] = {
+    fixed: dict[str, object] = {
         "GATED": gated, "ACT": act, "BIAS": bias is not None, "RESIDUAL": residual is not None,
         "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip

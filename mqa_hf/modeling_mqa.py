@@ -29,6 +29,7 @@ from .decoding_mqa import Decoding, FastDecoding
 from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project
 from .positions_mqa import (
     BIAS_POSITIONS,
+    Mask,
     MQARotaryEmbedding,
     PositionBias,
     make_masks,
@@ -132,7 +133,7 @@ class MQAModel(MQAPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        attention_mask: Mask = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
@@ -245,7 +246,7 @@ class MQAModel(MQAPreTrainedModel):
     def make_masks(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: Mask,
         position_ids: torch.Tensor,
         cache: Cache | None,
     ) -> dict[str, Any]:
@@ -253,7 +254,7 @@ class MQAModel(MQAPreTrainedModel):
         return make_masks(self.config, inputs_embeds, attention_mask, position_ids, cache)
 
     def position_bias(
-        self, masks: dict[str, Any], attention_mask: Any, x: torch.Tensor, cache: Cache | None
+        self, masks: dict[str, Any], attention_mask: Mask, x: torch.Tensor, cache: Cache | None
     ) -> PositionBias:
         """The function that gives a layer's mask, with the bias of ALiBi or of relative positions folded in."""
         return PositionBias(self.config, masks, attention_mask, x, cache)
@@ -261,7 +262,7 @@ class MQAModel(MQAPreTrainedModel):
     def default_position_ids(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        attention_mask: Mask,
         cache: Cache | None,
     ) -> torch.Tensor:
         T = inputs_embeds.shape[1]

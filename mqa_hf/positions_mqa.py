@@ -23,6 +23,7 @@ from .configuration_mqa import MQAConfig
 
 CACHE = cache_name()
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
+Mask = torch.Tensor | dict[str, torch.Tensor] | None  # as a model takes it: 2D, a ready 4D one, or those by layer type
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,
     (True, "sliding_attention"): create_sliding_window_causal_mask,
@@ -31,7 +32,7 @@ MASKS: dict[tuple[bool, str], Callable] = {
 }
 
 
-def sinusoids(position_ids: torch.Tensor, config: Any) -> torch.Tensor:
+def sinusoids(position_ids: torch.Tensor, config: MQAConfig) -> torch.Tensor:
     """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5).
 
     In float32, or in float64 where the positions are.
@@ -117,7 +118,7 @@ def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
 def make_masks(
     config: MQAConfig,
     inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+    attention_mask: Mask,
     position_ids: torch.Tensor,
     cache: Cache | None,
 ) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class PositionBias:
     """
 
     def __init__(
-        self, config: MQAConfig, masks: dict[str, Any], attention_mask: Any, x: torch.Tensor, cache: Cache | None
+        self, config: MQAConfig, masks: dict[str, Any], attention_mask: Mask, x: torch.Tensor, cache: Cache | None
     ):
         self.config, self.masks, self.x = config, masks, x
         self.ready: dict[str, torch.Tensor] = {}
@@ -172,7 +173,7 @@ class PositionBias:
             self.add_relative(attention.relative_bias)
         return self.ready[layer_type]
 
-    def add_alibi(self, attention_mask: Any) -> None:
+    def add_alibi(self, attention_mask: Mask) -> None:
         """Linear biases (arXiv 2108.12409)."""
         config, T = self.config, len(self.queries)
         slopes = torch.tensor(config.alibi_slopes, device=self.x.device)[:, None, None]

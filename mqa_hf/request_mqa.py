@@ -4,12 +4,12 @@ B rows decoded, k rows of each prompt (beams or returned sequences), P = B / k p
 """
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
-from transformers.generation import StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 
 from .cache_mqa import DecodeCache
 from .rules_mqa import CACHE, LogitsRule, rule_of
@@ -48,7 +48,7 @@ class Request:
 
     rows: int
     copies: int
-    rules: tuple
+    rules: tuple[Hashable, ...]
     eos: tuple[int, ...] | None
     pad: int | None
     sample: bool
@@ -77,7 +77,7 @@ class Call:
         cache: the cache that the caller gave, if it is a `DecodeCache`.
         prompt: positions that the prompt takes.
         limit: tokens that a text may have, those of the prompt included.
-        clocks: `MaxTimeCriteria`.
+        clocks: criteria of time.
     """
 
     request: Request
@@ -88,7 +88,7 @@ class Call:
     cache: DecodeCache | None
     prompt: int
     limit: int
-    clocks: tuple[Any, ...]
+    clocks: tuple[MaxTimeCriteria, ...]
 
     @property
     def max_new_tokens(self) -> int:
@@ -106,9 +106,9 @@ class Call:
 def read_call(
     model: Any,
     input_ids: torch.Tensor,
-    processors: Any,
+    processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
-    config: Any,
+    config: GenerationConfig,
     arguments: dict[str, Any],
     beams: bool,
 ) -> Call:

@@ -5,13 +5,14 @@ B rows, V vocabulary, W columns of the buffer of tokens, `cursor` how many of th
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache as remembered
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 
@@ -73,7 +74,7 @@ def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> to
     return torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, columns, True)[:, :V]
 
 
-def rule_of(processor: Any) -> tuple[Any, LogitsRule] | None:
+def rule_of(processor: Any) -> tuple[Hashable, LogitsRule] | None:
     """A logits processor as a function that a captured step can hold, with a key of what it does; or `None`."""
     kind, p = kind_of(processor), processor
     if kind in STATELESS:
@@ -130,7 +131,7 @@ def rule_of(processor: Any) -> tuple[Any, LogitsRule] | None:
     return None
 
 
-def as_key(value: Any) -> Any:
+def as_key(value: Any) -> Hashable:
     """What tells two processors or settings apart, hashable."""
     if isinstance(value, torch.Tensor):
         return tuple(value.flatten().tolist()), value.dtype
@@ -165,9 +166,9 @@ def altered(module: nn.Module) -> bool:
 def unsupported(
     model: Any,
     input_ids: torch.Tensor,
-    processors: Any,
-    criteria: Any,
-    config: Any,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
     arguments: dict[str, Any],
     synced: bool,
     beams: bool,
@@ -227,7 +228,7 @@ def unsupported(
     return None
 
 
-def takes(owner: Any, name: str, *parameters: str) -> bool:
+def takes(owner: type, name: str, *parameters: str) -> bool:
     """Whether a method exists and begins with these parameters after `self`."""
     method = getattr(owner, name, None)
     if method is None:
@@ -236,7 +237,7 @@ def takes(owner: Any, name: str, *parameters: str) -> bool:
     return found[1 : 1 + len(parameters)] == list(parameters)
 
 
-def mentions(owner: Any, name: str, attribute: str) -> bool:
+def mentions(owner: type, name: str, attribute: str) -> bool:
     """Whether the code of a method names an attribute."""
     method = getattr(owner, name, None)
     return method is not None and attribute in inspect.unwrap(method).__code__.co_names

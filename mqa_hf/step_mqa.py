@@ -75,7 +75,10 @@ class DecodeStep:
             slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
             rounded = self.config.alibi_bfloat16
             self.slopes = (slopes / self.config.attention_scale).bfloat16().float() if rounded else slopes
-        self.masks: dict[Any, Any] = {}
+        # Of one step, shared by its layers.
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
+        self.source_mask: torch.Tensor | None = None
 
     @property
     def layers(self) -> "list[MQADecoderLayer]":
@@ -197,12 +200,12 @@ class DecodeStep:
         """[B] the newest tokens -> [B, V] logits; their keys and values are written to the cache."""
         stack, config = self.stack, self.config
         self.length += 1
-        self.masks = {}
+        self.masks, self.source_mask = {}, None
         assert stack.embed_tokens is not None
         x = stack.enter(stack.embed_tokens(tokens)[:, None], self.positions[:, None]).squeeze(1)
         if self.cos is not None and not self.triton:
             assert self.sin is not None
-            self.masks["angles"] = self.cos[self.positions][:, None, None], self.sin[self.positions][:, None, None]
+            self.angles = self.cos[self.positions][:, None, None], self.sin[self.positions][:, None, None]
         for i, layer in enumerate(self.layers):
             x = self.layer(layer, x, i)
             if config.clamp_float16 and x.dtype == torch.float16:
@@ -249,27 +252,29 @@ class DecodeStep:
         return torch.add(x, self.linear(inner, (module,)), alpha=self.config.residual_multiplier)
 
     def inner(self, mlp: "MQAMLP", x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        gated = mlp.gate_proj is not None
-        modules = (mlp.gate_proj, mlp.up_proj) if gated else (mlp.up_proj,)
-        return self.linear(x, modules, norm=norm, activation=mlp.act_fn, gated=gated)
+        if mlp.gate_proj is None:
+            return self.linear(x, (mlp.up_proj,), norm=norm, activation=mlp.act_fn)
+        return self.linear(x, (mlp.gate_proj, mlp.up_proj), norm=norm, activation=mlp.act_fn, gated=True)
 
     def self_attention(self, attention: "MQAAttention", joined: torch.Tensor, i: int) -> torch.Tensor:
         """[B, H·D + G·D + G·Dv] -> [B, H·Dv]."""
-        held: Any = self.cache.layers[i]
+        held = self.cache.decode_layers[i]
         H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
-        scales = {name: buffer for name, buffer in held.buffers().items() if name.endswith("scales")}
+        scaled = held.keys.dtype == FLOAT8
+        key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
         table = self.tables.get(i, self.tables.get(0))
         bfloat16_from_start = self.config.positions_from_mask if self.config.alibi_bfloat16 else None
         if self.triton:
             turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated} if attention.rotary else {}
             query = append(
                 joined, H, held.keys, held.values, self.length, positions=self.positions, head=attention.head_dim,
-                **turned, **scales,
+                key_scales=key_scales, value_scales=value_scales, **turned,
             )  # fmt: skip
             out = attend(
                 query, held.keys, held.values, self.length, attention.scaling, capacity=held.capacity,
                 start=self.start, rows=self.rows, window=attention.sliding_window, slopes=self.slopes,
-                bfloat16_from_start=bfloat16_from_start, table=table, counters=self.counters, **scales,
+                bfloat16_from_start=bfloat16_from_start, table=table, counters=self.counters,
+                key_scales=key_scales, value_scales=value_scales,
             )  # fmt: skip
             return out.flatten(1)
         q, k, v = joined.split([H * D, G * D, joined.shape[1] - (H + G) * D], -1)
@@ -277,11 +282,12 @@ class DecodeStep:
             part.view(len(part), -1, 1, width) for part, width in ((q, D), (k, D), (v, attention.v_head_dim))
         )
         if attention.rotary:
-            query, key = attention.rotate(query, *self.masks["angles"]), attention.rotate(key, *self.masks["angles"])
+            assert self.angles is not None
+            query, key = attention.rotate(query, *self.angles), attention.rotate(key, *self.angles)
         for name, new in (("key", key), ("value", value)):
-            if scales:
+            if scaled:
                 new, scale = to_float8(new)
-                self.write(scales[name + "_scales"], scale)
+                self.write(getattr(held, name + "_scales"), scale)
             self.write(getattr(held, name + "s"), new)
         span = held.capacity if self.graph else self.host_length
         keys, values = self.visible(held, "key", span), self.visible(held, "value", span)
@@ -339,7 +345,7 @@ class DecodeStep:
         """[B, H·D] -> [B, H·Dv], the rows of a prompt reading the keys and values of its source together."""
         assert self.cross is not None
         assert self.source_length is not None
-        held: Any = self.cross.layers[i]
+        held = self.cross.decode_layers[i]
         query = query.view(len(query), -1, attention.qk_head_dim)
         if self.triton:
             out = attend(
@@ -347,15 +353,15 @@ class DecodeStep:
                 start=self.source_start, fold=self.request.copies, counters=self.counters,
             )  # fmt: skip
             return out.flatten(1)
-        if "source" not in self.masks:
+        if self.source_mask is None:
             assert self.source_start is not None
             at = torch.arange(held.capacity, device=self.device)
             seen = (at >= self.source_start[:, None]) & (at < self.source_length[:, None])
-            self.masks["source"] = seen[:, None, None]
+            self.source_mask = seen[:, None, None]
         P, k, H = len(held.keys), self.request.copies, query.shape[1]
         G = held.keys.shape[1]
         folded = query.view(P, k, G, H // G, -1).transpose(1, 2).reshape(P, G * k * (H // G), -1)
-        out = grouped(folded, held.keys, held.values, self.masks["source"], attention.scaling)
+        out = grouped(folded, held.keys, held.values, self.source_mask, attention.scaling)
         return out.view(P, G, k, H // G, -1).transpose(1, 2).reshape(P * k, -1)
 
 

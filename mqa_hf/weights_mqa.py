@@ -4,7 +4,7 @@ B rows decoded, N outputs and K inputs of a projection
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -42,14 +42,16 @@ class Projections:
         now = {key: plan is not None for key, plan in self.plans.items()}
         return now != before or not all(now.values())
 
-    def weights(self, modules: tuple) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    def weights(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` where one is not plain (LoRA, int8)."""
         key = id(modules[0])
         if key not in self.plans:
             self.plans[key] = None
-            if all(plain(module) for module in modules) and len({m.weight.dtype for m in modules}) == 1:
-                sizes = [m.out_features for m in modules]
-                weights, biases = [m.weight for m in modules], [m.bias for m in modules]
+            linears = [module for module in modules if plain(module)]
+            if len(linears) == len(modules) and len({m.weight.dtype for m in linears}) == 1:
+                sizes = [m.out_features for m in linears]
+                weights: list[torch.Tensor | None] = [m.weight for m in linears]
+                biases: list[torch.Tensor | None] = [m.bias for m in linears]
                 if joinable(weights, sizes) and joinable(biases, sizes):
                     weight = joined(weights, sizes)
                     assert weight is not None
@@ -59,9 +61,9 @@ class Projections:
     def __call__(
         self,
         x: torch.Tensor,
-        modules: tuple,
+        modules: tuple[nn.Module, ...],
         norm: nn.Module | None = None,
-        activation: Any = None,
+        activation: nn.Module | None = None,
         gated: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -83,16 +85,12 @@ class Projections:
             return out if residual is None else residual + out
         weight, bias = found
         fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype
-        known = norm is None or type(norm) in (nn.RMSNorm, nn.LayerNorm)
-        normal: Any = (None, None, None, 0.0)
-        if norm is not None and known:
-            rms = isinstance(norm, nn.RMSNorm)
-            normal = "rms_norm" if rms else "layer_norm", norm.weight, None if rms else norm.bias, norm.eps
-        if fits and len(x) == 1 and known:
-            return fused_linear(x, weight, bias, *normal, activation=name, gated=gated, residual=residual)
+        normal = None if norm is None else kernel_norm(norm)
+        if fits and len(x) == 1 and (norm is None or normal is not None):
+            return fused_linear(x, weight, bias, *(normal or ()), activation=name, gated=gated, residual=residual)
         if norm is None:
             y = x
-        elif self.triton and known:
+        elif self.triton and normal is not None:
             y = normalise(x, *normal)
         else:
             y = norm(x)
@@ -109,7 +107,7 @@ class Projections:
         return out if residual is None else residual + out
 
 
-def plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a matrix product and nothing else (no adapter, no quantised weight, no hook)."""
     return (
         type(module) is nn.Linear
@@ -121,7 +119,16 @@ def plain(module: nn.Module) -> bool:
     )
 
 
-def are_joined(parameters: list[Any], sizes: list[int]) -> bool:
+def kernel_norm(norm: nn.Module) -> tuple[str, torch.Tensor | None, torch.Tensor | None, float] | None:
+    """Kind, weight, bias and epsilon of a norm that the kernels know."""
+    if type(norm) is nn.RMSNorm and norm.eps is not None:
+        return "rms_norm", norm.weight, None, norm.eps
+    if type(norm) is nn.LayerNorm:
+        return "layer_norm", norm.weight, norm.bias, norm.eps
+    return None
+
+
+def are_joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
     """Whether parameters stand one after the other in a storage of their own."""
     one = next(p for p in parameters if p is not None)
     width, storage = one[0].numel(), one.untyped_storage()
@@ -132,7 +139,7 @@ def are_joined(parameters: list[Any], sizes: list[int]) -> bool:
     )
 
 
-def joinable(parameters: list[Any], sizes: list[int]) -> bool:
+def joinable(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
     """Whether parameters may become views of one tensor: not where they are views already that another relies on, as
     those of optimisers that keep all weights in one buffer, nor where other processes share them.
     """
@@ -146,7 +153,7 @@ def joinable(parameters: list[Any], sizes: list[int]) -> bool:
     return len(parameters) == 1 or not present or alone or are_joined(parameters, sizes)
 
 
-def joined(parameters: list[Any], sizes: list[int]) -> torch.Tensor | None:
+def joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> torch.Tensor | None:
     """Parameters one after the other along their first dimension, as one tensor that they become views of.
 
     A missing one (`None`, for a bias) is a gap of zeros. The second call finds what the first one did.

@@ -40,7 +40,7 @@ def read_yaml(path: Any) -> Any:
     """What stands in a YAML file, a `Path` or a package's; raises MQAError where it cannot be read."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise MQAError(f"{path} cannot be read: {error}") from error
 
 
