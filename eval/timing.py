@@ -186,8 +186,8 @@ class CellTimer:
             "matmul_rate": self.limits.rate,
             "versions": {
                 "mqa-hf": metadata.version("mqa-hf"),
-                "transformers": transformers.metadata.version("mqa-hf"),
-                "torch": torch.metadata.version("mqa-hf"),
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
                 "python": platform.python_version(),
             },
             "command": command,
