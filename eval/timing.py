@@ -22,7 +22,7 @@ from mqa_hf.base.console import progress_bar, say
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.plan import decoder_of
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.rules_mqa import CACHE
 
 from .benchmark import WARMUP, Benchmark, Cell
