@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -61,6 +61,55 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     if all(torch.isfinite(value) for value in tensor.aminmax()):  # at the speed of memory; NaN is passed on
         return 0
     return int((~tensor.isfinite()).sum())
+
+
+def check_range(name: str, tensor: torch.Tensor, cast: torch.Tensor, allow_nonfinite: bool) -> int:
+    """How many entries of a tensor are no numbers in the type that it was cast to.
+
+    Raises:
+        ConversionError: where there are any, unless `allow_nonfinite`.
+    """
+    count = count_nonfinite(cast)
+    if count and not allow_nonfinite:
+        raise ConversionError(
+            f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
+            f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
+            "bfloat16 or float32"
+        )
+    return count
+
+
+class Reader(Protocol):
+    """The tensors of a source.
+
+    Attributes:
+        tensors: name -> shape and dtype.
+        nonfinite: name -> NaN and infinite entries of the tensors that were read, where there are any.
+    """
+
+    tensors: dict[str, TensorInfo]
+    nonfinite: dict[str, int]
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The named tensors, on the CPU; valid until the result is dropped."""
+
+
+class Writer(Protocol):
+    """What takes the tensors of a result.
+
+    Attributes:
+        total_bytes: of all that are planned.
+        nonfinite: name -> NaN and infinite entries of the tensors that were written, where there are any.
+    """
+
+    total_bytes: int
+    nonfinite: dict[str, int]
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Take tensors, converted to the planned dtype; the number of bytes."""
+
+    def finish(self) -> None:
+        """All have been written."""
 
 
 class CheckpointReader:
@@ -299,7 +348,8 @@ class CheckpointWriter:
                     assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} for {info.shape}"
                     file.seek(self._places[name][1])
                     cast = tensor.to(info.dtype)
-                    self._check_finite(name, tensor, cast)
+                    if count := check_range(name, tensor, cast, self.allow_nonfinite):
+                        self.nonfinite[name] = count
                     raw = cast.contiguous().flatten().view(torch.uint8)
                     view = memoryview(raw.numpy())  # type: ignore[arg-type]
                     while view:
@@ -307,17 +357,6 @@ class CheckpointWriter:
                     written += info.nbytes
                     self._pending.discard(name)
         return written
-
-    def _check_finite(self, name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
-        count = count_nonfinite(cast)
-        if count and not self.allow_nonfinite:
-            raise ConversionError(
-                f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
-                f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
-                "bfloat16 or float32"
-            )
-        if count:
-            self.nonfinite[name] = count
 
     def finish(self) -> None:
         assert not self._pending, f"planned but never written: {listing(self._pending)}"

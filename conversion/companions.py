@@ -1,8 +1,10 @@
 """What a checkpoint has beside its weights: carried over from the source, and loaded once from the result."""
 
+import copy
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.files import read_json
 from mqa_hf.base.hub import CHAT_TEMPLATES, COMPANIONS
+from mqa_hf.base.text import load_tokenizer
 
 from .source import load_config
 
@@ -81,15 +84,19 @@ def copy_companions(directory: Path, partial: Path) -> None:
             shutil.copyfile(path, partial / f"{Path(module).name}.py")
     config = load_config(directory)
     if not (partial / GENERATION).is_file():
-        # Older checkpoints say in config.json how to generate, where transformers looks for it next.
-        with _loading(f"what {directory / 'config.json'} says of generation"):
-            generation = GenerationConfig.from_pretrained(
-                directory, config_file_name="config.json", _from_model_config=True
-            )
-        (partial / GENERATION).write_text(generation.to_json_string())
-    for what, auto in _parts(partial):
-        with _loading(f"the {what} in {directory}"):
+        (partial / GENERATION).write_text(generation_of(directory).to_json_string())
+    for what, auto in load_parts(partial):
+        with loading(f"the {what} in {directory}"):
             auto.from_pretrained(partial, config=config, trust_remote_code=False)
+
+
+def generation_of(directory: Path) -> GenerationConfig:
+    """How a checkpoint generates; older ones say it in config.json, where transformers looks for it next."""
+    name = GENERATION if (directory / GENERATION).is_file() else "config.json"
+    with loading(f"what {directory / name} says of generation"):
+        return GenerationConfig.from_pretrained(
+            directory, config_file_name=name, _from_model_config=name == "config.json"
+        )
 
 
 def check_loads(partial: Path, directory: Path) -> None:
@@ -105,27 +112,66 @@ def check_loads(partial: Path, directory: Path) -> None:
     Raises:
         ConversionError: where something does not load, or code is not complete.
     """
-    load_config(partial)
-    for name in ("config.json", *CODED):
-        _code(_references(partial / name), partial)
-    with _loading("the generation configuration of the result"):
-        GenerationConfig.from_pretrained(partial)
-    for what, auto in _parts(partial):
-        with _loading(f"the {what} of the result"):
-            theirs = auto.from_pretrained(partial, config=load_config(directory), trust_remote_code=False)
+    load_settings(partial)
+    config = load_config(directory)
+    for what, auto in load_parts(partial):
+        with loading(f"the {what} of the result"):
+            theirs = auto.from_pretrained(partial, config=copy.deepcopy(config), trust_remote_code=False)
             ours = auto.from_pretrained(partial, trust_remote_code=False)
-            if not _same(ours, theirs):
+            if not same_class(ours, theirs):
                 theirs.save_pretrained(partial)
                 ours = auto.from_pretrained(partial, trust_remote_code=False)
-        if not _same(ours, theirs):
+        if not same_class(ours, theirs):
             raise ConversionError(
                 f"the {what} in {directory}, a {type(theirs).__name__}, comes back from the result as another "
                 f"{type(ours).__name__}; save it again with save_pretrained, and convert with what that writes"
             )
 
 
+def load_settings(partial: Path) -> None:
+    """Load the configurations of a result, and see that the code it needs is complete."""
+    load_config(partial)
+    for name in ("config.json", *CODED):
+        _code(_references(partial / name), partial)
+    with loading("the generation configuration of the result"):
+        GenerationConfig.from_pretrained(partial)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What lies beside the weights of a checkpoint."""
+
+    directory: Path
+
+    def carry_over(self, partial: Path) -> None:
+        """Write it beside the weights of a result."""
+        copy_companions(self.directory, partial)
+
+    def check(self, partial: Path) -> None:
+        """Load what was written; raises ConversionError where it comes back as something else."""
+        check_loads(partial, self.directory)
+
+    def doubts(self) -> list[str]:
+        """What was not looked at, in sentences."""
+        return not_looked_at(self.directory)
+
+    def generation(self) -> GenerationConfig:
+        return generation_of(self.directory)
+
+    def tokenizer(self) -> Any:
+        """That of calibration texts; raises MQAError where there is none."""
+        return load_tokenizer(self.directory)
+
+    @property
+    def card(self) -> Path | None:
+        """A model card to carry over from."""
+        path = inside(self.directory, self.directory / "README.md")
+        return path if path.is_file() else None
+
+
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
+def loading(what: str) -> Iterator[None]:
+    """Says `what` cannot be loaded where classes of transformers raise anything."""
     try:
         yield
     except Exception as error:  # whatever classes of transformers raise for files that are none
@@ -141,19 +187,20 @@ def not_looked_at(directory: Path) -> list[str]:
     return [f"the tokenizer was copied without a look: {pieces[0]} needs sentencepiece, which is not installed"]
 
 
-def _parts(directory: Path) -> Iterator[tuple[str, Any]]:
+def load_parts(directory: Path) -> Iterator[tuple[str, Any]]:
     """Tokenizer and processor, those that are there and of a class of transformers, and what loads them."""
     if not_looked_at(directory):
         return
-    if any(any(directory.glob(p)) for p in VOCABULARIES) and not _references(directory / "tokenizer_config.json"):
+    # A trainer that was given the feature extractor alone leaves no tokenizer beside it.
+    speaks = any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
+    if speaks and not _references(directory / "tokenizer_config.json"):
         yield "tokenizer", AutoTokenizer
     if (directory / PROCESSOR).is_file() and not any(_references(directory / name) for name in CODED):
-        # A trainer that was given the feature extractor alone leaves no tokenizer beside it.
-        spoken = any(any(directory.glob(p)) for p in VOCABULARIES)
-        yield ("processor", AutoProcessor) if spoken else ("feature extractor", AutoFeatureExtractor)
+        yield ("processor", AutoProcessor) if speaks else ("feature extractor", AutoFeatureExtractor)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_class(one: Any, other: Any) -> bool:
+    """Whether two tokenizers or processors are of one class; of fast tokenizers, whether they do the same."""
     if isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast):
         return one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     return type(one) is type(other)

@@ -1,16 +1,19 @@
 """`mqa-hf convert`: from a pretrained checkpoint to a multi-query one."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional, ParamSpec, Protocol, TypeVar, overload
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, describe, options
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .record import ConversionRecord
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,9 @@ class Heads(Options):
         int | None,
         Option(
             "Positions that the decoder's self-attention sees, the current one included (arXiv 1911.02150, section "
-            "4.1, has 32), which also bounds its cache. Needs training afterwards. Default: all."
+            "4.1, has 32), which also bounds its cache. Needs training afterwards. Default: all.",
+            min=2,
+            below=2**31,
         ),
     ] = None
     ignore_switch: Annotated[
@@ -64,8 +69,12 @@ class Fit(Options, panel="Fitted heads (--method shared)"):
 
     _: KW_ONLY
     calibration: Annotated[
-        str | None,
-        Option("Text file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's reference manual."),
+        str | Sequence[str] | None,
+        Option(
+            "Text file, JSON lines, parquet, or an id of the Hub's datasets; in Python also a list of texts. Default: "
+            "Python's reference manual.",
+            objects="also",
+        ),
     ] = None
     calibration_tokens: Annotated[int, Option("Tokens that heads are fitted on.", min=1)] = 131_072
     sequence_length: Annotated[int, Option("Tokens of a sequence.", min=4)] = 512
@@ -97,8 +106,8 @@ class Fit(Options, panel="Fitted heads (--method shared)"):
 
 
 @dataclass(frozen=True)
-class Written(Options, panel="Output"):
-    """How the result is written."""
+class Weights(Options, panel="Output"):
+    """What the result is, wherever it goes."""
 
     _: KW_ONLY
     target: Annotated[
@@ -110,38 +119,46 @@ class Written(Options, panel="Output"):
         ),
     ] = "mqa"
     dtype: Annotated[str | None, Option("Of the weights. Default: as in the source.", choices=NUMBER_TYPES)] = None
-    max_shard_size: Annotated[str, Option("Largest file of weights.")] = "5GB"
     allow_nonfinite: Annotated[
         bool, Option("Convert weights that hold NaN or infinity too, and count them in the report.")
     ] = False
+
+
+@dataclass(frozen=True)
+class Written(Options, panel="Output"):
+    """How the result is written."""
+
+    _: KW_ONLY
+    max_shard_size: Annotated[str, Option("Largest file of weights.")] = "5GB"
     overwrite: Annotated[bool, Option("Replace the checkpoint at `output`.", recorded="never")] = False
 
 
 @dataclass(frozen=True)
 class Hub(Options, panel="Hub"):
-    """Where a source comes from, and a result goes to."""
+    """Where a source comes from."""
 
     _: KW_ONLY
     revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
+
+
+@dataclass(frozen=True)
+class Upload(Options, panel="Hub"):
+    """Where a result goes to."""
+
+    _: KW_ONLY
     push_to_hub: Annotated[str | None, Option("Repository to upload the result to.", recorded="never")] = None
     private: Annotated[bool, Option("Make a new repository private.", recorded="never")] = False
 
 
 @dataclass(frozen=True)
-class Conversion(Hub, Written, Fit, Heads, Job[dict[str, Any]]):
-    """Convert a checkpoint to fewer key/value heads.
+class ConversionOptions(Hub, Weights, Fit, Heads):
+    """What a conversion makes, wherever its result goes."""
 
-    Returns:
-        The content of `conversion.json`.
-
-    Raises:
-        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
-    """
-
-    name = "convert"
-
-    source: Annotated[str | os.PathLike[str], Option("Directory or hub id of the checkpoint.")]
-    output: Annotated[Path | str, Option("Directory to write. It appears only when it is whole.")]
+    _: KW_ONLY
+    tokenizer: Annotated[
+        Optional["PreTrainedTokenizerBase"],
+        Option("Tokenizer or processor that goes with a model in memory.", recorded="never", objects="only"),
+    ] = None
 
     @property
     def calibrated(self) -> bool:
@@ -154,64 +171,172 @@ class Conversion(Hub, Written, Fit, Heads, Job[dict[str, Any]]):
         key, value = self.key_width, self.value_width
         return self.head_width if key is None else key, self.head_width if value is None else value
 
+
+SOURCE = Option("Directory or hub id of the checkpoint; in Python also a loaded model.", objects="also")
+C = TypeVar("C", bound=ConversionOptions)
+
+
+def settled(job: C) -> C:
+    """With `refit` filled in; raises ConversionError for options that contradict each other."""
+    job = replace(job, refit=job.method == "shared" if job.refit is None else job.refit)
+    widths = (job.head_width != 1, job.key_width is not None, job.value_width is not None)
+    budget = job.cache_budget is not None
+    contradictions = (
+        (
+            job.method != "shared" and (any(widths) or budget),
+            f"widths and `cache_budget` are for `method` shared, not {job.method}",
+        ),
+        (
+            not job.calibrated and (job.calibration is not None or bool(job.calibration_columns)),
+            f"calibration text is for `method` shared and for `refit`; `method` {job.method} reads none",
+        ),
+        (
+            job.calibrated and job.allow_nonfinite,
+            "`allow_nonfinite` is for methods without calibration: nothing is fitted to NaN",
+        ),
+        (
+            job.calibrated and job.window is not None,
+            "`window` and `method` shared do not go together: heads are fitted to all they see",
+        ),
+        (
+            budget and any(widths),
+            "`cache_budget` chooses widths; give either it or `head_width`, `key_width`, `value_width`",
+        ),
+        (
+            budget and job.target == "native",
+            "`cache_budget` is for `target` mqa: native heads have the source's width",
+        ),
+    )
+    for holds, said in contradictions:
+        if holds:
+            raise ConversionError(said)
+    return job
+
+
+@dataclass(frozen=True)
+class ModelConversion(ConversionOptions, Job["PreTrainedModel"]):
+    """Convert to a model in memory."""
+
+    name = "convert"
+
+    source: Annotated["str | os.PathLike[str] | PreTrainedModel", SOURCE]
+
+    def resolve(self) -> "ModelConversion":
+        return settled(self)
+
+    def run(self) -> "PreTrainedModel":
+        from .converter import converted
+
+        return converted(self.resolve())
+
+
+@dataclass(frozen=True)
+class FileOptions(Upload, Written, ConversionOptions):
+    """What a conversion makes, and how it is written."""
+
+
+@dataclass(frozen=True)
+class Conversion(FileOptions, Job["ConversionRecord"]):
+    """Convert a checkpoint, or a model in memory, to fewer key/value heads.
+
+    Returns:
+        What `conversion.json` says, as a `ConversionRecord`. Where `output` is `None`, the model instead, in
+        evaluation mode; nothing is written then.
+
+    Raises:
+        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
+    """
+
+    name = "convert"
+
+    source: Annotated["str | os.PathLike[str] | PreTrainedModel", SOURCE]
+    output: Annotated[Path | str, Option("Directory to write. It appears only when it is whole.")]
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it was asked for with something in memory, which no command has."""
+        texts = self.calibration is None or isinstance(self.calibration, str | os.PathLike)
+        return not (isinstance(self.source, str | os.PathLike) and texts)
+
     def recorded(self) -> dict[str, Any]:
         fit = {field.name for field in fields(Fit)} - {"refit"}
         unread = {"source", "output"} | (set() if self.calibrated else fit)
-        return {name: value for name, value in super().recorded().items() if name not in unread}
+        found = {name: value for name, value in super().recorded().items() if name not in unread}
+        texts = found.get("calibration")
+        if texts is not None and not isinstance(texts, str):
+            found["calibration"] = f"{len(texts):,} texts in memory"
+        return found
+
+    def call(self) -> str:
+        """The Python call that does this, where no command can."""
+        changed = {"kv_heads", "method", *(f.name for f in options(type(self)) if getattr(self, f.name) != f.default)}
+        said = {name: repr(value) for name, value in self.recorded().items() if name in changed}
+        if "calibration" in said and not isinstance(self.calibration, str):
+            said["calibration"] = "texts"
+        if self.tokenizer is not None:
+            said["tokenizer"] = "tokenizer"
+        source = repr(str(self.source)) if isinstance(self.source, str | os.PathLike) else "model"
+        return f"mqa_hf.convert({', '.join([source, repr('OUTPUT'), *(f'{k}={v}' for k, v in said.items())])})"
 
     def resolve(self) -> "Conversion":
         """With `refit` settled; raises ConversionError for options that contradict each other."""
-        job = replace(self, refit=self.method == "shared" if self.refit is None else self.refit)
-        widths = (job.head_width != 1, job.key_width is not None, job.value_width is not None)
-        budget = job.cache_budget is not None
-        contradictions = (
-            (
-                job.private and not job.push_to_hub,
-                "`private` is about the repository of `push_to_hub`, which is missing",
-            ),
-            (
-                job.method != "shared" and (any(widths) or budget),
-                f"widths and `cache_budget` are for `method` shared, not {job.method}",
-            ),
-            (
-                not job.calibrated and (job.calibration is not None or bool(job.calibration_columns)),
-                f"calibration text is for `method` shared and for `refit`; `method` {job.method} reads none",
-            ),
-            (
-                job.calibrated and job.allow_nonfinite,
-                "`allow_nonfinite` is for methods without calibration: nothing is fitted to NaN",
-            ),
-            (
-                budget and any(widths),
-                "`cache_budget` chooses widths; give either it or `head_width`, `key_width`, `value_width`",
-            ),
-            (
-                budget and job.target == "native",
-                "`cache_budget` is for `target` mqa: native heads have the source's width",
-            ),
-        )
-        for holds, said in contradictions:
-            if holds:
-                raise ConversionError(said)
-        return job
+        if self.private and not self.push_to_hub:
+            raise ConversionError("`private` is about the repository of `push_to_hub`, which is missing")
+        return settled(self)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> "ConversionRecord":
         from .converter import carry_out
 
         return carry_out(self.resolve())
 
-    def show(self, report: dict[str, Any], console: "Console") -> None:
+    def show(self, record: "ConversionRecord", console: "Console") -> None:
         """Say in a line what became of the heads and the cache."""
-        cache, cross = report["kv_bytes_per_token"], report["cross_kv_bytes_per_token"]
-        attentions = report["attentions"]
+        cache, cross = record.kv_bytes_per_token, record.cross_kv_bytes_per_token
         heads = ", ".join(
-            f"{n['before']} -> {n['after']} key/value heads" + (f" ({name})" if len(attentions) > 1 else "")
-            for name, n in attentions.items()
+            f"{n.before} -> {n.after} key/value heads" + (f" ({name})" if len(record.attentions) > 1 else "")
+            for name, n in record.attentions.items()
         )
-        source_tokens = f", {cross['before']:,} -> {cross['after']:,} per source token" if cross["before"] else ""
+        source_tokens = f", {cross.before:,} -> {cross.after:,} per source token" if cross.before else ""
         console.print(
-            f"{self.output}: {heads}; {cache['before']:,} -> {cache['after']:,} cache bytes per token{source_tokens}"
+            f"{self.output}: {heads}; {cache.before:,} -> {cache.after:,} cache bytes per token{source_tokens}"
         )
 
 
-convert = function(Conversion)
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+class Convert(Protocol[P, Q]):
+    """Both ways of [`convert`] for type checkers: with an output and without."""
+
+    @overload
+    def __call__(
+        self, source: "str | os.PathLike[str] | PreTrainedModel", output: Path | str, *args: P.args, **kwargs: P.kwargs
+    ) -> "ConversionRecord": ...
+
+    @overload
+    def __call__(
+        self,
+        source: "str | os.PathLike[str] | PreTrainedModel",
+        output: None = None,
+        *args: Q.args,
+        **kwargs: Q.kwargs,
+    ) -> "PreTrainedModel": ...
+
+
+def both(written: Callable[P, FileOptions], kept: Callable[Q, ConversionOptions]) -> Convert[P, Q]:
+    """The function of a conversion, whose options are those of these classes."""
+
+    def run(source: Any, output: Path | str | None = None, **given: Any) -> Any:
+        if output is not None:
+            return Conversion(source, output, **given).run()
+        known = {field.name for field in options(ModelConversion)}
+        for name in given.keys() & ({field.name for field in options(Conversion)} - known):
+            raise ConversionError(f"`{name}` is about files, and there is no `output`")
+        return ModelConversion(source, **given).run()
+
+    describe(run, Conversion, output=None)
+    return run  # type: ignore[return-value]
+
+
+convert = both(FileOptions, ConversionOptions)

@@ -10,11 +10,12 @@ from mqa_hf.base.hub import locate
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
+from .canonical import CanonicalConfig, canonical_shapes, decoder_of
 from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
 from .inspect import Inspection
 from .passthrough import own_class
-from .plan import canonical_shapes, decoder_of
-from .pooling import CanonicalConfig, choose_attentions, with_heads
+from .pooling import choose_attentions, with_heads
+from .record import ConversionRecord, Origin, TrainingSummary
 from .source import Source, read_source
 
 
@@ -24,10 +25,9 @@ def describe(job: Inspection) -> dict[str, Any]:
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": job.source, "family": raw.get("model_type"), "conversion": None}
     trained = (directory / TRAINING_FILE).is_file()
+    if trained:
+        TrainingSummary.read(directory)
     result["training"] = read_json(directory / TRAINING_FILE) if trained else None
-    gone = [name for name in ("tokens", "validation", "command") if trained and name not in result["training"]]
-    if gone:
-        raise ConversionError(f"{directory / TRAINING_FILE} is not whole: {', '.join(gone)} is missing")
     if (directory / REPORT_FILE).is_file():
         return result | _converted(directory, trained)
     result |= {"convertible": True, "reason": None}
@@ -58,22 +58,19 @@ def describe(job: Inspection) -> dict[str, Any]:
 
 
 def _converted(directory: Path, trained: bool) -> dict[str, Any]:
-    report = read_json(directory / REPORT_FILE)
-    if trained and "command" not in report:  # trained without a conversion before
-        return {"convertible": False, "reason": f"it was trained from {report.get('source')}"} | _own(directory)
-    result: dict[str, Any] = {"convertible": False, "reason": "it is a converted checkpoint already"}
-    try:
-        _ = report["command"], [layer["layer"] for layer in report["layers"]]
-        result |= {
-            "num_attention_heads": report["num_attention_heads"],
-            "num_key_value_heads": report["num_key_value_heads"]["after"],
-            "parameters": report["parameters"],
-            "kv_bytes_per_token": {"now": report["kv_bytes_per_token"]["after"]},
-            "reason": f"it is a conversion of {report['source']}",
-            "conversion": report,
-        }
-    except (KeyError, TypeError) as error:
-        raise ConversionError(f"{directory / REPORT_FILE} is not whole: {error!r} is missing") from error
+    if trained and "command" not in read_json(directory / REPORT_FILE):  # trained without a conversion before
+        source = Origin.read(directory).source
+        return {"convertible": False, "reason": f"it was trained from {source}"} | _own(directory)
+    record = ConversionRecord.read(directory)
+    result: dict[str, Any] = {
+        "convertible": False,
+        "reason": f"it is a conversion of {record.source}",
+        "num_attention_heads": record.num_attention_heads,
+        "num_key_value_heads": record.num_key_value_heads.after,
+        "parameters": record.parameters,
+        "kv_bytes_per_token": {"now": record.kv_bytes_per_token.after},
+        "conversion": record.model_dump(mode="json"),
+    }
     return result | _own(directory)
 
 
@@ -85,7 +82,7 @@ def _own(directory: Path) -> dict[str, Any]:
         return {}
     try:
         return _describe(canonical[model_type].from_pretrained(directory))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever a configuration class raises for values that it refuses
         raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
 
 

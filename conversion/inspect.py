@@ -10,13 +10,6 @@ from mqa_hf.base.options import Job, Option, function
 if TYPE_CHECKING:
     from rich.console import Console
 
-# What `conversion.json` says of each layer, by method.
-ERRORS = (
-    *("key_error", "value_error", "cross_key_error", "cross_value_error"),
-    *("attention_error", "attention_kl", "discarded_key_energy", "discarded_value_energy"),
-    *("cross_attention_error", "cross_attention_kl", "cross_discarded_key_energy", "cross_discarded_value_energy"),
-)
-
 
 @dataclass(frozen=True)
 class Inspection(Job[dict[str, Any]]):
@@ -57,6 +50,8 @@ class Inspection(Job[dict[str, Any]]):
     def show(self, result: dict[str, Any], console: "Console") -> None:
         from rich.table import Table
 
+        from .record import LayerRecord
+
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name in (
             "source",
@@ -90,11 +85,10 @@ class Inspection(Job[dict[str, Any]]):
                 loss = conversion["held_out_loss"]
                 measured = f" ({loss['tokens']:,} tokens of {loss['text']})" if "tokens" in loss else ""
                 table.add_row("held-out loss", f"{loss['before']:.3f} -> {loss['after']:.3f} nats per token{measured}")
-            for name in ERRORS:
+            for name in list(LayerRecord.model_fields)[2:]:
                 errors = [layer[name] for layer in conversion["layers"] if layer.get(name) is not None]
-                if not errors:
-                    continue
-                table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
+                if errors:
+                    table.add_row(name.replace("_", " "), f"{min(errors):.3f} to {max(errors):.3f} over the layers")
         if result["training"]:
             training = result["training"]
             table.add_row("trained on", f"{training['tokens']:,} tokens")

@@ -4,26 +4,21 @@
 than a line in the log; what is trained or measured then is another model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.base.hub import check_no_adapter
 
+from .canonical import auto_class
 from .checkpoint import count_nonfinite
-from .families import FAMILIES
-from .operations import Flatten, SinusoidTable
-from .plan import template
+from .matching import is_optional, is_unused
 
 
 def load_model(
@@ -46,25 +41,47 @@ def load_model(
             NaN or infinity.
     """
     check_no_adapter(Path(checkpoint))
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is said of tensors there is said below
     try:
-        config = AutoConfig.from_pretrained(checkpoint, revision=revision) if config is None else config
-        model, found = auto_class(config).from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=dtype,
-            revision=revision,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are said by name below
-        )
+        with quietly():
+            config = AutoConfig.from_pretrained(checkpoint, revision=revision) if config is None else config
+            model, found = auto_class(config).from_pretrained(
+                checkpoint,
+                config=config,
+                dtype=dtype,
+                revision=revision,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are said by name below
+            )
     except Exception as error:  # whatever reading a file that is no checkpoint's raises
         raise ConversionError(f"{checkpoint} cannot be loaded: {error}") from error
+    check_loaded(model, found, f"in {checkpoint}")
+    return model.eval()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What transformers says of tensors is said by [`check_loaded`]."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-    missing = [name for name in found["missing_keys"] if not known_absent(name, config.model_type)]
-    unused = [name for name in found["unexpected_keys"] if not known_unused(name, config.model_type)]
-    damaged = [said for entry in model.named_parameters() if (said := _nonfinite(*entry))]
+
+
+def check_loaded(model: PreTrainedModel, found: dict[str, Any], where: str, allow_nonfinite: bool = False) -> None:
+    """Raises ConversionError where a model is not all that its weights say.
+
+    Args:
+        model: that was loaded.
+        found: what transformers says of the loading.
+        where: the weights are, for the message.
+        allow_nonfinite: whether tensors may hold NaN or infinity.
+    """
+    kind = model.config.model_type
+    missing = [name for name in found["missing_keys"] if not is_optional(name, kind)]
+    unused = [name for name in found["unexpected_keys"] if not is_unused(name, kind)]
+    damaged = [] if allow_nonfinite else [said for entry in model.named_parameters() if (said := _nonfinite(*entry))]
     problems = [
         f"{what}: {listing(names)}"
         for what, names in (
@@ -76,32 +93,7 @@ def load_model(
         if names
     ]
     if problems:
-        raise ConversionError(f"the weights in {checkpoint} do not make the model: {'; '.join(problems)}")
-    return model.eval()
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of this configuration with its head."""
-    if getattr(config, "num_mel_bins", None):
-        return AutoModelForSpeechSeq2Seq
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-
-
-def known_unused(name: str, model_type: str) -> bool:
-    """Whether a tensor is one that older files of a family hold and no class uses, such as a mask."""
-    family = FAMILIES.get(model_type)
-    if family is None:
-        return False
-    return any(template(name.removeprefix(prefix))[0] in family.ignored for prefix in ("", *family.prefixes))
-
-
-def known_absent(name: str, model_type: str) -> bool:
-    """Whether a tensor need not be in a file: the class computes it (sinusoids), or takes zeros (BART's bias)."""
-    family = FAMILIES.get(model_type)
-    if family is None:
-        return False
-    optional = {rule.source for rule in family.rules if isinstance(rule.operation, SinusoidTable | Flatten)}
-    return any(template(name.removeprefix(prefix))[0] in optional for prefix in ("", *family.prefixes))
+        raise ConversionError(f"the weights {where} do not make the model: {'; '.join(problems)}")
 
 
 def _mismatch(name: str, found: Any, expected: Any) -> str:

@@ -33,7 +33,7 @@ def _qkv_rows(config: MQAConfig) -> tuple[int, int, int]:
     return H * D, G * D, G * D
 
 
-def widened(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 at least, so that what is computed on the way is rounded once, when it is written."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -115,10 +115,10 @@ class AddOne:
     """[d]: a norm that multiplies by 1 + weight (Gemma, Nemotron) <-> one that multiplies by its weight."""
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
-        return (widened(tensor) + 1,)
+        return (at_least_float32(tensor) + 1,)
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        return widened(_only(tensors)) - 1
+        return at_least_float32(_only(tensors)) - 1
 
 
 @dataclass(frozen=True)

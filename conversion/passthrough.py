@@ -7,21 +7,24 @@ class. It is built twice on `meta`, with the heads before and after, and nothing
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
 
-from .checkpoint import CheckpointReader, TensorInfo
-from .families import NATIVE_ONLY, Family, NativeOnly, Rule, check_not_quantised
+from .canonical import with_fields
+from .checkpoint import TensorInfo
+from .convert import ConversionOptions
+from .families import NATIVE_ONLY, Family, NativeOnly, check_not_quantised
+from .matching import TensorStep, template
+from .memory import AnySource
 from .operations import SplitStacked
-from .plan import Step, template
+from .plan import Plan, Reading, in_parts
 from .pooling import check_divides
-from .source import Source
 
 Shape = tuple[int, ...]
 
@@ -45,7 +48,7 @@ class OwnClass:
     shapes: Mapping[str, Shape]
 
 
-def own_class(source: Source, kv_heads: int) -> OwnClass:
+def own_class(source: AnySource, kv_heads: int) -> OwnClass:
     """Settle what a source becomes from its configuration alone.
 
     Raises:
@@ -90,14 +93,19 @@ def own_class(source: Source, kv_heads: int) -> OwnClass:
     return OwnClass(output, config, pooled, model, after)
 
 
-def own_class_plan(
-    source: Source, *, kv_heads: int, dtype: torch.dtype | None, allow_nonfinite: bool
-) -> dict[str, Any]:
-    """The fields of the `Plan` of a conversion; raises ConversionError where it is impossible."""
-    own, row = own_class(source, kv_heads), NATIVE_ONLY[source.config.model_type]
-    reader = CheckpointReader(source.directory, allow_nonfinite)
+def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
+    """Settle the conversion of a source in its own class; raises ConversionError where it is impossible."""
+    kind = source.config.model_type
+    if job.calibrated:
+        raise ConversionError(f"`method` shared needs a canonical model, which {kind} has none of")
+    if job.window is not None or job.attention not in (None, ("decoder",)):
+        raise ConversionError(f"`window` and `attention` are not for {kind} in its own class")
+    if job.ignore_switch:
+        raise ConversionError(f"`ignore_switch`: {kind} keeps its own class and every switch")
+    own, row = own_class(source, job.kv_heads), NATIVE_ONLY[kind]
+    reader = source.reader(job.allow_nonfinite)
     _check_projections(reader.tensors, own, row)
-    own.output.dtype = dtype or source.config.dtype
+    dtype = DTYPES[job.dtype] if job.dtype else None
     steps = [_step(row, name) for name in reader.tensors]
     tensors = {
         name: TensorInfo(
@@ -106,17 +114,11 @@ def own_class_plan(
         )
         for name, info in reader.tensors.items()
     }
-    return {
-        "source": source,
-        "reader": reader,
-        "family": Family(prefixes=(), config=lambda _: {}, rules=()),
-        "config": own.config,
-        "pooled": own.pooled,
-        "output": own.output,
-        "reads": steps,
-        "writes": steps,
-        "tensors": tensors,
-    }
+    nothing = Family(prefixes=(), config=lambda _: {}, rules=())
+    parts = in_parts(steps)
+    reading = Reading(source, reader, nothing, own.config, own.pooled, ("decoder",), parts)
+    output = with_fields(own.output, dtype=dtype or source.config.dtype)
+    return Plan(reading, own.pooled, output, tuple(replace(p, writes=p.reads) for p in parts), (), tensors)
 
 
 # What a tensor is to the pooling, which goes by the end of a name.
@@ -134,18 +136,18 @@ def _pooled(row: NativeOnly, name: str) -> str | None:
     return next((pooled for end, pooled in kinds.items() if f".{module}".endswith(f".{end}")), None)
 
 
-def _step(row: NativeOnly, name: str) -> Step:
+def _step(row: NativeOnly, name: str) -> TensorStep:
     """A tensor keeps its name; the names within the walk are those that the pooling knows, or none that it does."""
     pooled, kind, number = _pooled(row, name), name.rpartition(".")[2], template(name)[1]
     layer = None if number is None else ("", number)
     place = name.replace(".", "/")
     if pooled == FUSED:
         targets: tuple[str, ...] = (f"copied.{place}", f"{place}.{KEY}.{kind}", f"{place}.{VALUE}.{kind}")
-        return Step(name, Rule(name, targets, SplitStacked()), targets, layer)
+        return TensorStep(name, targets, SplitStacked(), layer)
     targets = (f"copied.{place}",) if pooled is None else (f"{place}.{pooled}.{kind}",)
     if pooled == KEY_NORM:
         targets = (f"{place}.{KEY}.scale",)
-    return Step(name, Rule(name, targets), targets, layer)
+    return TensorStep(name, targets, layer=layer)
 
 
 def _head_dim(row: NativeOnly, name: str, shape: Shape, config: PreTrainedConfig) -> int:

@@ -1,105 +1,254 @@
-"""What a conversion will read and write, settled and checked from configurations and headers alone.
+"""What a conversion reads and writes, settled and checked from configurations and headers alone.
 
 Every source tensor is matched to a rule of its family, and its canonical shape computed on `meta` and compared with
 the canonical model's; then the output's tensors are matched back to canonical ones. Whatever does not fit is an error
-here, before a weight is read or a byte written.
+here, before a weight is read or a byte written. A plan is made once, and nothing in it changes afterwards.
 """
 
-import copy
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.modeling_mqa import MQAForCausalLM
-from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
-from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
-from .checkpoint import CheckpointReader, TensorInfo
-from .families import Family, Rule
+from .canonical import (
+    CanonicalConfig,
+    Shapes,
+    canonical_class,
+    canonical_shapes,
+    decoder_of,
+    model_shapes,
+    on_meta,
+    stacks_of,
+    with_fields,
+    with_stacks,
+)
+from .checkpoint import Reader, TensorInfo
+from .convert import ConversionOptions
+from .families import COPY, FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
+from .matching import Layer, TensorStep, layer_of, match
+from .memory import AnySource
 from .operations import Flatten, SinusoidTable
-from .pooling import CanonicalConfig
+from .pooling import choose_attentions, with_heads
+from .widths import Widths, fitted_config
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-_CANONICAL_LAYER = re.compile(r"model\.(?:(encoder|decoder)\.)?layers\.(\d+)\.")
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Step:
-    """A rule applied to one tensor: `name` on the checkpoint's side, `targets` in canonical names.
+class Part:
+    """What is read, pooled and written together: a layer, or one tensor outside the layers (`layer` is `None`)."""
 
-    `layer` is the stack ("" in a decoder-only model) and the layer of the targets; `None` outside the layers.
+    layer: Layer | None
+    reads: tuple[TensorStep, ...]
+    writes: tuple[TensorStep, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source that is understood.
+
+    Attributes:
+        source, reader, family: where the weights come from.
+        config: the canonical configuration, with all of the source's K/V heads.
+        pooled: the same with the heads that are asked for.
+        attentions: those that get fewer heads.
+        parts: tensors outside the layers one by one, then layers, those of an encoder first.
     """
 
-    name: str
-    rule: Rule
-    targets: tuple[str | None, ...]
-    layer: tuple[str, int] | None = None
+    source: AnySource
+    reader: Reader
+    family: Family
+    config: CanonicalConfig
+    pooled: CanonicalConfig
+    attentions: Sequence[str]
+    parts: tuple[Part, ...]
+
+    def read(self, part: Part) -> Tensors:
+        """The canonical tensors of a part, with all the source's heads."""
+        found = self.reader.read(step.name for step in part.reads)
+        canonical: Tensors = {}
+        for step in part.reads:
+            results = step.operation.to_canonical(found[step.name], decoder_of(self.config))
+            canonical |= {target: tensor for target, tensor in zip(step.targets, results) if target is not None}
+        if part.layer is not None:
+            fold_scales(self.family, self.source.config, part.layer[1], canonical)
+        return canonical
 
 
-def template(name: str) -> tuple[str, int | None]:
-    """("h.{}.ln_1.weight", 3) of "h.3.ln_1.weight"; the layer is the first number standing alone."""
-    match = _LAYER.search(name)
-    return (name, None) if match is None else (_LAYER.sub("{}", name, count=1), int(match.group()))
+@dataclass(frozen=True)
+class Plan:
+    """A conversion that can be carried out.
+
+    Attributes:
+        reading: what is read.
+        pooled: the canonical configuration of the result. The frequencies of fitted heads are to come.
+        output: the configuration that is written: `pooled`, or that of a class of transformers.
+        parts: what is read, and what is written with it.
+        zeros: tensors of the output that no canonical one stands for.
+        tensors: shape and dtype of what is written.
+    """
+
+    reading: Reading
+    pooled: CanonicalConfig
+    output: PreTrainedConfig
+    parts: tuple[Part, ...]
+    zeros: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def native(self) -> bool:
+        """Whether a class of transformers holds the result."""
+        return self.output is not self.pooled
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that are written."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def written(self, part: Part, canonical: Tensors) -> Tensors:
+        """The output's tensors of a part, from canonical ones with fewer heads."""
+        config = decoder_of(self.pooled)
+        return {
+            step.name: step.operation.from_canonical(
+                tuple(None if target is None else canonical.get(target) for target in step.targets), config
+            )
+            for step in part.writes
+        }
 
 
-def canonical_name(target: str, layer: int | None) -> str:
-    name = target if layer is None else target.format(layer)
-    return name if name.startswith("lm_head.") else f"model.{name}"
+def in_parts(steps: Sequence[TensorStep]) -> tuple[Part, ...]:
+    layers: dict[Layer, list[TensorStep]] = {}
+    for step in steps:
+        if step.layer is not None:
+            layers.setdefault(step.layer, []).append(step)
+    ordered = sorted(layers.items(), key=lambda item: (item[0][0] != "encoder", item[0]))
+    outside = [Part(None, (step,)) for step in steps if step.layer is None]
+    return (*outside, *(Part(layer, tuple(some)) for layer, some in ordered))
 
 
-def match(names: Iterable[str], family: Family) -> tuple[list[Step], list[str]]:
-    """The steps that the family's rules make of tensor names, and the names that no rule claims."""
-    if family.canonical:
-        own = [(name, _CANONICAL_LAYER.match(name)) for name in names]
-        return [
-            Step(name, Rule(name, (name,)), (name,), found and (found.group(1) or "", int(found.group(2))))
-            for name, found in own
-        ], []
-    rules = {rule.source: rule for rule in family.rules}
-    steps, unclaimed = [], []
-    for name in names:
-        prefix = next((p for p in family.prefixes if name.startswith(p)), "")
-        source, layer = template(name.removeprefix(prefix))
-        if source in family.ignored:
-            continue
-        if source in rules:
-            rule = rules[source]
-            targets = tuple(t and canonical_name(t, layer) for t in rule.targets)
-            found = next((_CANONICAL_LAYER.match(t) for t in targets if t), None)
-            steps.append(Step(name, rule, targets, found and (found.group(1) or "", int(found.group(2)))))
+def with_writes(
+    parts: Sequence[Part], writes: Sequence[TensorStep], made: Mapping[str, Layer]
+) -> tuple[tuple[Part, ...], tuple[str, ...]]:
+    """The parts, each with what is written with it, and the names of what is written with none.
+
+    Args:
+        parts: what is read.
+        writes: steps of the output.
+        made: canonical tensors that are not read, and the layer that they are made with.
+    """
+    place = {target: i for i, part in enumerate(parts) for step in part.reads for target in step.targets if target}
+    layers = {part.layer: i for i, part in enumerate(parts)}
+    place |= {name: layers[layer] for name, layer in made.items()}
+    by_part: dict[int, list[TensorStep]] = {}
+    zeros = []
+    for step in writes:
+        found = next((place[target] for target in step.targets if target in place), None)
+        if found is None:
+            zeros.append(step.name)
         else:
-            unclaimed.append(name)
-    return steps, unclaimed
+            by_part.setdefault(found, []).append(step)
+    return tuple(replace(part, writes=tuple(by_part.get(i, ()))) for i, part in enumerate(parts)), tuple(zeros)
 
 
-def model_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Parameters that a checkpoint of the model holds, in order; tied ones once."""
-    tied = set(model.all_tied_weights_keys)
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
+    """Understand a source; raises ConversionError where it cannot be converted as asked."""
+    family = family_of(source.config.model_type)
+    config = canonical_config(source.config, source.raw, frozenset(job.ignore_switch))
+    if family.canonical:
+        check_own_heads(config)
+    reader = source.reader(job.allow_nonfinite)
+    family, config = as_stored(family, config, reader)
+    attentions = choose_attentions(config, job.attention)
+    with_heads(config, job.kv_heads, attentions)  # (before anything is compared)
+    if job.calibrated and not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
+        raise ConversionError("`method` shared calibrates on text, and this model hears; use mean, first or random")
+    config = with_fields(config, tie_word_embeddings=really_tied(source, reader, family, config))
+    steps = read_steps(reader.tensors, family, config, equal=lambda *names: same_values(reader, names))
+    pooled = with_heads(config, job.kv_heads, attentions)
+    return Reading(source, reader, family, config, pooled, attentions, in_parts(steps))
 
 
-def decoder_of(config: CanonicalConfig) -> MQAConfig:
-    """The configuration of the stack that writes."""
-    return config if isinstance(config, MQAConfig) else config.decoder
+def make_plan(reading: Reading, job: ConversionOptions, widths: Mapping[str, Widths] | None = None) -> Plan:
+    """Settle a conversion; raises ConversionError where it is impossible.
+
+    Args:
+        reading: of the source.
+        job: resolved.
+        widths: of each layer's heads, by attention, in place of the job's.
+    """
+    source, config, pooled = reading.source, reading.config, reading.pooled
+    if job.calibrated:
+        pooled = _fitted(reading, job, widths)
+    if job.window is not None:
+        pooled = _windowed(pooled, job.window, job.target)
+    dtype = DTYPES[job.dtype] if job.dtype else None
+    stored = {"dtype": dtype or source.config.dtype}
+    pooled = with_stacks(with_fields(pooled, **stored), **dict.fromkeys(stacks_of(pooled), stored))
+    output: PreTrainedConfig = pooled
+    if job.target == "native":
+        native = native_config(source.config, decoder_of(pooled))
+        output = with_fields(native, tie_word_embeddings=config.tie_word_embeddings, **stored)
+        for name in output.sub_configs:
+            getattr(output, name).dtype = stored["dtype"]
+
+    read = {target: step.name for part in reading.parts for step in part.reads for target in step.targets if target}
+    writes, shapes = write_steps(output, FAMILIES[output.model_type] if job.target == "native" else None, set(read))
+    made = {}
+    if job.calibrated:  # fitted heads may have a bias of the output that the source has not
+        biases = [name for name in canonical_shapes(pooled) if name.endswith("o_proj.bias") and name not in read]
+        made = {name: layer for name in biases if (layer := layer_of(name)) is not None}
+    parts, zeros = with_writes(reading.parts, writes, made)
+    first = reading.parts[0].reads[0].name
+    tensors = {}
+    for step in writes:
+        given = next((read[t] for t in step.targets if t in read), first)
+        tensors[step.name] = TensorInfo(shapes[step.name], dtype or reading.reader.tensors[given].dtype)
+    return Plan(reading, pooled, output, parts, zeros, tensors)
 
 
-def canonical_class(config: CanonicalConfig) -> Any:
-    """The class that holds a canonical model with its head."""
-    if isinstance(config, MQAConfig):
-        return MQAForCausalLM
-    return MQAForConditionalGeneration if config.num_mel_bins is None else MQAForSpeechSeq2Seq
+def really_tied(source: AnySource, reader: Reader, family: Family, config: CanonicalConfig) -> bool:
+    """Whether the head is the embedding; files that contradict `config.json` decide, as they do in transformers."""
+    steps, _ = match(reader.tensors, family)
+    names = {target: step.name for step in reversed(steps) for target in step.targets}
+    head = names.get("lm_head.weight")
+    if not config.tie_word_embeddings:
+        return head is None and source.config.tie_word_embeddings
+    embedding = names.get(canonical_class(config)._tied_weights_keys["lm_head.weight"])
+    return head is None or embedding is None or same_values(reader, (head, embedding))
 
 
-def canonical_shapes(config: CanonicalConfig) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        return model_shapes(canonical_class(config)(config))
+def same_values(reader: Reader, names: Sequence[str]) -> bool:
+    one, other = reader.read(names).values()
+    return torch.equal(one, other)
+
+
+def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Widths] | None) -> CanonicalConfig:
+    # Classes of transformers have all frequencies alike.
+    chosen_frequencies = job.method == "shared" and job.target != "native"
+    config = reading.config
+    fitted = fitted_config(config, reading.pooled, reading.attentions, job.width_factors, widths, chosen_frequencies)
+    wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
+    if job.target == "native" and wider:
+        raise ConversionError(
+            "`target` native: classes of transformers have no heads wider than the source's, and where values "
+            "have a bias and the output has none, no place for the fitted one; use `target` mqa"
+        )
+    return fitted
+
+
+def _windowed(config: CanonicalConfig, window: int, target: str) -> CanonicalConfig:
+    stack = decoder_of(config)
+    if target == "native":
+        raise ConversionError("`window` is for `target` mqa: the classes of transformers keep the source's windows")
+    if stack.sliding_window and stack.sliding_window < window:
+        raise ConversionError(f"`window` {window} is wider than the source's own of {stack.sliding_window}")
+    layer_types = ["sliding_attention"] * stack.num_hidden_layers
+    return with_stacks(config, decoder={"layer_types": layer_types, "sliding_window": window})
 
 
 def read_steps(
@@ -107,7 +256,7 @@ def read_steps(
     family: Family,
     config: CanonicalConfig,
     equal: Callable[[str, str], bool] = lambda one, other: False,
-) -> list[Step]:
+) -> list[TensorStep]:
     """How a source's tensors become the canonical model's, all its K/V heads still there.
 
     Args:
@@ -119,11 +268,10 @@ def read_steps(
         ConversionError: naming the tensors that are missing, that no rule claims, or whose shape does not fit.
     """
     matched, unclaimed = match(tensors, family)
-    with torch.device("meta"):
-        model = canonical_class(config)(config)
+    model = on_meta(config)
     expected, tied = model_shapes(model), model.all_tied_weights_keys
     matched = [replace(step, targets=tuple(t and tied.get(t, t) for t in step.targets)) for step in matched]
-    steps: list[Step] = []
+    steps: list[TensorStep] = []
     decoder = decoder_of(config)
     problems = []
     produced: dict[str, str] = {}
@@ -137,7 +285,7 @@ def read_steps(
             unclaimed.append(step.name)
             continue
         try:
-            results = step.rule.operation.to_canonical(torch.empty(info.shape, device="meta"), decoder)
+            results = step.operation.to_canonical(torch.empty(info.shape, device="meta"), decoder)
         except (RuntimeError, IndexError):
             results = ()
         shapes = [tuple(result.shape) for result in results]
@@ -162,7 +310,7 @@ def read_steps(
     return [step for step in steps if any(step.targets)]
 
 
-def as_stored(family: Family, config: CanonicalConfig, reader: CheckpointReader) -> tuple[Family, CanonicalConfig]:
+def as_stored(family: Family, config: CanonicalConfig, reader: Reader) -> tuple[Family, CanonicalConfig]:
     """The row and the configuration of a source by what its files hold: which table of positions, which biases.
 
     BART's class takes zeros for a bias of the logits that the files do not have. Pegasus' and Marian's classes look
@@ -172,23 +320,23 @@ def as_stored(family: Family, config: CanonicalConfig, reader: CheckpointReader)
     steps, _ = match(reader.tensors, family)
     optional = {t for rule in family.rules if isinstance(rule.operation, Flatten) for t in rule.targets}
     if "lm_head.bias" in optional and not any("lm_head.bias" in step.targets for step in steps):
-        config = copy.deepcopy(config)
-        decoder_of(config).lm_head_bias = False
-    names = [step.name for step in steps if isinstance(step.rule.operation, SinusoidTable)]
+        config = with_stacks(config, decoder={"lm_head_bias": False})
+    names = [step.name for step in steps if isinstance(step.operation, SinusoidTable)]
     width = decoder_of(config).hidden_size
     tables = [t for t in reader.read(names).values() if t.ndim == 2 and t.shape[1] == width]
     if all(SinusoidTable.is_formula(table, decoder_of(config)) for table in tables):
         return family, config
-    config = copy.deepcopy(config)
-    for stack in (config.encoder, config.decoder) if isinstance(config, MQASeq2SeqConfig) else (config,):
-        stack.position_embedding = "learned"
-    rules = (Rule(r.source, (r.source,)) if isinstance(r.operation, SinusoidTable) else r for r in family.rules)
+    config = with_stacks(config, **{name: {"position_embedding": "learned"} for name in stacks_of(config)})
+    rules = (
+        replace(r, targets=(r.source,), operation=COPY) if isinstance(r.operation, SinusoidTable) else r
+        for r in family.rules
+    )
     return replace(family, rules=tuple(rules)), config
 
 
 def write_steps(
     config: PreTrainedConfig, family: Family | None, available: set[str]
-) -> tuple[list[Step], dict[str, tuple[int, ...]]]:
+) -> tuple[list[TensorStep], Shapes]:
     """How canonical tensors become those of the output, and the output's shapes.
 
     Args:
@@ -199,9 +347,8 @@ def write_steps(
     if family is None:
         assert isinstance(config, CanonicalConfig)
         shapes = canonical_shapes(config)
-        return [Step(name, Rule(name, (name,)), (name,)) for name in shapes], shapes
-    with torch.device("meta"):
-        shapes = model_shapes(AutoModelForCausalLM.from_config(config))
+        return [TensorStep(name, (name,)) for name in shapes], shapes
+    shapes = model_shapes(on_meta(config))
     steps, unclaimed = match(shapes, family)
     unfilled = [s.name for s in steps if not set(s.targets) & available and not s.name.endswith(".bias")]
     nameless = unclaimed + unfilled

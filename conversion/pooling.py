@@ -5,7 +5,6 @@ figure 4). A projection of G heads of width D has the shape [G·D, d] (its bias 
 one, as the query heads of a group are neighbours.
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,11 +12,10 @@ import torch
 
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .operations import widened
-
-CanonicalConfig = MQAConfig | MQASeq2SeqConfig
+from .canonical import CanonicalConfig, heads_of, with_stacks
+from .matching import Layer
+from .operations import at_least_float32
 
 Pool = Callable[[torch.Tensor, torch.Generator, float], torch.Tensor]
 
@@ -48,24 +46,6 @@ def attention_of(name: str) -> str:
     if ".cross_attn." in name:
         return "cross"
     return "encoder" if name.startswith("model.encoder.") else "decoder"
-
-
-def heads_of(config: CanonicalConfig) -> dict[str, int]:
-    """Key/value heads of each attention that the model has."""
-    if isinstance(config, MQAConfig):
-        return {"decoder": config.num_key_value_heads}
-    return {
-        "decoder": config.decoder.num_key_value_heads,
-        "cross": config.decoder.cross_num_key_value_heads,
-        "encoder": config.encoder.num_key_value_heads,
-    }
-
-
-def stack_of(config: CanonicalConfig, attention: str) -> MQAConfig:
-    """The configuration of the stack that an attention is in."""
-    if isinstance(config, MQAConfig):
-        return config
-    return config.encoder if attention == "encoder" else config.decoder
 
 
 def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None) -> list[str]:
@@ -106,12 +86,11 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
         check_divides(
             heads_of(config)[name], kv_heads, "" if isinstance(config, MQAConfig) else f" of {name} attention"
         )
-    config = copy.deepcopy(config)
+    fields: dict[str, dict[str, int]] = {}
     for name in attentions:
-        setattr(
-            stack_of(config, name), "cross_num_key_value_heads" if name == "cross" else "num_key_value_heads", kv_heads
-        )
-    return config
+        field = "cross_num_key_value_heads" if name == "cross" else "num_key_value_heads"
+        fields.setdefault("encoder" if name == "encoder" else "decoder", {})[field] = kv_heads
+    return with_stacks(config, **fields)
 
 
 def relative(distance: float, size: float) -> float | None:
@@ -158,7 +137,7 @@ def pool_layer(
         if attention not in attentions or (kv_heads == source_heads and method != "random"):
             continue
         width = tensor.shape[0] // source_heads
-        heads = widened(tensor).unflatten(0, (kv_heads, source_heads // kv_heads, width))
+        heads = at_least_float32(tensor).unflatten(0, (kv_heads, source_heads // kv_heads, width))
         pooled = METHODS[method](heads, generator, std)
         if name.endswith(".weight"):
             distance, size = float((heads - pooled.unsqueeze(1)).norm()), float(heads.norm())
@@ -167,3 +146,40 @@ def pool_layer(
             pooled = torch.ones_like(pooled)
         tensors[name] = pooled.flatten(0, 1)
     return errors
+
+
+class Pooling:
+    """The heads of a method that looks at no data, layer by layer.
+
+    Args:
+        config, pooled: canonical, with the source's heads and with those that are asked for.
+        attentions: those that get fewer heads.
+        method: a key of `METHODS`.
+        seed: of `random`.
+    """
+
+    def __init__(
+        self, config: CanonicalConfig, pooled: CanonicalConfig, attentions: Sequence[str], method: str, seed: int
+    ):
+        self.before, self.after, self.attentions, self.method = heads_of(config), heads_of(pooled), attentions, method
+        self.std = config.initializer_range
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def outside(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Tensors outside the layers say nothing of heads."""
+
+    def convert(
+        self, layer: Layer, tensors: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float | None]]:
+        """A layer's tensors with fewer heads, and the errors of [`pool_layer`]."""
+        tensors = dict(tensors)
+        errors = pool_layer(
+            tensors,
+            before=self.before,
+            after=self.after,
+            attentions=self.attentions,
+            method=self.method,
+            generator=self.generator,
+            std=self.std,
+        )
+        return tensors, errors

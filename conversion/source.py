@@ -9,13 +9,12 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.base.files import read_json
+from mqa_hf.base.files import REPORT_FILE, read_json
 from mqa_hf.base.hub import locate
 
+from .checkpoint import CheckpointReader, Reader
 from .families import OWN, check_known
 
-REPORT_FILE = "conversion.json"
-TRAINING_FILE = "uptraining.json"
 # How configurations call the number of layers; a damaged one would fill the memory with what there is of each.
 LAYERS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
@@ -41,6 +40,10 @@ class Source:
     revision: str | None
     config: PreTrainedConfig
     raw: dict[str, Any]
+
+    def reader(self, allow_nonfinite: bool = False) -> Reader:
+        """Its weights, of which headers are read now."""
+        return CheckpointReader(self.directory, allow_nonfinite)
 
 
 def open_source(source: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> Source:

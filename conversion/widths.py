@@ -11,7 +11,7 @@ from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .pooling import CanonicalConfig, heads_of, stack_of
+from .canonical import CanonicalConfig, heads_of, stack_of
 
 STEP = 8  # components by which widths of a budget differ: what kernels like, and what 16-byte loads fit
 

@@ -10,8 +10,8 @@ from mqa_hf.base.datasheets import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import family_of, native_config
-from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .plan import MEASURED, Planning

@@ -21,13 +21,14 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from mqa_hf import convert, inspect
 from mqa_hf.base.commands import run_job
 from mqa_hf.base.console import say
 from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.options import Job, Option
-from mqa_hf.base.text import calibration_tokens
+from mqa_hf.base.text import calibration_tokens, load_tokenizer
+from mqa_hf.conversion.convert import convert
+from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.source import load_config
 
@@ -117,7 +118,8 @@ class MethodComparison(Job[list[MethodRecord]]):
     def texts(self) -> list[torch.Tensor]:
         """Rows of each validation text."""
         size, length = load_config(self.source).get_text_config(decoder=True).vocab_size, self.sequence_length
-        return [calibration_tokens(self.source, text, self.tokens, length, size, seed=0) for text in self.validation]
+        tokenizer = load_tokenizer(self.source)
+        return [calibration_tokens(tokenizer, text, self.tokens, length, size, seed=0) for text in self.validation]
 
     def losses(self, checkpoint: Path, texts: Sequence[torch.Tensor]) -> list[float]:
         model = load_model(checkpoint, dtype=torch.float32).to(self.device)
@@ -138,7 +140,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
         return MethodRecord(
             conversion=name,
-            cache_bytes=report["kv_bytes_per_token"]["after"],
+            cache_bytes=report.kv_bytes_per_token.after,
             seconds=round(time.perf_counter() - start, 1),
             device_gib=peak,
             loss=self.losses(output, texts),

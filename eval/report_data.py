@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel
-
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json
 from mqa_hf.base.records import Record
+from mqa_hf.conversion.record import LayerRecord
 from mqa_hf.finetune.records import UptrainingRecord
 
 from .benchmark_record import BenchmarkRecord
@@ -20,24 +19,12 @@ OWN_ENGINE = "mqa-hf"
 Cell = tuple[int, int]  # batch and context
 
 
-class LayerSummary(BaseModel):
-    """Relative errors of a layer after a conversion."""
-
-    stack: str | None = None
-    attention_error: float | None = None
-    key_error: float | None = None
-    value_error: float | None = None
-    cross_attention_error: float | None = None
-    cross_key_error: float | None = None
-    cross_value_error: float | None = None
-
-
 class ConversionSummary(Record):
-    """What a report shows of `conversion.json`: errors by layer, and the command."""
+    """What a report shows of `conversion.json`, which of a checkpoint that was not converted has neither."""
 
     file = REPORT_FILE
 
-    layers: list[LayerSummary] = []
+    layers: list[LayerRecord] = []
     command: str | None = None
 
 

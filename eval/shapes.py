@@ -15,9 +15,9 @@ from mqa_hf.base.hub import locate
 from mqa_hf.base.shapes import SHAPES
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
 from mqa_hf.conversion.passthrough import own_class
-from mqa_hf.conversion.plan import decoder_of
 from mqa_hf.conversion.source import Source, read_source
 
 Config = MQAConfig | MQASeq2SeqConfig

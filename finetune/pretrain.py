@@ -119,12 +119,9 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingReco
 
     def show(self, record: "PretrainingRecord", console: "Console") -> None:
         """Say in a line how large the model is and how good."""
-        from mqa_hf.base.devices import processes
-
-        if processes().is_main_process:
-            loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
-            said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
-            console.print(said, soft_wrap=True)
+        loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
+        said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
+        console.print(said, soft_wrap=True)
 
 
 def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[str, Any]:

@@ -7,12 +7,11 @@ from typing import Any
 
 from transformers import set_seed
 
-from mqa_hf import modeling_mqa
+from mqa_hf.base.code import runtime_files
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.files import stamps
 from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.base.text import load_tokenizer, one_column
-from mqa_hf.conversion.converter import RUNTIME_FILES
 from mqa_hf.conversion.loading import load_model
 
 from .architecture import build, configuration, widened
@@ -70,8 +69,8 @@ def write(job: Pretraining, target: Path, config: Any, tokenizer: Any, record: P
     trained.config.use_cache = True
     with written_beside(target, 4 * trained.num_parameters(), job.overwrite, PretrainingRecord.file) as partial:
         trained.save_pretrained(partial)
-        for name in RUNTIME_FILES.get(type(trained).__name__, ()):
-            shutil.copyfile(Path(modeling_mqa.__file__).with_name(name), partial / name)
+        for path in runtime_files(type(trained)):
+            shutil.copyfile(path, partial / path.name)
         tokenizer.save_pretrained(partial)
         if (main / "runs").is_dir():
             shutil.copytree(main / "runs", partial / "runs")

@@ -195,10 +195,6 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     def show(self, record: "UptrainingRecord", console: "Console") -> None:
         """Say in a line what the losses became, and warn of those that are worse."""
-        from mqa_hf.base.devices import processes
-
-        if not processes().is_main_process:
-            return
         said = f"{self.output}: trained on {record.tokens:,} tokens"
         measured = record.validation
         if measured is None:

@@ -14,13 +14,14 @@ from mqa_hf.base.errors import ConversionError, MQAError, listing
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from ..operations import widened
+from ..operations import at_least_float32
 from . import alibi, encoder_decoder, gpt, llama, variants
-from .base import Family, Rule, SourceConfig
+from .base import COPY, Family, Rule, SourceConfig
 from .native_only import NATIVE_ONLY, NativeOnly
 from .refused import REFUSED
 
 __all__ = [
+    "COPY",
     "FAMILIES",
     "NATIVE_ONLY",
     "OWN",
@@ -226,4 +227,4 @@ def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: d
     for projection, scale in scales.items():
         for name, tensor in tensors.items():
             if f".{projection}." in name and scale != 1.0:
-                tensors[name] = widened(tensor) * scale
+                tensors[name] = at_least_float32(tensor) * scale

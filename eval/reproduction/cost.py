@@ -12,7 +12,6 @@ import datasets
 import torch
 from transformers import set_seed
 
-from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.base.devices import peak_rate
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import Job, Option
@@ -24,6 +23,7 @@ from mqa_hf.finetune.losses import Objective
 from mqa_hf.finetune.options import Run
 from mqa_hf.finetune.throughput import StepClock
 from mqa_hf.finetune.trainer import operations_per_token, train
+from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 
 from .recipe import FIRST, Heads, configured
 

@@ -2,10 +2,12 @@
 
 import inspect
 import json
+import os
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from . import console
 from .entry import run_command
@@ -29,6 +31,8 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
         except KeyboardInterrupt:
             console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
             raise typer.Exit(130) from None
+        if os.environ.get("RANK", "0") != "0":
+            return  # of several processes, one says what came of it
         if as_json:
             typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=as_plain))
         elif dry_run:
@@ -37,7 +41,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
         else:
             asked.show(result, Console(markup=False, highlight=False))
 
-    parameters = [parameter(field, job) for field in options(job)]
+    parameters = [parameter(field, job) for field in options(job) if field.option.objects != "only"]
     switches = {
         "quiet": "Say nothing but warnings and errors.",
         "verbose": "Say more.",
@@ -71,7 +75,7 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
             default = ",".join(map(str, default)) if option.comma else list(default)
     if not field.required and not default and kind is not bool:
         default, kind = default if field.kind in (int, float) else None, kind | None
-    help = as_flags(option.help, job)
+    help = escape(as_flags(option.help, job))
     metavar = option.metavar or "|".join(option.choices) or (f"<{field.kind.__name__}>" if field.many else None)
     if field.positional:
         info = typer.Argument(help=help, metavar=field.name.upper(), show_default=False)

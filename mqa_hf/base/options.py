@@ -52,6 +52,7 @@ class Option:
         recorded: whether the command in results shows it: where it is not the default, always, or never, because it
             does not change the result.
         metavar: what stands for the value in `--help`.
+        objects: whether Python may give an object in memory in its place, which is taken as it is: "also" or "only".
     """
 
     help: str
@@ -62,6 +63,7 @@ class Option:
     comma: bool = False
     recorded: Literal["changed", "always", "never"] = "changed"
     metavar: str | None = None
+    objects: Literal["also", "only"] | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ class Options:
     def __post_init__(self) -> None:
         for field in options(type(self)):
             value = getattr(self, field.name)
+            if field.option.objects and not isinstance(value, str | os.PathLike | None):
+                continue
             if field.positional and not field.many and not isinstance(value, str | os.PathLike | Sequence | None):
                 continue  # a model in memory in place of its path
             object.__setattr__(self, field.name, field.checked(value))
@@ -194,7 +198,7 @@ class Options:
         Raises:
             MQAError: for an option that there is not, one that is missing, and values that are none.
         """
-        known = {field.name: field for field in options(cls)}
+        known = {field.name: field for field in options(cls) if field.option.objects != "only"}
         named = {str(name).replace("-", "_"): value for name, value in given.items()}
         for name in named:
             if name not in known:
@@ -294,13 +298,22 @@ def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
 
     assert isinstance(job, type)
     assert issubclass(job, Job)
+    describe(run, job)
+    return run
+
+
+def describe(run: Callable[..., Any], job: type[Job], **defaults: Any) -> None:
+    """Give a function the name, signature and help of the job that it runs, with other defaults where given."""
     run.__name__ = run.__qualname__ = job.name
     run.__module__ = "mqa_hf"
     run.__doc__ = documentation(job)
-    parameters = inspect.signature(job).parameters.values()
-    plain = [parameter.replace(annotation=get_args(parameter.annotation)[0]) for parameter in parameters]
-    run.__signature__ = inspect.Signature(plain)  # type: ignore[attr-defined]
-    return run
+    parameters = [
+        parameter.replace(
+            annotation=get_args(parameter.annotation)[0], default=defaults.get(parameter.name, parameter.default)
+        )
+        for parameter in inspect.signature(job).parameters.values()
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
 
 def summary(job: type[Options]) -> str:

@@ -32,12 +32,12 @@ except ImportError:  # a system without such locks
     fcntl = None  # type: ignore[assignment]
 
 
-def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool, mark: str = REPORT_FILE) -> Path:
+def resolve_output(output: str | os.PathLike, source: Path | None, overwrite: bool, mark: str = REPORT_FILE) -> Path:
     """The absolute path of the output, links followed. What a killed process left there is cleared.
 
     Args:
         output: directory to write.
-        source: directory that is read.
+        source: directory that is read, where there is one.
         overwrite: whether what is at `output` may be replaced.
         mark: file that what may be replaced has in it.
 
@@ -45,10 +45,10 @@ def resolve_output(output: str | os.PathLike, source: Path, overwrite: bool, mar
         MQAError: where writing there would lose something, or is impossible.
     """
     try:
-        here, there = Path(output).resolve(), source.resolve()
+        here, there = Path(output).resolve(), None if source is None else source.resolve()
         if here == there:
             raise MQAError(f"source and output are the same directory: {here}")
-        if here in there.parents or there in here.parents:
+        if there is not None and (here in there.parents or there in here.parents):
             raise MQAError(f"source {there} and output {here} lie in each other")
         if here in (Path.cwd(), *Path.cwd().parents):
             raise MQAError(f"the working directory is or lies in {here}; give the output a name of its own")

@@ -138,15 +138,27 @@ def one_column(columns: Sequence[str], option: str) -> str | None:
     return columns[0] if columns else None
 
 
+def given_texts(source: Any, option: str) -> Sequence[str] | None:
+    """Texts that were given themselves, in place of where they are; raises MQAError for a list of something else."""
+    if source is None or isinstance(source, str | os.PathLike):
+        return None
+    if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
+        raise MQAError(f"{option} must be where a text is, or a list of texts; got {str(source)[:80]!r}")
+    return source
+
+
 def documents(
-    source: str | os.PathLike | None, column: str | None = None, option: str = "`calibration`", tokenizer: Any = None
+    source: str | os.PathLike | Sequence[str] | None,
+    column: str | None = None,
+    option: str = "`calibration`",
+    tokenizer: Any = None,
 ) -> Sequence[str]:
     """The documents of a text.
 
     Args:
         source: a text file, JSON lines, parquet or CSV (also compressed), or an id of the Hub's datasets. `None` is
             Python's own reference manual, which every installation carries: English technical prose, enough to try
-            things out; text like the model's own is better.
+            things out; text like the model's own is better. A list of texts is taken as it is.
         column: that holds the text, or chats. Default: "text", else the first that holds text.
         option: that named the source, for messages.
         tokenizer: whose template makes texts of chats.
@@ -158,6 +170,12 @@ def documents(
         from pydoc_data.topics import topics
 
         return [topics[name] for name in sorted(topics)]
+    given = given_texts(source, option)
+    if given is not None:
+        if column:
+            raise MQAError(f"{option} is a list of texts, without columns; got the column {column}")
+        return given
+    assert isinstance(source, str | os.PathLike)
     if is_plain(source):
         if column:
             raise MQAError(f"{option} {source} is one text, without columns; got the column {column}")
@@ -181,7 +199,7 @@ def read_plain(source: str | os.PathLike, option: str) -> str:
 
 
 def pairs(
-    source: str | os.PathLike | None, columns: Sequence[str], option: str = "`calibration`"
+    source: str | os.PathLike | Sequence[str] | None, columns: Sequence[str], option: str = "`calibration`"
 ) -> tuple[Sequence[str], Sequence[str]] | None:
     """The texts that an encoder reads and a decoder writes, or `None` where there is one text only.
 
@@ -196,10 +214,13 @@ def pairs(
     """
     if len(columns) > 2:
         raise MQAError(f"an encoder-decoder model takes one or two columns; got {', '.join(columns)}")
-    if source is None or is_plain(source):
+    given = given_texts(source, option)
+    if given is not None or source is None or is_plain(source):  # type: ignore[arg-type]
         if len(columns) == 2:
-            raise MQAError(f"{option} needs a data set with the columns {', '.join(columns)}; got {source}")
+            got = source if given is None else "a list of texts"
+            raise MQAError(f"{option} needs a data set with the columns {', '.join(columns)}; got {got}")
         return None
+    assert isinstance(source, str | os.PathLike)
     if len(columns) == 1:
         return None
     rows = load(source, option)
@@ -257,8 +278,8 @@ def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
 
 
 def calibration_tokens(
-    directory: Path,
-    source: str | os.PathLike | None,
+    tokenizer: Any,
+    source: str | os.PathLike | Sequence[str] | None,
     count: int,
     length: int,
     vocab_size: int,
@@ -268,14 +289,13 @@ def calibration_tokens(
     """Token ids [N, length] of a calibration text; see [`documents`] and [`token_rows`].
 
     Args:
-        directory: of the checkpoint whose tokenizer is used.
+        tokenizer: of transformers.
         source, column, count, length, seed: as there.
         vocab_size: of the model, which every id must be below.
 
     Raises:
-        MQAError: where there is no tokenizer, too little text, or an id that the model does not have.
+        MQAError: where there is too little text, or an id that the model does not have.
     """
-    tokenizer = load_tokenizer(directory)
     tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
         raise MQAError(
@@ -322,8 +342,8 @@ def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def seq2seq_tokens(
-    directory: Path,
-    source: str | os.PathLike | None,
+    tokenizer: Any,
+    source: str | os.PathLike | Sequence[str] | None,
     columns: Sequence[str],
     count: int,
     length: int,
@@ -337,12 +357,11 @@ def seq2seq_tokens(
     the decoder writes what the encoder reads.
 
     Args:
-        directory, source, columns, seed: see [`calibration_tokens`] and [`pairs`].
+        tokenizer, source, columns, seed: see [`calibration_tokens`] and [`pairs`].
         count: tokens wanted, of both sides together.
         length: most tokens of a side.
         config: `MQASeq2SeqConfig` of the model.
     """
-    tokenizer = load_tokenizer(directory)
     generator = torch.Generator().manual_seed(seed)
     two = pairs(source, columns)
     sources: list[list[int]] = []

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sources import LLAMA, batch, largest_difference, make_model, save
 from tokenizer import CHAT_TEMPLATE, write_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.dynamic_module_utils import custom_object_save
 
 import mqa_hf
 from mqa_hf import convert, inspect
+from mqa_hf.base.code import runtime_files
 from mqa_hf.conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
+from mqa_hf.conversion.record import ConversionRecord
 
 GROUPED = {**LLAMA, "num_key_value_heads": 3}
 
@@ -170,7 +172,10 @@ def test_the_report(model, tmp_path):
     source = save(model, tmp_path / "source")
     returned = convert(source, tmp_path / "ours", method="first")
     report = json.loads((tmp_path / "ours" / "conversion.json").read_text())
-    assert report == returned
+    assert ConversionRecord.read(tmp_path / "ours") == returned
+    assert ConversionRecord.of(report, "it") == returned
+    assert set(report["layers"][0]) == {"layer", "key_error", "value_error"}
+    assert not {"nonfinite", "held_out_loss"} & set(report)
     assert report["num_key_value_heads"] == {"before": 3, "after": 1}
     assert report["kv_bytes_per_token"] == {"before": 2 * 3 * 3 * 16, "after": 2 * 3 * 16}
     weight = model.model.layers[1].self_attn.k_proj.weight.view(3, 8, 48)
@@ -183,7 +188,7 @@ def test_the_command_in_the_report_makes_the_same_checkpoint(model, tmp_path):
     source = save(model, tmp_path / "source")
     report = convert(source, tmp_path / "ours", method="random", seed=7, dtype="bfloat16")
     again = str(tmp_path / "again")
-    command = report["command"].replace("OUTPUT", again).split()
+    command = report.command.replace("OUTPUT", again).split()
     subprocess.run([sys.executable, "-m", "mqa_hf.cli", *command[1:]], check=True, capture_output=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "again")]
     assert weights[0] == weights[1]
@@ -197,7 +202,7 @@ def test_the_model_card(model, tmp_path):
     assert card.data.license == "mit"
     assert card.data.language == ["de"]
     assert card.data.library_name == "transformers"
-    assert report["command"] in card.text
+    assert report.command in card.text
     assert "| cache, bytes per token (16 bit) | 288 | 96 |" in card.text
 
 
@@ -267,17 +272,22 @@ def test_save_load_save_is_stable(model, tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_the_runtime_files_are_what_transformers_would_copy():
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    from mqa_hf.conversion.converter import RUNTIME_FILES
-
-    for name, files in RUNTIME_FILES.items():
-        model_file = sys.modules[getattr(mqa_hf, name).__module__].__file__
-        needed = {model_file, *get_relative_import_files(model_file)}
-        assert {path.rsplit("/", 1)[-1] for path in needed} == set(files)
+def test_the_runtime_files_are_what_transformers_copies(tmp_path):
+    for name, fields in (
+        ("MQAForCausalLM", {}),
+        ("MQAForConditionalGeneration", {}),
+        ("MQAForSpeechSeq2Seq", {"encoder": {"causal": False, "num_mel_bins": 8}}),
+    ):
+        kind = getattr(mqa_hf, name)
+        with torch.device("meta"):
+            model = kind(kind.config_class(**fields))
+        (tmp_path / name).mkdir()
+        custom_object_save(model, tmp_path / name)
+        needed = runtime_files(kind)
+        assert {path.name for path in needed} == {path.name for path in (tmp_path / name).iterdir()}
         for path in needed:
-            assert not re.search(r"^\s*(from|import) mqa_hf", Path(path).read_text(), re.MULTILINE)
+            assert not re.search(r"^\s*(from|import) mqa_hf", path.read_text(), re.MULTILINE)
+    assert runtime_files(LlamaForCausalLM) == []
 
 
 def test_inspect_reads_no_weights(model, tmp_path):

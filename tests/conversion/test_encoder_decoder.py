@@ -74,7 +74,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(
     overwrite_with_mean(theirs, 1, attentions)
     difference, size = seq2seq_difference(ours, theirs)
     assert difference <= UNSCALED.get(model_type, TOLERANCE), f"{difference} on logits up to {size}"
-    assert {name for name, heads in report["attentions"].items() if heads["after"] == 1} == set(attentions)
+    assert {name for name, heads in report.attentions.items() if heads.after == 1} == set(attentions)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 4}], ids=["greedy", "beam 4"])
@@ -324,8 +324,8 @@ def test_inspection_counts_both_caches(tmp_path):
         ({"attention": []}, "`attention`"),
         ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of decoder attention"),
         ({"target": "native"}, "`target` native"),
-        ({"window": 0}, "`window` must be at least 2"),
-        ({"window": 1}, "`window` must be at least 2"),
+        ({"window": 0}, "`window` must be a whole number at least 2"),
+        ({"window": 1}, "`window` must be a whole number at least 2"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):

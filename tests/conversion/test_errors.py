@@ -17,6 +17,7 @@ from sources import LLAMA, make_model, save
 from typer.testing import CliRunner
 
 import mqa_hf.conversion.converter as converter
+import mqa_hf.conversion.pooling as pooling
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
@@ -94,7 +95,7 @@ def test_a_converted_checkpoint_as_the_source(source, tmp_path):
 
 def test_a_switch_that_nothing_reads(source):
     edit_config(source, attention_sink_size=4)
-    refused(source, "attention_sink_size=4.*--ignore-switch")
+    refused(source, "attention_sink_size=4.*`ignore_switch`")
     convert(source, source.parent / "output", ignore_switch=["attention_sink_size"])
 
 
@@ -335,8 +336,8 @@ def test_a_revision_of_a_directory(source):
 def test_a_directory_that_is_not_empty(source, tmp_path):
     output = tmp_path / "output"
     convert(source, output, kv_heads=2)
-    refused(source, "exists and is not empty; pass --overwrite")
-    assert convert(source, output, overwrite=True)["num_key_value_heads"]["after"] == 1
+    refused(source, "exists and is not empty; pass `overwrite`")
+    assert convert(source, output, overwrite=True).num_key_value_heads.after == 1
     assert json.loads((output / "config.json").read_text())["num_key_value_heads"] == 1
 
 
@@ -425,7 +426,7 @@ def test_an_error_while_replacing_keeps_what_was_there(source, tmp_path, monkeyp
         raise RuntimeError("interrupted")
 
     before = (output / "model.safetensors").read_bytes()
-    monkeypatch.setattr(converter, "pool_layer", fail)
+    monkeypatch.setattr(pooling, "pool_layer", fail)
     with pytest.raises(RuntimeError):
         convert(source, output, overwrite=True)
     assert (output / "model.safetensors").read_bytes() == before
@@ -436,7 +437,7 @@ def test_an_error_while_replacing_keeps_what_was_there(source, tmp_path, monkeyp
 def test_an_interrupted_command_leaves_nothing(source, tmp_path, sign):
     """The command is stopped while it is between two layers."""
     program = (
-        "import time, mqa_hf.conversion.converter as c; plain = c.pool_layer\n"
+        "import time, mqa_hf.conversion.pooling as c; plain = c.pool_layer\n"
         "def slow(*a, **k):\n    print('pooling', flush=True); time.sleep(30)\n"
         "c.pool_layer = slow\n"
         "from mqa_hf.cli import main; main()"

@@ -239,7 +239,7 @@ def test_opt_in_gpt_bigcode_is_warned_of_and_right_with_positions(tmp_path):
     with pytest.warns(ConversionWarning, match="padded on the left pass position_ids"):
         report = convert(source, tmp_path / "native", target="native")
     assert "Warning: opt counts positions" in (tmp_path / "native" / "README.md").read_text()
-    assert len(report["warnings"]) == 1
+    assert len(report.warnings) == 1
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "native").eval()
     ours = converted(source, tmp_path / "ours")
     ids, mask = batch()

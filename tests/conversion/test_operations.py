@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mqa_hf import MQAConfig
+from mqa_hf.conversion.matching import template
 from mqa_hf.conversion.operations import (
     AddOne,
     Copy,
@@ -15,7 +16,6 @@ from mqa_hf.conversion.operations import (
     SplitStacked,
     Transpose,
 )
-from mqa_hf.conversion.plan import template
 
 # Two heads of width 2. A row is [100·(query 1, key 2, value 3) + 10·head + component].
 QUERY, KEY, VALUE = ([[100 * part + 10 * head + i] for head in (1, 2) for i in (0, 1)] for part in (1, 2, 3))

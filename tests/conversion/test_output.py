@@ -23,8 +23,9 @@ from transformers import (
 )
 
 import mqa_hf.base.output as writing
-import mqa_hf.conversion.converter as converter
+import mqa_hf.conversion.saving as saving
 from mqa_hf import convert
+from mqa_hf.base.code import runtime_files
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
 
@@ -160,8 +161,9 @@ def test_a_processor_that_does_not_name_its_class_is_found_again(tmp_path):
 
 
 def test_code_of_the_result_that_is_not_complete_is_an_error(source, tmp_path, monkeypatch):
-    files = {name: tuple(f for f in of if f != "cache_mqa.py") for name, of in converter.RUNTIME_FILES.items()}
-    monkeypatch.setattr(converter, "RUNTIME_FILES", files)
+    monkeypatch.setattr(
+        saving, "runtime_files", lambda model: [path for path in runtime_files(model) if path.name != "cache_mqa.py"]
+    )
     refused(source, tmp_path / "output", r"needs cache_mqa\.py, which is not there")
 
 

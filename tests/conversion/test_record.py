@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert, inspect
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
+from mqa_hf.conversion.record import ConversionRecord
 from mqa_hf.finetune.uptrain import original_of, uptrain
 
 FIT = {"calibration_tokens": 512, "sequence_length": 16}
@@ -51,13 +52,13 @@ def test_the_recorded_command_makes_the_same_weights_again(options, home, tmp_pa
     if options.get("calibration_tokens"):
         options = {**options, "calibration": str(home / "text.jsonl")}
     report = convert(home / "source", tmp_path / "first", **options)
-    words = shlex.split(report["command"].replace("OUTPUT", str(tmp_path / "again")))
+    words = shlex.split(report.command.replace("OUTPUT", str(tmp_path / "again")))
     result = CliRunner().invoke(app, words[1:])
     assert result.exit_code == 0, result.output
     first, again = weights(tmp_path / "first"), weights(tmp_path / "again")
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
-    assert json.loads((tmp_path / "again" / "conversion.json").read_text())["options"] == report["options"]
+    assert json.loads((tmp_path / "again" / "conversion.json").read_text())["options"] == report.options
 
 
 @pytest.mark.parametrize(
@@ -74,13 +75,13 @@ def test_it_says_whether_outputs_were_refitted_and_what_a_loss_was_measured_on(o
     text = str(home / "text.jsonl")
     calibrated = options and {**options, "calibration": text, **FIT}
     report = convert(home / "source", tmp_path / "ours", **(calibrated or {}))
-    assert report["options"]["refit"] is refitted
+    assert report.options["refit"] is refitted
     card = (tmp_path / "ours" / "README.md").read_text()
     assert ("refitted" in card) is refitted
     if calibrated:
-        measured = report["held_out_loss"]
-        assert (measured["text"], measured["tokens"]) == (text, 2 * 15)  # two rows of 16, whose first is not predicted
-        assert f"{measured['tokens']} other tokens" in card.replace("\n", " ")
+        measured = report.held_out_loss
+        assert (measured.text, measured.tokens) == (text, 2 * 15)  # two rows of 16, whose first is not predicted
+        assert f"{measured.tokens} other tokens" in card.replace("\n", " ")
         shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "ours")], terminal_width=300).output
         assert "30 tokens of" in shown
 
@@ -107,7 +108,7 @@ def test_a_trained_checkpoint_says_so_and_keeps_the_code_that_it_came_with(home,
     assert "kl on validation text" in shown
     assert inspect(tmp_path / "ours")["training"] is None
     (tmp_path / "trained" / "uptraining.json").write_text('{"tokens": 256}')
-    with pytest.raises(MQAError, match=r"uptraining\.json is not whole: validation, command is missing"):
+    with pytest.raises(MQAError, match=r"uptraining\.json .*: command: field required, validation: field required"):
         inspect(tmp_path / "trained")
 
 
@@ -134,3 +135,24 @@ def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path
     with pytest.raises(MQAError, match=r"the teacher .*gone cannot be had"):
         train(home, tmp_path / "ours", tmp_path / "trained", str(tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"kv_bytes_per_token": {"before": 96, "after": "few"}}, r"kv_bytes_per_token\.after: .*integer"),
+        ({"layers": [{"layer": 0, "key_error": "none"}]}, r"layers\.0\.key_error: .*number"),
+        ({"layers": 2}, r"layers: .*list"),
+        ({"command": None}, r"command: .*string"),
+        ({"version": 99}, r"has layout 99, and this mqa-hf knows 1 at most"),
+    ],
+    ids=str,
+)
+def test_a_record_with_a_wrong_field_is_one_message_with_file_and_field(change, match, home, tmp_path):
+    convert(home / "source", tmp_path / "ours")
+    path = tmp_path / "ours" / "conversion.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    for read in (inspect, ConversionRecord.read):
+        with pytest.raises(MQAError, match=rf"conversion\.json .*{match}") as caught:
+            read(tmp_path / "ours")
+        assert len(str(caught.value).splitlines()) == 1

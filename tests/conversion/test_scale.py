@@ -82,6 +82,6 @@ def test_fitting_the_heads_of_a_7b_model(tmp_path):
     )
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated()
-    print(f"\n{len(report['layers'])} layers, 131,072 tokens: {seconds:.0f} s, {peak / GIB:.1f} GiB on the device")
-    assert len(report["layers"]) == 32
+    print(f"\n{len(report.layers)} layers, 131,072 tokens: {seconds:.0f} s, {peak / GIB:.1f} GiB on the device")
+    assert len(report.layers) == 32
     assert peak < 24 * GIB

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.text import corrupt_spans, documents
-from mqa_hf.conversion import calibration
+from mqa_hf.conversion import states
 from mqa_hf.conversion.widths import Curves, choose_widths
 
 SMALL = {"calibration_tokens": 1024, "sequence_length": 32}
@@ -63,13 +63,13 @@ def test_at_full_width_nothing_is_lost(what, tmp_path):
     difference, size = largest_difference(ours, theirs)
     # The refit towards the old projection is a ridge regression, and float32 weights have been multiplied.
     assert difference <= 2e-3 * size
-    assert max(layer["attention_error"] for layer in report["layers"]) < 1e-3
-    assert max(layer["discarded_key_energy"] for layer in report["layers"]) < 1e-6
-    assert report["held_out_loss"]["after"] == pytest.approx(report["held_out_loss"]["before"], abs=1e-3)
+    assert max(layer.attention_error for layer in report.layers) < 1e-3
+    assert max(layer.discarded_key_energy for layer in report.layers) < 1e-6
+    assert report.held_out_loss.after == pytest.approx(report.held_out_loss.before, abs=1e-3)
 
 
 def load_heads(source, tmp_path):
-    return convert(source, tmp_path / "probe", method="first")["num_key_value_heads"]["before"]
+    return convert(source, tmp_path / "probe", method="first").num_key_value_heads.before
 
 
 @pytest.mark.parametrize("what", CHOSEN)
@@ -115,8 +115,8 @@ def test_calibration_text_from_files(tmp_path):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"n": 1, "text": "no play " * 30}) for _ in range(20)))
     for name in ("text.txt", "text.jsonl"):
         report = convert(source, tmp_path / f"from-{name}", method="shared", calibration=str(tmp_path / name), **SMALL)
-        assert report["options"]["calibration"].endswith(name)
-        assert f"--calibration {tmp_path / name}" in report["command"]
+        assert report.options["calibration"].endswith(name)
+        assert f"--calibration {tmp_path / name}" in report.command
     card = (tmp_path / "from-text.txt" / "README.md").read_text()
     assert "the loss went from" in card
 
@@ -130,7 +130,7 @@ def test_the_default_text_is_there_without_a_network():
     ("options", "match"),
     [
         ({"head_width": 7}, "`key_width` 7 is more than the 6 old heads"),
-        ({"head_width": 0}, "widths must be above 0"),
+        ({"head_width": 0}, "`head_width` must be a number above 0"),
         ({"window": 4}, "`window` and `method` shared"),
         ({"device": "warp"}, "`device` warp: "),
         ({"method": "mean", "head_width": 2}, "widths and `cache_budget` are for `method` shared, not mean"),
@@ -170,18 +170,20 @@ def load_seq2seq(directory):
 @pytest.mark.parametrize("model_type", SEQ2SEQ)
 def test_all_attentions_of_an_encoder_decoder_model_are_fitted(model_type, tmp_path):
     source, _, text = make_pair_source(model_type, tmp_path)
-    heads = convert(source, tmp_path / "probe", method="first")["num_key_value_heads"]["before"]
-    options = {"method": "shared", "attentions": ["decoder", "cross", "encoder"], **text, **SMALL}
+    heads = convert(source, tmp_path / "probe", method="first").num_key_value_heads.before
+    options = {"method": "shared", "attention": ["decoder", "cross", "encoder"], **text, **SMALL}
     report = convert(source, tmp_path / "wide", head_width=heads, **options)
     difference, size = seq2seq_difference(load_seq2seq(tmp_path / "wide"), load_seq2seq(source))
     assert difference <= 2e-3 * size
-    assert report["held_out_loss"]["after"] == pytest.approx(report["held_out_loss"]["before"], abs=1e-3)
-    assert {layer["stack"] for layer in report["layers"]} == {"encoder", "decoder"}
-    assert all(layer["cross_attention_error"] < 1e-3 for layer in report["layers"] if layer["stack"] == "decoder")
+    assert report.held_out_loss.after == pytest.approx(report.held_out_loss.before, abs=1e-3)
+    assert {layer.stack for layer in report.layers} == {"encoder", "decoder"}
+    assert all(layer.cross_attention_error < 1e-3 for layer in report.layers if layer.stack == "decoder")
     errors = {}
     for method in ("mean", "shared"):
         report = convert(source, tmp_path / "ours", overwrite=True, **{**options, "method": method, "refit": True})
-        found = [value for layer in report["layers"] for name, value in layer.items() if "attention_error" in name]
+        found = [
+            value for layer in report.layers for name, value in layer.errors().items() if "attention_error" in name
+        ]
         errors[method] = sum(found)
     assert errors["shared"] < errors["mean"]
 
@@ -193,7 +195,7 @@ def test_one_attention_alone_and_a_budget_for_both_caches(tmp_path):
     assert difference <= 2e-3 * size  # the biases of the other attention's values have moved with them
     report = convert(source, tmp_path / "half", method="shared", cache_budget="50%", **text, **SMALL)
     for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
-        assert 0.4 < report[name]["after"] / report[name]["before"] <= 0.5
+        assert 0.4 < getattr(report, name).after / getattr(report, name).before <= 0.5
     with pytest.raises(MQAError, match="is a share"):
         convert(source, tmp_path / "bytes", method="shared", cache_budget="640", **text, **SMALL)
 
@@ -201,7 +203,7 @@ def test_one_attention_alone_and_a_budget_for_both_caches(tmp_path):
 def test_one_text_for_an_encoder_decoder_model(tmp_path):
     source, _, _ = make_pair_source("bart", tmp_path)
     report = convert(source, tmp_path / "ours", method="shared", **SMALL)
-    assert report["held_out_loss"]["after"] > 0
+    assert report.held_out_loss.after > 0
 
 
 def test_span_corruption_hides_spans_and_tells_them():
@@ -225,7 +227,7 @@ def test_span_corruption_hides_spans_and_tells_them():
 def test_a_budget_goes_where_it_is_needed_and_is_kept(tmp_path):
     source, _ = make("llama: multi-head", tmp_path)
     report = convert(source, tmp_path / "ours", method="shared", cache_budget="0.5", **SMALL)
-    assert 0.4 < report["kv_bytes_per_token"]["after"] / report["kv_bytes_per_token"]["before"] <= 0.5
+    assert 0.4 < report.kv_bytes_per_token.after / report.kv_bytes_per_token.before <= 0.5
     ours = load(tmp_path / "ours")
     widths = [layer.self_attn.k_proj.out_features for layer in ours.model.layers]
     assert widths == ours.config.qk_head_dim
@@ -276,13 +278,13 @@ def test_refitted_mean_heads_are_nearer_than_the_mean(tmp_path):
             report = convert(source, tmp_path / "ours", overwrite=True, method="mean", **options)
             distances.append(float((load(tmp_path / "ours")(ids).logits - expected).norm()))
     assert distances[1] < distances[0]
-    assert "--refit" in report["command"]
+    assert "--refit" in report.command
 
 
 def test_large_states_lie_in_a_file_and_change_nothing(tmp_path, monkeypatch):
     source, _ = make("llama: grouped", tmp_path)
     convert(source, tmp_path / "one", method="shared", **SMALL)
-    monkeypatch.setattr(calibration, "MAPPED_ABOVE", 0)
+    monkeypatch.setattr(states, "MAPPED_ABOVE", 0)
     convert(source, tmp_path / "two", method="shared", **SMALL)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
@@ -299,7 +301,7 @@ def test_doubtful_fits_are_warned_of(tmp_path):
     with pytest.warns(ConversionWarning, match="few for a hidden size") as caught:
         report = convert(source, tmp_path / "ours", method="shared", calibration_tokens=96, sequence_length=32)
     assert any("1 in self_attn of layer 0" in str(w.message) for w in caught)
-    assert len(report["warnings"]) == 2
+    assert len(report.warnings) == 2
 
 
 def test_what_it_is_not_for(tmp_path):

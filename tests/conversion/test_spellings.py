@@ -111,11 +111,11 @@ def test_a_conversion_says_what_transformers_4_loses(tmp_path):
     model = make_model("gemma3_text", {**BASE, **CONFIGS["gemma3_text"], **nested})
     with pytest.warns(ConversionWarning, match=r"^transformers 4 .*gemma3_text scales no positions") as caught:
         report = convert(save(model, tmp_path / "source"), tmp_path / "native", target="native")
-    assert report["warnings"] == [str(one.message) for one in caught if one.category is ConversionWarning]
-    assert json.loads((tmp_path / "native" / "conversion.json").read_text())["warnings"] == report["warnings"]
+    assert report.warnings == [str(one.message) for one in caught if one.category is ConversionWarning]
+    assert json.loads((tmp_path / "native" / "conversion.json").read_text())["warnings"] == report.warnings
     assert "rope_theta" not in json.loads((tmp_path / "native" / "config.json").read_text())
     plain = make_model("gemma3_text", {**BASE, **CONFIGS["gemma3_text"]})
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         report = convert(save(plain, tmp_path / "plain"), tmp_path / "read", target="native")
-    assert report["warnings"] == []
+    assert report.warnings == []

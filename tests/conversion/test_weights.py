@@ -119,12 +119,12 @@ def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):
     change(places / "source", lambda tensors: tensors[KEY][:2].fill_(float("nan")))
     with pytest.warns(ConversionWarning, match="96 entries of 1 tensors are NaN or infinite"):
         report = convert(places / "source", places / "other", allow_nonfinite=True)
-    assert report["nonfinite"] == {"read": {KEY: 96}, "written": {KEY: 96}}
-    assert report["layers"][0]["key_error"] is None
-    assert report["layers"][0]["value_error"] > 0
-    assert "--allow-nonfinite" in report["command"]
+    assert report.nonfinite.model_dump() == {"read": {KEY: 96}, "written": {KEY: 96}}
+    assert report.layers[0].key_error is None
+    assert report.layers[0].value_error > 0
+    assert "--allow-nonfinite" in report.command
     text = (places / "other" / "conversion.json").read_text()
-    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report.model_dump(mode="json")
     with pytest.raises(MQAError, match="nothing is fitted to NaN"):
         convert(places / "source", places / "fitted", method="shared", allow_nonfinite=True)
 

@@ -32,7 +32,7 @@ def test_a_window_with_a_cache_is_that_without_one(window, tmp_path):
 def test_a_window_of_one_position_is_refused(tmp_path):
     """transformers' caches keep all of a window but the current position, and of nothing everything."""
     source = save(make_model("llama", LLAMA), tmp_path / "source")
-    with pytest.raises(MQAError, match=r"`window` must be at least 2 positions.*got 1"):
+    with pytest.raises(MQAError, match=r"`window` must be a whole number at least 2.*got 1"):
         convert(source, tmp_path / "ours", window=1)
     mistral = save(make_model("mistral", {**LLAMA, "sliding_window": 1}), tmp_path / "mistral")
     with pytest.raises(MQAError, match=r"sliding_window must be at least 2.*got 1"):

@@ -18,7 +18,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import SHAPES
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.cli import app
-from mqa_hf.conversion.plan import decoder_of
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.source import Source
 from mqa_hf.eval.choices import canonical_models, compare, own_models
 from mqa_hf.eval.roofline import largest_batch, step_cost, step_weights, weights_of

@@ -1,0 +1,100 @@
+"""What each width of an attention's heads would leave out, from which a cache budget is shared out (`widths.py`)."""
+
+import copy
+
+import torch
+from torch import nn
+
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+
+from . import fitting
+from .heads import compare, fit_heads, groups, heads_output, new_attention
+from .moments import Seen, look, old_heads
+from .states import Stream
+from .widths import Curves
+
+
+def curves_of(stream: Stream, teacher: MQADecoderLayer, site: str, new: int, generator: torch.Generator) -> Curves:
+    """What each width of one attention would leave out.
+
+    Args:
+        stream: the tokens before the layer.
+        teacher: the layer with all its heads.
+        site: name of the attention's module.
+        new: K/V heads that are asked for.
+        generator: of the queries that are looked at.
+    """
+    old: MQAAttention = getattr(teacher, site)
+    m = old_heads(old) // new
+    seen = look(stream, teacher, teacher, site, new, generator)
+    D, Dv = old.qk_head_dim, old.v_head_dim
+    keys, values = (left_out(old, seen, component, most) for component, most in (("keys", m * D), ("values", m * Dv)))
+    costs = []
+    for width_k, width_v in ((D, m * Dv), (m * D, Dv)):
+        fit = fit_heads(old, seen, width_k, width_v, choose=True)
+        config = _one_attention(stream.config, old, new, width_k, width_v, fit.frequencies)
+        student = copy.copy(teacher)
+        student._modules = dict(teacher._modules)
+        setattr(student, site, new_attention(config, old.layer_idx, fit.tensors, old))
+        error = compare(stream, teacher, student, site, generator)["attention_error"]
+        costs.append(error**2)
+    share = share_of_stream(stream, teacher, site)
+    return Curves(keys, values, D, Dv, costs[0] * share, costs[1] * share)
+
+
+def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch.Tensor:
+    """[most + 1]: the share of energy that 0, 1, ... components leave out, all new heads together."""
+    spectra: list[torch.Tensor] = []
+    config, new = attention.config, seen.mixed.shape[0]
+    H, G, d = config.num_attention_heads, old_heads(attention), config.hidden_size
+    R = config.rotary_dim if attention.rotary else 0
+    for group, (heads, qs, head_of) in enumerate(groups(attention, new)):
+        if what == "values":
+            w_v = attention.v_proj.weight.double().view(G, -1, d)[heads]
+            w_o = attention.o_proj.weight.double().view(d, H, -1).transpose(0, 1)[qs]
+            spectra.append(fitting.spectrum(fitting.weighted_values(w_v, w_o, head_of), seen.mixed[group]))
+        elif R:
+            assert seen.spread is not None
+            assert seen.energy is not None
+            gram = fitting.rotary_gram(seen.spread[group], seen.energy[heads].T)
+            energies = torch.linalg.eigvalsh(gram).clamp(min=0)
+            spectra.append(energies.flatten().repeat_interleave(2) / 2)
+        else:  # (of partly rotated heads, only the rotated part is looked at)
+            w_q = attention.q_proj.weight.double().view(H, -1, d)[qs]
+            w_k = attention.k_proj.weight.double().view(G, -1, d)[heads]
+            q_moment, k_cov = seen.queries[:-1, :-1], fitting.covariance(seen.keys)
+            spectra.append(fitting.spectrum(fitting.weighted_keys(w_k, w_q, head_of, q_moment), k_cov))
+    spectrum = sum(s.sort(descending=True).values for s in spectra)
+    assert isinstance(spectrum, torch.Tensor)
+    spectrum = nn.functional.pad(spectrum, (0, max(0, most - len(spectrum))))[:most]
+    total = spectrum.sum().clamp(min=1e-300)
+    return torch.cat((torch.ones(1), (1 - spectrum.cumsum(0) / total).clamp(min=0).cpu().float()))
+
+
+def _one_attention(
+    config: MQAConfig, old: MQAAttention, new: int, key: int, value: int, pairs: list[int]
+) -> MQAConfig:
+    """The configuration of an attention with `new` heads of these widths and frequencies."""
+    config = copy.copy(config)
+    if old.cross:
+        config.cross_num_key_value_heads, config.cross_qk_head_dim, config.cross_v_head_dim = new, key, value
+    else:
+        config.num_key_value_heads, config.qk_head_dim, config.v_head_dim = new, key, value
+        if old.rotary:
+            config.rope_frequencies = [pairs] * config.num_hidden_layers
+    config.output_bias = config.value_bias or config.output_bias
+    config.value_bias = False
+    return config
+
+
+def share_of_stream(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
+    """The size of an attention's output relative to that of the stream it is added to and ends in, on held-out tokens:
+    what a relative error of the output means for the layers above."""
+    output = ended = 0.0
+    for rows in stream.batches(held_out=True):
+        kept = stream.valid(rows)
+        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
+        output += float(y.double().square().sum())
+        ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
+    return (output / ended) ** 0.5 if ended else 0.0

@@ -1,0 +1,112 @@
+"""The canonical models: their configurations, stacks and classes, and what loads them."""
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
+from mqa_hf.modeling_mqa import MQAForCausalLM
+from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
+from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
+
+CanonicalConfig = MQAConfig | MQASeq2SeqConfig
+Shapes = dict[str, tuple[int, ...]]
+C = TypeVar("C", bound=PreTrainedConfig)
+
+# What a model with its head is for, as the Hub's pipelines call it, by what loads it.
+PIPELINES: dict[Any, str | None] = {
+    AutoModelForCausalLM: "text-generation",
+    AutoModelForSeq2SeqLM: None,  # translation, summarisation and more; the source's card says which
+    AutoModelForSpeechSeq2Seq: "automatic-speech-recognition",
+}
+
+
+def with_fields(config: C, **fields: Any) -> C:
+    """A copy of a configuration with other values in some fields."""
+    config = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def with_stacks(config: CanonicalConfig, **fields: dict[str, Any]) -> CanonicalConfig:
+    """A copy with other values in fields of its stacks, which are named `decoder` and `encoder`."""
+    config = copy.deepcopy(config)
+    for name, values in fields.items():
+        for field, value in values.items():
+            setattr(stack_of(config, name), field, value)
+    return config
+
+
+def decoder_of(config: CanonicalConfig) -> MQAConfig:
+    """The configuration of the stack that writes."""
+    return config.get_text_config(decoder=True)  # type: ignore[return-value]
+
+
+def stacks_of(config: CanonicalConfig) -> dict[str, MQAConfig]:
+    """The configurations of all stacks: `decoder`, and `encoder` where there is one."""
+    names = ("decoder",) if isinstance(config, MQAConfig) else ("encoder", "decoder")
+    return {name: stack_of(config, name) for name in names}
+
+
+def stack_of(config: CanonicalConfig, attention: str) -> MQAConfig:
+    """The configuration of the stack that an attention (a key of [`heads_of`]) is in."""
+    if isinstance(config, MQAConfig) or attention != "encoder":
+        return decoder_of(config)
+    return config.encoder
+
+
+def heads_of(config: CanonicalConfig) -> dict[str, int]:
+    """Key/value heads of each attention that the model has."""
+    decoder = decoder_of(config)
+    if isinstance(config, MQAConfig):
+        return {"decoder": decoder.num_key_value_heads}
+    cross = decoder.cross_num_key_value_heads
+    assert cross is not None
+    return {
+        "decoder": decoder.num_key_value_heads,
+        "cross": cross,
+        "encoder": config.encoder.num_key_value_heads,
+    }
+
+
+def canonical_class(config: CanonicalConfig) -> Any:
+    """The class that holds a canonical model with its head."""
+    if isinstance(config, MQAConfig):
+        return MQAForCausalLM
+    return MQAForConditionalGeneration if config.num_mel_bins is None else MQAForSpeechSeq2Seq
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a model of this configuration with its head."""
+    if getattr(config, "num_mel_bins", None):
+        return AutoModelForSpeechSeq2Seq
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """A canonical model, or one of a class of transformers, without memory for its weights."""
+    config = copy.deepcopy(config)  # which the class writes in
+    with torch.device("meta"):
+        if isinstance(config, CanonicalConfig):
+            return canonical_class(config)(config)
+        return auto_class(config).from_config(config)
+
+
+def model_shapes(model: PreTrainedModel) -> Shapes:
+    """Parameters that a checkpoint of the model holds, in order; tied ones once."""
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+
+
+def canonical_shapes(config: CanonicalConfig) -> Shapes:
+    return model_shapes(on_meta(config))

@@ -1,0 +1,223 @@
+"""The new heads of one attention: fitted or pooled, their output projection refitted, and compared with the old ones.
+
+B sequences, T tokens of each, H query heads, G old and K new key/value heads, d hidden size
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+
+from . import fitting
+from .moments import Seen, attention_weights, choose_queries, old_heads, projected
+from .pooling import pool_layer
+from .states import Stream, Tensors
+from .widths import rotated_pairs
+
+
+@dataclass
+class FittedHeads:
+    """Tensors of an attention by name, the frequencies of its rotated pairs, and what was left out."""
+
+    tensors: Tensors
+    frequencies: list[int]
+    discarded_key_energy: float
+    discarded_value_energy: float
+
+
+def groups(attention: MQAAttention, new: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Of each new head: the old heads and the query heads that share it, and whose each of the latter was."""
+    G, g = old_heads(attention), attention.num_key_value_groups
+    m = G // new
+    head_of = torch.arange(m, device=attention.k_proj.weight.device).repeat_interleave(g)
+    for i in range(new):
+        yield slice(i * m, (i + 1) * m), slice(i * m * g, (i + 1) * m * g), head_of
+
+
+def _augmented(linear: nn.Linear) -> torch.Tensor:
+    """A projection with its bias as the last column."""
+    bias = torch.zeros(linear.out_features, 1, device=linear.weight.device)
+    bias = bias if linear.bias is None else linear.bias[:, None]
+    return torch.cat((linear.weight, bias), dim=1).double()
+
+
+def _shared_out(seen: Seen, R: int, pairs: int, choose: bool) -> torch.Tensor:
+    """[J]: how many rotated components each frequency gets, chosen by energy or all alike."""
+    if not R:
+        return torch.zeros(0, dtype=torch.long)
+    if not choose:
+        return torch.full((R // 2,), 2 * pairs // R)
+    assert seen.spread is not None
+    assert seen.energy is not None
+    new, _, m, _ = seen.spread.shape
+    energy = seen.energy.view(new, m, -1).transpose(1, 2)
+    grams = [fitting.rotary_gram(f, p) for f, p in zip(seen.spread, energy)]
+    spectrum = torch.stack([torch.linalg.eigvalsh(g) for g in grams]).sum(0).flip(-1).clamp(min=0)
+    return fitting.choose_frequencies(spectrum, pairs)
+
+
+def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, choose: bool) -> FittedHeads:
+    """Projections and biases of the new attention.
+
+    Args:
+        attention: with all its heads.
+        seen: what it sees.
+        width_k, width_v: of a new head.
+        choose: whether the frequencies of rotated components are chosen by energy, instead of all alike.
+    """
+    config = attention.config
+    d, H = config.hidden_size, config.num_attention_heads
+    G, new = old_heads(attention), seen.mixed.shape[0]
+    D, Dv, m = attention.qk_head_dim, attention.v_head_dim, G // new
+    R = config.rotary_dim if attention.rotary else 0
+    pairs = rotated_pairs(width_k, R, D, m)
+    w_q = _augmented(attention.q_proj).view(H, D, d + 1)
+    w_k = _augmented(attention.k_proj).view(G, D, d + 1)
+    w_v = attention.v_proj.weight.double().view(G, Dv, d)
+    w_o = attention.o_proj.weight.double().view(d, H, Dv).transpose(0, 1)
+    counts = _shared_out(seen, R, pairs, choose)
+    keys, queries, vals, outs = [], [], [], []
+    discarded_k = discarded_v = 0.0
+    for group, (heads, qs, head_of) in enumerate(groups(attention, new)):
+        parts = []
+        if R:
+            assert seen.spread is not None
+            assert seen.energy is not None
+            spread, power = seen.spread[group], seen.energy[heads].T
+            parts.append(fitting.rotary_keys(w_k[heads, :R], w_q[qs, :R], head_of, spread, power, counts))
+        if R < D:
+            rank = width_k - 2 * pairs
+            plain = fitting.plain_keys(w_k[heads, R:], w_q[qs, R:], head_of, seen.queries, seen.keys, rank)
+            parts.append(plain)
+        keys.append(torch.cat([p.w_k for p in parts]))
+        queries.append(torch.cat([p.w_q for p in parts], dim=1))
+        fit_v = fitting.values(w_v[heads], w_o[qs], head_of, seen.mixed[group], width_v)
+        vals.append(fit_v.w_v)
+        outs.append(fit_v.w_o)
+        discarded_k += max(p.discarded for p in parts) / new
+        discarded_v += fit_v.discarded / new
+    q, k, v = torch.cat(queries).flatten(0, 1), torch.cat(keys), torch.cat(vals)
+    fitted = {"q_proj.weight": q[:, :-1], "k_proj.weight": k[:, :-1], "v_proj.weight": v}
+    fitted["o_proj.weight"] = torch.cat(outs).transpose(0, 1).flatten(1)  # [H, d, width] -> [d, H·width]
+    if attention.q_proj.bias is not None:
+        fitted["q_proj.bias"] = q[:, -1]
+    if attention.k_proj.bias is not None:
+        fitted["k_proj.bias"] = k[:, -1]
+    frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
+    return FittedHeads(fitted, frequencies, discarded_k, discarded_v)
+
+
+def pooled_heads(
+    attention: MQAAttention, prefix: str, name: str, after: Mapping[str, int], method: str, generator: torch.Generator
+) -> FittedHeads:
+    """The heads of a method that looks at no data; `prefix` of the attention's tensors, `name` among `heads_of`."""
+    state = {f"{prefix}{n}": t.cpu() for n, t in attention.state_dict().items() if "relative_bias" not in n}
+    pool_layer(
+        state,
+        before={name: old_heads(attention)},
+        after=after,
+        attentions=[name],
+        method=method,
+        generator=generator,
+        std=attention.config.initializer_range,
+    )
+    fitted = {n.removeprefix(prefix): t for n, t in state.items()}
+    fitted.pop("v_proj.bias", None)
+    return FittedHeads(fitted, [], 0.0, 0.0)
+
+
+def folded_bias(attention: MQAAttention) -> torch.Tensor:
+    """The bias of the output [d] with that of the values in it: attention weights add up to 1."""
+    output, value = attention.o_proj, attention.v_proj
+    bias = torch.zeros(output.out_features, device=output.weight.device)
+    bias = bias if output.bias is None else output.bias.clone()
+    if value.bias is not None:
+        heads = value.bias.view(-1, attention.v_head_dim).repeat_interleave(attention.num_key_value_groups, dim=0)
+        bias += output.weight @ heads.flatten()
+    return bias
+
+
+def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> MQAAttention:
+    """The new attention: fitted projections, the bias of the old values in that of the output."""
+    new = MQAAttention(config, number, cross=old.cross).float().eval()
+    state = {name: t.float() for name, t in fitted.items()}
+    state |= {f"relative_bias.{n}": t for n, t in (old.relative_bias or nn.Identity()).state_dict().items()}
+    if new.o_proj.bias is not None:
+        state["o_proj.bias"] = folded_bias(old)
+    new.load_state_dict(state)
+    return new.to(old.k_proj.weight.device)
+
+
+def heads_output(
+    stream: Stream, attention: MQAAttention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of an attention's heads side by side [B, T, H·Dv], and of the attention [B, T, d]."""
+    seen: list[torch.Tensor] = []
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    output, _ = attention(
+        h,
+        position_embeddings=stream.angles,
+        attention_mask=mask,
+        encoder_hidden_states=source if attention.cross else None,
+    )
+    hook.remove()
+    return seen[0], output
+
+
+def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str) -> None:
+    """Refit the student's output projection (and bias, where it has one) to the teacher's attention output."""
+    old, new = getattr(teacher, site), getattr(student, site)
+    projection = new.o_proj
+    r, d = projection.in_features, projection.out_features
+    biased = projection.bias is not None
+    zz = torch.zeros(r + 1, r + 1, dtype=torch.float64, device=stream.device)
+    yz = torch.zeros(d, r + 1, dtype=torch.float64, device=stream.device)
+    for rows in stream.batches():
+        at, kept = stream.at(student, site, rows), stream.valid(rows)
+        z = heads_output(stream, new, *at)[0][kept]
+        y = heads_output(stream, old, *at)[1][kept]
+        z = nn.functional.pad(z.double(), (0, 1), value=1.0)
+        zz += z.mT @ z
+        yz += y.double().mT @ z
+    n = zz[-1, -1]
+    zz, yz = zz / n, yz / n
+    mean_z, mean_y = zz[:-1, -1], yz[:, -1]
+    zz, yz = zz[:-1, :-1], yz[:, :-1]
+    if biased:  # a bias takes the means
+        zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
+    weight = fitting.refit(zz, yz, projection.weight.double())
+    projection.weight.data.copy_(weight)
+    if biased:
+        projection.bias.data.copy_(mean_y - weight @ mean_z)
+
+
+def compare(
+    stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, generator: torch.Generator
+) -> dict[str, float]:
+    """On the held-out tokens: relative error of an attention's output, and the mean divergence KL(teacher || student)
+    of its weights in nats, over heads and queries."""
+    old, new = getattr(teacher, site), getattr(student, site)
+    distance = size = divergence = 0.0
+    count = 0
+    for rows in stream.batches(held_out=True):
+        h, source, mask = stream.at(student, site, rows)
+        kept = stream.valid(rows)
+        expected = heads_output(stream, old, h, source, mask)[1][kept]
+        found = heads_output(stream, new, h, source, mask)[1][kept]
+        distance += float((found - expected).double().square().sum())
+        size += float(expected.double().square().sum())
+        chosen = choose_queries(stream, h.shape[1], generator)
+        p, q = (
+            attention_weights(a, *projected(stream, a, h, source), mask, chosen)[0]
+            .transpose(1, 2)[kept[:, chosen]]
+            .clamp(min=1e-30)
+            for a in (old, new)
+        )
+        divergence += float((p * (p / q).log()).sum(-1).double().sum())
+        count += p.shape[0] * p.shape[1]
+    error = (distance / size) ** 0.5 if size else 0.0
+    return {"attention_error": error, "attention_kl": divergence / max(count, 1)}

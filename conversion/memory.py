@@ -1,0 +1,220 @@
+"""A model in memory as the source of a conversion, and as its result.
+
+What is read is what `save_pretrained` would write, and what is made is what `from_pretrained` would load: weights are
+those of the way through files.
+"""
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from mqa_hf.base.errors import ConversionError, listing
+
+from .canonical import on_meta
+from .checkpoint import TensorInfo, check_range, count_nonfinite
+from .companions import load_parts, load_settings, loading, same_class
+from .loading import check_loaded, quietly
+from .source import Source, read_source
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model in memory, in place of a [`Source`].
+
+    Attributes:
+        name: what it is called in messages and records.
+        config, raw: as they would be read from the checkpoint that the model would be saved as.
+        model: the model.
+        tokenizer: that goes with it; a processor does too.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    raw: dict[str, Any]
+    model: PreTrainedModel
+    tokenizer: Any = None
+    revision: None = None
+    directory: None = None
+
+    def reader(self, allow_nonfinite: bool = False) -> "ModelReader":
+        """Its weights."""
+        return ModelReader(self.name, saved_state(self.model), allow_nonfinite)
+
+
+AnySource = Source | ModelSource
+
+
+def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
+    """A loaded model as a source.
+
+    Raises:
+        ConversionError: for what is no model of transformers, and for one whose weights are not all there as numbers.
+    """
+    kind = type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "merge_and_unload"):
+        raise ConversionError(f"this {kind} has an adapter of PEFT; merge it first (merge_and_unload)")
+    if not isinstance(model, PreTrainedModel):
+        raise ConversionError(f"`source` must be a path, a hub id or a model of transformers; got a {kind}")
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise ConversionError(f"this {kind} is quantised; dequantise it (model.dequantize()) or convert the original")
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    meta = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if meta:
+        raise ConversionError(
+            f"{len(meta)} tensors of this {kind} are on meta, without numbers ({listing(meta, 3)}); load it whole, "
+            "without offloading"
+        )
+    spread = [name for name, t in tensors.items() if type(t.data) is not torch.Tensor]
+    if spread:
+        raise ConversionError(
+            f"{len(spread)} tensors of this {kind} are quantised or spread over processes ({listing(spread, 3)}); "
+            "convert it before"
+        )
+    config = copy.deepcopy(model.config)
+    config.dtype, config.architectures = model.dtype, [kind]
+    with tempfile.TemporaryDirectory() as directory:
+        with loading(f"the configuration of this {kind}"):
+            config.save_pretrained(directory)
+        read = read_source(f"{kind} in memory", Path(directory), None)
+    return ModelSource(read.name, read.config, read.raw, model, tokenizer)
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that `save_pretrained` writes, by name; they share the model's memory."""
+    state = model.state_dict()
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+
+
+class ModelReader:
+    """The tensors of a model; a [`Reader`].
+
+    Args:
+        name: of the model, for messages.
+        state: the tensors.
+        allow_nonfinite: read tensors with NaN or infinite entries too.
+    """
+
+    def __init__(self, name: str, state: Mapping[str, torch.Tensor], allow_nonfinite: bool = False):
+        self.name, self.allow_nonfinite, self._state = name, allow_nonfinite, state
+        self.tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in state.items()}
+        self.nonfinite: dict[str, int] = {}
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        found = {name: self._state[name].detach().cpu() for name in names}
+        for name, tensor in found.items():
+            count = count_nonfinite(tensor)
+            if count and not self.allow_nonfinite:
+                raise ConversionError(
+                    f"{count:,} of the {tensor.numel():,} entries of {name} of the {self.name} are NaN or infinite; "
+                    "convert it all the same with `allow_nonfinite`"
+                )
+            if count:
+                self.nonfinite[name] = count
+        return found
+
+
+class ModelWriter:
+    """Keeps the tensors of a result; a [`Writer`].
+
+    Args:
+        tensors: name -> shape and dtype.
+        allow_nonfinite: keep tensors with NaN or infinite entries too.
+
+    Attributes:
+        state: the tensors; they share no memory with those that were given.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo], allow_nonfinite: bool = False):
+        self.total_bytes = sum(info.nbytes for info in tensors.values())
+        self.nonfinite: dict[str, int] = {}
+        self.allow_nonfinite, self._planned = allow_nonfinite, tensors
+        self.state: dict[str, torch.Tensor] = {}
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        for name, tensor in tensors.items():
+            info = self._planned[name]
+            assert tuple(tensor.shape) == info.shape, f"{name}: {tuple(tensor.shape)} for {info.shape}"
+            kept = self.state[name] = torch.empty(info.shape, dtype=info.dtype).copy_(tensor)
+            if count := check_range(name, tensor, kept, self.allow_nonfinite):
+                self.nonfinite[name] = count
+        return sum(self._planned[name].nbytes for name in tensors)
+
+    def finish(self) -> None:
+        gone = set(self._planned) - set(self.state)
+        assert not gone, f"planned but never written: {listing(gone)}"
+
+
+def build(
+    config: PreTrainedConfig,
+    state: dict[str, torch.Tensor],
+    generation: GenerationConfig,
+    allow_nonfinite: bool = False,
+) -> PreTrainedModel:
+    """The model of a result, in evaluation mode, on the CPU."""
+    kind: Any = type(on_meta(config))
+    with quietly():
+        model, found = kind.from_pretrained(
+            None, config=config, state_dict=state, generation_config=generation, output_loading_info=True
+        )
+    check_loaded(model, found, f"of the {kind.__name__}", allow_nonfinite)
+    model.config.name_or_path = model.name_or_path = ""
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Given:
+    """What goes with a model in memory: how it generates, and a tokenizer, where one was given."""
+
+    model: PreTrainedModel
+    given: Any
+
+    def carry_over(self, partial: Path) -> None:
+        """Write it beside the weights of a result."""
+        with loading("the generation configuration of the model"):
+            self.generation().save_pretrained(partial)
+        if self.given is not None:
+            with loading("the given `tokenizer`"):
+                self.given.save_pretrained(partial)
+
+    def check(self, partial: Path) -> None:
+        """Load what was written; raises ConversionError where it comes back as something else."""
+        load_settings(partial)
+        for what, auto in load_parts(partial):
+            given = getattr(self.given, "tokenizer", self.given) if what == "tokenizer" else self.given
+            with loading(f"the {what} of the result"):
+                ours = auto.from_pretrained(partial, trust_remote_code=False)
+            if not same_class(ours, given):
+                raise ConversionError(
+                    f"the given {what}, a {type(given).__name__}, comes back from the result as another "
+                    f"{type(ours).__name__}"
+                )
+
+    def doubts(self) -> list[str]:
+        """What the result lacks, in sentences."""
+        return [] if self.given is not None else ["no `tokenizer` was given, and none was written beside the weights"]
+
+    def generation(self) -> GenerationConfig:
+        return copy.deepcopy(getattr(self.model, "generation_config", None) or GenerationConfig())
+
+    def tokenizer(self) -> Any:
+        """That of calibration texts; raises ConversionError where none was given."""
+        if self.given is None:
+            raise ConversionError(
+                "heads of a model in memory are fitted to a text with its tokenizer: give `tokenizer`"
+            )
+        return getattr(self.given, "tokenizer", self.given)
+
+    @property
+    def card(self) -> Path | None:
+        """A model card to carry over from."""
+        return None

@@ -1,0 +1,183 @@
+"""What an attention sees of the calibration tokens; the notation is that of `fitting.py`.
+
+B sequences, T tokens of each, S tokens attended to, H query heads, G old and K new key/value heads, d hidden size,
+J rotary frequencies
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mqa_hf.attention_mqa import eager_attention_forward
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
+
+from . import fitting
+from .states import Stream
+
+ENOUGH = 4  # calibration tokens for each dimension of the hidden states; below, moments are mostly noise
+
+
+@dataclass
+class Seen:
+    """Moments of an attention.
+
+    Attributes:
+        queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
+        mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
+        spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` where nothing is rotated.
+        tokens: how many were looked at.
+        rank: directions of the keys' inputs that the tokens span.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mixed: torch.Tensor
+    spread: torch.Tensor | None
+    energy: torch.Tensor | None
+    tokens: int
+    rank: int
+
+
+def old_heads(attention: MQAAttention) -> int:
+    return attention.k_proj.out_features // attention.qk_head_dim
+
+
+def projected(
+    stream: Stream, attention: MQAAttention, h: torch.Tensor, source: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys, rotated: [B, H, T, D] and [B, G, S, D]."""
+    query = project(attention.q_proj, h, attention.qk_head_dim)
+    key = project(attention.k_proj, source, attention.qk_head_dim)
+    if attention.rotary and stream.angles is not None:
+        query, key = attention.rotate(query, *stream.angles), attention.rotate(key, *stream.angles)
+    return query, key
+
+
+def attention_weights(
+    attention: MQAAttention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
+    nothing = torch.zeros(*key.shape[:3], 1, device=query.device)
+    mask = mask if mask.shape[2] == 1 else mask[:, :, chosen]
+    _, weights = eager_attention_forward(attention, query[:, :, chosen], key, nothing, mask, attention.scaling)
+    return weights, mask
+
+
+def choose_queries(stream: Stream, length: int, generator: torch.Generator) -> torch.Tensor:
+    """The positions at which attention is looked at."""
+    return torch.randperm(length, generator=generator)[: stream.options.queries].to(stream.device)
+
+
+class _Spread:
+    """The spread of rotated keys about the mean of those that a query sees, and the energy of queries, by frequency.
+
+    See [`fitting.rotary_gram`].
+    """
+
+    def __init__(self, new: int, old: int, J: int, device: torch.device):
+        m = old // new
+        self.new, self.J, self.count = new, J, 0
+        self.spread = torch.zeros(new, J, m, m, dtype=torch.complex128, device=device)
+        self.energy = torch.zeros(old, J, dtype=torch.float64, device=device)
+
+    def add(
+        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor, ok: torch.Tensor
+    ) -> None:
+        """Add those `chosen` queries that are `ok` [B, chosen]; `query` [B, H, T, D], `key` [B, G, S, D]."""
+        B, G, J = len(key), key.shape[1], self.J
+        visible = (mask > torch.finfo(torch.float).min / 2).double()[:, :1].expand(B, -1, -1, -1)[:, 0]
+        visible = (visible / visible.sum(-1, keepdim=True))[ok]  # [queries, S]
+        owner = ok.nonzero()[:, 0]
+        k = torch.complex(key[..., :J].double(), key[..., J : 2 * J].double())  # [B, G, S, J]
+        q = query[:, :, chosen].transpose(1, 2)[ok][..., : 2 * J].double()  # [queries, H, 2 J]
+        self.energy += q.square().unflatten(-1, (2, J)).sum((0, 2)).view(G, -1, J).sum(1)
+        share = torch.zeros(B, visible.shape[1], dtype=torch.float64, device=key.device)
+        share.index_add_(0, owner, visible)  # [B, S], how often each key is seen
+        by_head = k.view(B, self.new, G // self.new, -1, J).permute(1, 4, 0, 3, 2)  # [K, J, B, S, m]
+        flat_k = by_head.flatten(2, 3)
+        self.spread += (flat_k * share.flatten()[:, None]).mT @ flat_k.conj()
+        for b in range(B):
+            mean = visible[owner == b].to(k.dtype) @ by_head[:, :, b]  # [K, J, queries, m]
+            self.spread -= mean.mT @ mean.conj()
+        self.count += len(visible)
+
+
+def look(
+    stream: Stream,
+    teacher: MQADecoderLayer,
+    student: MQADecoderLayer,
+    site: str,
+    new: int,
+    generator: torch.Generator,
+) -> Seen:
+    """Gather what the teacher's attention sees where the student's tokens stand.
+
+    Args:
+        stream: the tokens.
+        teacher, student: the layer with all its heads and the converted one, of which it is about `site`.
+        new: K/V heads that are asked for.
+        generator: of the queries that are looked at.
+    """
+    attention: MQAAttention = getattr(teacher, site)
+    d, H = stream.config.hidden_size, stream.config.num_attention_heads
+    J = stream.config.rotary_dim // 2 if attention.rotary else 0
+    options: dict[str, Any] = {"dtype": torch.float64, "device": stream.device}
+    queries, keys = (torch.zeros(d + 1, d + 1, **options) for _ in range(2))
+    mixed = torch.zeros(new, d, d, **options)
+    rotated = _Spread(new, old_heads(attention), J, stream.device)
+    counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
+    memory = stream.memory if site == "cross_attn" else None
+    for rows in stream.batches():
+        h, source, mask = stream.at(student, site, rows)
+        valid = stream.valid(rows)
+        known = valid if memory is None else memory.valid(rows)
+        chosen = choose_queries(stream, h.shape[1], generator)
+        for name, moment, x, kept in (("queries", queries, h, valid), ("keys", keys, source, known)):
+            flat = nn.functional.pad(x[kept].double(), (0, 1), value=1.0)
+            moment += flat.mT @ flat
+            counts[name] += len(flat)
+        query, key = projected(stream, attention, h, source)
+        weights, here = attention_weights(attention, query, key, mask, chosen)
+        ok = valid[:, chosen]
+        average = (weights.flatten(1, 2) @ source).view(len(h), new, H // new, -1, d)
+        average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, d]
+        mixed += average.mT @ average
+        counts["mixed"] += average.shape[1]
+        if J:
+            rotated.add(query, key, here, chosen, ok)
+    queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
+    spectrum = torch.linalg.eigvalsh(keys[:-1, :-1])
+    rank = int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
+    for moment in (queries, keys):
+        moment[:-1, :-1] = fitting.shrunk(moment[:-1, :-1])
+    count = rotated.count or 1
+    return Seen(
+        queries,
+        keys,
+        fitting.shrunk(mixed),
+        rotated.spread / count if J else None,
+        rotated.energy / count if J else None,
+        min(counts["queries"], counts["keys"]),
+        rank,
+    )
+
+
+def doubts(attention: MQAAttention, seen: Seen, where: str) -> dict[str, str | None]:
+    """What makes a fit doubtful, and of which attention that is to be said."""
+    found: dict[str, str | None] = {}
+    d = seen.queries.shape[0] - 1
+    if seen.tokens < ENOUGH * d:
+        few = f"{seen.tokens:,} calibration tokens are few for a hidden size of {d}"
+        found[f"{few}; {ENOUGH * d:,} or more are better"] = None
+    elif seen.rank < d:
+        spanned = f"the calibration text does not span what an attention can see, of {d} directions"
+        found[spanned] = f"{seen.rank} in {where}"
+    H = attention.o_proj.in_features // attention.v_head_dim
+    by_head = attention.o_proj.weight.view(-1, H, attention.v_head_dim).square().sum((0, 2))
+    q = attention.q_proj.weight.view(H, attention.qk_head_dim, -1).square().sum((1, 2))
+    dead = int(((by_head == 0) | (q == 0)).sum())
+    if dead:
+        found["query heads of zeros have no say in the fit"] = f"{dead} in {where}"
+    return found

@@ -1,0 +1,143 @@
+"""`conversion.json`: what a conversion was asked for, what it found, and what it lost."""
+
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
+from mqa_hf.base.records import Record
+
+N = TypeVar("N", int, float)
+
+
+class BeforeAfter(BaseModel, Generic[N]):
+    """A number of the source and of the result."""
+
+    before: N
+    after: N
+
+
+class HeldOutLoss(BeforeAfter[float]):
+    """Cross-entropy in nats a token on so many held-out tokens of the calibration text."""
+
+    tokens: int | None = None
+    text: str | None = None
+
+
+class Nonfinite(BaseModel):
+    """NaN and infinite entries by tensor, of the source and of the result."""
+
+    read: dict[str, int]
+    written: dict[str, int]
+
+
+class _Sparse(BaseModel):
+    """Fields that were never set are not written; those that are no number are null."""
+
+    model_config = ConfigDict(ser_json_inf_nan="null")
+
+    @model_serializer(mode="wrap")
+    def _set_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name in {*self.model_fields_set, "version"}}
+
+
+class LayerRecord(_Sparse):
+    """What became of a layer; `stack` names that of an encoder-decoder model. Errors that are no number are `None`.
+
+    Attributes:
+        key_error, value_error: norm of what the new heads differ by from the old ones, relative to that of the old.
+        attention_error: of the attention's output on held-out tokens, likewise.
+        attention_kl: divergence of the attention weights from the old ones in nats, there.
+        discarded_key_energy, discarded_value_energy: the share that fitted heads leave out.
+        cross_...: the same of cross-attention.
+    """
+
+    layer: int
+    stack: str | None = None
+    key_error: float | None = None
+    value_error: float | None = None
+    cross_key_error: float | None = None
+    cross_value_error: float | None = None
+    attention_error: float | None = None
+    attention_kl: float | None = None
+    discarded_key_energy: float | None = None
+    discarded_value_energy: float | None = None
+    cross_attention_error: float | None = None
+    cross_attention_kl: float | None = None
+    cross_discarded_key_energy: float | None = None
+    cross_discarded_value_energy: float | None = None
+
+    def errors(self) -> dict[str, float]:
+        """Those that are known, by name."""
+        return {
+            name: value
+            for name, value in self
+            if name not in ("layer", "stack") and name in self.model_fields_set and value is not None
+        }
+
+
+class Origin(Record):
+    """What a checkpoint was made from; of one that was trained without a conversion, all that is recorded.
+
+    Attributes:
+        source: directory or hub id.
+        revision: the commit, of a hub id.
+    """
+
+    file = REPORT_FILE
+
+    source: str
+    revision: str | None = None
+
+
+class ConversionRecord(_Sparse, Origin):
+    """What a conversion did.
+
+    Attributes:
+        family, output: model types of the source and of the result.
+        options: those that made a difference.
+        num_attention_heads: query heads of the decoder.
+        num_key_value_heads: of the decoder's self-attention.
+        attentions: key/value heads of each attention: decoder, cross, encoder.
+        kv_bytes_per_token, cross_kv_bytes_per_token: of the cache at 16 bits, for a token and a source token.
+        parameters: of the result.
+        layers: of each layer, what was lost.
+        versions: of the libraries.
+        command: that makes it again.
+        nonfinite: with `allow_nonfinite`.
+        held_out_loss: where heads or output projections were fitted.
+        warnings: what makes the result doubtful, in sentences.
+    """
+
+    family: str
+    output: str
+    options: dict[str, Any]
+    num_attention_heads: int
+    num_key_value_heads: BeforeAfter[int]
+    attentions: dict[str, BeforeAfter[int]]
+    kv_bytes_per_token: BeforeAfter[int]
+    cross_kv_bytes_per_token: BeforeAfter[int] = BeforeAfter(before=0, after=0)
+    parameters: int
+    layers: list[LayerRecord]
+    versions: dict[str, str]
+    command: str
+    nonfinite: Nonfinite | None = None
+    held_out_loss: HeldOutLoss | None = None
+    warnings: list[str] = []
+
+
+class Losses(BaseModel):
+    """Losses on validation text, by name."""
+
+    before: dict[str, float | None]
+    after: dict[str, float | None] | None = None
+
+
+class TrainingSummary(Record):
+    """What `inspect` says of a training, from `uptraining.json`."""
+
+    file = TRAINING_FILE
+
+    tokens: int
+    validation: Losses | None
+    command: str | None

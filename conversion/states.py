@@ -1,0 +1,222 @@
+"""Calibration tokens on their way through the layers of a stack, in memory or in a mapped file.
+
+B sequences, T tokens of each, S tokens attended to, H query heads, d hidden size
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqa_hf.attention_mqa import ATTENTION_NAME
+from mqa_hf.base.errors import ConversionError
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.layer_mqa import MQADecoderLayer
+from mqa_hf.modeling_mqa import MQAModel
+
+Tensors = dict[str, torch.Tensor]
+MAPPED_ABOVE = 8 * 2**30  # bytes of hidden states that are kept in memory; more lie in a mapped file
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How heads are fitted.
+
+    Attributes:
+        method: "shared", or one of those that look at no data, whose output projection is then refitted.
+        refit: whether the output projection is refitted.
+        queries: positions of each sequence at which attention is looked at.
+        batch: sequences that pass a layer at once.
+        held_out: the last sequences, which nothing is fitted on; the report is about them.
+        device: where layers run.
+        seed: of the choice of those positions.
+        scratch: directory for hidden states that memory should not hold.
+    """
+
+    method: str = "shared"
+    refit: bool = True
+    queries: int = 64
+    batch: int = 8
+    held_out: int = 8
+    device: str = "cpu"
+    seed: int = 0
+    scratch: Path | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Token ids [N, T]; `valid` [N, T] is false for padding, which stands on the right (`None`: there is none).
+
+    For an encoder-decoder model they are the decoder's input, and `source`, `source_valid` [N, S] the encoder's.
+    """
+
+    tokens: torch.Tensor
+    valid: torch.Tensor | None = None
+    source: torch.Tensor | None = None
+    source_valid: torch.Tensor | None = None
+
+
+def layer_config(config: MQAConfig) -> MQAConfig:
+    config = copy.deepcopy(config)
+    config._attn_implementation = ATTENTION_NAME
+    return config
+
+
+class Stream:
+    """The calibration tokens before a layer of one stack, as the *converted* layers below left them.
+
+    Args:
+        prefix: of the stack's tensors in canonical names.
+        config: of the stack, with all the source's heads.
+        tokens, valid: ids [N, T], and which of them are no padding (`None`: all).
+        options: of the fit.
+        memory: the encoder's stream, of a decoder with one.
+
+    Attributes:
+        states: [N, T, d], as the student leaves them.
+        original: [held out, T, d], as the teacher does.
+        shell: the model of the stack without layers: embeddings, positions, masks, last norm.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        config: MQAConfig,
+        tokens: torch.Tensor,
+        valid: torch.Tensor | None,
+        options: FitOptions,
+        memory: "Stream | None" = None,
+    ):
+        self.prefix, self.config, self.options, self.memory = prefix, layer_config(config), options, memory
+        self.tokens, self._valid = tokens, valid
+        self.device = torch.device(options.device)
+        self.fitted_rows = len(tokens) - options.held_out
+        empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": []}
+        self.shell = MQAModel(MQAConfig(**{**config.to_dict(), **empty})).float().eval().to(self.device)
+        # The shell makes masks and positions for every layer; explicit ones, of which rows can be taken.
+        self.shell.config = copy.deepcopy(config)
+        self.shell.config._attn_implementation = "eager"
+        self.states = self.original = torch.empty(0)
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.first: MQADecoderLayer | None = None  # whose relative bias all layers share
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Embed the tokens; what the layers share are positions."""
+        N, T = self.tokens.shape
+        position_ids = torch.arange(T, device=self.device)[None]
+        embed = self.shell.embed_tokens
+        assert embed is not None
+        self.states = self.room(N, T, self.config.hidden_size)
+        for rows in self.rows(0, N):
+            self.states[rows] = self.shell.enter(embed(self.tokens[rows].to(self.device)), position_ids).cpu()
+        self.original = self.states[-self.options.held_out :].clone()
+        x = self.states[:1].to(self.device)
+        self.angles = None if self.shell.rotary_emb is None else self.shell.rotary_emb(x, position_ids)
+        if self.memory is not None:  # the encoder has ended
+            for states in (self.memory.states, self.memory.original):
+                for rows in self.rows(0, len(states)):
+                    states[rows] = self.memory.shell.leave(states[rows].to(self.device)).cpu()
+
+    def room(self, *shape: int) -> torch.Tensor:
+        """An empty float32 tensor, in a mapped file where it is large."""
+        count = torch.Size(shape).numel()
+        scratch = self.options.scratch
+        if 4 * count <= MAPPED_ABOVE or scratch is None:
+            return torch.empty(shape)
+        free = shutil.disk_usage(scratch).free
+        if free < 4 * count:
+            raise ConversionError(
+                f"the hidden states of the calibration tokens take {4 * count:,} bytes at {scratch}, "
+                f"where {free:,} are free; lower `calibration_tokens`"
+            )
+        # Once it is mapped, it needs no name.
+        with tempfile.NamedTemporaryFile(dir=scratch, prefix=".states-") as file:
+            return torch.from_file(file.name, shared=True, size=count).view(shape)
+
+    def rows(self, start: int, stop: int) -> Iterator[slice]:
+        for i in range(start, stop, self.options.batch):
+            yield slice(i, min(i + self.options.batch, stop))
+
+    def batches(self, held_out: bool = False) -> Iterator[slice]:
+        """The sequences that heads are fitted on, or those that are held out, so many at once."""
+        return self.rows(self.fitted_rows, len(self.tokens)) if held_out else self.rows(0, self.fitted_rows)
+
+    def valid(self, rows: slice) -> torch.Tensor:
+        """[B, T]: which tokens are no padding."""
+        if self._valid is None:
+            return torch.ones(self.tokens[rows].shape, dtype=torch.bool, device=self.device)
+        return self._valid[rows].to(self.device)
+
+    def masks(self, layer: MQADecoderLayer, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The additive masks [B or 1, H or 1, T, S] of a layer's self- and cross-attention for some sequences."""
+        x = torch.empty((*self.tokens[rows].shape, 1), device=self.device)
+        known = None if self._valid is None else self.valid(rows)
+        position_ids = torch.arange(x.shape[1], device=self.device)[None]
+        ready = self.shell.make_masks(x, known, position_ids, None)
+        T = x.shape[1]  # an encoder without padding needs no mask; here each has one
+        ready = {name: torch.zeros(1, 1, T, T, device=self.device) if m is None else m for name, m in ready.items()}
+        biased = self.shell.position_bias(ready, known, x, None)
+        kind = self.config.layer_types[layer.self_attn.layer_idx]
+        if self.first is not None:
+            biased(self.first, kind)
+        own, cross = biased(layer, kind), None
+        if self.memory is not None:
+            source = self.memory.valid(rows)
+            cross = torch.zeros(source.shape, device=self.device).masked_fill(~source, torch.finfo(torch.float).min)
+            cross = cross[:, None, None]
+        return own, cross
+
+    def layer(self, config: MQAConfig, number: int, tensors: Tensors, strict: bool = True) -> MQADecoderLayer:
+        """A layer with a configuration's heads, of canonical tensors; without `strict`, of those that fit."""
+        prefix = f"{self.prefix}layers.{number}."
+        layer = MQADecoderLayer(config, number).float().eval()
+        known = layer.state_dict()  # a key bias that softmax does not see is among the tensors, but not in the layer
+        state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
+        state = {name: t for name, t in state.items() if name in known and (strict or t.shape == known[name].shape)}
+        layer.load_state_dict(state, strict=strict)
+        layer = layer.to(self.device)
+        if number == 0 and layer.self_attn.relative_bias is not None and not config.relative_per_layer:
+            self.first = layer
+        return layer
+
+    def inputs(self, layer: MQADecoderLayer, site: str, x: torch.Tensor, mask: Any) -> torch.Tensor:
+        """The input of a layer's attention [B, T, d]; that of cross-attention is what its self-attention leaves."""
+        for branches, after in layer.residuals(cross=self.memory is not None):
+            norm, module = branches[0]
+            h = x if norm is None else norm(x)
+            if module is getattr(layer, site):
+                return h
+            x = x + layer.added(module(h, position_embeddings=self.angles, attention_mask=mask)[0])
+            x = x if after is None else after(x)
+        raise AssertionError(f"a layer without {site}")
+
+    def at(self, layer: MQADecoderLayer, site: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where the student's tokens stand at an attention: its input, what it attends to, and the mask."""
+        own, cross = self.masks(layer, rows)
+        h = self.inputs(layer, site, self.states[rows].to(self.device), own)
+        if site == "self_attn":
+            return h, h, own
+        assert self.memory is not None
+        assert cross is not None
+        return h, self.memory.states[rows].to(self.device), cross
+
+    def passed(self, layer: MQADecoderLayer, x: torch.Tensor, memory: Any, rows: slice) -> torch.Tensor:
+        own, cross = self.masks(layer, rows)
+        return layer(x.to(self.device), own, memory, cross, position_embeddings=self.angles).cpu()
+
+    def advance(self, teacher: MQADecoderLayer, student: MQADecoderLayer) -> None:
+        """Let the tokens pass the student, and the held-out ones the teacher beside it."""
+        memory = self.memory
+        for rows in self.rows(0, len(self.states)):
+            source = None if memory is None else memory.states[rows].to(self.device)
+            self.states[rows] = self.passed(student, self.states[rows], source, rows)
+        for rows in self.batches(held_out=True):
+            own = slice(rows.start - self.fitted_rows, rows.stop - self.fitted_rows)
+            source = None if memory is None else memory.original[own].to(self.device)
+            self.original[own] = self.passed(teacher, self.original[own], source, rows)

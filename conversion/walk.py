@@ -1,0 +1,84 @@
+"""Reading, pooling or fitting, and writing, one layer after the other."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from mqa_hf.base.console import NORMAL, progress_bar, verbosity
+
+from .calibration import Calibration
+from .checkpoint import Writer
+from .matching import Layer
+from .plan import Plan, Reading, Tensors
+from .record import LayerRecord
+from .widths import Curves, Widths, choose_widths
+
+
+class Heads(Protocol):
+    """What makes fewer heads of a layer's: [`Pooling`], or [`Calibration`], which fits them."""
+
+    def outside(self, tensors: Tensors) -> None:
+        """Look at tensors outside the layers, which come first."""
+
+    def convert(self, layer: Layer, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        """A layer's tensors with fewer heads, and what they differ by."""
+
+
+def walk(plan: Plan, heads: Heads, writer: Writer) -> list[LayerRecord]:
+    """Read, convert and write one layer after the other, and each tensor outside the layers by itself.
+
+    Returns:
+        Of each layer, what `heads` says of it.
+    """
+    count = sum(part.layer is not None for part in plan.parts)
+    records: list[LayerRecord] = []
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
+        task = bar.add_task("embeddings", total=writer.total_bytes)
+        for part in plan.parts:
+            canonical = plan.reading.read(part)
+            if part.layer is None:
+                heads.outside(canonical)
+            else:
+                stack, number = part.layer
+                bar.update(task, description=f"layer {len(records) + 1}/{count}")
+                canonical, errors = heads.convert(part.layer, canonical)
+                if errors and isinstance(heads, Calibration) and verbosity() >= NORMAL:
+                    said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
+                    bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
+                records.append(
+                    LayerRecord.model_validate({"layer": number, **({"stack": stack} if stack else {}), **errors})
+                )
+            bar.advance(task, writer.write(plan.written(part, canonical)))
+        bar.advance(task, writer.write({name: torch.zeros(plan.tensors[name].shape) for name in plan.zeros}))
+    writer.finish()
+    return records
+
+
+def survey(reading: Reading, calibration: Calibration, components: Mapping[str, int]) -> dict[str, Widths]:
+    """Walk over the layers without writing, and choose the widths of each attention within its components."""
+    curves: dict[str, list[Curves]] = {}
+    with _progress() as bar, torch.no_grad():
+        task = bar.add_task("looking at layers", total=len(reading.parts))
+        for part in reading.parts:
+            canonical = reading.read(part)
+            if part.layer is None:
+                calibration.outside(canonical)
+            else:
+                for name, found in calibration.survey(part.layer, canonical).items():
+                    curves.setdefault(name, []).append(found)
+            bar.advance(task)
+    return {name: choose_widths(curves[name], count) for name, count in components.items()}
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    return progress_bar(TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn())
