@@ -207,11 +207,3 @@ def spread(found: Any, name: str, form: str) -> str:
 
 
 evaluate = function(Evaluation)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf evaluate
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Evaluation.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

@@ -153,11 +153,3 @@ def refuse(constant: str) -> None:
 
 
 pretrain = function(Pretraining)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf pretrain
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Pretraining.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)
