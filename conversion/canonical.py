@@ -65,6 +65,13 @@ def stack_of(config: CanonicalConfig, attention: str) -> MQAConfig:
     return config.encoder
 
 
+def longest(config: CanonicalConfig) -> int:
+    """The most tokens that all stacks have positions for."""
+    limited = ("learned", "sinusoidal", "rotary")
+    limits = [s.max_position_embeddings for s in stacks_of(config).values() if s.position_embedding in limited]
+    return min(limits, default=2**31)
+
+
 def heads_of(config: CanonicalConfig) -> dict[str, int]:
     """Key/value heads of each attention that the model has."""
     decoder = decoder_of(config)

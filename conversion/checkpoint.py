@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from mqa_hf.base.errors import ConversionError, listing
@@ -43,8 +43,12 @@ class TensorInfo:
     dtype: torch.dtype
 
     @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.numel * self.dtype.itemsize
 
     @property
     def unsuited(self) -> str | None:
@@ -259,6 +263,21 @@ def _reserve(file: BinaryIO, offset: int, size: int) -> None:
         file.truncate(offset + size)
 
 
+def shards(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> StateDictSplit:
+    """Which tensor goes into which file; raises ConversionError for a size that is none."""
+    try:
+        if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
+            raise ValueError("it must be positive")
+        return split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda info: info.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError as error:
+        raise ConversionError(f"`max_shard_size` {max_shard_size!r} is not a size: {error}") from error
+
+
 class CheckpointWriter:
     """Writes safetensors shards whose layout is fixed before the first tensor comes.
 
@@ -288,17 +307,7 @@ class CheckpointWriter:
     ):
         self.allow_nonfinite = allow_nonfinite
         self.nonfinite: dict[str, int] = {}
-        try:
-            if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
-                raise ValueError("it must be positive")
-            split = split_state_dict_into_shards_factory(
-                dict(tensors),
-                get_storage_size=lambda info: info.nbytes,
-                filename_pattern="model{suffix}.safetensors",
-                max_shard_size=max_shard_size,
-            )
-        except ValueError as error:
-            raise ConversionError(f"`max_shard_size` {max_shard_size!r} is not a size: {error}") from error
+        split = shards(tensors, max_shard_size)
         self.total_bytes = sum(info.nbytes for info in tensors.values())
         self._tensors = dict(tensors)
         self._pending = set(tensors)

@@ -157,7 +157,12 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
     _: KW_ONLY
     tokenizer: Annotated[
         Optional["PreTrainedTokenizerBase"],
-        Option("Tokenizer or processor that goes with a model in memory.", recorded="never", objects="only"),
+        Option(
+            "Tokenizer or processor that goes with a model in memory. Default: none is written, and calibration "
+            "takes that of where the model was loaded from.",
+            recorded="never",
+            objects="only",
+        ),
     ] = None
 
     @property
@@ -288,6 +293,14 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         from .converter import carry_out
 
         return carry_out(self.resolve())
+
+    def dry_run(self) -> dict[str, Any]:
+        from .forecast import forecast
+
+        return forecast(self.resolve())
+
+    def interrupted(self) -> str:
+        return "Nothing was kept; `output` is as it was."
 
     def show(self, record: "ConversionRecord", console: "Console") -> None:
         """Say in a line what became of the heads and the cache."""

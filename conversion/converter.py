@@ -21,7 +21,7 @@ from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.configuration_mqa import MQAConfig
 
 from .calibration import Calibration
-from .canonical import stacks_of
+from .canonical import longest
 from .card import write_card
 from .checkpoint import CheckpointWriter
 from .companions import Beside
@@ -145,12 +145,7 @@ def _examples(reading: Reading, job: ConversionOptions) -> Examples:
         reading.config,
         companions_of(reading.source).tokenizer(),
     )
-    limits = [
-        stack.max_position_embeddings
-        for stack in stacks_of(config).values()
-        if stack.position_embedding in ("learned", "sinusoidal", "rotary")
-    ]
-    length = min(job.sequence_length, *limits) if limits else job.sequence_length
+    length = min(job.sequence_length, longest(config))
     if isinstance(config, MQAConfig):
         column = text.one_column(columns, "`calibration_columns`")
         tokens = text.calibration_tokens(

@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mqa_hf.base.errors import ConversionError, listing
+from mqa_hf.base.text import load_tokenizer
 
 from .canonical import on_meta
 from .checkpoint import TensorInfo, check_range, count_nonfinite
@@ -207,12 +208,16 @@ class Given:
         return copy.deepcopy(getattr(self.model, "generation_config", None) or GenerationConfig())
 
     def tokenizer(self) -> Any:
-        """That of calibration texts; raises ConversionError where none was given."""
-        if self.given is None:
-            raise ConversionError(
-                "heads of a model in memory are fitted to a text with its tokenizer: give `tokenizer`"
-            )
-        return getattr(self.given, "tokenizer", self.given)
+        """That of calibration texts: the given one, or that of where the model was loaded from.
+
+        Raises:
+            MQAError: where there is none.
+        """
+        if self.given is not None:
+            return getattr(self.given, "tokenizer", self.given)
+        if not self.model.name_or_path:
+            raise ConversionError("calibration of a model in memory takes a tokenizer for its text: give `tokenizer`")
+        return load_tokenizer(self.model.name_or_path)
 
     @property
     def card(self) -> Path | None:

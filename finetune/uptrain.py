@@ -195,10 +195,6 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     def show(self, record: "UptrainingRecord", console: "Console") -> None:
         """Say in a line what the losses became, and warn of those that are worse."""
-        from mqa_hf.base.devices import processes
-
-        if not processes().is_main_process:
-            return
         said = f"{self.output}: trained on {record.tokens:,} tokens"
         measured = record.validation
         if measured is None:
@@ -225,7 +221,7 @@ def width_of(student: Path) -> int:
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
-    width = getattr(getattr(config, "decoder", config), "hidden_size", None)
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
     if not isinstance(width, int):
         raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
     return width
@@ -259,11 +255,3 @@ def original_of(student: Path) -> tuple[str, str | None]:
 
 
 uptrain = function(Uptraining)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf uptrain
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Uptraining.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

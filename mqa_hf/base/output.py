@@ -32,7 +32,9 @@ except ImportError:  # a system without such locks
     fcntl = None  # type: ignore[assignment]
 
 
-def resolve_output(output: str | os.PathLike, source: Path | None, overwrite: bool, mark: str = REPORT_FILE) -> Path:
+def resolve_output(
+    output: str | os.PathLike, source: Path | None, overwrite: bool, mark: str = REPORT_FILE, recover: bool = True
+) -> Path:
     """The absolute path of the output, links followed. What a killed process left there is cleared.
 
     Args:
@@ -40,6 +42,7 @@ def resolve_output(output: str | os.PathLike, source: Path | None, overwrite: bo
         source: directory that is read, where there is one.
         overwrite: whether what is at `output` may be replaced.
         mark: file that what may be replaced has in it.
+        recover: whether to clear what a killed process left.
 
     Raises:
         MQAError: where writing there would lose something, or is impossible.
@@ -54,7 +57,7 @@ def resolve_output(output: str | os.PathLike, source: Path | None, overwrite: bo
             raise MQAError(f"the working directory is or lies in {here}; give the output a name of its own")
         if here.is_mount():
             raise MQAError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
-        if _left_over(here):
+        if recover and _left_over(here):
             with suppress(BlockingIOError), _locked(here) as alone:
                 if alone:
                     _recover(here)

@@ -107,6 +107,13 @@ def test_texts_in_memory_are_a_text_in_a_file(tmp_path):
     assert "calibration=texts" in record.command
 
 
+def test_calibration_takes_the_tokenizer_of_where_the_model_was_loaded_from(tmp_path):
+    write_tokenizer(save(make("llama"), tmp_path / "source"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    given = convert(loaded, tokenizer=AutoTokenizer.from_pretrained(tmp_path / "source"), **FIT)
+    assert_same_model(convert(loaded, **FIT), given)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3", "mixtral"])
 def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
     """Mixtral's experts have other names on disk than in memory."""

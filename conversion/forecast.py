@@ -1,0 +1,127 @@
+"""What a conversion would read, write and need, from headers alone."""
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from mqa_hf.base.errors import ConversionError
+from mqa_hf.base.output import resolve_output
+from mqa_hf.configuration_mqa import of_layer
+
+from . import states
+from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
+from .checkpoint import CheckpointReader, shards
+from .convert import Conversion
+from .families import NATIVE_ONLY
+from .memory import AnySource, open_model
+from .passthrough import own_class_plan
+from .plan import Part, Plan, Reading, make_plan, make_reading
+from .source import open_source
+from .states import FitOptions
+from .widths import Widths, budget_components
+
+
+def forecast(job: Conversion) -> dict[str, Any]:
+    """What a resolved job would do, by name; sizes in bytes.
+
+    Memory is that of what is held at once: the largest part that is read, what is made of it, and the calibration
+    tokens with what is gathered of them. Python and its libraries come on top. With `cache_budget`, sizes are those of
+    equal widths.
+
+    Raises:
+        ConversionError: where the conversion is impossible, or the weights of a hub id are not here.
+    """
+    source = _here(job)
+    place = resolve_output(job.output, source.directory, job.overwrite, recover=False)
+    plan = _plan(source, job)
+    reader = plan.reading.reader
+    read = sum(reader.tensors[s.name].nbytes for part in plan.parts for s in part.reads)
+    scratch = mapped = 0
+    if job.calibrated:
+        scratch, mapped = _calibration(plan, job)
+    parent = next(parent for parent in place.parents if parent.exists())
+    return {
+        "source": source.name,
+        "source_files": len(reader.files) if isinstance(reader, CheckpointReader) else 0,
+        "read_bytes": read * (1 if job.cache_budget is None else 2),
+        "layers": sum(part.layer is not None for part in plan.parts),
+        "output": str(place),
+        "output_files": len(shards(plan.tensors, job.max_shard_size).filename_to_tensors),
+        "written_bytes": plan.nbytes,
+        "kv_bytes_per_token": plan.pooled.kv_bytes_per_token,
+        "memory_bytes": max(_part(plan, part) for part in plan.parts) + scratch,
+        "disk_bytes": plan.nbytes + mapped,
+        "free_bytes": shutil.disk_usage(parent).free,
+    }
+
+
+def _here(job: Conversion) -> AnySource:
+    """The source, without fetching weights."""
+    if not isinstance(job.source, str):
+        return open_model(job.source, job.tokenizer)
+    source = open_source(job.source, job.revision, weights=False)
+    weights = [path for kind in ("*.safetensors", "*.bin") for path in source.directory.glob(kind)]
+    if source.revision is not None and not weights:
+        raise ConversionError(
+            f"the weights of {source.name} are not here, and a dry run fetches nothing; fetch them first: hf download "
+            f"{source.name}"
+        )
+    return source
+
+
+def _plan(source: AnySource, job: Conversion) -> Plan:
+    if job.target == "native" and source.config.model_type in NATIVE_ONLY:
+        return own_class_plan(source, job)
+    reading = make_reading(source, job)
+    return make_plan(reading, job, None if job.cache_budget is None else _equal_widths(reading, job.cache_budget))
+
+
+def _equal_widths(reading: Reading, budget: str) -> Mapping[str, Widths]:
+    widths = {}
+    for name in reading.attentions:
+        if name == "encoder":
+            continue
+        stack, heads = stack_of(reading.config, name), heads_of(reading.pooled)[name]
+        layers, most = stack.num_hidden_layers, heads_of(reading.config)[name] // heads
+        share = budget_components(budget, reading.config, heads, name) // (2 * layers)
+        fields = ("cross_qk_head_dim", "cross_v_head_dim") if name == "cross" else ("qk_head_dim", "v_head_dim")
+        keys, values = (
+            [min(max(2, share // 2 * 2), most * of_layer(getattr(stack, field), i)) for i in range(layers)]
+            for field in fields
+        )
+        widths[name] = keys, values
+    return widths
+
+
+def _part(plan: Plan, part: Part) -> int:
+    """Bytes that a part takes: what is read, what is written of it, and one tensor in float32 on the way."""
+    read = [plan.reading.reader.tensors[step.name] for step in part.reads]
+    written = sum(plan.tensors[step.name].nbytes for step in part.writes)
+    widest = max(info.nbytes * 4 // info.dtype.itemsize for info in read)
+    return sum(info.nbytes for info in read) + written + widest
+
+
+def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
+    """Bytes that a calibration takes in memory, and in a mapped file."""
+    config, options = plan.reading.config, FitOptions()
+    tensors = plan.reading.reader.tensors
+    outside = sum(4 * tensors[s.name].numel for part in plan.parts if part.layer is None for s in part.reads)
+    layers = [
+        sum(4 * tensors[s.name].numel for s in part.reads) + sum(4 * plan.tensors[s.name].numel for s in part.writes)
+        for part in plan.parts
+        if part.layer is not None
+    ]
+    memory, mapped = outside + max(layers), 0
+    decoder = decoder_of(config)
+    d, H, T = decoder.hidden_size, decoder.num_attention_heads, min(job.sequence_length, longest(config))
+    for _ in stacks_of(config):
+        held = 4 * job.calibration_tokens * d
+        if held > states.MAPPED_ABOVE:
+            mapped += held
+        else:
+            memory += held
+        memory += held // 16  # the held-out ones once more
+    new = max(heads_of(plan.pooled).values())
+    moments = 8 * (2 * (d + 1) ** 2 + 2 * new * d * d)
+    batch = 4 * options.batch * (T * d * 4 + H * options.queries * T * 3 + H * T * T)
+    return memory + moments + batch, mapped
