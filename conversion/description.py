@@ -82,7 +82,7 @@ def _own(directory: Path) -> dict[str, Any]:
         return {}
     try:
         return _describe(canonical[model_type].from_pretrained(directory))
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever a configuration class raises for values that it refuses
         raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
 
 

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedConfig, StaticCache
 
-from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cache_mqa import DecodeCache
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import family_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
+from mqa_hf.modeling_mqa import MQAForCausalLM
+from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 
 from .benchmark import WARMUP, Benchmark
 from .shapes import Config, OwnShape, Weights, attention_layers, read_shape

@@ -1,4 +1,4 @@
-"""The whole job on a small model that comes with the package: `mqa-hf demo`.
+"""`mqa-hf demo`: the whole job on a small model that comes with the package.
 
     mqa-hf demo [OUTPUT]
 
@@ -7,65 +7,150 @@ trains the fitted one a little, measures quality and speed beside the original, 
 GPU are needed. Each step is a command that can be typed by hand, and is shown; what is done is not done again.
 """
 
-import json
-import shlex
 import shutil
-import webbrowser
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
-from mqa_hf.finetune.recipe import Step, run_steps
+from mqa_hf.base.options import Job, Option
+from mqa_hf.base.steps import Step, run_steps
+from mqa_hf.conversion.convert import Conversion
+from mqa_hf.finetune.uptrain import Uptraining
 
-from .evaluation_record import EvaluationRecord
-from .report import PAGE
+from .benchmark import Benchmark
+from .evaluate import Evaluation
+from .report import PAGE, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MODEL = "shakespeare"  # folder beside this file
 TEXTS = ("train.jsonl.xz", "held-out.jsonl.xz")
 DONE = "demo.json"
+EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "rouge_score", "sacrebleu")
 # Sizes that keep the whole at about three minutes on two cores.
-FITTED = shlex.split("--calibration-tokens 32768 --sequence-length 256")
-TRAINED = shlex.split("--tokens 196608 --sequence-length 256 --batch-tokens 4096 --validation-tokens 8192")
-MEASURED = shlex.split("--tokens 16384 --window 512 --prompts 16 --prompt-tokens 32 --new-tokens 48")
-TIMED = shlex.split("--cells 1x1024,8x1024,32x512,32x1024,32x2048 --tokens 12 --prefill-limit 0")
+FITTED: Mapping[str, Any] = {"calibration_tokens": 32_768, "sequence_length": 256}
+TRAINED: Mapping[str, Any] = {
+    "tokens": 196_608,
+    "sequence_length": 256,
+    "batch_tokens": 4_096,
+    "validation_tokens": 8_192,
+}
+MEASURED: Mapping[str, Any] = {
+    "tokens": 16_384,
+    "window": 512,
+    "prompts": 16,
+    "prompt_tokens": 32,
+    "new_tokens": 48,
+}
+TIMED: Mapping[str, Any] = {
+    "cells": ("1x1024", "8x1024", "32x512", "32x1024", "32x2048"),
+    "tokens": 12,
+    "prefill_limit": 0,
+}
+
+
+@dataclass(frozen=True)
+class Demo(Job[Path]):
+    """Do the whole job on a small model that comes with the package: convert, train, measure, show.
+
+    Returns:
+        The page of the report.
+
+    Raises:
+        MQAError: where `output` holds something else or cannot be written.
+    """
+
+    name = "demo"
+
+    output: Annotated[Path, Option("Directory for everything.")] = Path("demo")
+    _: KW_ONLY
+    overwrite: Annotated[
+        bool, Option("Run steps that have changed, and those that need them, again.", recorded="never")
+    ] = False
+    open: Annotated[bool, Option("Open the report in a browser.", recorded="never")] = False
+
+    def run(self) -> Path:
+        missing = [name for name in EXTRAS if find_spec(name) is None]
+        if missing:
+            raise MQAError(f"this needs {', '.join(missing)}: pip install 'mqa-hf[demo]'")
+        put_beside(self.output)
+        run_steps(steps(self.output), self.output / DONE, "the demo", self.overwrite)
+        page = (self.output / "report" / PAGE).resolve()
+        if self.open:
+            import webbrowser
+
+            webbrowser.open(page.as_uri())
+        return page
+
+    def show(self, page: Path, console: "Console") -> None:
+        """What each model writes after the same words, and where the report is."""
+        from .evaluation_record import EvaluationRecord
+
+        found = EvaluationRecord.read(self.output / "evaluation").checkpoints
+        said = [f"\nAfter\n\n{found[0].samples[0].prompt}\n"]
+        said += [f"{checkpoint.name} writes\n\n{checkpoint.samples[0].text.strip()}\n" for checkpoint in found]
+        console.print("\n".join([*said, f"The report: {page}"]), soft_wrap=True)
+
+    def dry_run(self) -> dict[str, Any]:
+        """The command of each step."""
+        return {name: step.job.command() for name, step in steps(self.output).items()}
+
+    def interrupted(self) -> str:
+        return "Steps that are done are kept, and so is what the last one has done so far; the same command goes on."
 
 
 def steps(output: Path) -> dict[str, Step]:
-    """The commands, in order."""
-    names = ("original", "mean", "shared", "wide", "trained")
-    original, mean, shared, wide, trained = checkpoints = [str(output / name) for name in names]
+    """The jobs, in order."""
+    original, mean, shared, wide, trained = (
+        output / name for name in ("original", "mean", "shared", "wide", "trained")
+    )
     text, held_out = (str(output / name) for name in TEXTS)
-    evaluation, times, report = output / "evaluation", output / "times.jsonl", output / "report"
-    fitted = ["--method", "shared", "--calibration", text, *FITTED]
-    training = ["--dataset", text, "--validation", held_out, "--report-to", "none", *TRAINED]
-    measured = ["--text", held_out, "--output", str(evaluation), *MEASURED]
-    timed = ["--kv-heads", "original", "--engines", "mqa-hf", "--device", "cpu", "--output", str(times), *TIMED]
-    converted = ("mean", "shared", "wide")
-    shown = [str(evaluation), "--benchmark", str(times), "--output", str(report), "--cards"]
+    evaluation, times, page = output / "evaluation", output / "times.jsonl", output / "report"
+    fitted = {"method": "shared", "calibration": text, **FITTED}
+    checkpoints = list(map(str, (mean, shared, wide, trained)))
     return {
-        "mean": Step(["convert", original, mean], output / "mean" / REPORT_FILE, costly=True),
-        "shared": Step(["convert", original, shared, *fitted], output / "shared" / REPORT_FILE, costly=True),
-        "wide": Step(
-            ["convert", original, wide, *fitted, "--head-width", "2"], output / "wide" / REPORT_FILE, costly=True
-        ),
+        "mean": Step(Conversion(original, mean), mean / REPORT_FILE, costly=True),
+        "shared": Step(Conversion(original, shared, **fitted), shared / REPORT_FILE, costly=True),
+        "wide": Step(Conversion(original, wide, **fitted, head_width=2), wide / REPORT_FILE, costly=True),
         "train": Step(
-            ["uptrain", shared, trained, *training], output / "trained" / TRAINING_FILE, ("shared",), costly=True
+            Uptraining(shared, trained, dataset=[text], validation=held_out, report_to=["none"], **TRAINED),
+            trained / TRAINING_FILE,
+            ("shared",),
+            costly=True,
         ),
         "evaluate": Step(
-            ["evaluate", *checkpoints, *measured], evaluation / EvaluationRecord.file, (*converted, "train")
+            Evaluation(original, checkpoints, text=held_out, output=evaluation, **MEASURED),
+            evaluation / "evaluation.json",
+            ("mean", "shared", "wide", "train"),
         ),
-        "benchmark": Step(["benchmark", original, shared, wide, *timed], times, ("shared", "wide")),
+        "benchmark": Step(
+            Benchmark(
+                list(map(str, (original, shared, wide))),
+                kv_heads=["original"],
+                engines=["mqa-hf"],
+                device="cpu",
+                output=times,
+                **TIMED,
+            ),
+            times,
+            ("shared", "wide"),
+        ),
         "report": Step(
-            ["report", *shown, "--title", "Eight heads become one"], report / PAGE, ("evaluate", "benchmark")
+            Report(evaluation, benchmark=[times], output=page, title="Eight heads become one", cards=True),
+            page / PAGE,
+            ("evaluate", "benchmark"),
         ),
     }
 
 
 def put_beside(output: Path) -> None:
-    """Copy the model and its texts to where the commands look for them.
+    """Copy the model and its texts to where the steps look for them.
 
     Raises:
         MQAError: where they cannot be written, or something else is there.
@@ -92,32 +177,3 @@ def put_beside(output: Path) -> None:
                     (output / f".{name}.partial").replace(output / name)
     except OSError as error:
         raise MQAError(f"{output} cannot be written: {error}") from error
-
-
-def demo(output: Path, overwrite: bool = False, show: bool = False) -> Path:
-    """Run the demo, or what is left of it.
-
-    Args:
-        output: directory for everything.
-        overwrite: run steps that have changed, and those that need them, again.
-        show: whether the report is opened in a browser.
-
-    Returns:
-        The page of the report.
-
-    Raises:
-        MQAError: where `output` holds something else or cannot be written.
-    """
-    put_beside(output)
-    run_steps(steps(output), output / DONE, "the demo", overwrite)
-    console = Console(markup=False, highlight=False, soft_wrap=True)
-    found = json.loads((output / "evaluation" / EvaluationRecord.file).read_text(encoding="utf-8"))
-    first = found["checkpoints"][0]["samples"][0]
-    console.print(f"\nAfter\n\n{first['prompt']}\n")
-    for checkpoint in found["checkpoints"]:
-        console.print(f"{checkpoint['name']} writes\n\n{checkpoint['samples'][0]['text'].strip()}\n")
-    page = (output / "report" / PAGE).resolve()
-    console.print(f"The report: {page}")
-    if show:
-        webbrowser.open(page.as_uri())
-    return page

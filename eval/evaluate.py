@@ -148,13 +148,10 @@ class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]
         """The main numbers as a table, with their intervals."""
         from rich.console import Console
 
-        from mqa_hf.base.devices import processes
-
-        if processes().is_main_process:
-            wide = Console(file=console.file, width=max(250, console.width), markup=False, highlight=False)
-            wide.print(table_of(result))
-            if result.note:
-                wide.print(result.note)
+        wide = Console(file=console.file, width=max(250, console.width), markup=False, highlight=False)
+        wide.print(table_of(result))
+        if result.note:
+            wide.print(result.note)
 
 
 def table_of(result: "EvaluationRecord") -> Any:
@@ -210,11 +207,3 @@ def spread(found: Any, name: str, form: str) -> str:
 
 
 evaluate = function(Evaluation)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf evaluate
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Evaluation.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

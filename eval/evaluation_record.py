@@ -23,6 +23,7 @@ from mqa_hf.base.records import Record
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Interval = tuple[Number, Number] | None
+Natural = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Part(BaseModel):
@@ -201,27 +202,35 @@ class WindowRecord(BaseModel):
         context: nats and tokens by the power of two that the number of tokens before them reaches.
     """
 
-    id: int
-    document: int
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    id: Natural
+    document: Natural
     nats: float
     divergence: float
-    same: int
-    tokens: int
-    bytes: int
-    context: dict[int, tuple[float, int]]
+    same: Natural
+    tokens: Annotated[int, Field(ge=1)]
+    bytes: Natural
+    context: dict[Annotated[int, Field(ge=0, lt=64)], tuple[float, Annotated[int, Field(ge=1)]]]
 
 
 class WritingRecord(BaseModel):
     """Tokens that follow a prompt, and the texts of encoder-decoder models, without beams and with."""
 
-    id: int
-    tokens: list[int]
+    id: Natural
+    tokens: list[Natural]
     greedy: str | None = None
     beam: str | None = None
 
 
-def read_lines(directory: Path, step: str, kind: type[BaseModel]) -> list[Any]:
+def read_lines(directory: Path, step: str, kind: type[BaseModel], count: int) -> list[Any]:
     """What all processes have written of a step, in order; a line that was cut off is passed over.
+
+    Args:
+        directory: of the checkpoint's measurements.
+        step: that the files are named after.
+        kind: of the records.
+        count: of records when the step is done, with numbers below it.
 
     Raises:
         MQAError: for a line that is whole and holds something else.
@@ -233,10 +242,10 @@ def read_lines(directory: Path, step: str, kind: type[BaseModel]) -> list[Any]:
             try:
                 record: Any = kind.model_validate_json(line)
             except ValidationError as error:
-                if any(e["type"] != "json_invalid" for e in error.errors()):
-                    raise MQAError(
-                        f"{path}, line {number}, holds no measurement; remove {directory} to measure again"
-                    ) from error
-                continue
+                if all(e["type"] == "json_invalid" for e in error.errors()):
+                    continue
+                record = None
+            if record is None or record.id >= count:
+                raise MQAError(f"{path}, line {number}, holds no measurement; remove {directory} to measure again")
             found[record.id] = record
     return [found[i] for i in sorted(found)]

@@ -27,7 +27,7 @@ from mqa_hf.base.console import progress_bar
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.errors import MQAError, listing
 from mqa_hf.base.files import stamps, write_whole
-from mqa_hf.base.hub import locate
+from mqa_hf.base.hub import PICKLES, SAFETENSORS, locate
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.conversion.inspect import Inspection
 from mqa_hf.conversion.loading import load_model
@@ -74,6 +74,9 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
     check_output(job.output, names)
     with processes().main_process_first():
         paths = [locate(said, weights=True)[0] for said in given]
+    for said, path in zip(given, paths):
+        if not any(next(path.glob(pattern), None) for pattern in (*SAFETENSORS, *PICKLES)):
+            raise MQAError(f"{said} has no weights: neither *.safetensors nor *.bin")
     configs = [load_config(path) for path in paths]
     vocabulary = common_vocabulary(names, paths, configs)
     if getattr(configs[0], "num_mel_bins", None):
@@ -142,11 +145,8 @@ class Measurements:
                 shutil.rmtree(place, ignore_errors=True)
                 write_json(place / KEY, key)
         models: dict[Path, Any] = {}
-        for step, kind, count in (
-            ("tokens", WindowRecord, len(held_out.windows)),
-            ("writing", WritingRecord, len(held_out.prompts)),
-        ):
-            done = {record.id for record in read_lines(place, step, kind)}
+        for step, count in (("tokens", len(held_out.windows)), ("writing", len(held_out.prompts))):
+            done = {record.id for record in self.kept(place, step)}
             state.wait_for_everyone()  # all share out the same rest, before one of them writes
             todo = [i for i in range(count) if i not in done]
             mine = todo[state.process_index :: state.num_processes]
@@ -162,6 +162,12 @@ class Measurements:
         if self.job.tasks:
             result.tasks = self.tasks(path, place / TASKS)
         return result
+
+    def kept(self, place: Path, step: str) -> list[Any]:
+        """What has been measured in a step: [`WindowRecord`] of windows, [`WritingRecord`] of prompts."""
+        if step == "tokens":
+            return read_lines(place, step, WindowRecord, len(self.held_out.windows))
+        return read_lines(place, step, WritingRecord, len(self.held_out.prompts))
 
     def key(self, path: Path) -> Any:
         """What tells these measurements of a checkpoint from others, as JSON has it."""
@@ -213,7 +219,7 @@ class Measurements:
     def summary(self, name: str, path: Path, given: str) -> CheckpointResult:
         """The numbers of a checkpoint, from its measurements and the original's."""
         place, first = self.job.output / name, self.job.output / self.first
-        ours, theirs = (read_lines(directory, "tokens", WindowRecord) for directory in (place, first))
+        ours, theirs = (self.kept(directory, "tokens") for directory in (place, first))
         names = ("nats", "divergence", "same", "tokens", "bytes")
         sums = {n: [getattr(record, n) for record in ours] for n in names} | {"original": [r.nats for r in theirs]}
         groups = [record.document for record in ours]
@@ -237,7 +243,7 @@ class Measurements:
     def writing_summary(self, place: Path, first: Path) -> dict[str, Any]:
         """What was written, beside what the original has written, and beside references where there are some."""
         held_out, tokenizer = self.held_out, self.vocabulary.tokenizer
-        ours, theirs = (read_lines(directory, "writing", WritingRecord) for directory in (place, first))
+        ours, theirs = (self.kept(directory, "writing") for directory in (place, first))
         tokens = {"predictions": [r.tokens for r in ours], "references": [r.tokens for r in theirs]}
         found: dict[str, Any] = {"writing": Continuation(**Continuations().compute(**tokens))}
         if held_out.references:

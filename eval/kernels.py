@@ -6,24 +6,42 @@ Keys and values are read once; nothing else counts. Many caches take turns, so t
 cache, and calls are replayed from a CUDA graph, as in decoding.
 """
 
-import json
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from mqa_hf.base.entry import run_command
+from mqa_hf.base.commands import run_job
 from mqa_hf.base.errors import MQAError
-from mqa_hf.cli import numbers
+from mqa_hf.base.files import write_whole
+from mqa_hf.base.options import Job, Option
 from mqa_hf.kernel_attend_mqa import attend
 from mqa_hf.kernel_launch_mqa import available
 
 from .roofline import measured_device
+
+
+class KernelRecord(BaseModel):
+    """One layer of bfloat16: what is read, and the time of the kernel and of PyTorch's attention."""
+
+    batch: int
+    context: int
+    heads: int
+    kv_heads: int
+    width: int
+    read_bytes: int
+    kernel_us: float
+    kernel_bandwidth_share: float
+    copy_bandwidth: float
+    sdpa_us: float
+    sdpa_over_kernel: float
 
 
 def replayed(calls: list[Callable[[], object]], times: int = 15) -> float:
@@ -46,7 +64,7 @@ def replayed(calls: list[Callable[[], object]], times: int = 15) -> float:
     return sorted(seconds[3:])[times // 2]
 
 
-def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, bandwidth: float) -> dict:
+def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, bandwidth: float) -> KernelRecord:
     """Seconds and bytes per second of the kernel and of PyTorch's attention, for one layer of bfloat16."""
     size = 2 * batch * kv_heads * context * width * 2
     copies = max(2, min(32, int(4e8 // size)))
@@ -63,53 +81,76 @@ def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, ban
     step = partial(attend, query, length=length, scale=scale, capacity=context, counters=counters)
     ours = replayed([partial(step, keys=k, values=v) for k, v in caches])
     theirs = replayed([partial(sdpa, one, k, v) for k, v in caches])
-    return {
-        "batch": batch,
-        "context": context,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "width": width,
-        "read_bytes": size,
-        "kernel_us": 1e6 * ours,
-        "kernel_bandwidth_share": size / ours / bandwidth,
-        "sdpa_us": 1e6 * theirs,
-        "sdpa_over_kernel": theirs / ours,
-    }
+    return KernelRecord(
+        batch=batch,
+        context=context,
+        heads=heads,
+        kv_heads=kv_heads,
+        width=width,
+        read_bytes=size,
+        kernel_us=1e6 * ours,
+        kernel_bandwidth_share=size / ours / bandwidth,
+        copy_bandwidth=bandwidth,
+        sdpa_us=1e6 * theirs,
+        sdpa_over_kernel=theirs / ours,
+    )
 
 
-def main(
-    batch: Annotated[str, typer.Option(help="Rows.")] = "1,4,16,64,256",
-    context: Annotated[str, typer.Option(help="Positions in use.")] = "512,2048,8192,32768",
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
-    kv_heads: Annotated[str, typer.Option(help="Key/value heads.")] = "1,8",
-    width: Annotated[int, typer.Option(help="Width of a head.")] = 128,
-    largest: Annotated[float, typer.Option(help="Skip what reads more gigabytes than this.")] = 10,
-    output: Annotated[Path | None, typer.Option(help="File for JSON lines.")] = None,
-) -> None:
+@dataclass(frozen=True)
+class KernelTiming(Job[list[KernelRecord]]):
     """Time the attention kernel over batch and context."""
-    if not torch.cuda.is_available() or not available(torch.device("cuda")):
-        raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
-    device = measured_device()
-    title = f"attention of one query per row, bfloat16, {heads} heads of {width}, {device.name}, copy "
-    table = Table(title=title + f"{device.bandwidth / 1e12:.2f} TB/s", title_justify="left")
-    for column in ("K/V heads", "batch", "context", "read, MB", "kernel, us", "of copy", "sdpa, us", "sdpa / kernel"):
-        table.add_column(column, justify="right")
-    records = []
-    for group in numbers("--kv-heads", kv_heads):
-        for rows in numbers("--batch", batch):
-            for positions in numbers("--context", context):
-                if 4e-9 * rows * group * positions * width > largest:
-                    continue
-                r = measure(rows, positions, heads, group, width, device.bandwidth)
-                records.append(r)
-                table.add_row(
-                    f"{group}", f"{rows}", f"{positions}", f"{r['read_bytes'] / 1e6:.1f}", f"{r['kernel_us']:.1f}",
-                    f"{100 * r['kernel_bandwidth_share']:.0f}%", f"{r['sdpa_us']:.1f}", f"{r['sdpa_over_kernel']:.2f}",
-                )  # fmt: skip
-    Console(width=120).print(table)
-    if output is not None:
-        output.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    name = "kernels"
+
+    _: KW_ONLY
+    batch: Annotated[Sequence[int], Option("Rows.", min=1, comma=True)] = (1, 4, 16, 64, 256)
+    context: Annotated[Sequence[int], Option("Positions in use.", min=1, comma=True)] = (512, 2048, 8192, 32768)
+    heads: Annotated[int, Option("Query heads.", min=1)] = 32
+    kv_heads: Annotated[Sequence[int], Option("Key/value heads.", min=1, comma=True)] = (1, 8)
+    width: Annotated[int, Option("Width of a head.", min=1)] = 128
+    largest: Annotated[float, Option("Skip what reads more gigabytes than this.", above=0)] = 10.0
+    output: Annotated[Path | None, Option("File for JSON lines.")] = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Key/value heads, rows and positions that are timed."""
+        every = itertools.product(self.kv_heads, self.batch, self.context)
+        return [(g, b, n) for g, b, n in every if 4e-9 * g * b * n * self.width <= self.largest]
+
+    def resolve(self) -> "KernelTiming":
+        """Itself; raises MQAError where the kernel cannot run."""
+        uneven = [n for n in self.kv_heads if self.heads % n]
+        if uneven:
+            raise MQAError(f"`kv_heads` {uneven[0]} must divide the {self.heads} query `heads`")
+        if not torch.cuda.is_available() or not available(torch.device("cuda")):
+            raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
+        if not self.sizes:
+            raise MQAError(f"all that is asked for reads more than `largest` {self.largest:g} gigabytes")
+        return self
+
+    def run(self) -> list[KernelRecord]:
+        job = self.resolve()
+        bandwidth = measured_device().bandwidth
+        found = [measure(rows, n, job.heads, group, job.width, bandwidth) for group, rows, n in job.sizes]
+        if job.output is not None:
+            write_whole(job.output, "".join(record.model_dump_json() + "\n" for record in found))
+        return found
+
+    def show(self, result: list[KernelRecord], console: Console) -> None:
+        device = f"{torch.cuda.get_device_name()}, copy {result[0].copy_bandwidth / 1e12:.2f} TB/s"
+        title = f"attention of one query per row, bfloat16, {self.heads} heads of {self.width}, {device}"
+        table = Table(title=title, title_justify="left")
+        for column in (
+            "K/V heads", "batch", "context", "read, MB", "kernel, us", "of copy", "sdpa, us", "sdpa / kernel",
+        ):  # fmt: skip
+            table.add_column(column, justify="right")
+        for r in result:
+            table.add_row(
+                f"{r.kv_heads}", f"{r.batch}", f"{r.context}", f"{r.read_bytes / 1e6:.1f}", f"{r.kernel_us:.1f}",
+                f"{100 * r.kernel_bandwidth_share:.0f}%", f"{r.sdpa_us:.1f}", f"{r.sdpa_over_kernel:.2f}",
+            )  # fmt: skip
+        console.print(table)
 
 
 if __name__ == "__main__":
-    run_command(lambda: typer.run(main))
+    run_job(KernelTiming)

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from mqa_hf import MQASeq2SeqConfig, __version__
 from mqa_hf.base.console import progress_bar, say
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import MQAError
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.rules_mqa import CACHE
 
@@ -184,7 +185,7 @@ class CellTimer:
             "copy_bandwidth": self.limits.bandwidth,
             "matmul_rate": self.limits.rate,
             "versions": {
-                "mqa-hf": __version__,
+                "mqa-hf": metadata.version("mqa-hf"),
                 "transformers": transformers.__version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),

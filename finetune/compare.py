@@ -8,6 +8,7 @@ schedule of its own), beside the original on the same tokens, and prints the val
 JSON line per training, which is not run again, and a picture.
 """
 
+import itertools
 import json
 import shutil
 import time
@@ -104,7 +105,7 @@ def main(
     logging.disable_progress_bar()
     begun = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
-    lines = output / "results.jsonl"
+    lines, student = output / "results.jsonl", output / "student"
     results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
     heads = inspect(source)["num_key_value_heads"]
     own_rate = default_learning_rate(train, width_of(source))
@@ -112,59 +113,62 @@ def main(
     console = Console(width=140, markup=False, highlight=False)
     for name in runs.split(";") if runs else RUNS:
         options, loss, stage = RUNS[name]
-        student = output / "student"
         shutil.rmtree(student, ignore_errors=True)
         fitted = options.get("method") == "shared"
         text = {"calibration": dataset, "calibration_tokens": calibration_tokens, "device": device} if fitted else {}
         chosen = {**options, "kv_heads": options.get("kv_heads", 1) or heads, "dtype": "float32"}
-        for rate in rates:
-            for share in map(float, shares.split(",")):
-                key = {"run": name, "share": share, "learning_rate": rate, "train": train}
-                if any(all(r.get(k) == v for k, v in key.items()) for r in results):
-                    continue
-                if time.monotonic() - begun > limit:
-                    console.print(f"no time left for {key}")
-                    continue
-                if not student.exists():
-                    convert(source, student, **chosen, **text)
-                tokens = max(1, round(share * pretraining_tokens))
-                start = time.monotonic()
-                record = Uptraining(
-                    student,
-                    output / "trained",
-                    dataset=(dataset,),
-                    validation=validation,
-                    validation_tokens=validation_tokens,
-                    teacher=NO_TEACHER if loss == "lm" else str(source),
-                    loss=loss,
-                    attention_tokens=round(stage * tokens),
-                    train=train,
-                    tokens=tokens,
-                    sequence_length=sequence_length,
-                    batch_tokens=batch_tokens,
-                    micro_batch=micro_batch,
-                    learning_rate=rate,
-                    save_every=10**9,
-                    report_to=("none",),
-                    overwrite=True,
-                    restart=True,
-                ).run()
-                measured = record.validation
-                assert measured is not None
-                after = {**key, "tokens": record.tokens, **measured.after}
-                after["seconds"] = round(time.monotonic() - start, 1)
-                before = {**key, "share": 0.0, "tokens": 0, **measured.before}
-                for line in [after] + [before] * (not any(r["run"] == name and not r["share"] for r in results)):
-                    results.append(line)
-                    with lines.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-                console.print_json(json.dumps(after), indent=None)
-    shutil.rmtree(output / "student", ignore_errors=True)
+        for rate, share in itertools.product(rates, map(float, shares.split(","))):
+            key = {"run": name, "share": share, "learning_rate": rate, "train": train}
+            if any(all(r.get(k) == v for k, v in key.items()) for r in results):
+                continue
+            if time.monotonic() - begun > limit:
+                console.print(f"no time left for {key}")
+                continue
+            if not student.exists():
+                convert(source, student, **chosen, **text)
+            tokens = max(1, round(share * pretraining_tokens))
+            job = Uptraining(
+                student,
+                output / "trained",
+                dataset=(dataset,),
+                validation=validation,
+                validation_tokens=validation_tokens,
+                teacher=NO_TEACHER if loss == "lm" else str(source),
+                loss=loss,
+                attention_tokens=round(stage * tokens),
+                train=train,
+                tokens=tokens,
+                sequence_length=sequence_length,
+                batch_tokens=batch_tokens,
+                micro_batch=micro_batch,
+                learning_rate=rate,
+                save_every=10**9,
+                report_to=("none",),
+                overwrite=True,
+                restart=True,
+            )
+            before, after = measure(job, key)
+            for line in [after] + [before] * (not any(r["run"] == name and not r["share"] for r in results)):
+                results.append(line)
+                with lines.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            console.print_json(json.dumps(after), indent=None)
+    shutil.rmtree(student, ignore_errors=True)
     shutil.rmtree(output / "trained", ignore_errors=True)
     here = [r for r in results if r["learning_rate"] == rates[0] and r["train"] == train]
     if any(r["run"] == ORIGINAL for r in here):
         picture(here, output / "curves.png")
     show(results, console)
+
+
+def measure(job: Uptraining, key: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The lines before and after a training."""
+    start = time.monotonic()
+    record = job.run()
+    assert record.validation is not None
+    after = {**key, "tokens": record.tokens, **record.validation.after}
+    after["seconds"] = round(time.monotonic() - start, 1)
+    return {**key, "share": 0.0, "tokens": 0, **record.validation.before}, after
 
 
 def show(results: Sequence[dict[str, Any]], console: Console) -> None:

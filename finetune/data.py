@@ -309,19 +309,24 @@ def training_rows(
     vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
     words = (vocabulary, tokenizer.eos_token_id, tokenizer.chat_template)
     made_of = (known, words, length, count, list(columns), pairs, seed, "1")
-    numbers = datasets.Sequence(datasets.Value("int32"), length=-1 if pairs else length)
-    names = ("input_ids", "labels") if pairs else ("input_ids", "position_ids")
     if count < 1 or next(iter(first()), None) is None:
         raise MQAError(nothing)
+    rows = kept(first, ("input_ids", "labels" if pairs else "position_ids"), -1 if pairs else length, made_of)
+    return rows if pairs else rows.with_format("numpy")
+
+
+def kept(rows: Callable[[], Iterator[dict[str, Any]]], names: Sequence[str], length: int, made_of: Any) -> Any:
+    """Rows with lists of `length` numbers (-1: any) by these names, on disk; made once for what they are made of."""
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    features = datasets.Features(dict.fromkeys(names, datasets.Sequence(datasets.Value("int32"), length=length)))
     try:
-        rows = datasets.Dataset.from_generator(
-            first, features=datasets.Features(dict.fromkeys(names, numbers)), fingerprint=Hasher.hash(made_of)
-        )
+        return datasets.Dataset.from_generator(rows, features=features, fingerprint=Hasher.hash(made_of))
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, MQAError):
             raise error.__cause__ from None
         raise
-    return rows if pairs else rows.with_format("numpy")
 
 
 def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -34,7 +34,7 @@ def estimate(job: Uptraining) -> dict[str, Any]:
     config = checkpoint_config(source)
     target = resolve_output(job.output, source, job.overwrite)
     check(job, config)
-    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
+    tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     row_tokens: float = job.sequence_length
     if config.is_encoder_decoder:
         row_tokens = mean_tokens(

@@ -54,7 +54,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
     """What logits are multiplied by, and the soft cap that they get then."""
-    config = getattr(model.config, "decoder", model.config)
+    config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
 

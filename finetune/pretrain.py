@@ -119,12 +119,9 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingReco
 
     def show(self, record: "PretrainingRecord", console: "Console") -> None:
         """Say in a line how large the model is and how good."""
-        from mqa_hf.base.devices import processes
-
-        if processes().is_main_process:
-            loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
-            said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
-            console.print(said, soft_wrap=True)
+        loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
+        said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
+        console.print(said, soft_wrap=True)
 
 
 def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[str, Any]:
@@ -156,11 +153,3 @@ def refuse(constant: str) -> None:
 
 
 pretrain = function(Pretraining)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf pretrain
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Pretraining.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

@@ -204,7 +204,7 @@ def without_cudnn_attention() -> Iterator[None]:
 def operations_per_token(model: nn.Module, teacher: nn.Module | None, length: int) -> float:
     """Multiplications and additions a token: 6 for each weight, 2 for each of the teacher's, and attention's own."""
     config = core(model).config
-    stack = getattr(config, "decoder", config)
+    stack = config.get_text_config(decoder=True)
     attention = 6 * stack.num_hidden_layers * length * stack.hidden_size
     own = 6 * sum(p.numel() for p in model.parameters()) + attention
     return own + (0 if teacher is None else 2 * sum(p.numel() for p in teacher.parameters()) + attention / 3)

@@ -101,7 +101,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     @property
     def taught(self) -> bool:
-        """Whether there is a teacher; of a job that is resolved."""
+        """Whether there is a teacher."""
         return self.teacher != NO_TEACHER
 
     @property
@@ -114,30 +114,27 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         found = {name: value for name, value in super().decisive().items() if name not in derived}
         return {**found, "teacher": self.teacher if self.taught else None, "losses": [*map(list, self.losses.items())]}
 
-    def resolve(self) -> "Uptraining":
-        """With tokens, teacher, losses, learning rate and dropout settled.
+    @property
+    def all_tokens(self) -> int | None:
+        """Tokens to train on, given or as a share of the original's."""
+        if self.alpha is not None and self.pretraining_tokens is not None:
+            return max(1, round(self.alpha * self.pretraining_tokens))
+        return self.tokens
 
-        Raises:
-            MQAError: where the student is no checkpoint, names no source, or options contradict each other.
-        """
+    @property
+    def chosen_loss(self) -> str:
+        return self.loss or ("kl" if self.taught else "lm")
+
+    def check(self) -> None:
         given = (self.alpha is not None, self.pretraining_tokens is not None)
         if given not in ((False, False), (True, True)) or (self.tokens is None) != all(given):
             raise MQAError("pass `tokens`, or `alpha` with `pretraining_tokens`")
-        tokens = self.tokens
-        if self.alpha is not None and self.pretraining_tokens is not None:
-            tokens = max(1, round(self.alpha * self.pretraining_tokens))
-        student = Path(self.student)
-        if not (student / "config.json").is_file():
-            raise MQAError(f"{student} is no checkpoint: it has no config.json")
-        teacher, revision = self.teacher, self.teacher_revision
-        if teacher is None:
-            teacher, said = original_of(student)
-            revision = revision or said
-        elif teacher == NO_TEACHER and revision is not None:
-            raise MQAError(f"`teacher_revision` {revision} is of a teacher, and `teacher` is {NO_TEACHER}")
-        loss = self.loss or ("lm" if teacher == NO_TEACHER else "kl")
-        losses, rate = parse_losses(loss), self.learning_rate
+        tokens, losses = self.all_tokens, parse_losses(self.chosen_loss)
         contradictions = (
+            (
+                not self.taught and self.teacher_revision is not None,
+                f"`teacher_revision` {self.teacher_revision} is of a teacher, and `teacher` is {NO_TEACHER}",
+            ),
             (
                 "attention" in losses and self.train == "lora",
                 "`loss` attention trains attention layers themselves; with `train` lora use `attention_tokens`",
@@ -147,22 +144,38 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
                 f"`attention_tokens` {self.attention_tokens:,} must be fewer than all `tokens`, {tokens:,}",
             ),
             (
-                self.attention_tokens > 0 and teacher == NO_TEACHER,
+                self.attention_tokens > 0 and not self.taught,
                 "`attention_tokens` needs a teacher; pass `teacher`",
             ),
         )
         for holds, said in contradictions:
             if holds:
                 raise MQAError(said)
+
+    def resolve(self) -> "Uptraining":
+        """With tokens, teacher, losses, learning rate and dropout settled.
+
+        Raises:
+            MQAError: where the student is no checkpoint, names no source, or options contradict each other.
+        """
+        self.check()
+        student = Path(self.student)
+        if not (student / "config.json").is_file():
+            raise MQAError(f"{student} is no checkpoint: it has no config.json")
+        teacher, revision = self.teacher, self.teacher_revision
+        if teacher is None:
+            teacher, said = original_of(student)
+            revision = revision or said
+        loss, rate = self.chosen_loss, self.learning_rate
         return replace(
             self,
-            tokens=tokens,
+            tokens=self.all_tokens,
             alpha=None,
             pretraining_tokens=None,
             teacher=teacher,
             teacher_revision=revision,
             loss=loss,
-            dropout=losses.keys() == {"lm"} if self.dropout is None else self.dropout,
+            dropout=parse_losses(loss).keys() == {"lm"} if self.dropout is None else self.dropout,
             learning_rate=default_learning_rate(self.train, width_of(student)) if rate is None else rate,
         )
 
@@ -182,10 +195,6 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     def show(self, record: "UptrainingRecord", console: "Console") -> None:
         """Say in a line what the losses became, and warn of those that are worse."""
-        from mqa_hf.base.devices import processes
-
-        if not processes().is_main_process:
-            return
         said = f"{self.output}: trained on {record.tokens:,} tokens"
         measured = record.validation
         if measured is None:
@@ -212,7 +221,7 @@ def width_of(student: Path) -> int:
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
-    width = getattr(getattr(config, "decoder", config), "hidden_size", None)
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
     if not isinstance(width, int):
         raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
     return width
@@ -246,11 +255,3 @@ def original_of(student: Path) -> tuple[str, str | None]:
 
 
 uptrain = function(Uptraining)
-
-
-if __name__ == "__main__":  # the same as python -m mqa_hf uptrain
-    import runpy
-    import sys
-
-    sys.argv.insert(1, Uptraining.name)
-    runpy.run_module("mqa_hf", run_name="__main__", alter_sys=True)

@@ -49,7 +49,7 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
 
     student = load_model(source, config=config if job.dropout else without_dropout(config), dtype=torch.float32)
     student.config.use_cache = False
-    tokenizer = tokenizer_of(source, getattr(config, "decoder", config).vocab_size)
+    tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     teacher = teacher_of(job, student)
     text = training_set(tokenizer, config, job)
     set_seed(job.seed)  # adapters begin at random
@@ -85,7 +85,7 @@ def check(job: Uptraining, config: Any) -> None:
         raise MQAError("encoder-decoder models are trained in this package's class; convert with `target` mqa")
     if getattr(config, "num_mel_bins", None):
         raise MQAError("speech models are not trained on text")
-    stack = getattr(config, "decoder", config)
+    stack = config.get_text_config(decoder=True)
     longest = getattr(stack, "max_position_embeddings", None)
     bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
     if bounded and longest and job.sequence_length > longest:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .eval.benchmark import benchmark
     from .eval.evaluate import evaluate
     from .eval.plan import plan
+    from .eval.report import report
     from .finetune.pretrain import pretrain
     from .finetune.uptrain import uptrain
     from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
@@ -49,6 +50,7 @@ __all__ = [
     "inspect",
     "plan",
     "pretrain",
+    "report",
     "uptrain",
 ]
 
@@ -62,6 +64,7 @@ _LIGHT = {
     "eval.benchmark": ("benchmark",),
     "eval.evaluate": ("evaluate",),
     "eval.plan": ("plan",),
+    "eval.report": ("report",),
     "finetune.pretrain": ("pretrain",),
     "finetune.uptrain": ("uptrain",),
 }

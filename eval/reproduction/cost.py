@@ -3,25 +3,27 @@ table 2: microseconds per output token)."""
 
 import json
 import shlex
-import sys
 import tempfile
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import torch
 from transformers import set_seed
 
-from mqa_hf import MQAForConditionalGeneration
 from mqa_hf.base.devices import peak_rate
 from mqa_hf.base.errors import MQAError
+from mqa_hf.base.options import Job, Option
 from mqa_hf.eval.benchmark import ORIGINAL, Benchmark
+from mqa_hf.eval.benchmark_record import BenchmarkRecord
 from mqa_hf.finetune.architecture import configuration
 from mqa_hf.finetune.data import CollatePairs, TrainingSet
 from mqa_hf.finetune.losses import Objective
 from mqa_hf.finetune.options import Run
 from mqa_hf.finetune.throughput import StepClock
 from mqa_hf.finetune.trainer import operations_per_token, train
+from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 
 from .recipe import FIRST, Heads, configured
 
@@ -37,6 +39,7 @@ STACK: dict[str, Any] = {
 }
 WIDENED = 5440  # d_ff of multi-query at equal parameters, section 4.1
 WINDOW = 32
+KEPT = ("device", "copy_bandwidth", "versions", "time_per_token_ms", "encoder_sec", "bytes_per_step", "floor_ms")
 MODELS = {
     FIRST: Heads(),
     "multi-query": Heads(kv_heads=1),
@@ -95,34 +98,53 @@ def training_cost(name: str, config: Any, rows: int, length: int, steps: int) ->
     }
 
 
-def measure(work: Path, batch: int, length: int, rows: int, steps: int, scale: int) -> None:
-    """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
-    work.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *sys.argv[1:]])
-    kept = ("device", "copy_bandwidth", "versions", "time_per_token_ms", "encoder_sec", "bytes_per_step", "floor_ms")
-    lines = work / "cost.jsonl"
-    lines.unlink(missing_ok=True)
-    for name in MODELS:
-        config = configuration(paper_config(name, scale, 2 * length))
-        shape = work / "shapes" / name.replace(" ", "-")
-        config.save_pretrained(shape)
-        job = Benchmark(
+@dataclass(frozen=True)
+class Costs(Job[None]):
+    """Time training and decoding of the first paper's shape; results are in WORK/cost.jsonl."""
+
+    name = "cost"
+
+    work: Annotated[Path, Option("Directory for everything.")]
+    _: KW_ONLY
+    batch: Annotated[int, Option("Rows that are decoded at once.", min=1)] = 1024
+    length: Annotated[int, Option("Tokens of source and target.", min=4)] = 128
+    rows: Annotated[int, Option("Pairs of a training step, of twice the length.", min=1)] = 128
+    steps: Annotated[int, Option("Of training.", min=4)] = 24
+    scale: Annotated[int, Option("Divide the widths of the paper's shape by so much.", min=1)] = 1
+
+    def command(self) -> str:
+        return shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *self.words()])
+
+    def run(self) -> None:
+        """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        lines = self.work / "cost.jsonl"
+        lines.unlink(missing_ok=True)
+        for name in MODELS:
+            config = configuration(paper_config(name, self.scale, 2 * self.length))
+            shape = self.work / "shapes" / name.replace(" ", "-")
+            config.save_pretrained(shape)
+            timed = self.decoding(shape)
+            trained = training_cost(name, config, self.rows, 2 * self.length, self.steps)
+            with lines.open("a", encoding="utf-8") as file:
+                for record in timed:
+                    said = {"model": name, "batch": self.batch, "length": self.length, "beams": record.beams}
+                    found = said | record.model_dump(include=set(KEPT)) | trained | {"command": self.command()}
+                    file.write(json.dumps(found) + "\n")
+
+    def decoding(self, shape: Path) -> list[BenchmarkRecord]:
+        """Greedily and with 4 beams; raises MQAError where memory runs out."""
+        timed = Benchmark(
             [str(shape)],
             kv_heads=[ORIGINAL],
             engines=["mqa-hf"],
-            cells=[f"{batch}x{length}"],
+            cells=[f"{self.batch}x{self.length}"],
             beams=[1, 4],
-            tokens=length,
+            tokens=self.length,
             prefill_limit=0,
             rounds=1,
-        )
-        timed = job.run()
+        ).run()
         failed = [record.error for record in timed if record.error is not None]
         if failed:
-            raise MQAError(f"{name}: {failed[0]}; lower `batch` ({batch}) or `length` ({length})")
-        trained = training_cost(name, config, rows, 2 * length, steps)
-        with lines.open("a", encoding="utf-8") as file:
-            for record in timed:
-                said = {"model": name, "batch": batch, "length": length, "beams": record.beams}
-                found = said | record.model_dump(include=set(kept)) | trained | {"command": command}
-                file.write(json.dumps(found) + "\n")
+            raise MQAError(f"{shape.name}: {failed[0]}; lower `batch` ({self.batch}) or `length` ({self.length})")
+        return timed

@@ -5,18 +5,22 @@ The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which 
 
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mqa_hf.base import figures
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
+from mqa_hf.base.options import Job, Option
 
 from .experiments import read_lines
 from .recipe import FIRST
 
+FILES = ("results.jsonl", "cost.jsonl")
 Record = dict[str, Any]
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -330,7 +334,7 @@ def read(path: Path) -> list[Record]:
 
 def blocks(directory: Path) -> dict[str, Callable[[], str]]:
     """By name, what makes a block of the page."""
-    results, costs = read(directory / "results.jsonl"), read(directory / "cost.jsonl")
+    results, costs = map(read, (directory / name for name in FILES))
     found: dict[str, Callable[[], str]] = {"cost": lambda: cost(costs), "operations": lambda: operations(costs)}
     for task in dict.fromkeys(r["task"] for r in results):
         for name, make in (("quality", quality), ("conversions", conversions), ("times", times)):
@@ -357,10 +361,25 @@ def filled(page: str, directory: Path) -> str:
     )
 
 
-def fill(docs: Path) -> None:
-    """Make the blocks and pictures of `docs/reproduction.md`."""
-    page, directory = docs / "reproduction.md", docs / "reproduction"
-    write_whole(page, filled(page.read_text(encoding="utf-8"), directory))
-    results = read(directory / "results.jsonl")
-    for kind in ("share", "cache", "time"):
-        picture(results, kind, directory / f"{kind}.png")
+@dataclass(frozen=True)
+class Page(Job[None]):
+    """Make tables and pictures of reproduction.md from reproduction/*.jsonl beside it."""
+
+    name = "page"
+
+    docs: Annotated[Path, Option("Directory with reproduction.md.")]
+    _: KW_ONLY
+    work: Annotated[Path | None, Option("Take results.jsonl and cost.jsonl from here first.")] = None
+
+    def run(self) -> None:
+        page, directory = self.docs / "reproduction.md", self.docs / "reproduction"
+        if not page.is_file():
+            raise MQAError(f"there is no {page}")
+        measured = [] if self.work is None else [self.work / name for name in FILES]
+        for path in measured:
+            if path.is_file():
+                shutil.copyfile(path, directory / path.name)
+        write_whole(page, filled(page.read_text(encoding="utf-8"), directory))
+        results = read(directory / FILES[0])
+        for kind in ("share", "cache", "time"):
+            picture(results, kind, directory / f"{kind}.png")

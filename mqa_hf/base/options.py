@@ -220,6 +220,10 @@ class Job(Options, Generic[R]):
         """The same with everything that is derived filled in, for every way in which a job is asked for."""
         return self
 
+    def check(self) -> None:
+        """Raises MQAError for options that contradict each other, whatever is in files that may not be there yet."""
+        self.resolve()
+
     def run(self) -> R:
         """Do it."""
         raise NotImplementedError

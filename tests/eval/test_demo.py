@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -27,12 +26,13 @@ def run(*words):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(demo, "FITTED", shlex.split("--calibration-tokens 512 --sequence-length 32"))
-    trained = "--tokens 1024 --sequence-length 32 --batch-tokens 256 --validation-tokens 128"
-    monkeypatch.setattr(demo, "TRAINED", shlex.split(trained))
-    measured = "--tokens 512 --window 64 --prompts 2 --prompt-tokens 8 --new-tokens 8"
-    monkeypatch.setattr(demo, "MEASURED", shlex.split(measured))
-    monkeypatch.setattr(demo, "TIMED", shlex.split("--cells 1x8,2x8,1x16 --tokens 2 --rounds 1 --prefill-limit 0"))
+    monkeypatch.setattr(demo, "FITTED", {"calibration_tokens": 512, "sequence_length": 32})
+    trained = {"tokens": 1024, "sequence_length": 32, "batch_tokens": 256, "validation_tokens": 128}
+    monkeypatch.setattr(demo, "TRAINED", trained)
+    measured = {"tokens": 512, "window": 64, "prompts": 2, "prompt_tokens": 8, "new_tokens": 8}
+    monkeypatch.setattr(demo, "MEASURED", measured)
+    timed = {"cells": ["1x8", "2x8", "1x16"], "tokens": 2, "rounds": 1, "prefill_limit": 0}
+    monkeypatch.setattr(demo, "TIMED", timed)
 
 
 def test_the_shipped_model_is_small_and_knows_its_authors(tmp_path):

@@ -426,6 +426,11 @@ def test_what_cannot_be_measured_is_said(places, tmp_path):
     with pytest.raises(MQAError, match="cut cannot be loaded"):
         evaluate(places / "original", [tmp_path / "cut"], output=tmp_path / "out", **what(places))
 
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    with pytest.raises(MQAError, match=r"cut has no weights: neither \*\.safetensors nor \*\.bin"):
+        evaluate(places / "original", [tmp_path / "cut"], output=tmp_path / "early", **what(places))
+    assert not (tmp_path / "early").exists()
+
     shutil.copytree(places / "mean", tmp_path / "broken")
     broken = AutoModelForCausalLM.from_pretrained(places / "mean")
     with torch.no_grad():
@@ -528,7 +533,8 @@ def test_measurements_that_are_none_are_said_and_cut_ones_are_made_again(places,
     content = kept.read_bytes()
     kept.write_bytes(content[: len(content) // 2] + "ü".encode()[:1])  # killed within a character
     assert evaluate(places / "original", output=tmp_path, **asked).checkpoints == whole.checkpoints
-    for line in ("5", '{"id": 3}', "[]"):
+    foreign = json.dumps({**json.loads(content.splitlines()[0]), "id": 10_000})
+    for line in ("5", '{"id": 3}', "[]", foreign):
         kept.write_bytes(content + line.encode())
         with pytest.raises(MQAError, match=r"tokens-0\.jsonl, line \d+, holds no measurement; remove .*original"):
             evaluate(places / "original", output=tmp_path, **asked)
@@ -541,7 +547,7 @@ def test_measurements_that_are_none_are_said_and_cut_ones_are_made_again(places,
 def test_lines_end_only_where_they_were_ended(tmp_path):
     record = WritingRecord(id=0, tokens=[1], greedy="one\u2028line\x85", beam="")
     append(tmp_path / "writing-0.jsonl", "", [record], 1)
-    assert read_lines(tmp_path, "writing", WritingRecord) == [record]
+    assert read_lines(tmp_path, "writing", WritingRecord, 1) == [record]
 
 
 def test_a_text_that_has_changed_is_measured_again(places, tmp_path):

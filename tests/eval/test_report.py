@@ -15,7 +15,15 @@ from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 from mqa_hf.eval.evaluate import evaluate
-from mqa_hf.eval.report import PICTURES, Data, front, layers, quality, read_results, time_of, trade, write_report
+from mqa_hf.eval.evaluation_record import EvaluationRecord
+from mqa_hf.eval.report import report
+from mqa_hf.eval.report_charts import PICTURES, front, layer_errors, trade
+from mqa_hf.eval.report_data import ConversionSummary, Results, read_results
+
+STEPLESS = {
+    **{"tokens": 5, "log": {"main": [{}]}, "options": {}},
+    **{"validation": None, "versions": {}, "command": None},
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,7 @@ def test_no_text_ends_the_page_and_its_remarks_are_shown(measured, tmp_path):
     sample = "<!--<script> </script> --> &lt;"
     said["checkpoints"][0]["samples"][0]["text"] = sample
     (tmp_path / "evaluation.json").write_text(json.dumps({**said, "note": "other <words>"}))
-    page = write_report(tmp_path / "evaluation.json", [], tmp_path / "report").read_text()
+    page = report(tmp_path / "evaluation.json", output=tmp_path / "report").read_text()
     begin = page.index('<script type="application/json"')
     data, rest = page[begin:].split(">", 1)[1].split("</script>", 1)
     assert "<" not in data
@@ -99,9 +107,9 @@ def test_times_are_those_of_the_checkpoint_itself(measured, tmp_path):
     kept = [line for line in lines if "<b>" not in line["shape"]]
     (tmp_path / "fewer.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines + fewer))
     (tmp_path / "failed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept + failed))
-    assert time_of(read_results(measured / "evaluation", [tmp_path / "fewer.jsonl"]), cell) == time_of(found, cell)
-    assert len(time_of(found, cell)) == 2
-    assert list(time_of(read_results(measured / "evaluation", [tmp_path / "failed.jsonl"]), cell)) == ["original"]
+    assert read_results(measured / "evaluation", [tmp_path / "fewer.jsonl"]).step_times(cell) == found.step_times(cell)
+    assert len(found.step_times(cell)) == 2
+    assert list(read_results(measured / "evaluation", [tmp_path / "failed.jsonl"]).step_times(cell)) == ["original"]
 
 
 def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
@@ -110,12 +118,12 @@ def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(said))
     lines = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
     (tmp_path / "times.jsonl").write_text(json.dumps({**lines[0], "shape": "someone/original"}) + "\n")
-    assert read_results(tmp_path, [tmp_path / "times.jsonl"]).timings[0]["name"] == "original"
+    assert read_results(tmp_path, [tmp_path / "times.jsonl"]).timings[0].name == "original"
 
 
 def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):
-    write_report(measured / "evaluation", [measured / "times.jsonl"], tmp_path)
-    write_report(measured / "evaluation" / "evaluation.json", [], tmp_path)
+    report(measured / "evaluation", benchmark=[measured / "times.jsonl"], output=tmp_path)
+    report(measured / "evaluation" / "evaluation.json", output=tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"quality-cache", "context-loss", "layers"}
     assert len(PICTURES) == len({name for name, *_ in PICTURES})
 
@@ -128,7 +136,7 @@ def test_model_cards_get_the_numbers_as_the_hub_reads_them(measured, tmp_path):
         checkpoint["checkpoint"] = str(here / checkpoint["name"])
     (here / "evaluation" / "evaluation.json").write_text(json.dumps(said))
     for _ in range(2):
-        write_report(here / "evaluation", [], tmp_path / "report", cards=True)
+        report(here / "evaluation", output=tmp_path / "report", cards=True)
     card = ModelCard.load(here / "<b>mean" / "README.md")
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["perplexity"] == said["checkpoints"][1]["next_token"]["perplexity"]
@@ -147,10 +155,10 @@ def test_the_front_is_what_nothing_else_is_better_than():
 
 
 def test_what_is_no_result_is_said(measured, tmp_path):
-    with pytest.raises(MQAError, match="holds no results of mqa-hf evaluate"):
-        write_report(measured / "nowhere", [], tmp_path)
-    with pytest.raises(MQAError, match=r"text\.jsonl holds no results of mqa-hf benchmark"):
-        write_report(measured / "evaluation", [measured / "text.jsonl"], tmp_path)
+    with pytest.raises(MQAError, match="nowhere cannot be read"):
+        report(measured / "nowhere", output=tmp_path)
+    with pytest.raises(MQAError, match=r"text\.jsonl, line 1, is no benchmark\.jsonl as mqa-hf writes it"):
+        report(measured / "evaluation", benchmark=[measured / "text.jsonl"], output=tmp_path)
 
 
 def without(content, *path):
@@ -165,30 +173,31 @@ def without(content, *path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda said: json.dumps(said)[: len(json.dumps(said)) // 2], "evaluation.json holds no results .*evaluate: "),
-        (lambda said: "", "evaluation.json holds no results of mqa-hf evaluate: Expecting value"),
-        (lambda said: json.dumps([said]), "evaluation.json .*: it is no object"),
-        (lambda said: json.dumps({**said, "checkpoints": []}), "it has no checkpoints"),
-        (lambda said: json.dumps({**said, "checkpoints": {}}), "checkpoints is no list"),
-        (lambda said: json.dumps({**said, "settings": []}), "settings is no object"),
-        (lambda said: json.dumps(without(said, "settings")), "settings is missing"),
-        (lambda said: json.dumps(without(said, "versions")), "versions is missing"),
+        (lambda said: json.dumps(said)[: len(json.dumps(said)) // 2], "evaluation.json cannot be read: "),
+        (lambda said: "", "evaluation.json cannot be read: Expecting value"),
+        (lambda said: json.dumps([said]), "evaluation.json holds a list, not an object with fields"),
+        (lambda said: json.dumps({**said, "checkpoints": []}), "checkpoints: list should have at least 1 item"),
+        (lambda said: json.dumps({**said, "checkpoints": {}}), "checkpoints: input should be a valid list"),
+        (lambda said: json.dumps({**said, "settings": []}), "settings: input should be a valid dictionary"),
+        (lambda said: json.dumps({**said, "version": 2}), "evaluation.json has layout 2, and this mqa-hf knows 1"),
+        (lambda said: json.dumps(without(said, "settings")), "evaluation.json as mqa-hf writes it: settings: field"),
+        (lambda said: json.dumps(without(said, "versions")), "versions: field required"),
         (
             lambda said: json.dumps(without(said, "checkpoints", 1, "next_token")),
-            r"checkpoints\[1\]\.next_token is missing",
+            r"checkpoints\.1\.next_token: field required",
         ),
         (
             lambda said: json.dumps(without(said, "checkpoints", 0, "next_token", "loss")),
-            r"next_token\.loss is missing",
+            r"next_token\.loss: field required",
         ),
-        (lambda said: json.dumps(without(said, "checkpoints", 0, "name")), r"checkpoints\[0\]\.name is missing"),
+        (lambda said: json.dumps(without(said, "checkpoints", 0, "name")), r"checkpoints\.0\.name: field required"),
     ],
 )
 def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
     said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
     (tmp_path / "evaluation.json").write_text(change(said))
     with pytest.raises(MQAError, match=message):
-        write_report(tmp_path, [], tmp_path / "report")
+        report(tmp_path, output=tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
@@ -197,14 +206,14 @@ def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
     [
         ("conversion.json", '{"source": ', r"conversion\.json cannot be read"),
         ("conversion.json", "[]", r"conversion\.json holds a list, not an object"),
-        ("conversion.json", '{"layers": [5]}', r"conversion\.json is not whole: layers\[0\] is no object"),
+        ("conversion.json", '{"layers": [5]}', r"conversion\.json as mqa-hf writes it: layers\.0"),
         ("uptraining.json", "[1]", r"uptraining\.json holds a list, not an object"),
-        ("uptraining.json", "{}", r"uptraining\.json is not whole: tokens is missing"),
-        ("uptraining.json", '{"tokens": 5, "log": {"main": [{}]}}', r"log\.main\[0\]\.step is missing"),
+        ("uptraining.json", "{}", r"uptraining\.json as mqa-hf writes it: .*tokens: field required"),
+        ("uptraining.json", json.dumps(STEPLESS), r"uptraining\.json: a line of its log has no step"),
         ("config.json", "[]", r"config\.json holds a list, not an object"),
-        ("times.jsonl", "5\n", r"times\.jsonl holds no results of mqa-hf benchmark: it is no object"),
+        ("times.jsonl", "5\n", r"times\.jsonl holds no results of mqa-hf benchmark: line 1 is no object"),
         ("times.jsonl", '{"shape": "x"', r"times\.jsonl holds no results of mqa-hf benchmark: "),
-        ("times.jsonl", '{"shape": "x"}', r"times\.jsonl holds no results of mqa-hf benchmark: model is missing"),
+        ("times.jsonl", '{"shape": "x"}', r"times\.jsonl, line 1, .*: batch: field required"),
     ],
 )
 def test_what_a_file_beside_a_checkpoint_lacks_is_said(measured, tmp_path, name, content, message):
@@ -214,18 +223,29 @@ def test_what_a_file_beside_a_checkpoint_lacks_is_said(measured, tmp_path, name,
     (tmp_path / "evaluation.json").write_text(json.dumps(said))
     (tmp_path / ("times.jsonl" if name == "times.jsonl" else f"mean/{name}")).write_text(content)
     with pytest.raises(MQAError, match=message):
-        write_report(tmp_path, [tmp_path / name] if name == "times.jsonl" else [], tmp_path / "report")
+        report(tmp_path, benchmark=[tmp_path / name] if name == "times.jsonl" else [], output=tmp_path / "report")
+
+
+def results(checkpoints, **known):
+    """Results with nothing but what is given."""
+    numbers = dict.fromkeys(
+        ("loss", "perplexity", "bits_per_byte", "loss_above_original", "kl", "same_first_choice"), 1
+    )
+    next_token = {**numbers, "loss_interval": None, "tokens": 5, "documents": 1}
+    found = [{"checkpoint": "", "next_token": next_token, "loss_by_context": [], **c} for c in checkpoints]
+    content = {"settings": {"text": None, "beams": 4}, "versions": {}, "checkpoints": found}
+    conversions = {name: ConversionSummary.of(said, name) for name, said in known.items()}
+    return Results(EvaluationRecord.of(content, "here"), [], {}, conversions, {})
 
 
 def test_translations_are_compared_by_bleu_of_which_more_is_better():
-    found = [
-        {"name": name, "next_token": {"loss": 1.0}, "beam": {"bleu": bleu, "bleu_interval": [bleu - 1, bleu + 2]}}
+    found = results(
+        {"name": name, "beam": {"bleu": bleu, "bleu_interval": [bleu - 1, bleu + 2]}}
         for name, bleu in (("original", 30.0), ("mean", 10.0), ("shared", 28.0), ("wide", 27.0))
-    ]
-    data = Data({"checkpoints": found, "settings": {"beams": 4}}, [], {}, {}, {})
-    values, title, sign = quality(data)
+    )
+    values, title, sign = found.quality()
     assert (values["mean"], title, sign) == ((10.0, 9.0, 12.0), "BLEU, beam 4", -1)
-    (axes,) = trade(data, {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}, "bytes").axes
+    (axes,) = trade(found, {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}, "bytes").axes
     line = axes.lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 8], [10, 28, 30])  # not the wide one
 
@@ -236,15 +256,50 @@ def test_layers_of_each_stack_are_lines_of_their_own():
     decoder = [
         {"layer": i, "stack": "decoder", **part, "cross_key_error": 0.7, "cross_value_error": 0.8} for i in range(2)
     ]
-    both = {"checkpoints": [{"name": "mean"}, {"name": "all"}], "settings": {}}
     known = {
         "mean": {"layers": encoder + decoder},
         "all": {"layers": [{**layer, **part} for layer in encoder + decoder]},
     }
-    (axes,) = layers(Data(both, [], {}, known, {})).axes
+    (axes,) = layer_errors(results([{"name": "mean"}, {"name": "all"}], **known)).axes
     drawn = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
     names = ("keys", "values", "keys, cross-attention", "values, cross-attention")
     assert drawn == {f"{name}: {title}": 2 for name in ("mean", "all") for title in names} | {
         "all: keys, encoder": 3,
         "all: values, encoder": 3,
     }
+
+
+def test_what_is_no_report_is_left_alone(measured, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    with pytest.raises(MQAError, match=r"has a page \(index\.html\) that is no report of mqa-hf"):
+        report(measured / "evaluation", output=tmp_path / "site")
+    assert (tmp_path / "site" / "index.html").read_text() == "mine"
+    with pytest.raises(MQAError, match=r"index\.html is a file; give a directory"):
+        report(measured / "evaluation", output=tmp_path / "site" / "index.html")
+    with pytest.raises(MQAError, match="the report cannot be written"):
+        report(measured / "evaluation", output=tmp_path / "site" / "index.html" / "report")
+
+
+def test_an_evaluation_that_is_not_finished_is_said(measured, tmp_path):
+    shutil.copytree(measured / "evaluation", tmp_path / "evaluation")
+    (tmp_path / "evaluation" / "evaluation.json").unlink()
+    with pytest.raises(MQAError, match="the evaluation is not finished; give the same mqa-hf evaluate command again"):
+        report(tmp_path / "evaluation", output=tmp_path / "report")
+
+
+def test_an_evaluation_of_an_older_layout_is_shown(measured, tmp_path):
+    """Without a version, and with only the interval that reports always read."""
+    said = json.loads((measured / "evaluation" / "evaluation.json").read_text())
+    for name in ("version", "note"):
+        del said[name]
+    for checkpoint in said["checkpoints"]:
+        numbers = checkpoint["next_token"]
+        checkpoint["next_token"] = {
+            name: value for name, value in numbers.items() if name == "loss_interval" or "interval" not in name
+        }
+        del checkpoint["samples"]
+    said["checkpoints"][0]["next_token"]["bits_per_byte"] = float("inf")
+    (tmp_path / "evaluation.json").write_text(json.dumps(said))
+    page = report(tmp_path, output=tmp_path / "report").read_text()
+    assert f"<td>{said['checkpoints'][1]['next_token']['kl']:.3f}</td>" in page

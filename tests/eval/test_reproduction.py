@@ -272,6 +272,8 @@ def test_a_chain_that_is_running_is_not_started_again(tmp_path, small):
     place.mkdir(parents=True)
     with (place / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(MQAError, match="there is no chain small/none; there are small/seed-3/multi-head"):
+            raise run("chain", tmp_path / "work", said, "small/none").exception
         with pytest.raises(MQAError, match="another process is running small/seed-3/multi-head"):
             raise run("chain", tmp_path / "work", said, "small/seed-3/multi-head").exception
     with pytest.raises(MQAError, match="recipes need different names; got small, small"):

@@ -395,7 +395,7 @@ def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
 def test_two_processes_do_what_one_does(home, tmp_path):
     assert CliRunner().invoke(app, command(home, tmp_path / "one", "--tokens", "512", student="plain")).exit_code == 0
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    words += ["--rdzv-endpoint=localhost:0", "-m", "mqa_hf.finetune.uptrain"]
+    words += ["--rdzv-endpoint=localhost:0", "-m", "mqa_hf", "uptrain"]
     arguments = command(home, tmp_path / "two", "--tokens", "512", student="plain")[1:]
     done = subprocess.run(
         [sys.executable, *words, *arguments],

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shlex
 import shutil
 
 import pytest
@@ -11,11 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from mqa_hf.base import steps
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune import recipe as recipes
 from mqa_hf.finetune import trainer
-from mqa_hf.finetune.recipe import commands, flags
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
     record = tmp_path / "results" / "recipe.json"
     whole = json.loads(record.read_text())
 
-    plain = recipes.write_record
+    plain = steps.write_record
 
     def killed(path, done, begun):  # just after the result was there
         if "uptrain" in done:
@@ -103,7 +103,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
 
     record.write_text(json.dumps({k: v for k, v in whole.items() if k == "convert"}))
     shutil.rmtree(tmp_path / "results" / "trained")
-    monkeypatch.setattr(recipes, "write_record", killed)
+    monkeypatch.setattr(steps, "write_record", killed)
     assert run(tmp_path, recipe).exit_code != 0
     monkeypatch.undo()
     assert json.loads(record.read_text())["begun"].keys() == {"uptrain"}
@@ -113,7 +113,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
     assert json.loads(record.read_text()) == whole
 
     recipe["uptrain"]["tokens"] = 512
-    monkeypatch.setattr(recipes, "run_command", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(steps.Step, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(tmp_path, recipe, "--overwrite").exit_code != 0
     monkeypatch.undo()
     refused = run(tmp_path, recipe)  # the old result is not taken for the new one
@@ -124,20 +124,38 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {}}, "train: a recipe has source, output, convert"),
-        ({"uptrain": {"tokns": 5}}, "recipe.yaml, uptrain: No such option"),
+        ({"train": {}}, "recipe.yaml: train: did you mean uptrain?"),
+        ({"zzz": {}}, "zzz: a recipe has version, source, output, convert"),
+        ({"version": 2}, "recipe.yaml has layout 2, and this mqa-hf knows 1 at most"),
+        ({"version": "new"}, "version must be a whole number such as 1; got 'new'"),
         ({"convert": None, "source": "nowhere"}, "nowhere"),
         ({"convert": [1]}, "convert must hold options"),
         ({"output": None}, "output must be a text, in quotes if need be; got None"),
         ({"output": ["results"]}, r"output must be a text, in quotes if need be; got ['results']"),
         ({"output": datetime.date(2026, 1, 1)}, "output must be a text"),
         ({"source": 5}, "source must be a text"),
-        ({"convert": {"zz": False}}, "recipe.yaml, convert: No such option: --zz"),
-        ({"convert": {"zz": None}}, "recipe.yaml, convert: No such option: --zz"),
-        ({"uptrain": {"tokens": True}}, "uptrain: tokens takes a value, not true"),
-        ({"uptrain": {"teacher": None}}, "uptrain: teacher takes a value, not null"),
-        ({"uptrain": {"tokens": {"main": 5}}}, 'uptrain: tokens takes a value, not {"main": 5}'),
-        ({"uptrain": {"compile": 1}}, "uptrain: compile takes true or false, not 1"),
+        ({"convert": {"zz": False}}, "recipe.yaml, convert: there is no option `zz`; there are"),
+        ({"convert": {"method": "sharde"}}, "recipe.yaml, convert: `method` must be one of mean"),
+        ({"convert": {"head_width": 2}}, "recipe.yaml, convert: widths and `cache_budget` are for `method` shared"),
+        ({"convert": {"source": "other"}}, "convert: `source` is said by the recipe's source and output"),
+        ({"uptrain": {"tokns": 5}}, "recipe.yaml, uptrain: there is no option `tokns`; did you mean `tokens`?"),
+        ({"uptrain": {"tokens": 5}}, "recipe.yaml, uptrain: `dataset` is missing: Text file"),
+        ({"uptrain": {"dataset": "x"}}, "uptrain: pass `tokens`, or `alpha` with `pretraining_tokens`"),
+        (
+            {"uptrain": {"dataset": "x", "tokens": True}},
+            "uptrain: `tokens` must be a whole number at least 1; got True",
+        ),
+        ({"uptrain": {"dataset": "x", "tokens": float("nan")}}, "uptrain: `tokens` must be a whole number at least 1"),
+        ({"uptrain": {"dataset": "x", "tokens": {"main": 5}}}, "uptrain: `tokens` must be a whole number at least 1"),
+        ({"uptrain": {"dataset": "x", "tokens": 9, "teacher": None}}, "uptrain: `teacher` takes a value, not null"),
+        ({"uptrain": {"dataset": "x", "tokens": 9, "compile": 1}}, "uptrain: `compile` must be true or false; got 1"),
+        ({"uptrain": {"dataset": "x", "tokens": 9, "loss": "kk"}}, "uptrain: `loss` takes lm, kl, hidden, attention"),
+        (
+            {"uptrain": {"dataset": "x", "tokens": 9, "attention_tokens": 9}},
+            "uptrain: `attention_tokens` 9 must be fewer than all `tokens`, 9",
+        ),
+        ({"evaluate": {"window": 8, "stride": 9}}, "evaluate: `window` must be at least as long as `stride`"),
+        ({"evaluate": {"text": ["a", "b"]}}, "evaluate: `text` must be a text; got ['a', 'b']"),
     ],
 )
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
@@ -156,31 +174,32 @@ def test_a_record_of_steps_that_is_none_is_said(tmp_path, recipe, record):
     assert "recipe.json" in str(result.exception)
 
 
-def test_options_become_words(recipe):
-    known = get_command(app).commands
-    given = {
-        "compile": True,
-        "streaming": False,
-        "bf16": False,
-        "no_dropout": False,
-        "dataset": ["x", "y"],
-        "columns": ["en", "de"],
-        "keep": 3,
-    }
-    assert flags(given, known["uptrain"]) == [
-        *(
-            "--compile",
-            "--no-bf16",
-            "--dropout",
-            "--dataset",
-            "x",
-            "--dataset",
-            "y",
-            "--columns",
-            "en,de",
-            "--keep",
-            "3",
-        )
-    ]
-    del recipe["uptrain"], recipe["evaluate"]
-    assert list(commands(recipe, known)) == ["convert"]
+def test_each_command_is_said_before_anything_runs(tmp_path, recipe):
+    result = run(tmp_path, recipe, "--dry-run")
+    assert result.exit_code == 0, result.output
+    said = dict(line.split(": ", 1) for line in result.output.strip().splitlines())
+    assert list(said) == ["convert", "uptrain", "evaluate"]
+    assert said["evaluate"].startswith(f"mqa-hf evaluate {recipe['source']} {tmp_path}/results/converted")
+    assert not (tmp_path / "results").exists()
+    for name in ("uptrain", "evaluate"):
+        del recipe[name]
+    assert list(json.loads(run(tmp_path, recipe, "--dry-run", "--json").output)) == ["convert"]
+
+
+def test_the_commands_are_those_that_can_be_typed(tmp_path, recipe):
+    recipe["uptrain"] |= {"bf16": False, "columns": ["text"], "compile": True, "log-every": 3}
+    for command in json.loads(run(tmp_path, recipe, "--dry-run", "--json").output).values():
+        name, *words = shlex.split(command)[1:]
+        get_command(app).commands[name].make_context(name, words).close()
+    words = shlex.split(json.loads(run(tmp_path, recipe, "--dry-run", "--json").output)["uptrain"])
+    assert {"--no-bf16", "--compile"} <= set(words)
+    assert words[words.index("--columns") + 1] == "text"
+
+
+def test_what_is_no_yaml_is_said(tmp_path):
+    for content in (b"", b"\xff\xfe", b"source: [", b"- 5", b"source: &a [*a]", b"\x00"):
+        (tmp_path / "recipe.yaml").write_bytes(content)
+        result = CliRunner().invoke(app, ["recipe", str(tmp_path / "recipe.yaml")])
+        assert isinstance(result.exception, MQAError), content
+        assert "recipe.yaml" in str(result.exception)
+    assert isinstance(CliRunner().invoke(app, ["recipe", str(tmp_path)]).exception, MQAError)

@@ -1,0 +1,143 @@
+"""`mqa-hf recipe`: convert, train and evaluate with one command and one file.
+
+    version: 1
+    source: HuggingFaceTB/SmolLM2-135M-Instruct
+    output: smollm2-mqa
+    convert:
+      method: shared
+      calibration: text.jsonl
+    uptrain:
+      dataset: [text.jsonl]
+      tokens: 20000000
+    evaluate:
+      text: validation.jsonl
+
+Under each step stand the options of its command. The results are `output/converted`, `output/trained` and
+`output/evaluation`. A step whose result is whole is not run again; one that was interrupted goes on.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_yaml
+from mqa_hf.base.options import Job, Option
+from mqa_hf.base.steps import Step, run_steps
+from mqa_hf.conversion.convert import Conversion
+from mqa_hf.finetune.uptrain import Uptraining
+
+from .evaluate import Evaluation
+
+STEPS: dict[str, type[Job]] = {job.name: job for job in (Conversion, Uptraining, Evaluation)}
+VERSION = 1  # of the layout of recipes
+KNOWN = ("version", "source", "output", *STEPS)
+DONE = "recipe.json"  # the commands that made what is there
+
+
+@dataclass(frozen=True)
+class Recipe(Job[Path]):
+    """Convert, train and evaluate by a file; steps that are done are not run again.
+
+    Returns:
+        The directory of all results.
+
+    Raises:
+        MQAError: for what is wrong with the file, before the first step runs; where a step has changed and `overwrite`
+            is false; and whatever the steps raise.
+    """
+
+    name = "recipe"
+
+    file: Annotated[Path, Option("YAML with source, output, convert, and what else is to be done.")]
+    _: KW_ONLY
+    overwrite: Annotated[
+        bool, Option("Run steps that have changed, and those after them, again.", recorded="never")
+    ] = False
+
+    def run(self) -> Path:
+        output, steps = read_recipe(self.file)
+        run_steps(steps, output / DONE, str(self.file), self.overwrite)
+        return output
+
+    def dry_run(self) -> dict[str, Any]:
+        """The command of each step."""
+        _, steps = read_recipe(self.file)
+        return {name: step.job.command() for name, step in steps.items()}
+
+    def interrupted(self) -> str:
+        return "Steps that are done are kept, and so is what the last one has done so far; the same command goes on."
+
+
+def read_recipe(path: Path) -> tuple[Path, dict[str, Step]]:
+    """The output directory and the steps that a file describes, each checked as far as that can be before it runs.
+
+    Raises:
+        MQAError: naming the step and the option that are wrong.
+    """
+    recipe = read_yaml(path)
+    check_keys(path, recipe)
+    source, output = recipe["source"], Path(recipe["output"])
+    converted, trained = output / "converted", output / "trained"
+    results = [converted, *([trained] if "uptrain" in recipe else [])]
+    # What the recipe itself says of each step; its result, and whether that takes long.
+    plan: dict[str, tuple[dict[str, Any], Path, bool]] = {
+        "convert": ({"source": source, "output": converted}, converted / REPORT_FILE, True),
+        "uptrain": ({"student": converted, "output": trained}, trained / TRAINING_FILE, True),
+        "evaluate": (
+            {"original": source, "checkpoints": results, "output": output / "evaluation"},
+            output / "evaluation" / "evaluation.json",
+            False,
+        ),
+    }
+    steps: dict[str, Step] = {}
+    for name, (own, result, costly) in plan.items():
+        if name in recipe:
+            try:
+                job = job_of(STEPS[name], recipe[name] or {}, own)
+            except MQAError as error:
+                raise MQAError(f"{path}, {name}: {error}") from error
+            steps[name] = Step(job, result, tuple(steps), costly)
+    return output, steps
+
+
+def check_keys(path: Path, recipe: Any) -> None:
+    """Raises MQAError where a file is no recipe, whatever the options of its steps."""
+    if not isinstance(recipe, dict) or not {"source", "output", "convert"} <= set(recipe):
+        raise MQAError(f"{path} needs source, output and convert")
+    for name in recipe:
+        if name not in KNOWN:
+            close = difflib.get_close_matches(str(name), KNOWN, 1)
+            hint = f"did you mean {close[0]}?" if close else f"a recipe has {', '.join(KNOWN)}"
+            raise MQAError(f"{path}: {name}: {hint}")
+    version = recipe.get("version", VERSION)
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise MQAError(f"{path}: version must be a whole number such as {VERSION}; got {version!r}")
+    if version > VERSION:
+        raise MQAError(
+            f"{path} has layout {version}, and this mqa-hf knows {VERSION} at most; update mqa-hf to run it"
+        )
+    for name in ("source", "output"):
+        if not isinstance(recipe[name], str) or not recipe[name]:
+            raise MQAError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
+    for name in STEPS:
+        if not isinstance(recipe.get(name) or {}, dict):
+            raise MQAError(f"{path}: {name} must hold options, one a line")
+
+
+def job_of(kind: type[Job], given: Mapping[Any, Any], own: Mapping[str, Any]) -> Job:
+    """A step's job with the options `given`, and `own`, those that are the recipe's to say.
+
+    Raises:
+        MQAError: for options that are none, have no value, or contradict each other.
+    """
+    for name, value in given.items():
+        if str(name).replace("-", "_") in own:
+            raise MQAError(f"`{name}` is said by the recipe's source and output; leave it out")
+        if value is None:
+            raise MQAError(f"`{name}` takes a value, not null; leave it out for its default")
+    job = kind.of({**given, **own})
+    job.check()
+    return job

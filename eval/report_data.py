@@ -1,0 +1,168 @@
+"""What a report shows: an evaluation, timings, and what stands beside the weights of the checkpoints."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mqa_hf.base.errors import MQAError
+from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE, read_json
+from mqa_hf.base.records import Record
+from mqa_hf.conversion.record import LayerRecord
+from mqa_hf.finetune.records import UptrainingRecord
+
+from .benchmark_record import BenchmarkRecord
+from .evaluation_record import CheckpointResult, EvaluationRecord
+
+NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
+OWN_ENGINE = "mqa-hf"
+Cell = tuple[int, int]  # batch and context
+
+
+class ConversionSummary(Record):
+    """What a report shows of `conversion.json`, which of a checkpoint that was not converted has neither."""
+
+    file = REPORT_FILE
+
+    layers: list[LayerRecord] = []
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A line of a benchmark, and the checkpoint of the evaluation that it is of; `None` where it is of none."""
+
+    record: BenchmarkRecord
+    name: str | None
+
+    @property
+    def label(self) -> str:
+        """The checkpoint, or shape and model; the engine where it is not this package's."""
+        record = self.record
+        if self.name:
+            return self.name if record.engine == OWN_ENGINE else f"{self.name}, {record.engine}"
+        return f"{Path(record.shape).name}: {record.model}"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it says how long a step of a checkpoint takes."""
+        return self.record.error is None and self.name is not None and self.record.engine == OWN_ENGINE
+
+
+@dataclass(frozen=True)
+class Results:
+    """All that a report shows.
+
+    Attributes:
+        evaluation: what `mqa-hf evaluate` has written.
+        timings: of `mqa-hf benchmark`.
+        timed_as: the name of a checkpoint that was timed, for each one of the same shape that was not.
+        conversions, trainings: by name of the checkpoint, what stands beside its weights.
+    """
+
+    evaluation: EvaluationRecord
+    timings: list[Timing]
+    timed_as: dict[str, str]
+    conversions: dict[str, ConversionSummary]
+    trainings: dict[str, UptrainingRecord]
+
+    @property
+    def checkpoints(self) -> list[CheckpointResult]:
+        return self.evaluation.checkpoints
+
+    @property
+    def names(self) -> list[str]:
+        return [found.name for found in self.checkpoints]
+
+    def shared_cells(self) -> list[Cell]:
+        """Batch and context of the timings that all checkpoints with timings share, the largest last."""
+        by_name: dict[str, set[Cell]] = {}
+        for timing in self.timings:
+            record = timing.record
+            if timing.compared and record.beams == 1 and not record.largest_batch:
+                by_name.setdefault(str(timing.name), set()).add((record.batch, record.context))
+        shared = set.intersection(*by_name.values()) if by_name else set()
+        return sorted(shared, key=lambda cell: (cell[0] * cell[1], cell))
+
+    def step_times(self, cell: Cell) -> dict[str, float]:
+        """Milliseconds a step, by checkpoint."""
+        measured = {
+            timing.name: timing.record.time_per_token_ms
+            for timing in self.timings
+            if timing.compared and (timing.record.batch, timing.record.context) == cell and timing.record.beams == 1
+        }
+        found = {name: measured.get(self.timed_as.get(name, name)) for name in self.names}
+        return {name: time for name, time in found.items() if time is not None}
+
+    def quality(self) -> tuple[dict[str, tuple[float, float, float]], str, int]:
+        """The number that checkpoints are compared by, with its interval; what it is; 1 where less is better, else -1.
+
+        BLEU with beams where there are translations, word errors where there are transcripts, else the loss.
+        """
+        first = self.checkpoints[0]
+        kind, name, title, sign = "next_token", "loss", "held-out loss, nats a token", 1
+        for metric, said, better in (("bleu", "BLEU", -1), ("word_error_rate", "word errors", 1)):
+            if getattr(first.beam, metric, None) is not None:
+                kind, name, sign = "beam", metric, better
+                title = f"{said}, beam {self.evaluation.settings.beams}"
+        found = {}
+        for checkpoint in self.checkpoints:
+            numbers = getattr(checkpoint, kind)
+            value = getattr(numbers, name, None)
+            if value is None:
+                raise MQAError(f"{checkpoint.name} has no {title}, which {first.name} has; evaluate them together")
+            low, high = getattr(numbers, f"{name}_interval") or (value, value)
+            found[checkpoint.name] = (value, min(low, value), max(high, value))
+        return found, title, sign
+
+
+def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Results:
+    """Everything that is known of the checkpoints of an evaluation.
+
+    Args:
+        evaluation: `evaluation.json`, or the directory that holds it.
+        benchmarks: files of `mqa-hf benchmark --output`.
+
+    Raises:
+        MQAError: where there are no such results.
+    """
+    found = read_evaluation(evaluation)
+    names = {Path(c.checkpoint): c.name for c in found.checkpoints}
+    given = {c.given: c.name for c in found.checkpoints}
+    timings: list[Timing] = []
+    for file in benchmarks:
+        for record in BenchmarkRecord.read_lines(file):
+            # With fewer heads than the checkpoint has, it is of another model.
+            name = names.get(Path(record.shape).resolve()) or given.get(record.shape)
+            timings.append(Timing(record, name if record.original else None))
+    conversions, trainings = {}, {}
+    for directory, name in names.items():
+        if (directory / REPORT_FILE).is_file():
+            conversions[name] = ConversionSummary.read(directory)
+        if (directory / TRAINING_FILE).is_file():
+            trainings[name] = UptrainingRecord.read(directory)
+            if any(line.get("step") is None for lines in trainings[name].log.values() for line in lines):
+                raise MQAError(f"{directory / TRAINING_FILE}: a line of its log has no step")
+    timed = {timing.name for timing in timings if timing.compared}
+    shapes = {name: shape_of(directory) for directory, name in names.items()}
+    measured = {shape: name for name, shape in shapes.items() if name in timed}
+    timed_as = {n: measured[shape] for n, shape in shapes.items() if n not in timed and shape in measured}
+    return Results(found, timings, timed_as, conversions, trainings)
+
+
+def read_evaluation(place: Path) -> EvaluationRecord:
+    """The results in a file or directory; raises MQAError where there are none, or not yet."""
+    path = place / EvaluationRecord.file if place.is_dir() else place
+    if place.is_dir() and not path.exists() and any(place.glob("*/key.json")):
+        raise MQAError(
+            f"{place} holds measurements but no {path.name}: the evaluation is not finished; give the same "
+            "mqa-hf evaluate command again, and it goes on"
+        )
+    return EvaluationRecord.read(path)
+
+
+def shape_of(directory: Path) -> str:
+    """What decides how long a step takes."""
+    path = directory / "config.json"
+    said = read_json(path) if path.is_file() else {"directory": str(directory)}
+    return json.dumps({name: value for name, value in said.items() if name not in NO_SHAPE}, sort_keys=True)

@@ -1,0 +1,141 @@
+"""The table of a report: a row for each checkpoint, quality first, then costs beside the original's."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .evaluation_record import CheckpointResult
+from .report_charts import colour_of
+from .report_data import Results
+
+DECIDING = 2  # columns of quality before those of cost; the others come after
+# Heading, part of a checkpoint's results, name in it, form
+NEXT_TOKEN = (
+    ("loss, nats a token", "next_token", "loss", ".3f"),
+    ("above the original", "next_token", "loss_above_original", "+.3f"),
+    ("perplexity", "next_token", "perplexity", ".2f"),
+    ("bits a byte", "next_token", "bits_per_byte", ".3f"),
+    ("KL to the original", "next_token", "kl", ".3f"),
+    ("same first choice", "next_token", "same_first_choice", ".1%"),
+)
+TRANSLATED = (("bleu", "BLEU", ".1f"), ("bleu_above_original", "above the original", "+.1f"), ("chrf", "chrF", ".1f"))
+TRANSCRIBED = (("word_error_rate", "word errors", ".1%"),)
+CONTINUED = (
+    ("tokens before it differs", "writing", "agreeing_tokens", ".1f"),
+    ("repetition", "writing", "repetition", ".1%"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of the table: a number, and what stands below it: its interval, or how much less than the original's."""
+
+    value: str = ""
+    interval: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.interval})" if self.interval else self.value
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    colour: str
+    cells: list[Entry]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The headings of all columns but that of names, and the rows."""
+
+    head: list[str]
+    rows: list[Row]
+
+    def tabbed(self) -> str:
+        """As text with tabs, to copy into a spreadsheet."""
+        lines = [["", *self.head], *([row.name, *map(str, row.cells)] for row in self.rows)]
+        return "\n".join(map("\t".join, lines))
+
+    def markdown(self, name: str) -> list[str]:
+        """The lines of a table in Markdown, with the row of `name` in bold."""
+        lines = ["| | " + " | ".join(self.head) + " |", "|---" * (len(self.head) + 1) + "|"]
+        for row in self.rows:
+            title = f"**{row.name}**" if row.name == name else row.name
+            lines.append(f"| {title} | " + " | ".join(map(str, row.cells)) + " |")
+        return lines
+
+
+def quality_columns(results: Results) -> list[tuple[str, str, str, str]]:
+    """Heading, part, name and form of the numbers of quality; what decides comes first."""
+    first = results.checkpoints[0]
+    if first.greedy is not None:
+        names = TRANSCRIBED if first.greedy.word_error_rate is not None else TRANSLATED
+        kinds = (("beam", f"beam {results.evaluation.settings.beams}"), ("greedy", "greedy"))
+        written = [(f"{said}, {title}", kind, name, form) for kind, title in kinds for name, said, form in names]
+        return [*written, *NEXT_TOKEN]
+    return [*NEXT_TOKEN, *(CONTINUED if first.writing is not None else ())]
+
+
+def task_columns(results: Results) -> list[tuple[str, str]]:
+    """Tasks of lm-eval and their metrics."""
+    tasks = results.checkpoints[0].tasks
+    return [
+        (task, metric)
+        for task, numbers in (tasks.results if tasks else {}).items()
+        for metric, value in numbers.items()
+        if isinstance(value, float) and "stderr" not in metric
+    ]
+
+
+def table_of(results: Results) -> Table:
+    first = results.checkpoints[0]
+    columns, tasks, cells = quality_columns(results), task_columns(results), results.shared_cells()
+    times = {cell: results.step_times(cell) for cell in dict.fromkeys(cells[:1] + cells[-1:])}
+    head = [title for title, *_ in columns]
+    head[DECIDING:DECIDING] = [
+        "cache, bytes a token",
+        *(f"ms a step, batch {batch}, context {context:,}" for batch, context in times),
+    ]
+    head += [f"{task}, {metric.removesuffix(',none')}" for task, metric in tasks]
+    rows = []
+    for found in results.checkpoints:
+        entries = [
+            # The original is not above itself.
+            Entry() if found is first and name.endswith("above_original") else measured(found, part, name, form)
+            for _, part, name, form in columns
+        ]
+        entries[DECIDING:DECIDING] = [
+            beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "less", "more"),
+            *(
+                beside_original(ms.get(found.name), ms.get(first.name), ".2f", "faster", "slower")
+                for ms in times.values()
+            ),
+        ]
+        scores = found.tasks.results if found.tasks else {}
+        entries += [entry(scores.get(task, {}).get(metric), None, ".3f") for task, metric in tasks]
+        rows.append(Row(found.name, colour_of(results, found.name), entries))
+    return Table(head, rows)
+
+
+def measured(found: CheckpointResult, part: str, name: str, form: str) -> Entry:
+    """A number of a checkpoint and its interval."""
+    numbers = getattr(found, part)
+    return entry(getattr(numbers, name, None), getattr(numbers, f"{name}_interval", None), form)
+
+
+def entry(value: float | None, interval: Any, form: str) -> Entry:
+    """A number and its interval as texts; percent and thousands as `form` says."""
+    if value is None or not isinstance(value, int | float):
+        return Entry()
+    ends = [format(x, form) for x in interval or () if math.isfinite(x)]
+    return Entry(format(value, form), " to ".join(ends) if len(ends) == 2 else "")
+
+
+def beside_original(value: float | None, original: float | None, form: str, less: str, more: str) -> Entry:
+    """A cost, and how many times `less` or `more` than the original's it is."""
+    if value is None:
+        return Entry()
+    share = 1.0 if original is None or not value else original / value
+    times, said = (share, less) if share >= 1 else (1 / share, more)
+    small = f"{times:.0f} × {said}" if times >= 10 else f"{times:.2g} × {said}"
+    return Entry(format(value, form), small if times > 1.05 else "")
