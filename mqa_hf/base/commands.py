@@ -25,6 +25,8 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
         asked = None
         try:
             asked = job(**{name: value for name, value in given.items() if value is not None})
+            if verbose:
+                console.say(asked.resolve().command(), console.VERBOSE)
             result = asked.dry_run() if dry_run else asked.run()
         except MQAError as error:
             raise MQAError(as_flags(str(error), job)) from error
@@ -44,7 +46,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
     parameters = [parameter(field, job) for field in options(job) if field.option.objects != "only"]
     switches = {
         "quiet": "Say nothing but warnings and errors.",
-        "verbose": "Say more.",
+        "verbose": "Say what was derived from the options, and where an error comes from.",
         "as_json": "Print the result as JSON.",
         **({} if job.dry_run is Job.dry_run else {"dry_run": "Say what would be read and written, and do nothing."}),
     }

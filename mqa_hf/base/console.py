@@ -11,7 +11,9 @@ _level = NORMAL
 
 
 def set_verbosity(level: int) -> None:
-    """How much is said: `QUIET` (nothing but warnings and errors), `NORMAL` or `VERBOSE`."""
+    """How much is said: `QUIET` (nothing but warnings and errors), `NORMAL`, or `VERBOSE` (what was derived, and where
+    an error comes from, too).
+    """
     global _level
     _level = level
 

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -26,5 +27,7 @@ def run_command(command: Callable[[], Any]) -> None:
     try:
         command()
     except MQAError as error:
+        if console.verbosity() >= console.VERBOSE:
+            traceback.print_exc()
         console.stderr().print(f"error: {' '.join(str(error).splitlines())}", style="red")
         sys.exit(1)

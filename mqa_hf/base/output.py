@@ -21,8 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-
+from .console import say
 from .errors import MQAError, listing
 from .files import REPORT_FILE
 
@@ -180,8 +179,7 @@ def _recover(output: Path) -> None:
     if removed:
         done.append(f"removed {listing(removed)}")
     if done:
-        console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"{output}: an earlier run was killed; {', '.join(done)}")
+        say(f"{output}: an earlier run was killed; {', '.join(done)}")
 
 
 def _umask() -> int:
