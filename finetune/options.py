@@ -4,6 +4,7 @@ What `recorded="never"` marks does not decide the result: a run that was interru
 """
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
@@ -149,6 +150,15 @@ class Logs(Options, panel=LOGS):
     workers: Annotated[
         int | None, Option("Processes that read data. Default: 4 on a GPU, else none.", min=0, recorded="never")
     ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = 16 * (os.cpu_count() or 1)
+        if self.workers is not None and self.workers > most:
+            raise MQAError(
+                f"`workers` {self.workers:,} are more than this machine takes, which has {os.cpu_count()} processors; "
+                f"give {most} at most"
+            )
 
 
 @dataclass(frozen=True)
