@@ -221,7 +221,8 @@ def width_of(student: Path) -> int:
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
-    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    stack = config.get_text_config(decoder=True) if config.is_encoder_decoder else config
+    width = getattr(stack, "hidden_size", None)
     if not isinstance(width, int):
         raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
     return width

@@ -140,7 +140,7 @@ def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
 @pytest.mark.parametrize("option", ["--head-width", "--key-width", "--value-width"])
 def test_a_width_that_is_none_is_said(place, option, value):
     words = ["convert", "source", "OUTPUT", "--method", "shared", option, value]
-    refused(place, words, "widths must be above 0 and finite")
+    refused(place, words, "must be a number above 0; got")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "nan%", "-1", "abc"])
