@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.records import Record
+
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class BenchmarkRecord(Record):
@@ -36,14 +39,14 @@ class BenchmarkRecord(Record):
     model: str
     engine: str
     kv_heads: int | None = None
-    batch: int
-    context: int
-    beams: int = 1
+    batch: Size
+    context: Size
+    beams: Size = 1
     source: int | None = None
     largest_batch: bool | None = None
     error: str | None = None
 
-    time_per_token_ms: float | None = None
+    time_per_token_ms: Annotated[float, Field(gt=0)] | None = None
     time_per_token_p10_ms: float | None = None
     time_per_token_p90_ms: float | None = None
     tokens_per_sec: float | None = None

@@ -24,6 +24,7 @@ from mqa_hf.base.records import Record
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Interval = tuple[Number, Number] | None
 Natural = Annotated[int, Field(ge=0, lt=2**31)]
+Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Part(BaseModel):
@@ -136,8 +137,8 @@ class CheckpointResult(Part):
 
     name: str
     checkpoint: str
-    kv_bytes_per_token: int | None = None
-    cross_kv_bytes_per_token: int | None = None
+    kv_bytes_per_token: Annotated[Bytes, Field(gt=0)] | None = None
+    cross_kv_bytes_per_token: Bytes | None = None
     next_token: NextToken
     loss_by_context: list[ContextLoss]
     writing: Continuation | None = None

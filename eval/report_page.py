@@ -4,6 +4,7 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -22,6 +23,7 @@ from .report_data import Results
 from .report_table import Table, table_of
 
 CONTENT = "report.json"
+MARK = b'<script type="application/json" id="data">'  # in every page of ours
 CARD_HEADING = "## Quality and speed"
 CARD_PICTURES = ("quality-time", "quality-cache")
 
@@ -38,19 +40,19 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
     Raises:
         MQAError: where something else than a report is there, or it cannot be written.
     """
-    if output.exists() and not output.is_dir():
-        raise MQAError(f"{output} is a file; give a directory")
-    if (output / PAGE).exists() and not (output / CONTENT).is_file():
-        raise MQAError(f"{output} has a page ({PAGE}) that is no report of mqa-hf; give another `output`")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        for name, *_ in PICTURES:
-            (output / f"{name}.png").unlink(missing_ok=True)
+        check_output(output)
         table = table_of(results)
-        page = render(results, table, output, title)
         content = json.dumps(content_of(results), indent=1, ensure_ascii=False)
-        write_whole(output / CONTENT, content + "\n")
-        write_whole(output / PAGE, page)
+        with TemporaryDirectory() as drawn:
+            page = render(results, table, Path(drawn), title)
+            # The page comes first: by it the directory is known as a report's, should this be killed.
+            write_whole(output / PAGE, page)
+            write_whole(output / CONTENT, content + "\n")
+            for name, *_ in PICTURES:
+                (output / f"{name}.png").unlink(missing_ok=True)
+            for picture in Path(drawn).iterdir():
+                shutil.copyfile(picture, output / picture.name)
         if cards:
             for found in results.checkpoints:
                 card = Path(found.checkpoint) / "README.md"
@@ -59,6 +61,17 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
     except OSError as error:
         raise MQAError(f"the report cannot be written: {error}") from error
     return output / PAGE
+
+
+def check_output(output: Path) -> None:
+    """Raises MQAError for a directory with files in it that no report has written."""
+    if output.exists() and not output.is_dir():
+        raise MQAError(f"{output} is a file; give a directory")
+    page = output / PAGE
+    if page.exists() and not (page.is_file() and MARK in page.read_bytes()):
+        raise MQAError(f"{output} has a page ({PAGE}) that is no report of mqa-hf; give another `output`")
+    if not page.exists() and output.is_dir() and any(path.name != f".{PAGE}.partial" for path in output.iterdir()):
+        raise MQAError(f"{output} has files in it and no report of mqa-hf; give another `output`")
 
 
 def content_of(results: Results) -> dict[str, Any]:

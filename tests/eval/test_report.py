@@ -25,6 +25,11 @@ STEPLESS = {
     **{"validation": None, "versions": {}, "command": None},
 }
 
+TIMELESS = {
+    **{"shape": "x", "model": "x", "engine": "mqa-hf", "device": "cpu", "batch": 1, "context": 1},
+    **{"time_per_token_ms": 0, "tokens_per_sec": 5},
+}
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
@@ -123,6 +128,7 @@ def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
 
 def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):
     report(measured / "evaluation", benchmark=[measured / "times.jsonl"], output=tmp_path)
+    (tmp_path / "report.json").unlink()  # as one that was killed leaves it
     report(measured / "evaluation" / "evaluation.json", output=tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"quality-cache", "context-loss", "layers"}
     assert len(PICTURES) == len({name for name, *_ in PICTURES})
@@ -170,6 +176,13 @@ def without(content, *path):
     return content
 
 
+def with_cache(said, size):
+    """The same, where the cache of the second checkpoint has another size."""
+    return json.dumps(
+        {**said, "checkpoints": [said["checkpoints"][0], {**said["checkpoints"][1], "kv_bytes_per_token": size}]}
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -191,6 +204,8 @@ def without(content, *path):
             r"next_token\.loss: field required",
         ),
         (lambda said: json.dumps(without(said, "checkpoints", 0, "name")), r"checkpoints\.0\.name: field required"),
+        (lambda said: with_cache(said, 0), r"kv_bytes_per_token: input should be greater than 0"),
+        (lambda said: with_cache(said, 10**400), r"kv_bytes_per_token: input should be less than 9223372036854775808"),
     ],
 )
 def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
@@ -213,6 +228,8 @@ def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
         ("config.json", "[]", r"config\.json holds a list, not an object"),
         ("times.jsonl", "5\n", r"times\.jsonl holds no results of mqa-hf benchmark: line 1 is no object"),
         ("times.jsonl", '{"shape": "x"', r"times\.jsonl holds no results of mqa-hf benchmark: "),
+        ("times.jsonl", json.dumps(TIMELESS), r"time_per_token_ms: input should be greater than 0"),
+        ("times.jsonl", f'{{"batch": {10**400}}}', r"batch: input should be less than 9223372036854775808"),
         ("times.jsonl", '{"shape": "x"}', r"times\.jsonl, line 1, .*: batch: field required"),
     ],
 )
@@ -279,6 +296,13 @@ def test_what_is_no_report_is_left_alone(measured, tmp_path):
         report(measured / "evaluation", output=tmp_path / "site" / "index.html")
     with pytest.raises(MQAError, match="the report cannot be written"):
         report(measured / "evaluation", output=tmp_path / "site" / "index.html" / "report")
+    (tmp_path / "site" / "report.json").write_text("mine")
+    with pytest.raises(MQAError, match=r"has a page \(index\.html\) that is no report of mqa-hf"):
+        report(measured / "evaluation", output=tmp_path / "site")
+    (tmp_path / "site" / "index.html").unlink()
+    with pytest.raises(MQAError, match="site has files in it and no report of mqa-hf; give another `output`"):
+        report(measured / "evaluation", output=tmp_path / "site")
+    assert (tmp_path / "site" / "report.json").read_text() == "mine"
 
 
 def test_an_evaluation_that_is_not_finished_is_said(measured, tmp_path):
