@@ -107,6 +107,8 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
         from mqa_hf.base.figures import can_draw
         from mqa_hf.base.shapes import unique_names
 
+        from .benchmark_record import BenchmarkRecord
+
         for name in ("shapes", "kv_heads", "engines", "batch", "context", "cells", "beams"):
             if getattr(self, name) == ():
                 raise MQAError(f"`{name}` is empty; there is nothing to time")
@@ -125,6 +127,8 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
         unique_names([str(shape) for shape in job.shapes])  # what tables call them
         if self.output is not None and (self.output.is_dir() or not self.output.parent.is_dir()):
             raise MQAError(f"`output` {self.output} cannot be written: it is a directory, or lies in none")
+        if self.output is not None:
+            BenchmarkRecord.check_appendable(self.output)
         if self.plots is not None and not can_draw():
             raise MQAError("`plots` needs matplotlib: pip install 'mqa-hf[benchmark]'")
         if self.plots is not None and self.plots.exists() and not self.plots.is_dir():

@@ -86,6 +86,31 @@ class BenchmarkRecord(Record):
             raise MQAError(f"{path} cannot be written: {error}") from error
 
     @classmethod
+    def check_appendable(cls, path: Path) -> None:
+        """Raises MQAError where a file has something else in it, by its first line."""
+        if not path.is_file():
+            return
+        try:
+            with path.open(encoding="utf-8") as lines:
+                number, first = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
+            if first:
+                cls.of_line(path, number, first)
+        except (OSError, ValueError, MQAError) as error:
+            raise MQAError(f"`output` would be appended to a file of something else; give another: {error}") from error
+
+    @classmethod
+    def of_line(cls, path: Path, number: int, line: str) -> "BenchmarkRecord":
+        """The record in a line of a file; raises MQAError where it is none."""
+        where = f"{path} holds no results of mqa-hf benchmark: line {number}"
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise MQAError(f"{where}: {error}") from error
+        if not isinstance(content, dict):
+            raise MQAError(f"{where} is no object with fields")
+        return cls.of(content, f"{path}, line {number},")
+
+    @classmethod
     def read_lines(cls, path: Path) -> list["BenchmarkRecord"]:
         """All records of a file.
 
@@ -97,17 +122,7 @@ class BenchmarkRecord(Record):
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise MQAError(f"{what}: {error}") from error
-        found = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise MQAError(f"{what}: line {number}: {error}") from error
-            if not isinstance(content, dict):
-                raise MQAError(f"{what}: line {number} is no object with fields")
-            found.append(cls.of(content, f"{path}, line {number},"))
+        found = [cls.of_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
         if not found:
             raise MQAError(f"{what}: it is empty")
         return found

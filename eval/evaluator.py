@@ -78,6 +78,7 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
         if not any(next(path.glob(pattern), None) for pattern in (*SAFETENSORS, *PICKLES)):
             raise MQAError(f"{said} has no weights: neither *.safetensors nor *.bin")
     configs = [load_config(path) for path in paths]
+    check_kinds(given, configs)
     vocabulary = common_vocabulary(names, paths, configs)
     if getattr(configs[0], "num_mel_bins", None):
         held_out = held_out_speech(paths[0], configs[0], job)
@@ -107,6 +108,8 @@ def check_output(output: Path, names: Sequence[str]) -> None:
     """Raises MQAError where results cannot lie in `output`, or something else would make room for them."""
     if output.exists() and not output.is_dir():
         raise MQAError(f"{output} is a file; give a directory as `output`")
+    if (output / "config.json").exists():
+        raise MQAError(f"{output} is a checkpoint (it has a config.json); give another directory as `output`")
     for place in (output / name for name in names):
         if place.exists() and not place.is_dir():
             raise MQAError(f"{place} is a file, and measurements would lie in it; give another `output`")
@@ -116,6 +119,20 @@ def check_output(output: Path, names: Sequence[str]) -> None:
             raise MQAError(
                 f"{place} has other files in it than measurements ({listing(foreign, 3)}); give another `output`"
             )
+
+
+def check_kinds(given: Sequence[str], configs: Sequence[Any]) -> None:
+    """Raises MQAError where checkpoints do not read the same as the original, the first."""
+    kinds = [kind_of(config) for config in configs]
+    for said, kind in zip(given, kinds):
+        if kind != kinds[0]:
+            raise MQAError(f"{said} is {kind}, and {given[0]} is {kinds[0]}; give `checkpoints` made of `original`")
+
+
+def kind_of(config: Any) -> str:
+    if getattr(config, "num_mel_bins", None):
+        return "a speech model"
+    return "an encoder-decoder model" if config.is_encoder_decoder else "a decoder-only model"
 
 
 @dataclass

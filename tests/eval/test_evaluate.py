@@ -524,6 +524,22 @@ def test_what_lies_in_the_output_and_is_no_measurement_is_left_alone(places, tmp
     (tmp_path / "file").write_text("")
     with pytest.raises(MQAError, match="file is a file; give a directory"):
         evaluate(tmp_path / "original", output=tmp_path / "file", **what(places))
+    with pytest.raises(MQAError, match=r"original is a checkpoint \(it has a config\.json\)"):
+        evaluate(places / "original", output=tmp_path / "original", **what(places))
+    assert sorted(path.name for path in (tmp_path / "original").iterdir()) == before
+
+
+def test_checkpoints_of_another_kind_are_refused(places, tmp_path):
+    make_seq2seq("bart", {**BART, "eos_token_id": 2}).save_pretrained(tmp_path / "bart")
+    make_seq2seq("whisper", WHISPER).save_pretrained(tmp_path / "whisper")
+    for one, other, message in (
+        (places / "original", tmp_path / "bart", "bart is an encoder-decoder model, and .*original is a decoder-only"),
+        (tmp_path / "bart", places / "original", "original is a decoder-only model, and .*bart is an encoder-decoder"),
+        (tmp_path / "bart", tmp_path / "whisper", "whisper is a speech model, and .*bart is an encoder-decoder"),
+    ):
+        with pytest.raises(MQAError, match=message):
+            evaluate(one, [other], output=tmp_path / "out", **what(places))
+    assert not (tmp_path / "out").exists()
 
 
 def test_measurements_that_are_none_are_said_and_cut_ones_are_made_again(places, tmp_path):

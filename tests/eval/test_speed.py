@@ -309,6 +309,15 @@ def test_what_is_wrong_is_said(source: Path, arguments, message: str):
     assert message in str(result.exception)
 
 
+@pytest.mark.parametrize("content", [b"mine\n", b'\n{"shape": "x"}\n', b"[]", b"\xff\xfe\n"])
+def test_a_file_of_something_else_is_not_appended_to(source: Path, tmp_path: Path, content: bytes):
+    (tmp_path / "lines").write_bytes(content)
+    result = benchmark(source, "--cells", "1x4", "--output", tmp_path / "lines")
+    assert isinstance(result.exception, MQAError)
+    assert "--output would be appended to a file of something else; give another: " in str(result.exception)
+    assert (tmp_path / "lines").read_bytes() == content
+
+
 def test_a_cell_without_memory_is_a_record_of_that(source: Path, tmp_path: Path):
     lines = tmp_path / "cells.jsonl"
     arguments = ("--kv-heads", "1", "--engines", "mqa-hf", "--tokens", 2, "--rounds", 1, "--output", lines)
