@@ -14,7 +14,7 @@ from jinja2 import Environment
 
 from mqa_hf.base.card import with_section
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.files import write_whole
+from mqa_hf.base.files import read_json, write_whole
 
 from .evaluation_record import CheckpointResult
 from .report import PAGE
@@ -46,13 +46,13 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
         content = json.dumps(content_of(results), indent=1, ensure_ascii=False)
         with TemporaryDirectory() as drawn:
             page = render(results, table, Path(drawn), title)
-            # The page comes first: by it the directory is known as a report's, should this be killed.
-            write_whole(output / PAGE, page)
+            # Comes first: by it the directory is known as a report's, should this be killed.
             write_whole(output / CONTENT, content + "\n")
             for name, *_ in PICTURES:
                 (output / f"{name}.png").unlink(missing_ok=True)
             for picture in Path(drawn).iterdir():
                 shutil.copyfile(picture, output / picture.name)
+            write_whole(output / PAGE, page)
         if cards:
             for found in results.checkpoints:
                 card = Path(found.checkpoint) / "README.md"
@@ -67,11 +67,22 @@ def check_output(output: Path) -> None:
     """Raises MQAError for a directory with files in it that no report has written."""
     if output.exists() and not output.is_dir():
         raise MQAError(f"{output} is a file; give a directory")
-    page = output / PAGE
-    if page.exists() and not (page.is_file() and MARK in page.read_bytes()):
-        raise MQAError(f"{output} has a page ({PAGE}) that is no report of mqa-hf; give another `output`")
-    if not page.exists() and output.is_dir() and any(path.name != f".{PAGE}.partial" for path in output.iterdir()):
+    page, content = output / PAGE, output / CONTENT
+    if page.exists():
+        if not (page.is_file() and MARK in page.read_bytes()):
+            raise MQAError(f"{output} has a page ({PAGE}) that is no report of mqa-hf; give another `output`")
+        return
+    found = [path.name for path in output.iterdir() if path.name != f".{CONTENT}.partial"] if output.is_dir() else []
+    if found and not is_ours(content):
         raise MQAError(f"{output} has files in it and no report of mqa-hf; give another `output`")
+
+
+def is_ours(content: Path) -> bool:
+    """Whether a file is what a report shows, as JSON has it: all that is there where the page is to be made again."""
+    try:
+        return {"evaluation", "benchmark"} <= read_json(content).keys()
+    except MQAError:
+        return False
 
 
 def content_of(results: Results) -> dict[str, Any]:

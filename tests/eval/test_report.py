@@ -128,7 +128,7 @@ def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
 
 def test_a_second_report_leaves_no_pictures_of_the_first(measured, tmp_path):
     report(measured / "evaluation", benchmark=[measured / "times.jsonl"], output=tmp_path)
-    (tmp_path / "report.json").unlink()  # as one that was killed leaves it
+    (tmp_path / "index.html").unlink()  # as one that was killed leaves it
     report(measured / "evaluation" / "evaluation.json", output=tmp_path)
     assert {path.stem for path in tmp_path.glob("*.png")} == {"quality-cache", "context-loss", "layers"}
     assert len(PICTURES) == len({name for name, *_ in PICTURES})
