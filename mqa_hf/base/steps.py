@@ -8,18 +8,16 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .console import say, stderr
+from .console import NORMAL, say, stderr, verbosity
 from .errors import MQAError
 from .files import read_json, write_whole
 from .options import Job
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 BEGUN = "begun"  # in the record, those that were begun
 
@@ -44,10 +42,13 @@ class Step:
         """What tells it from another job: its command, paths under the record's directory as they are from there."""
         return [word.removeprefix(f"{record.parent}{os.sep}") for word in self.job.words()]
 
-    def run(self, overwrite: bool, console: "Console") -> None:
+    def run(self, overwrite: bool) -> None:
+        """Do the job, and show what came of it on standard error: the result of all steps is another."""
         job: Any = self.job
         job = replace(job, overwrite=True) if overwrite else job
-        job.show(job.run(), console)
+        result, console = job.run(), stderr()
+        console.quiet = verbosity() < NORMAL
+        job.show(result, console)
 
 
 def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -71,7 +72,23 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
 
 
 def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:
-    write_whole(record, json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n")
+    """Write the record; raises MQAError where that cannot be."""
+    try:
+        write_whole(record, json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n")
+    except OSError as error:
+        raise MQAError(f"{record} cannot be written: {error}") from error
+
+
+def forget(new: Sequence[Path]) -> None:
+    """Remove a record that says nothing, and the directories that were made for it, as far as nothing else is there.
+
+    Args:
+        new: the record and its directories, the innermost first.
+    """
+    with suppress(OSError):
+        new[0].unlink(missing_ok=True)
+        for directory in new[1:]:
+            directory.rmdir()
 
 
 def unfinished(steps: Mapping[str, Step], record: Path) -> list[str]:
@@ -97,8 +114,7 @@ def run_steps(
     Raises:
         MQAError: where a step has changed and `overwrite` is false, and whatever the jobs raise.
     """
-    from rich.console import Console
-
+    new = [path for path in (record, *record.parents) if not path.exists()]
     done, begun = read_record(record)
     failed: dict[str, Exception] = {}
     for step, what in steps.items():
@@ -129,8 +145,10 @@ def run_steps(
             write_record(record, done, begun)
             say(f"{step}: {what.job.command()}")
             start = time.monotonic()
-            what.run(replaced, Console(markup=False, highlight=False))
+            what.run(replaced)
         except Exception as error:
+            if record in new and not done and not what.result.is_file():
+                forget(new)
             if not keep_going:
                 raise
             stderr().print(f"{step}: {type(error).__name__}: {error}")

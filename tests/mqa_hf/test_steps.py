@@ -57,7 +57,9 @@ def test_each_runs_once_and_is_shown(tmp_path, runs, capsys):
     record = tmp_path / "done.json"
     assert unfinished(steps(tmp_path), record) == ["one", "two", "three"]
     run_steps(steps(tmp_path), record, "it")
-    assert "one has text" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "one has text" in said.err
+    assert said.out == ""
     assert unfinished(steps(tmp_path), record) == []
     run_steps(steps(tmp_path), record, "it")
     assert [name for name, _ in runs] == ["one", "two", "three"]
@@ -111,3 +113,20 @@ def test_a_record_that_was_cut_off_is_begun_again(tmp_path, runs):
     (tmp_path / "done.json").write_text('{"one": [')
     run_steps(steps(tmp_path), tmp_path / "done.json", "it")
     assert len(runs) == 3
+
+
+def test_a_first_step_that_fails_leaves_nothing(tmp_path, runs):
+    place = tmp_path / "new" / "place"
+    with pytest.raises(MQAError, match=r"^no$"):
+        run_steps(steps(place, fails=True), place / "done.json", "it")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(MQAError, match=r"^no$"):
+        run_steps(steps(tmp_path, fails=True), tmp_path / "done.json", "it")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "done.json").write_text("{}")
+    with pytest.raises(MQAError, match=r"^no$"):
+        run_steps(steps(tmp_path, fails=True), tmp_path / "done.json", "it")
+    assert (tmp_path / "done.json").is_file()
+    with pytest.raises(MQAError, match="cannot be written"):
+        run_steps(steps(tmp_path), tmp_path / "mine" / "done.json", "it")
