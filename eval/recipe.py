@@ -80,6 +80,7 @@ def read_recipe(path: Path) -> tuple[Path, dict[str, Step]]:
     recipe = read_yaml(path)
     check_keys(path, recipe)
     source, output = recipe["source"], Path(recipe["output"])
+    check_places(path, Path(source), output)
     converted, trained = output / "converted", output / "trained"
     results = [converted, *([trained] if "uptrain" in recipe else [])]
     # What the recipe itself says of each step; its result, and whether that takes long.
@@ -123,8 +124,22 @@ def check_keys(path: Path, recipe: Any) -> None:
         if not isinstance(recipe[name], str) or not recipe[name]:
             raise MQAError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
     for name in STEPS:
-        if not isinstance(recipe.get(name) or {}, dict):
+        if not isinstance(recipe.get(name), dict | None):
             raise MQAError(f"{path}: {name} must hold options, one a line")
+
+
+def check_places(path: Path, source: Path, output: Path) -> None:
+    """Raises MQAError where results cannot lie in `output`, or would lie in the source or beside its files."""
+    try:
+        here, there = output.resolve(), source.resolve()
+        known = source.is_dir()  # else an id of the Hub, which a directory of that name would hide
+        if here == there or there in here.parents or (known and here in there.parents):
+            raise MQAError(f"{path}: source {source} and output {output} are the same or lie in each other")
+        for place in (here, *here.parents):
+            if place.exists() and not place.is_dir():
+                raise MQAError(f"{path}: output {output}: {place} is a file; give a directory")
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two for loops of links and impossible names
+        raise MQAError(f"{path}: output {str(output)!r} cannot be written: {error}") from error
 
 
 def job_of(kind: type[Job], given: Mapping[Any, Any], own: Mapping[str, Any]) -> Job:

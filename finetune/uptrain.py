@@ -130,7 +130,20 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         if given not in ((False, False), (True, True)) or (self.tokens is None) != all(given):
             raise MQAError("pass `tokens`, or `alpha` with `pretraining_tokens`")
         tokens, losses = self.all_tokens, parse_losses(self.chosen_loss)
+        weights = [part.weight for part in self.parts]
         contradictions = (
+            (
+                not weights,
+                "`dataset` is empty; give a text to train on",
+            ),
+            (
+                not all(0 < weight < math.inf for weight in weights),
+                f"`dataset` needs weights above 0; got {weights}",
+            ),
+            (
+                self.rows % (self.micro_batch or 1) > 0,
+                f"`micro_batch` {self.micro_batch} must divide the {self.rows} rows that a step has",
+            ),
             (
                 not self.taught and self.teacher_revision is not None,
                 f"`teacher_revision` {self.teacher_revision} is of a teacher, and `teacher` is {NO_TEACHER}",

@@ -36,10 +36,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+class OnceLoader(yaml.SafeLoader):
+    """Refuses a mapping with the same key twice, of which the first would be passed over."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice; keep one of them")
+                seen.add((key.tag, key.value))
+        return node
+
+
 def read_yaml(path: Any) -> Any:
     """What stands in a YAML file, a `Path` or a package's; raises MQAError where it cannot be read."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise MQAError(f"{path} cannot be read: {error}") from error
 

@@ -154,6 +154,17 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
             {"uptrain": {"dataset": "x", "tokens": 9, "attention_tokens": 9}},
             "uptrain: `attention_tokens` 9 must be fewer than all `tokens`, 9",
         ),
+        ({"uptrain": {"dataset": [], "tokens": 9}}, "uptrain: `dataset` is empty; give a text"),
+        ({"uptrain": {"dataset": ["x=nan"], "tokens": 9}}, "uptrain: `dataset` needs weights above 0; got [nan]"),
+        ({"uptrain": {"dataset": ["x", "y=0"], "tokens": 9}}, "`dataset` needs weights above 0; got [1.0, 0.0]"),
+        (
+            {"uptrain": {"dataset": "x", "tokens": 9, "micro_batch": 3}},
+            "uptrain: `micro_batch` 3 must divide the 64 rows that a step has",
+        ),
+        ({"convert": False}, "convert must hold options"),
+        ({"convert": ""}, "convert must hold options"),
+        ({"uptrain": 0}, "uptrain must hold options"),
+        ({"output": "a\0b"}, "cannot be written: "),
         ({"evaluate": {"window": 8, "stride": 9}}, "evaluate: `window` must be at least as long as `stride`"),
         ({"evaluate": {"text": ["a", "b"]}}, "evaluate: `text` must be a text; got ['a', 'b']"),
     ],
@@ -162,7 +173,49 @@ def test_what_is_wrong_with_a_recipe_is_said(tmp_path, recipe, change, message):
     result = run(tmp_path, {**recipe, **change})
     assert isinstance(result.exception, MQAError), result.output
     assert message in str(result.exception)
-    assert not (tmp_path / "results" / "converted").exists()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("output", ["source", "source/results", ".", "source/../source/a/b"])
+def test_source_and_output_do_not_lie_in_each_other(tmp_path, recipe, output):
+    before = sorted(tmp_path.rglob("*"))
+    result = run(tmp_path, {**recipe, "output": str(tmp_path / output)})
+    assert isinstance(result.exception, MQAError), result.output
+    assert "are the same or lie in each other" in str(result.exception)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "recipe.yaml"])
+    hub = run(tmp_path, {**recipe, "source": "someone/model", "output": "someone/model/results"})
+    assert "are the same or lie in each other" in str(hub.exception)
+
+
+@pytest.mark.parametrize("output", ["text.jsonl", "text.jsonl/results"])
+def test_an_output_that_is_a_file_is_said(tmp_path, recipe, output):
+    result = run(tmp_path, {**recipe, "output": str(tmp_path / output)})
+    assert isinstance(result.exception, MQAError), result.output
+    assert "text.jsonl is a file; give a directory" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("source: a\noutput: b\nconvert:\nconvert:\n  method: first\n", "line 4: convert is there twice"),
+        ("source: a\noutput: b\nconvert: {kv_heads: 1, kv_heads: 2}\n", "line 3: kv_heads is there twice"),
+    ],
+)
+def test_what_is_there_twice_is_refused(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_text(content)
+    result = CliRunner().invoke(app, ["recipe", str(tmp_path / "recipe.yaml")])
+    assert isinstance(result.exception, MQAError)
+    assert message in str(result.exception)
+
+
+def test_json_is_all_that_standard_output_has(tmp_path, recipe):
+    for name in ("uptrain", "evaluate"):
+        del recipe[name]
+    recipe["convert"] = None
+    result = run(tmp_path, recipe, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == recipe["output"]
+    assert "key/value heads" in result.stderr
 
 
 @pytest.mark.parametrize("record", ["[]", '{"convert": 5}', '{"convert": [1]}', '{"begun": []}', "null"])
