@@ -26,7 +26,7 @@ from transformers.utils import logging
 from mqa_hf.base.console import progress_bar
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.errors import MQAError, listing
-from mqa_hf.base.files import stamps, write_whole
+from mqa_hf.base.files import read_json, stamps, write_whole
 from mqa_hf.base.hub import PICKLES, SAFETENSORS, locate
 from mqa_hf.base.shapes import unique_names
 from mqa_hf.conversion.inspect import Inspection
@@ -110,6 +110,9 @@ def check_output(output: Path, names: Sequence[str]) -> None:
         raise MQAError(f"{output} is a file; give a directory as `output`")
     if (output / "config.json").exists():
         raise MQAError(f"{output} is a checkpoint (it has a config.json); give another directory as `output`")
+    found = output / EvaluationRecord.file
+    if found.exists() and not {"settings", "checkpoints"} <= read_json(found).keys():
+        raise MQAError(f"{found} is no result of mqa-hf evaluate; give another `output`")
     for place in (output / name for name in names):
         if place.exists() and not place.is_dir():
             raise MQAError(f"{place} is a file, and measurements would lie in it; give another `output`")

@@ -102,8 +102,9 @@ def test_an_interrupted_demo_goes_on(small, tmp_path, monkeypatch):
     assert run(tmp_path / "demo").exit_code != 0
     monkeypatch.setattr(trainer.LossTrainer, "training_step", plain)
     (tmp_path / "demo" / "times.jsonl").write_text("no record\n")  # as an interrupted benchmark may leave it
-    result = run(tmp_path / "demo")
+    result = run(tmp_path / "demo", "--json")
     assert result.exit_code == 0, f"{result.output} {result.exception}"
+    assert json.loads(result.stdout) == str((tmp_path / "demo" / "report" / "index.html").resolve())
     assert result.stderr.count("done before") == 3
     assert "goes on from step 2 of 4" in result.stderr
     assert "no record" not in (tmp_path / "demo" / "times.jsonl").read_text()

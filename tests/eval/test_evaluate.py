@@ -527,6 +527,11 @@ def test_what_lies_in_the_output_and_is_no_measurement_is_left_alone(places, tmp
     with pytest.raises(MQAError, match=r"original is a checkpoint \(it has a config\.json\)"):
         evaluate(places / "original", output=tmp_path / "original", **what(places))
     assert sorted(path.name for path in (tmp_path / "original").iterdir()) == before
+    for content, message in (("{}", "is no result of mqa-hf evaluate"), ("mine", r"evaluation\.json cannot be read")):
+        (tmp_path / "evaluation.json").write_text(content)
+        with pytest.raises(MQAError, match=message):
+            evaluate(places / "original", output=tmp_path, **what(places))
+        assert (tmp_path / "evaluation.json").read_text() == content
 
 
 def test_checkpoints_of_another_kind_are_refused(places, tmp_path):
