@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, ParamSpec, Protocol, TypeVar, overload
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, describe, options
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, check_keywords, describe, options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ class Fit(Options, panel="Fitted heads (--method shared)"):
 
     _: KW_ONLY
     calibration: Annotated[
-        str | Sequence[str] | None,
+        str | os.PathLike[str] | Sequence[str] | None,
         Option(
             "Text file, JSON lines, parquet, or an id of the Hub's datasets; in Python also a list of texts. Default: "
             "Python's reference manual.",
@@ -249,7 +249,8 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         evaluation mode; nothing is written then.
 
     Raises:
-        ConversionError: for anything wrong with the source or the request. `output` is then as it was.
+        MQAError: for anything wrong with the request, and as a `ConversionError` with the source. `output` is then
+            as it was.
     """
 
     name = "convert"
@@ -311,7 +312,8 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         )
         source_tokens = f", {cross.before:,} -> {cross.after:,} per source token" if cross.before else ""
         console.print(
-            f"{self.output}: {heads}; {cache.before:,} -> {cache.after:,} cache bytes per token{source_tokens}"
+            f"{self.output}: {heads}; {cache.before:,} -> {cache.after:,} cache bytes per token{source_tokens}",
+            soft_wrap=True,
         )
 
 
@@ -341,6 +343,7 @@ def both(written: Callable[P, FileOptions], kept: Callable[Q, ConversionOptions]
     """The function of a conversion, whose options are those of these classes."""
 
     def run(source: Any, output: Path | str | None = None, **given: Any) -> Any:
+        check_keywords(Conversion, given)
         if output is not None:
             return Conversion(source, output, **given).run()
         known = {field.name for field in options(ModelConversion)}

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mqa_hf.base.options import Job, Option, function
+from mqa_hf.base.options import Job, Option, as_flags, function
+
+from .convert import Conversion
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +77,8 @@ class Inspection(Job[dict[str, Any]]):
                     title = "cache bytes per token" if name.startswith("kv") else "cache bytes per source token"
                     table.add_row(title, f"{cache['now']:,}{after}")
         answer = "yes" if result["convertible"] else "no"
-        table.add_row("can be converted", f"{answer}: {result['reason']}" if result["reason"] else answer)
+        reason = as_flags(result["reason"] or "", Conversion)
+        table.add_row("can be converted", f"{answer}: {reason}" if reason else answer)
         if result.get("native") is not None:
             table.add_row("native target", result["native"] or "none")
         if result["conversion"]:

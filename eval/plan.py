@@ -103,7 +103,7 @@ class Planning(Job["DecodingPlan"]):
                 f"{r.largest_batch_tokens_per_sec:,.0f}" if r.largest_batch else "-",
                 f"{r.largest_batch_speedup:.2f}" if r.largest_batch else "-",
             )  # fmt: skip
-        console.width = 150  # what the table takes
+        console.width = 170  # what the table takes
         console.print(table)
         console.print(
             f"Reading a prompt, or training, takes {first.prefill_bytes_per_operation:.4f} bytes per operation; the "

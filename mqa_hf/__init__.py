@@ -9,6 +9,7 @@ files that it needs and loads without the package by `trust_remote_code=True`. P
 only with what needs them.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -143,4 +144,11 @@ def _register_lazily() -> None:
         config.__post_init__ = first  # type: ignore[method-assign]
 
 
+def _register_early() -> None:
+    """Register models with the Auto classes' own import, for configurations that were made before it or unpickled."""
+    with suppress(ImportError):  # where something that our models need is just importing them; see above
+        _register_models()
+
+
 when_imported("transformers.models.auto.configuration_auto", _register_lazily)
+when_imported("transformers.models.auto.modeling_auto", _register_early)

@@ -2,4 +2,5 @@
 
 from mqa_hf.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import console
-from .entry import run_command
+from .entry import STOPPED, run_command
 from .errors import MQAError
 from .options import Field, Job, as_flags, options, summary
 
@@ -21,6 +21,8 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
     """Add a job's command."""
 
     def run(dry_run: bool = False, as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any):
+        if quiet and verbose:
+            raise MQAError("--quiet and --verbose contradict each other; give one of them")
         console.set_verbosity(console.QUIET if quiet else console.VERBOSE if verbose else console.NORMAL)
         asked = None
         try:
@@ -30,9 +32,11 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
             result = asked.dry_run() if dry_run else asked.run()
         except MQAError as error:
             raise MQAError(as_flags(str(error), job)) from error
-        except KeyboardInterrupt:
-            console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
-            raise typer.Exit(130) from None
+        except (KeyboardInterrupt, SystemExit) as end:
+            code = 130 if isinstance(end, KeyboardInterrupt) else end.code
+            if code in (130, STOPPED):
+                console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
+            raise typer.Exit(code if isinstance(code, int) else 1) from None
         if os.environ.get("RANK", "0") != "0":
             return  # of several processes, one says what came of it
         if as_json:

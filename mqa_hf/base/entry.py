@@ -10,11 +10,13 @@ from typing import Any
 from . import console
 from .errors import ConversionWarning, MQAError
 
+STOPPED = 128 + signal.SIGTERM  # the exit code of a job that is told to stop
+
 
 def run_command(command: Callable[[], Any]) -> None:
     """Run a command: errors meant for a person are printed as one message, with exit code 1."""
     # A job that is told to stop cleans up like one that is interrupted by hand.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     show = warnings.showwarning
 
     def show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:

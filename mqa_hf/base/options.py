@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import numbers
 import os
 import re
 import shlex
@@ -38,6 +39,7 @@ R = TypeVar("R")
 J = TypeVar("J", bound="Options")
 
 NUMBER_TYPES = ("float32", "float16", "bfloat16")
+PLAIN = str | os.PathLike | numbers.Number | bytes | Mapping | None  # what is no object in memory
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,9 @@ class Field:
         if isinstance(value, str | os.PathLike):
             text = os.fspath(value)
             value = [part.strip() for part in text.split(",")] if self.option.comma else [text]
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
             value = [value]
-        if not isinstance(value, Sequence | set | frozenset):
+        if not isinstance(value, Sequence | set | frozenset) or (self.optional and not value):
             raise MQAError(f"`{self.name}` must be {self.expected()}; got {value!r}")
         return tuple(self.item(item) for item in value)
 
@@ -121,15 +123,16 @@ class Field:
             if self.kind is bool:
                 fits = isinstance(value, bool)
             elif self.kind in (int, float):
-                fits = not isinstance(value, bool) and isinstance(value, int | float | str)
+                fits = not isinstance(value, bool) and isinstance(value, numbers.Real | str)
                 found = self.kind(value) if fits else value
                 fits = fits and math.isfinite(found) and (isinstance(value, str) or found == value)
             else:
-                fits = isinstance(value, str | os.PathLike | int | float) and not isinstance(value, bool)
+                number = isinstance(value, int | float) and not isinstance(value, bool) and not option.objects
+                fits = isinstance(value, str | os.PathLike) or number
                 found = (
                     self.kind(os.fspath(value) if isinstance(value, os.PathLike) else str(value)) if fits else value
                 )
-                fits = fits and "\0" not in str(found)
+                fits = fits and "\0" not in str(found) and bool(str(value).strip())
         except (ValueError, OverflowError):
             fits = False
         fits = fits and not (
@@ -155,6 +158,8 @@ class Field:
             ]
             kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
             said = " ".join([kinds[self.kind], " and ".join(bounds)]).strip()
+        if option.objects:
+            said = "an object in memory" if option.objects == "only" else f"{said} or an object in memory"
         return f"a list, each {said}" if self.many else said
 
     def words(self, value: Any) -> list[str]:
@@ -185,10 +190,10 @@ class Options:
     def __post_init__(self) -> None:
         for field in options(type(self)):
             value = getattr(self, field.name)
-            if field.option.objects and not isinstance(value, str | os.PathLike | None):
+            if field.option.objects and not isinstance(value, PLAIN):
                 continue
-            if field.positional and not field.many and not isinstance(value, str | os.PathLike | Sequence | None):
-                continue  # a model in memory in place of its path
+            if field.option.objects == "only" and value is not None:
+                raise MQAError(f"`{field.name}` must be {field.expected()}; got {value!r}")
             object.__setattr__(self, field.name, field.checked(value))
 
     @classmethod
@@ -200,11 +205,16 @@ class Options:
         """
         known = {field.name: field for field in options(cls) if field.option.objects != "only"}
         named = {str(name).replace("-", "_"): value for name, value in given.items()}
-        for name in named:
+        if len(named) < len(given):
+            twice = next(name for name in named if {name, name.replace("_", "-")} <= given.keys() and "_" in name)
+            raise MQAError(f"`{twice}` is there twice, with and without underscores")
+        for name, value in named.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(sorted(known))}"
                 raise MQAError(f"there is no option `{name}`{hint}")
+            if known[name].option.objects:
+                known[name].checked(value)
         missing = [name for name, field in known.items() if field.required and named.get(name) is None]
         if missing:
             raise MQAError(f"`{missing[0]}` is missing: {known[missing[0]].option.help}")
@@ -293,13 +303,25 @@ def fields_of(cls: type[Options]) -> Iterator[Field]:
 def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
     """The function that makes a job of its arguments and runs it; its help has all options."""
 
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return job(*args, **kwargs).run()
-
     assert isinstance(job, type)
     assert issubclass(job, Job)
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_keywords(job, kwargs)
+        return job(*args, **kwargs).run()
+
     describe(run, job)
     return run
+
+
+def check_keywords(job: type[Job], given: Mapping[str, Any]) -> None:
+    """Raises TypeError, as Python does, for keywords that a job does not have."""
+    known = [field.name for field in options(job)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"{job.name}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def describe(run: Callable[..., Any], job: type[Job], **defaults: Any) -> None:
@@ -307,12 +329,15 @@ def describe(run: Callable[..., Any], job: type[Job], **defaults: Any) -> None:
     run.__name__ = run.__qualname__ = job.name
     run.__module__ = "mqa_hf"
     run.__doc__ = documentation(job)
-    parameters = [
-        parameter.replace(
-            annotation=get_args(parameter.annotation)[0], default=defaults.get(parameter.name, parameter.default)
+    parameters = []
+    for parameter in inspect.signature(job).parameters.values():
+        kind = get_args(parameter.annotation)[0]
+        parameters.append(
+            parameter.replace(
+                annotation=getattr(kind, "__forward_arg__", kind),
+                default=defaults.get(parameter.name, parameter.default),
+            )
         )
-        for parameter in inspect.signature(job).parameters.values()
-    ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
 

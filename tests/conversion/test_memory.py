@@ -126,7 +126,12 @@ def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
 
 @pytest.mark.parametrize(
     ("calibration", "match"),
-    [([], "gives less than"), ([1, 2], "a list of texts"), (5, "a list of texts"), ([b"text"], "a list of texts")],
+    [
+        ([], "gives less than"),
+        ([1, 2], "a list of texts"),
+        (5, "a text or an object in memory"),
+        ([b"text"], "a list of texts"),
+    ],
     ids=str,
 )
 def test_texts_that_are_none(calibration, match, tmp_path):
