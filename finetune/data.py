@@ -113,7 +113,7 @@ def choose_columns(
     # A part of a mixture, or the beginning of a stream, may have none.
     wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
     if wrong:
-        raise no_text(source, option, wrong, known)
+        raise no_text(source, option, wrong, features)
     names = ["text"] if len(wanted) == 1 else ["source", "target"]
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):

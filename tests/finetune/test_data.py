@@ -130,6 +130,23 @@ def test_the_pairs_of_a_step_are_of_like_length_and_each_comes_once_a_pass(tmp_p
     assert abs(np.corrcoef(longest, np.arange(50))[0, 1]) < 0.4  # short and long ones take turns
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_file_is_read_in_the_encoding_that_its_mark_names(tmp_path, encoding):
+    (tmp_path / "text.txt").write_bytes("W\xf6rter\r\nund mehr".encode(encoding))
+    assert documents(tmp_path / "text.txt") == ["W\xf6rter\nund mehr"]
+
+
+@pytest.mark.parametrize("name", ["nosuch.txt", "nosuch.jsonl.gz", "./nosuch", "one/two/three", "/nosuch/text"])
+def test_a_file_that_is_not_there_is_no_id_of_the_hub(name):
+    with pytest.raises(MQAError, match=f"`calibration` {name}: there is no such file"):
+        load(name)
+
+
+def test_half_a_character_is_said():
+    with pytest.raises(MQAError, match=r"text 1 holds half a character \(a lone surrogate\), at 2"):
+        documents(["words", "ab\ud800"])
+
+
 def test_an_id_of_the_hub_may_name_a_configuration_and_a_split(monkeypatch):
     import datasets
 
@@ -211,7 +228,10 @@ def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):
     assert len(training_rows((Part(str(tmp_path / "plain.txt")),), tokenizer, 16, 5)) == 5
     part = write(tmp_path / "named.jsonl", [{"body": "some words here", "other": 1}] * 20)
     assert len(training_rows((part,), tokenizer, 16, 5, columns=("body",))) == 5
-    with pytest.raises(MQAError, match="its columns: body, other"):
+    with pytest.raises(MQAError, match=r"its columns: body \(string\), other \(int64\)"):
         training_rows((part,), tokenizer, 16, 5)
+    numbers = write(tmp_path / "numbers.jsonl", [{"text": 1}] * 20)
+    with pytest.raises(MQAError, match=r"has no column of text; its columns: text \(int64\)"):
+        documents(numbers.source)
     with pytest.raises(MQAError, match="cannot be read"):
         training_rows((Part("no/such-data-set"),), tokenizer, 16, 5)

@@ -15,7 +15,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 
 SIZES = {"vocab_size": 93, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-NO_TEXT = "has no (column 'text' of )?text; its columns: text"
+NO_TEXT = "has no column ('text' )?of text; its columns: text"
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,15 @@ TEXTS = {
     "objects": ("objects.jsonl", lines({"a": "b"}), NO_TEXT),
     "nulls": ("nulls.jsonl", lines(None), f"{NO_TEXT}|no row of 16 tokens"),
     "texts and an object": ("mixed.jsonl", lines("words", {"a": "b"}), "cannot be read|has no"),
-    "another column": ("other.jsonl", b'{"body": 1}\n', "has no (column 'text' of )?text; its columns: body"),
+    "another column": ("other.jsonl", b'{"body": 1}\n', r"of text; its columns: body \(int64\)"),
+    "no UTF-8 in plain text": ("latin.txt", b"some w\xf6rds " * 40, "latin.txt is no UTF-8, at byte 6; save it"),
+    "half of UTF-16": ("half.txt", "words".encode("utf-16")[:-1], "half.txt is no UTF-16, at byte 10"),
     "no UTF-8 in JSON": ("latin.jsonl", lines("some words").replace(b"words", b"w\xf6rds"), "cannot be read"),
     "no UTF-8 in parquet": ("latin.parquet", parquet(b"some w\xf6rds of a text"), "cannot be read"),
     "no parquet": ("broken.parquet", b"PAR1", "cannot be read"),
     "no JSON": ("broken.jsonl", b'{"text": "a"', "cannot be read"),
     "nothing": ("empty.jsonl", b"", "is empty"),
-    "no rows": ("rows.csv", b"text\n", "cannot be read|no row of 16 tokens|has no column"),
+    "no rows": ("rows.csv", b"text\n", "cannot be read|no row of 16 tokens|has no rows|has no column"),
     "a directory": ("directory.jsonl", None, "is a directory; give a file"),
 }
 QUICK = ("--sequence-length", "16", "--batch-tokens", "32", "--tokens", "64", "--report-to", "none")
