@@ -124,6 +124,12 @@ def test_chats_need_a_tokenizer(place, tmp_path):
         ("--seed", "-1", "--seed must be a whole number at least 0"),
         ("--loss", "kl=inf", "--loss takes .*each with a weight above 0"),
         ("--loss", "kl=nan", "--loss takes .*each with a weight above 0"),
+        ("--loss", "kl=1,kl=2", "--loss takes each name once; got 'kl=1,kl=2'"),
+        ("--lora-rank", "8", "--lora-rank 8 is for --train lora, not all"),
+        ("--report-to", "tensorboard,none", "--report-to none goes alone; got tensorboard, none"),
+        ("--tokens", str(2**50), r"--tokens must be a whole number at least 1 and below 2\*\*50"),
+        ("--tokens", "10000000000000", "--tokens 10,000,000,000,000 are [0-9,]+ rows, and 1,073,741,824 at most"),
+        ("--batch-tokens", str(2**31), "--batch-tokens must be a whole number"),
     ],
 )
 def test_numbers_of_a_training_that_are_none_are_said(place, option, value, message):
@@ -136,6 +142,32 @@ def test_numbers_of_a_training_that_are_none_are_said(place, option, value, mess
 def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
     words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", value]
     refused(place, [*words, "--pretraining-tokens", "1000"], "--alpha must be a number above 0")
+
+
+def test_a_share_of_the_pretraining_that_no_number_holds_is_said(place):
+    words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", "1e308"]
+    refused(place, [*words, "--pretraining-tokens", "1000"], r"--alpha 1e\+308 of .* they must be below 2\*\*50")
+
+
+def test_a_log_that_is_not_installed_is_said(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--report-to", "wandb"]
+    refused(place, words, "--report-to wandb is not installed here: pip install wandb")
+
+
+@pytest.mark.parametrize("text", ["nosuch.jsonl", "nosuch.txt", "no/such/text"])
+@pytest.mark.parametrize(
+    ("command", "dry"), [*((command, False) for command in COMMANDS), ("uptrain", True), ("convert", True)]
+)
+def test_a_text_that_is_not_there_is_said(place, command, text, dry):
+    words = [*COMMANDS[command], text]
+    refused(place, words + ["--dry-run"] * dry, f"{text}: there is no such file")
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_calibration_tokens_that_are_too_few_are_said(place, dry):
+    words = [*COMMANDS["convert"], str(place / "text.jsonl"), "--calibration-tokens", "31"] + ["--dry-run"] * dry
+    refused(place, words, "--calibration-tokens 31 are less than two sequences of 16 tokens; raise it to 32")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0"])
