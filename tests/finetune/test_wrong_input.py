@@ -186,3 +186,9 @@ def test_a_cache_budget_that_is_none_is_said(place, value):
 @pytest.mark.parametrize("command", [("convert", "source", "OUTPUT"), ("benchmark", "source")])
 def test_a_device_that_holds_no_numbers_is_said(place, command, device):
     refused(place, [*command, "--device", device], f"--device {device}")
+
+
+@pytest.mark.parametrize("command", [("convert", "source", "OUTPUT"), ("benchmark", "source")])
+def test_a_machine_without_cuda_is_said(place, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(place, [*command, "--device", "cuda"], "--device cuda: PyTorch sees no CUDA device; use --device cpu")
