@@ -10,6 +10,7 @@ from tokenizer import write_tokenizer
 from tokenizers import processors
 from transformers import LlamaConfig
 
+from mqa_hf.base.console import QUIET
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import chat_text, documents, load
 from mqa_hf.eval.evaluate import Evaluation
@@ -140,6 +141,18 @@ def test_a_text_file_is_read_in_the_encoding_that_its_mark_names(tmp_path, encod
 def test_a_file_that_is_not_there_is_no_id_of_the_hub(name):
     with pytest.raises(MQAError, match=f"`calibration` {name}: there is no such file"):
         load(name)
+
+
+def test_a_quiet_reader_shows_no_bars(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    part = write(tmp_path / "text.jsonl", [{"text": "words"}] * 20)
+    monkeypatch.setattr("mqa_hf.base.text.verbosity", lambda: QUIET)
+    try:
+        load(part.source)
+    finally:
+        datasets.enable_progress_bars()
+    assert "Generating" not in capsys.readouterr().err
 
 
 def test_half_a_character_is_said():

@@ -149,6 +149,11 @@ def test_a_share_of_the_pretraining_that_no_number_holds_is_said(place):
     refused(place, [*words, "--pretraining-tokens", "1000"], r"--alpha 1e\+308 of .* they must be below 2\*\*50")
 
 
+def test_a_dry_run_refuses_more_rows_than_are_put_in_order(place):
+    words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--tokens", "10000000000000", "--dry-run"]
+    refused(place, words, "--tokens 10,000,000,000,000 are [0-9,]+ rows")
+
+
 def test_a_log_that_is_not_installed_is_said(place, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--report-to", "wandb"]
