@@ -267,7 +267,7 @@ def shards(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> Stat
     """Which tensor goes into which file; raises ConversionError for a size that is none."""
     try:
         if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
-            raise ValueError("it must be positive")
+            raise ValueError
         return split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda info: info.nbytes,
@@ -275,7 +275,10 @@ def shards(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> Stat
             max_shard_size=max_shard_size,
         )
     except ValueError as error:
-        raise ConversionError(f"`max_shard_size` {max_shard_size!r} is not a size: {error}") from error
+        raise ConversionError(
+            f"`max_shard_size` {max_shard_size!r} is not a size: it must be a positive number with a unit, such as "
+            "5GB or 500MB"
+        ) from error
 
 
 class CheckpointWriter:

@@ -148,6 +148,7 @@ def _examples(reading: Reading, job: ConversionOptions) -> Examples:
     length = min(job.sequence_length, longest(config))
     if isinstance(config, MQAConfig):
         column = text.one_column(columns, "`calibration_columns`")
+        text.check_count(job.calibration_tokens, length)
         tokens = text.calibration_tokens(
             tokenizer, job.calibration, job.calibration_tokens, length, config.vocab_size, job.seed, column
         )

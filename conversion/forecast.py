@@ -1,11 +1,13 @@
 """What a conversion would read, write and need, from headers alone."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.output import resolve_output
+from mqa_hf.base.text import check_count, check_file
 from mqa_hf.configuration_mqa import of_layer
 
 from . import states
@@ -31,6 +33,8 @@ def forecast(job: Conversion) -> dict[str, Any]:
     Raises:
         ConversionError: where the conversion is impossible, or the weights of a hub id are not here.
     """
+    if job.calibrated and isinstance(job.calibration, str | os.PathLike):
+        check_file(job.calibration, "`calibration`")
     source = _here(job)
     place = resolve_output(job.output, source.directory, job.overwrite, recover=False)
     plan = _plan(source, job)
@@ -38,6 +42,9 @@ def forecast(job: Conversion) -> dict[str, Any]:
     read = sum(reader.tensors[s.name].nbytes for part in plan.parts for s in part.reads)
     scratch = mapped = 0
     if job.calibrated:
+        config = plan.reading.config
+        if not config.is_encoder_decoder:
+            check_count(job.calibration_tokens, min(job.sequence_length, longest(config)))
         scratch, mapped = _calibration(plan, job)
     parent = next(parent for parent in place.parents if parent.exists())
     return {

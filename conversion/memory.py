@@ -57,7 +57,8 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     """A loaded model as a source.
 
     Raises:
-        ConversionError: for what is no model of transformers, and for one whose weights are not all there as numbers.
+        ConversionError: for what is no model of transformers, or one whose weights are not all there as numbers, and
+            for what is no tokenizer.
     """
     kind = type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "merge_and_unload"):
@@ -79,6 +80,7 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
             f"{len(spread)} tensors of this {kind} are quantised or spread over processes ({listing(spread, 3)}); "
             "convert it before"
         )
+    check_tokenizer(tokenizer)
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = model.dtype, [kind]
     with tempfile.TemporaryDirectory() as directory:
@@ -86,6 +88,16 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
             config.save_pretrained(directory)
         read = read_source(f"{kind} in memory", Path(directory), None)
     return ModelSource(read.name, read.config, read.raw, model, tokenizer)
+
+
+def check_tokenizer(given: Any) -> None:
+    """Raises ConversionError for what is neither a tokenizer nor a processor with one."""
+    inner = getattr(given, "tokenizer", given)
+    if given is not None and not (
+        callable(inner) and hasattr(inner, "get_vocab") and callable(getattr(given, "save_pretrained", None))
+    ):
+        said = repr(given)[:40] if isinstance(given, str | int | float) else f"a {type(given).__name__}"
+        raise ConversionError(f"`tokenizer` must be a loaded tokenizer or processor of transformers; got {said}")
 
 
 def saved_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -1,6 +1,8 @@
 """A source checkpoint: a directory, or a hub id that is fetched."""
 
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,13 @@ LAYERS = (
     *("encoder_layers", "decoder_layers", "num_decoder_layers"),
 )
 MOST_LAYERS = 10_000
+# Of rotary positions, what transformers does not check the type of.
+ROPE_NUMBERS = (
+    *("rope_theta", "rope_local_base_freq", "rotary_emb_base", "partial_rotary_factor", "rotary_pct"),
+    *("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"),
+    *("mscale", "mscale_all_dim", "original_max_position_embeddings"),
+)
+UNBOUNDED = "time_step_limit"  # of state-space layers: no bound is infinity
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,31 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
         if isinstance(raw.get(layers), int) and raw[layers] > MOST_LAYERS:
             said = f"{layers} is {raw[layers]:,}; no model has as many layers"
             raise ConversionError(f"{directory / 'config.json'}: {said}")
+    check_numbers(directory / "config.json", raw)
     config = load_config(directory)
     config._attn_implementation = None  # a kernel that is not installed here is none of the conversion's
     return Source(name, directory, commit, config, raw)
+
+
+def check_numbers(path: Path, raw: dict[str, Any]) -> None:
+    """Raises ConversionError for a number of `config.json` that is NaN or infinite, or a text where a number goes."""
+    for name, value in leaves(raw):
+        last = name.rpartition(".")[2]
+        if isinstance(value, float) and not math.isfinite(value) and (last != UNBOUNDED or math.isnan(value)):
+            raise ConversionError(f"{path}: {name} is {value}, not a finite number")
+        if isinstance(value, str) and last in ROPE_NUMBERS:
+            raise ConversionError(f"{path}: {name} is the text {value!r}, not a number")
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What stands in a JSON value that is no object and no list, each with the names that lead to it."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((name, item) for item in value)
+        inside = f"{name}." if name and isinstance(value, dict) else ""
+        for key, item in items:
+            yield from leaves(item, f"{inside}{key}")
+    else:
+        yield name, value
 
 
 def load_config(directory: Path) -> PreTrainedConfig:

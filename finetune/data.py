@@ -21,6 +21,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import stamps
 from mqa_hf.base.text import (
     chat_text,
+    check_file,
     corrupt_spans,
     documents,
     features_of,
@@ -35,6 +36,7 @@ from mqa_hf.base.text import (
 from mqa_hf.modeling_mqa_seq2seq import shift_right
 
 from .options import Part, Training
+from .order import check_rows
 
 IGNORED = -100  # as everywhere in transformers: a position without a target
 BATCH = 256  # documents that are tokenised at once
@@ -113,7 +115,7 @@ def choose_columns(
     # A part of a mixture, or the beginning of a stream, may have none.
     wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
     if wrong:
-        raise no_text(source, option, wrong, known)
+        raise no_text(source, option, wrong, features)
     names = ["text"] if len(wanted) == 1 else ["source", "target"]
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
@@ -386,11 +388,21 @@ class TrainingSet:
     validation: Any = None
 
 
+def check_there(job: Training) -> None:
+    """Raises MQAError for a text of a job that is a file and not there."""
+    for part in job.parts:
+        check_file(part.source, DATASET)
+    if job.validation is not None:
+        check_file(job.validation, "`validation`")
+
+
 def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
     """The text of a job as a model with `config` reads it."""
     assert job.tokens is not None, "a job is resolved first"
     pairs, length = bool(config.is_encoder_decoder), job.sequence_length
     common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
+    if not (pairs or job.streaming):  # of pairs it is known when their lengths are
+        check_rows(job, job.steps(length))
     with processes().main_process_first():
         validation = None
         if job.validation is not None:  # first, since what is wrong with it is seen sooner

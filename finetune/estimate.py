@@ -15,7 +15,8 @@ from mqa_hf.conversion.loading import auto_class
 from mqa_hf.conversion.source import load_config
 
 from .architecture import checkpoint_config
-from .data import mean_tokens, training_rows
+from .data import check_there, mean_tokens, training_rows
+from .order import check_rows
 from .uptrain import Uptraining
 from .uptrainer import check, only_attention, select_parameters, tokenizer_of
 
@@ -34,6 +35,7 @@ def estimate(job: Uptraining) -> dict[str, Any]:
     config = checkpoint_config(source)
     target = resolve_output(job.output, source, job.overwrite)
     check(job, config)
+    check_there(job)
     tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     row_tokens: float = job.sequence_length
     if config.is_encoder_decoder:
@@ -57,6 +59,8 @@ def estimate(job: Uptraining) -> dict[str, Any]:
     checkpoint = FLOAT32 * (saved + 2 * learnt) + (FLOAT32 * (held + 2 * first) if job.attention_tokens else 0)
     width = 2 if torch.cuda.is_available() else FLOAT32
     steps = job.steps(row_tokens)
+    if not job.streaming:
+        check_rows(job, steps)
     return {
         "student": str(source),
         "teacher": job.teacher if job.taught else None,

@@ -3,6 +3,7 @@
 What `recorded="never"` marks does not decide the result: a run that was interrupted may go on with another value.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import Job, Option, Options
 
 R = TypeVar("R")
+
+MOST_TOKENS = 2**50
+MOST_BATCH_TOKENS = 2**31
+LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # and the packages that have them
 
 LOSSES = ("lm", "kl", "hidden", "attention")
 TRAINED_ON, HOW, LOGS, OUTPUT = "What it is trained on", "How long and how", "Checkpoints and logs", "Output"
@@ -67,14 +72,17 @@ class Schedule(Options, panel=HOW):
     """How long and how a model is trained, whatever on."""
 
     _: KW_ONLY
-    tokens: Annotated[int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1)]
-    sequence_length: Annotated[int, Option("Tokens of a row.", min=2)] = 512
+    tokens: Annotated[
+        int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)
+    ]
+    sequence_length: Annotated[int, Option("Tokens of a row.", min=2, below=2**24)] = 512
     batch_tokens: Annotated[
         int,
         Option(
             "Tokens of a step, on all processes together, rounded to whole rows. Pairs count as `sequence_length` "
             "each.",
             min=1,
+            below=MOST_BATCH_TOKENS,
         ),
     ] = 32_768
     micro_batch: Annotated[
@@ -142,7 +150,7 @@ class Logs(Options, panel=LOGS):
         Sequence[str] | None,
         Option(
             "Where logs go beside standard error. Default: tensorboard and wandb, those that are installed.",
-            choices=("tensorboard", "wandb", "none"),
+            choices=(*LOGGERS, "none"),
             comma=True,
             recorded="never",
         ),
@@ -159,6 +167,12 @@ class Logs(Options, panel=LOGS):
                 f"`workers` {self.workers:,} are more than this machine takes, which has {os.cpu_count()} processors; "
                 f"give {most} at most"
             )
+        asked = self.report_to or ()
+        if "none" in asked and len(asked) > 1:
+            raise MQAError(f"`report_to` none goes alone; got {', '.join(asked)}")
+        for name in asked:
+            if name in LOGGERS and not any(importlib.util.find_spec(package) for package in LOGGERS[name]):
+                raise MQAError(f"`report_to` {name} is not installed here: pip install {name}")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from mqa_hf.base.errors import MQAError
+
 from .options import Schedule
 
+MOST_ROWS = 2**30  # their order is kept in memory, in 8 bytes each
 POOL = 50  # steps whose pairs are sorted by length together, as transformers has it
 
 
@@ -15,16 +18,28 @@ def in_order(rows: Any, schedule: Schedule, steps: int) -> Any:
 
     The pairs of a step are of like length, as in arXiv 1706.03762, section 5.1: most of a step would be padding.
     """
+    check_rows(schedule, steps)
     generator = np.random.default_rng(schedule.seed)
     wanted = steps * schedule.rows
-    passes = -(-wanted // len(rows))
-    order = np.concatenate([generator.permutation(len(rows)) for _ in range(passes)])[:wanted]
+    order = np.empty(wanted, np.int64)
+    for start in range(0, wanted, len(rows)):
+        order[start : start + len(rows)] = generator.permutation(len(rows))[: wanted - start]
     if by_like_length(rows):
         columns = rows.with_format("arrow")
         lengths = sum(pc.list_value_length(columns[name]).to_numpy() for name in ("input_ids", "labels"))
         pool = POOL * schedule.rows
         order = np.concatenate([by_length(part, lengths, schedule.rows, generator) for part in cut(order, pool)])
     return rows.select(order)
+
+
+def check_rows(schedule: Schedule, steps: int) -> None:
+    """Raises MQAError where a training reads more rows than can be put in order."""
+    wanted = steps * schedule.rows
+    if wanted > MOST_ROWS:
+        raise MQAError(
+            f"`tokens` {schedule.tokens:,} are {wanted:,} rows, and {MOST_ROWS:,} at most are put in order; lower it, "
+            "raise `sequence_length`, or use `streaming`"
+        )
 
 
 def by_like_length(rows: Any) -> bool:

@@ -17,7 +17,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import NUMBER_TYPES, Option, Options, function
 from mqa_hf.base.shapes import SHAPES
 
-from .options import HOW, OUTPUT, TRAINED_ON, Schedule, Training, Written
+from .options import HOW, MOST_BATCH_TOKENS, MOST_TOKENS, OUTPUT, TRAINED_ON, Schedule, Training, Written
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,13 +63,14 @@ class PretrainingSchedule(Schedule, panel=HOW):
     """A schedule with what suits small models."""
 
     _: KW_ONLY
-    tokens: Annotated[int, Option("Tokens to train on (of the decoder), in whole steps.", min=1)]
+    tokens: Annotated[int, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)]
     batch_tokens: Annotated[
         int,
         Option(
             "Tokens of a step, on all processes together, rounded to whole rows. Pairs count as `sequence_length` "
             "each.",
             min=1,
+            below=MOST_BATCH_TOKENS,
         ),
     ] = 65_536
     learning_rate: Annotated[

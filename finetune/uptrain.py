@@ -21,7 +21,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, read_json
 from mqa_hf.base.options import Option, Options, as_flags, function
 
-from .options import HOW, LOSSES, TRAINED_ON, Schedule, Training
+from .options import HOW, LOSSES, MOST_TOKENS, TRAINED_ON, Schedule, Training
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ NO_TEACHER = "none"
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
 NARROW = 512
+RANK = 32  # of adapters, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,27 @@ class UptrainingSchedule(Schedule, panel=HOW):
     """How long a student is trained, and what of it."""
 
     _: KW_ONLY
-    tokens: Annotated[int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1)] = None
+    tokens: Annotated[
+        int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)
+    ] = None
     alpha: Annotated[float | None, Option("In place of `tokens`: a share of `pretraining_tokens`.", above=0)] = None
-    pretraining_tokens: Annotated[int | None, Option("Tokens that the original was trained on.", min=1)] = None
+    pretraining_tokens: Annotated[
+        int | None, Option("Tokens that the original was trained on.", min=1, below=MOST_TOKENS)
+    ] = None
     train: Annotated[
         str,
         Option("What of the model: all, the attention layers, or adapters (lora).", choices=tuple(LEARNING_RATES)),
     ] = "all"
-    lora_rank: Annotated[int, Option("Of the adapters, which are merged at the end.", min=1)] = 32
+    lora_rank: Annotated[int, Option("Of the adapters, which are merged at the end.", min=1, below=2**16)] = RANK
     dropout: Annotated[
         bool | None, Option("Keep the model's own dropout. Default: unless it learns from its teacher.")
     ] = None
     liger: Annotated[bool, Option("Liger's fused losses, where installed.")] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank != RANK and self.train != "lora":
+            raise MQAError(f"`lora_rank` {self.lora_rank:,} is for `train` lora, not {self.train}")
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,13 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
     def all_tokens(self) -> int | None:
         """Tokens to train on, given or as a share of the original's."""
         if self.alpha is not None and self.pretraining_tokens is not None:
-            return max(1, round(self.alpha * self.pretraining_tokens))
+            share = self.alpha * self.pretraining_tokens
+            if not share < MOST_TOKENS:
+                raise MQAError(
+                    f"`alpha` {self.alpha:g} of `pretraining_tokens` {self.pretraining_tokens:,} are {share:.3g} "
+                    f"tokens; they must be below 2**{math.log2(MOST_TOKENS):g}"
+                )
+            return max(1, round(share))
         return self.tokens
 
     @property
@@ -250,6 +266,9 @@ def parse_losses(text: str) -> dict[str, float]:
             found.append((name, float(weight) if weight else 1.0))
         except ValueError:
             raise MQAError(f"`loss` takes names with weights such as kl=1,hidden=0.5; got {text!r}") from None
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise MQAError(f"`loss` takes each name once; got {text!r}")
     unknown = [name for name, weight in found if name not in LOSSES or not 0 < weight < math.inf]
     if unknown:
         raise MQAError(f"`loss` takes {', '.join(LOSSES)}, each with a weight above 0; got {text!r}")

@@ -16,6 +16,8 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NUMBER_
 
 def check_device(device: str) -> None:
     """Raises MQAError for a device on which nothing can be computed."""
+    if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
+        raise MQAError(f"`device` {device}: PyTorch sees no CUDA device; use `device` cpu")
     try:
         made = torch.empty(0, device=device)
     except Exception as error:  # whatever PyTorch raises for a name, or for a backend that is not there

@@ -1,13 +1,15 @@
 """Calibration text and its tokens."""
 
+import codecs
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from .console import NORMAL, verbosity
 from .errors import MQAError
 
 PLAIN = (".txt", ".md", ".rst")
@@ -33,13 +35,10 @@ def load(source: str | os.PathLike, option: str = "`calibration`", streaming: bo
         import datasets
     except ImportError as error:
         raise MQAError(f"{option} {source} needs the datasets library: pip install datasets") from error
-    kind = next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
-    if path.is_file() and not path.stat().st_size:
-        raise MQAError(f"{option} {source} is empty")
-    if path.is_dir():
-        raise MQAError(f"{option} {source} is a directory; give a file")
-    if path.exists() and not (path.is_file() and kind):
-        raise MQAError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
+    check_file(source, option)
+    kind = format_of(path)
+    if verbosity() < NORMAL:
+        datasets.disable_progress_bars()
     try:
         if kind and path.is_file():
             return datasets.load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
@@ -48,6 +47,29 @@ def load(source: str | os.PathLike, option: str = "`calibration`", streaming: bo
         return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=streaming)
     except Exception as error:  # whatever a loader raises for what it cannot read or fetch
         raise MQAError(f"{option} {source} cannot be read: {error.__cause__ or error}") from error
+
+
+def format_of(path: Path) -> str | None:
+    """The loader of `datasets` for a data file, also a compressed one; `None` for what is none by its name."""
+    return next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
+
+
+def check_file(source: str | os.PathLike, option: str) -> None:
+    """Raises MQAError for a file that is not there or holds no text, by its name and size; ids of the Hub pass."""
+    path = Path(source)
+    if path.is_dir():
+        raise MQAError(f"{option} {source} is a directory; give a file")
+    known = path.suffix in PLAIN or format_of(path) is not None
+    if not path.exists():
+        # An id of the Hub is a name, or an owner and a name; a configuration or a split may follow.
+        owner_and_name = str(source).partition(":")[0].count("/") <= 1
+        if known or path.is_absolute() or str(source).startswith((".", "~")) or not owner_and_name:
+            raise MQAError(f"{option} {source}: there is no such file")
+        return
+    if path.is_file() and not path.stat().st_size and path.suffix not in PLAIN:
+        raise MQAError(f"{option} {source} is empty")
+    if not (path.is_file() and known):
+        raise MQAError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -122,10 +144,22 @@ def holds_chats(feature: Any) -> bool:
     return type(inner).__name__ == "Json" or (isinstance(inner, dict) and {"role", "content"} <= set(inner))
 
 
-def no_text(source: str | os.PathLike, option: str, columns: Sequence[str], known: Sequence[str]) -> MQAError:
-    """The error for a data set without such a column of text."""
-    said = f"no column {', '.join(map(repr, columns))} of text" if columns else "no text"
-    return MQAError(f"{option} {source} has {said}; its columns: {', '.join(known)}")
+def no_text(
+    source: str | os.PathLike, option: str, columns: Sequence[str], known: Mapping[str, Any] | Sequence[str]
+) -> MQAError:
+    """The error for a data set without such a column of text; `known` are its columns, with their types if known."""
+    said = f"no column {', '.join(map(repr, columns))} of text" if columns else "no column of text"
+    kinds = known if isinstance(known, Mapping) else {}
+    shown = [f"{name} ({kind_of(kinds[name])})" if name in kinds else name for name in known]
+    return MQAError(f"{option} {source} has {said}; its columns: {', '.join(shown)}")
+
+
+def kind_of(feature: Any) -> str:
+    """The type of a column in a word: int64, string, list, struct."""
+    if isinstance(feature, dict):
+        return "struct"
+    inner = getattr(feature, "dtype", None)
+    return inner if isinstance(inner, str) else type(feature).__name__.lower()
 
 
 def one_column(columns: Sequence[str], option: str) -> str | None:
@@ -144,6 +178,13 @@ def given_texts(source: Any, option: str) -> Sequence[str] | None:
         return None
     if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
         raise MQAError(f"{option} must be where a text is, or a list of texts; got {str(source)[:80]!r}")
+    for number, text in enumerate(source):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MQAError(
+                f"{option}: text {number} holds half a character (a lone surrogate), at {error.start:,}; remove it"
+            ) from None
     return source
 
 
@@ -183,8 +224,10 @@ def documents(
     rows = load(source, option)
     features = features_of(rows)
     candidates = [column] if column else ["text", *features]
-    found = next((name for name in candidates if len(rows) and holds_text(features.get(name))), None)
-    if found is None and column and len(rows) and tokenizer is not None and holds_chats(features.get(column)):
+    if not len(rows):
+        raise MQAError(f"{option} {source} has no rows")
+    found = next((name for name in candidates if holds_text(features.get(name))), None)
+    if found is None and column and tokenizer is not None and holds_chats(features.get(column)):
         return Texts(rows, column, f"{option} {source}", tokenizer)
     if found is None:
         raise no_text(source, option, [column] if column else [], features)
@@ -192,10 +235,23 @@ def documents(
 
 
 def read_plain(source: str | os.PathLike, option: str) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark; raises MQAError for one that is neither."""
+    encoding = "utf-8"
     try:
-        return Path(source).read_text(encoding="utf-8", errors="replace")
+        content = Path(source).read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16"
+        elif content.startswith(codecs.BOM_UTF8):
+            encoding = "utf-8-sig"
+        text = content.decode(encoding)
     except OSError as error:
         raise MQAError(f"{option} {source} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        at = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
+        raise MQAError(
+            f"{option} {source} is no {encoding.upper().removesuffix('-SIG')}, at byte {at:,}; save it as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def pairs(
@@ -231,9 +287,11 @@ def pairs(
     rows = rows.flatten() if nested else rows
     known = [name.removeprefix(inside) for name in rows.column_names if name.startswith(inside)]
     chosen = columns or known[:2]
+    if not len(rows):
+        raise MQAError(f"{option} {source} has no rows")
     wrong = [name for name in chosen if name not in known or not holds_text(rows.features[inside + name])]
-    if wrong or len(chosen) < 2 or not len(rows):
-        raise no_text(source, option, wrong, known)
+    if wrong or len(chosen) < 2:
+        raise no_text(source, option, wrong, {name: rows.features[inside + name] for name in known})
     one, other = (Texts(rows, inside + name, f"{option} {source}") for name in chosen)
     return one, other
 
@@ -305,6 +363,15 @@ def calibration_tokens(
     return tokens
 
 
+def check_count(count: int, length: int) -> None:
+    """Raises MQAError for fewer tokens than two sequences of `length` have: one to fit on, one that is held out."""
+    if count < 2 * length:
+        raise MQAError(
+            f"`calibration_tokens` {count:,} are less than two sequences of {length:,} tokens; raise it to "
+            f"{2 * length:,} at least, or lower `sequence_length`"
+        )
+
+
 def sentinel_ids(tokenizer: Any) -> list[int]:
     """The ids of T5's sentinels, where the tokenizer has them."""
     found = (tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))
@@ -368,6 +435,7 @@ def seq2seq_tokens(
     targets: list[list[int]] = []
     total = 0
     if two is None:
+        check_count(count, length - 2)
         sentinels = sentinel_ids(tokenizer)
         texts = documents(source, columns[0] if columns else None, tokenizer=tokenizer)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

@@ -131,6 +131,7 @@ def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
         ([1, 2], "a list of texts"),
         (5, "a text or an object in memory"),
         ([b"text"], "a list of texts"),
+        (["a", "\udc80"], "lone surrogate"),
     ],
     ids=str,
 )
@@ -215,6 +216,9 @@ def test_nan_is_kept_where_it_is_allowed():
         ({"push_to_hub": "me/mqa"}, "`push_to_hub` is about files"),
         ({"revision": "main"}, "`revision` is for hub ids; the source is a model in memory"),
         ({"method": "shared"}, "give `tokenizer`"),
+        ({"tokenizer": "llama"}, "`tokenizer` must be a loaded tokenizer or processor of transformers; got 'llama'"),
+        ({"tokenizer": 3}, "`tokenizer` must be a loaded tokenizer .*; got 3"),
+        ({"tokenizer": dict}, "`tokenizer` must be a loaded tokenizer .*; got a type"),
         ({"kv_heads": 4}, "`kv_heads` 4 does not divide"),
     ],
     ids=str,

@@ -10,6 +10,7 @@ from tokenizer import write_tokenizer
 from tokenizers import processors
 from transformers import LlamaConfig
 
+from mqa_hf.base.console import QUIET
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import chat_text, documents, load
 from mqa_hf.eval.evaluate import Evaluation
@@ -130,6 +131,35 @@ def test_the_pairs_of_a_step_are_of_like_length_and_each_comes_once_a_pass(tmp_p
     assert abs(np.corrcoef(longest, np.arange(50))[0, 1]) < 0.4  # short and long ones take turns
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_text_file_is_read_in_the_encoding_that_its_mark_names(tmp_path, encoding):
+    (tmp_path / "text.txt").write_bytes("W\xf6rter\r\nund mehr".encode(encoding))
+    assert documents(tmp_path / "text.txt") == ["W\xf6rter\nund mehr"]
+
+
+@pytest.mark.parametrize("name", ["nosuch.txt", "nosuch.jsonl.gz", "./nosuch", "one/two/three", "/nosuch/text"])
+def test_a_file_that_is_not_there_is_no_id_of_the_hub(name):
+    with pytest.raises(MQAError, match=f"`calibration` {name}: there is no such file"):
+        load(name)
+
+
+def test_a_quiet_reader_shows_no_bars(tmp_path, capsys, monkeypatch):
+    import datasets
+
+    part = write(tmp_path / "text.jsonl", [{"text": "words"}] * 20)
+    monkeypatch.setattr("mqa_hf.base.text.verbosity", lambda: QUIET)
+    try:
+        load(part.source)
+    finally:
+        datasets.enable_progress_bars()
+    assert "Generating" not in capsys.readouterr().err
+
+
+def test_half_a_character_is_said():
+    with pytest.raises(MQAError, match=r"text 1 holds half a character \(a lone surrogate\), at 2"):
+        documents(["words", "ab\ud800"])
+
+
 def test_an_id_of_the_hub_may_name_a_configuration_and_a_split(monkeypatch):
     import datasets
 
@@ -211,7 +241,10 @@ def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):
     assert len(training_rows((Part(str(tmp_path / "plain.txt")),), tokenizer, 16, 5)) == 5
     part = write(tmp_path / "named.jsonl", [{"body": "some words here", "other": 1}] * 20)
     assert len(training_rows((part,), tokenizer, 16, 5, columns=("body",))) == 5
-    with pytest.raises(MQAError, match="its columns: body, other"):
+    with pytest.raises(MQAError, match=r"its columns: body \(string\), other \(int64\)"):
         training_rows((part,), tokenizer, 16, 5)
+    numbers = write(tmp_path / "numbers.jsonl", [{"text": 1}] * 20)
+    with pytest.raises(MQAError, match=r"has no column of text; its columns: text \(int64\)"):
+        documents(numbers.source)
     with pytest.raises(MQAError, match="cannot be read"):
         training_rows((Part("no/such-data-set"),), tokenizer, 16, 5)

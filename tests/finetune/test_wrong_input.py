@@ -15,7 +15,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 
 SIZES = {"vocab_size": 93, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-NO_TEXT = "has no (column 'text' of )?text; its columns: text"
+NO_TEXT = "has no column ('text' )?of text; its columns: text"
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +47,15 @@ TEXTS = {
     "objects": ("objects.jsonl", lines({"a": "b"}), NO_TEXT),
     "nulls": ("nulls.jsonl", lines(None), f"{NO_TEXT}|no row of 16 tokens"),
     "texts and an object": ("mixed.jsonl", lines("words", {"a": "b"}), "cannot be read|has no"),
-    "another column": ("other.jsonl", b'{"body": 1}\n', "has no (column 'text' of )?text; its columns: body"),
+    "another column": ("other.jsonl", b'{"body": 1}\n', r"of text; its columns: body \(int64\)"),
+    "no UTF-8 in plain text": ("latin.txt", b"some w\xf6rds " * 40, "latin.txt is no UTF-8, at byte 6; save it"),
+    "half of UTF-16": ("half.txt", "words".encode("utf-16")[:-1], "half.txt is no UTF-16, at byte 10"),
     "no UTF-8 in JSON": ("latin.jsonl", lines("some words").replace(b"words", b"w\xf6rds"), "cannot be read"),
     "no UTF-8 in parquet": ("latin.parquet", parquet(b"some w\xf6rds of a text"), "cannot be read"),
     "no parquet": ("broken.parquet", b"PAR1", "cannot be read"),
     "no JSON": ("broken.jsonl", b'{"text": "a"', "cannot be read"),
     "nothing": ("empty.jsonl", b"", "is empty"),
-    "no rows": ("rows.csv", b"text\n", "cannot be read|no row of 16 tokens|has no column"),
+    "no rows": ("rows.csv", b"text\n", "cannot be read|no row of 16 tokens|has no rows|has no column"),
     "a directory": ("directory.jsonl", None, "is a directory; give a file"),
 }
 QUICK = ("--sequence-length", "16", "--batch-tokens", "32", "--tokens", "64", "--report-to", "none")
@@ -122,6 +124,12 @@ def test_chats_need_a_tokenizer(place, tmp_path):
         ("--seed", "-1", "--seed must be a whole number at least 0"),
         ("--loss", "kl=inf", "--loss takes .*each with a weight above 0"),
         ("--loss", "kl=nan", "--loss takes .*each with a weight above 0"),
+        ("--loss", "kl=1,kl=2", "--loss takes each name once; got 'kl=1,kl=2'"),
+        ("--lora-rank", "8", "--lora-rank 8 is for --train lora, not all"),
+        ("--report-to", "tensorboard,none", "--report-to none goes alone; got tensorboard, none"),
+        ("--tokens", str(2**50), r"--tokens must be a whole number at least 1 and below 2\*\*50"),
+        ("--tokens", "10000000000000", "--tokens 10,000,000,000,000 are [0-9,]+ rows, and 1,073,741,824 at most"),
+        ("--batch-tokens", str(2**31), "--batch-tokens must be a whole number"),
     ],
 )
 def test_numbers_of_a_training_that_are_none_are_said(place, option, value, message):
@@ -134,6 +142,37 @@ def test_numbers_of_a_training_that_are_none_are_said(place, option, value, mess
 def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
     words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", value]
     refused(place, [*words, "--pretraining-tokens", "1000"], "--alpha must be a number above 0")
+
+
+def test_a_share_of_the_pretraining_that_no_number_holds_is_said(place):
+    words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", "1e308"]
+    refused(place, [*words, "--pretraining-tokens", "1000"], r"--alpha 1e\+308 of .* they must be below 2\*\*50")
+
+
+def test_a_dry_run_refuses_more_rows_than_are_put_in_order(place):
+    words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--tokens", "10000000000000", "--dry-run"]
+    refused(place, words, "--tokens 10,000,000,000,000 are [0-9,]+ rows")
+
+
+def test_a_log_that_is_not_installed_is_said(place, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--report-to", "wandb"]
+    refused(place, words, "--report-to wandb is not installed here: pip install wandb")
+
+
+@pytest.mark.parametrize("text", ["nosuch.jsonl", "nosuch.txt", "no/such/text"])
+@pytest.mark.parametrize(
+    ("command", "dry"), [*((command, False) for command in COMMANDS), ("uptrain", True), ("convert", True)]
+)
+def test_a_text_that_is_not_there_is_said(place, command, text, dry):
+    words = [*COMMANDS[command], text]
+    refused(place, words + ["--dry-run"] * dry, f"{text}: there is no such file")
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_calibration_tokens_that_are_too_few_are_said(place, dry):
+    words = [*COMMANDS["convert"], str(place / "text.jsonl"), "--calibration-tokens", "31"] + ["--dry-run"] * dry
+    refused(place, words, "--calibration-tokens 31 are less than two sequences of 16 tokens; raise it to 32")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0"])
@@ -152,3 +191,9 @@ def test_a_cache_budget_that_is_none_is_said(place, value):
 @pytest.mark.parametrize("command", [("convert", "source", "OUTPUT"), ("benchmark", "source")])
 def test_a_device_that_holds_no_numbers_is_said(place, command, device):
     refused(place, [*command, "--device", device], f"--device {device}")
+
+
+@pytest.mark.parametrize("command", [("convert", "source", "OUTPUT"), ("benchmark", "source")])
+def test_a_machine_without_cuda_is_said(place, command, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(place, [*command, "--device", "cuda"], "--device cuda: PyTorch sees no CUDA device; use --device cpu")
