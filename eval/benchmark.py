@@ -74,8 +74,8 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
         int, Option("Largest batch times context of which the first token is timed; 0: of none.", min=0)
     ] = 32768
     rounds: Annotated[int | None, Option("Turns that the models take. Default: 3 on a CPU, 1 on a GPU.", min=1)] = None
-    output: Annotated[Path | None, Option("File that gets one JSON line per cell.")] = None
-    plots: Annotated[Path | None, Option("Directory for pictures.")] = None
+    output: Annotated[Path | str | None, Option("File that gets one JSON line per cell.")] = None
+    plots: Annotated[Path | str | None, Option("Directory for pictures.")] = None
 
     @property
     def head_counts(self) -> list[int | None]:
@@ -125,13 +125,14 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
             rounds=self.rounds or (3 if cpu else 1),
         )
         unique_names([str(shape) for shape in job.shapes])  # what tables call them
-        if self.output is not None and (self.output.is_dir() or not self.output.parent.is_dir()):
-            raise MQAError(f"`output` {self.output} cannot be written: it is a directory, or lies in none")
-        if self.output is not None:
-            BenchmarkRecord.check_appendable(self.output)
+        output = None if self.output is None else Path(self.output)
+        if output is not None and (output.is_dir() or not output.parent.is_dir()):
+            raise MQAError(f"`output` {output} cannot be written: it is a directory, or lies in none")
+        if output is not None:
+            BenchmarkRecord.check_appendable(output)
         if self.plots is not None and not can_draw():
             raise MQAError("`plots` needs matplotlib: pip install 'mqa-hf[benchmark]'")
-        if self.plots is not None and self.plots.exists() and not self.plots.is_dir():
+        if self.plots is not None and Path(self.plots).exists() and not Path(self.plots).is_dir():
             raise MQAError(f"`plots` {self.plots} is a file; give a directory")
         return job
 

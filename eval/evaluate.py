@@ -88,7 +88,9 @@ class Results(Options, panel="Output"):
     """Where results go."""
 
     _: KW_ONLY
-    output: Annotated[Path, Option("Directory for results; what is there is not measured again.")] = Path("evaluation")
+    output: Annotated[Path | str, Option("Directory for results; what is there is not measured again.")] = Path(
+        "evaluation"
+    )
 
 
 @dataclass(frozen=True)

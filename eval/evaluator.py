@@ -71,7 +71,7 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
     logging.disable_progress_bar()
     given = [str(job.original), *job.checkpoints]
     names = unique_names(given)
-    check_output(job.output, names)
+    check_output(Path(job.output), names)
     with processes().main_process_first():
         paths = [locate(said, weights=True)[0] for said in given]
     for said, path in zip(given, paths):
@@ -99,7 +99,7 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
     )
     state = processes()
     if state.is_main_process:
-        record.write(job.output)
+        record.write(Path(job.output))
     state.wait_for_everyone()
     return record
 
@@ -158,7 +158,7 @@ class Measurements:
 
     def of(self, name: str, path: Path, given: str) -> CheckpointResult:
         """All measurements of a checkpoint; those that are in the output are read."""
-        state, place, held_out = processes(), self.job.output / name, self.held_out
+        state, place, held_out = processes(), Path(self.job.output) / name, self.held_out
         key = self.key(path)
         with state.main_process_first():
             if state.is_main_process and json_or_none(place / KEY) != key:
@@ -238,7 +238,8 @@ class Measurements:
 
     def summary(self, name: str, path: Path, given: str) -> CheckpointResult:
         """The numbers of a checkpoint, from its measurements and the original's."""
-        place, first = self.job.output / name, self.job.output / self.first
+        output = Path(self.job.output)
+        place, first = output / name, output / self.first
         ours, theirs = (self.kept(directory, "tokens") for directory in (place, first))
         names = ("nats", "divergence", "same", "tokens", "bytes")
         sums = {n: [getattr(record, n) for record in ours] for n in names} | {"original": [r.nats for r in theirs]}

@@ -35,12 +35,14 @@ class Report(Job[Path]):
 
     name = "report"
 
-    evaluation: Annotated[Path, Option("What `mqa-hf evaluate` has written: `evaluation.json` or its directory.")]
+    evaluation: Annotated[
+        Path | str, Option("What `mqa-hf evaluate` has written: `evaluation.json` or its directory.")
+    ]
     _: KW_ONLY
     benchmark: Annotated[
-        Sequence[Path], Option("File that `mqa-hf benchmark` has written with an output; may be repeated.")
+        Sequence[Path | str], Option("File that `mqa-hf benchmark` has written with an output; may be repeated.")
     ] = ()
-    output: Annotated[Path, Option("Directory for the page and its pictures.")] = Path("report")
+    output: Annotated[Path | str, Option("Directory for the page and its pictures.")] = Path("report")
     title: Annotated[str | None, Option("Title of the page. Default: the name of the original.")] = None
     cards: Annotated[bool, Option("Put table and pictures into the model cards of converted checkpoints, too.")] = (
         False
@@ -52,7 +54,8 @@ class Report(Job[Path]):
             from .report_page import write_page
         except ImportError as error:
             raise MQAError(f"this needs {error.name}: pip install 'mqa-hf[benchmark]'") from error
-        return write_page(read_results(self.evaluation, self.benchmark), self.output, self.title, self.cards)
+        results = read_results(Path(self.evaluation), [Path(file) for file in self.benchmark])
+        return write_page(results, Path(self.output), self.title, self.cards)
 
     def show(self, page: Path, console: "Console") -> None:
         console.print(str(page), soft_wrap=True)

@@ -346,8 +346,8 @@ def measure(job: Benchmark, command: str) -> list[BenchmarkRecord]:
     for record in timed_cells(timer, contenders, job):
         found.append(record)
         if job.output is not None:
-            record.append(job.output)
+            record.append(Path(job.output))
     if job.plots is not None:
-        for path in draw_times(found, job.plots):
+        for path in draw_times(found, Path(job.plots)):
             say(f"wrote {path}")
     return found

@@ -290,6 +290,7 @@ def fields_of(cls: type[Options]) -> Iterator[Field]:
             kind = parts[0]
         if get_origin(kind) is not None:
             kind, many = get_args(kind)[0], True
+            kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind
         if not isinstance(kind, type):  # a forward reference to a model in memory, or its path
             kind = str
         default = field.default
