@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
