@@ -90,11 +90,6 @@ class UptrainingSchedule(Schedule, panel=HOW):
     ] = None
     liger: Annotated[bool, Option("Liger's fused losses, where installed.")] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lora_rank != RANK and self.train != "lora":
-            raise MQAError(f"`lora_rank` {self.lora_rank:,} is for `train` lora, not {self.train}")
-
 
 @dataclass(frozen=True)
 class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Student):
@@ -188,6 +183,8 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             MQAError: where the student is no checkpoint, names no source, or options contradict each other.
         """
         self.check()
+        if self.lora_rank != RANK and self.train != "lora":
+            raise MQAError(f"`lora_rank` {self.lora_rank:,} is for `train` lora, not {self.train}")
         student = Path(self.student)
         if not (student / "config.json").is_file():
             raise MQAError(f"{student} is no checkpoint: it has no config.json")
