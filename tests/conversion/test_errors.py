@@ -453,7 +453,8 @@ def test_an_error_while_replacing_keeps_what_was_there(source, tmp_path, monkeyp
 def test_an_interrupted_command_leaves_nothing(source, tmp_path, sign):
     """The command is stopped while it is between two layers."""
     program = (
-        "import time, mqa_hf.conversion.pooling as c; plain = c.pool_layer\n"
+        "import signal, time, mqa_hf.conversion.pooling as c; plain = c.pool_layer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def slow(*a, **k):\n    print('pooling', flush=True); time.sleep(30)\n"
         "c.pool_layer = slow\n"
         "from mqa_hf.cli import main; main()"

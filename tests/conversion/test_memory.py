@@ -216,15 +216,15 @@ def test_nan_is_kept_where_it_is_allowed():
         ({"push_to_hub": "me/mqa"}, "`push_to_hub` is about files"),
         ({"revision": "main"}, "`revision` is for hub ids; the source is a model in memory"),
         ({"method": "shared"}, "give `tokenizer`"),
-        ({"tokenizer": "llama"}, "`tokenizer` must be a loaded tokenizer or processor of transformers; got 'llama'"),
-        ({"tokenizer": 3}, "`tokenizer` must be a loaded tokenizer .*; got 3"),
+        ({"tokenizer": "llama"}, "`tokenizer` must be an object in memory; got 'llama'"),
+        ({"tokenizer": 3}, "`tokenizer` must be an object in memory; got 3"),
         ({"tokenizer": dict}, "`tokenizer` must be a loaded tokenizer .*; got a type"),
         ({"kv_heads": 4}, "`kv_heads` 4 does not divide"),
     ],
     ids=str,
 )
 def test_options_that_do_not_go_with_a_model_in_memory(options, match):
-    with pytest.raises(ConversionError, match=match):
+    with pytest.raises(MQAError, match=match):
         convert(make_model("llama", LLAMA), **options)
 
 

@@ -134,8 +134,8 @@ def test_the_default_text_is_there_without_a_network():
         ({"window": 4}, "`window` and `method` shared"),
         ({"device": "warp"}, "`device` warp: "),
         ({"method": "mean", "head_width": 2}, "widths and `cache_budget` are for `method` shared, not mean"),
-        ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt cannot be read"),
-        ({"calibration_tokens": 10}, "at least two sequences of 32 are needed"),
+        ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt: there is no such file"),
+        ({"calibration_tokens": 10}, "`calibration_tokens` 10 are less than two sequences of 32 tokens"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):

@@ -143,7 +143,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
         ({"uptrain": {"dataset": "x"}}, "uptrain: pass `tokens`, or `alpha` with `pretraining_tokens`"),
         (
             {"uptrain": {"dataset": "x", "tokens": True}},
-            "uptrain: `tokens` must be a whole number at least 1; got True",
+            "uptrain: `tokens` must be a whole number at least 1 and below 2**50; got True",
         ),
         ({"uptrain": {"dataset": "x", "tokens": float("nan")}}, "uptrain: `tokens` must be a whole number at least 1"),
         ({"uptrain": {"dataset": "x", "tokens": {"main": 5}}}, "uptrain: `tokens` must be a whole number at least 1"),
