@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.modeling_mqa import MQAForCausalLM
@@ -101,12 +102,22 @@ def auto_class(config: Any) -> Any:
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """A canonical model, or one of a class of transformers, without memory for its weights."""
+    """A canonical model, or one of a class of transformers, without memory for its weights.
+
+    Raises:
+        ConversionError: for sizes that no tensor can have.
+    """
     config = copy.deepcopy(config)  # which the class writes in
-    with torch.device("meta"):
-        if isinstance(config, CanonicalConfig):
-            return canonical_class(config)(config)
-        return auto_class(config).from_config(config)
+    try:
+        with torch.device("meta"):
+            if isinstance(config, CanonicalConfig):
+                return canonical_class(config)(config)
+            return auto_class(config).from_config(config)
+    except Exception as error:  # whatever PyTorch raises for a size beyond its integers
+        said = str(error).partition("\n")[0]
+        raise ConversionError(
+            f"config.json describes no {config.model_type} model that can be built: {said}"
+        ) from error
 
 
 def model_shapes(model: PreTrainedModel) -> Shapes:

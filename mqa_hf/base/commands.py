@@ -31,7 +31,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
                 console.say(asked.resolve().command(), console.VERBOSE)
             result = asked.dry_run() if dry_run else asked.run()
         except MQAError as error:
-            raise MQAError(as_flags(str(error), job)) from error
+            raise type(error)(as_flags(str(error), job)) from error
         except (KeyboardInterrupt, SystemExit) as end:
             code = 130 if isinstance(end, KeyboardInterrupt) else end.code
             if code in (130, STOPPED):

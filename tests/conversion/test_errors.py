@@ -83,6 +83,12 @@ def test_an_option_that_is_none_of_its_values(source, option, value):
     refused(source, f"`{option}` .*{value}", **{option: value})
 
 
+@pytest.mark.parametrize("size", [10**9, 10**30])
+def test_sizes_that_no_tensor_has(source, size):
+    edit_config(source, vocab_size=size, intermediate_size=size, hidden_size=size, head_dim=size)
+    refused(source, "config.json describes no llama that can be built|refuses")
+
+
 def test_an_unknown_family(source):
     edit_config(source, model_type="lama")
     refused(source, "no family 'lama' in the table; it has arcee")
