@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -65,6 +65,27 @@ def count_nonfinite(tensor: torch.Tensor) -> int:
     if all(torch.isfinite(value) for value in tensor.aminmax()):  # at the speed of memory; NaN is passed on
         return 0
     return int((~tensor.isfinite()).sum())
+
+
+def nonfinite_in(tensors: Mapping[str, torch.Tensor], allowed: bool, said: Callable[[str], str]) -> dict[str, int]:
+    """How many entries are NaN or infinite, by name of the tensors that have some.
+
+    Args:
+        tensors: that were read.
+        allowed: whether there may be any.
+        said: what comes after "entries of" in the message, by name of a tensor.
+
+    Raises:
+        ConversionError: where there are some, unless `allowed`.
+    """
+    found = {name: count for name, tensor in tensors.items() if (count := count_nonfinite(tensor))}
+    if found and not allowed:
+        name, count = next(iter(found.items()))
+        raise ConversionError(
+            f"{count:,} of the {tensors[name].numel():,} entries of {said(name)} convert it all the same with "
+            "`allow_nonfinite`"
+        )
+    return found
 
 
 def check_range(name: str, tensor: torch.Tensor, cast: torch.Tensor, allow_nonfinite: bool) -> int:
@@ -163,15 +184,11 @@ class CheckpointReader:
             else:
                 state = load_bin(path)
                 tensors.update({name: state[name] for name in wanted})
-        for name, tensor in tensors.items():
-            count = count_nonfinite(tensor)
-            if count and not self.allow_nonfinite:
-                raise ConversionError(
-                    f"{count:,} of the {tensor.numel():,} entries of {name} in {self._file_of[name].name} are NaN or "
-                    "infinite; fetch the source again, or convert it all the same with `allow_nonfinite`"
-                )
-            if count:
-                self.nonfinite[name] = count
+        self.nonfinite |= nonfinite_in(
+            tensors,
+            self.allow_nonfinite,
+            lambda name: f"{name} in {self._file_of[name].name} are NaN or infinite; fetch the source again, or",
+        )
         return tensors
 
     def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, ParamSpec, Protocol, TypeVar, overload
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, check_keywords, describe, options
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, check_keywords, describe, options, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -212,9 +212,7 @@ def settled(job: C) -> C:
             "`cache_budget` is for `target` mqa: native heads have the source's width",
         ),
     )
-    for holds, said in contradictions:
-        if holds:
-            raise ConversionError(said)
+    refuse(contradictions, ConversionError)
     return job
 
 

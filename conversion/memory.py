@@ -20,7 +20,7 @@ from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.base.text import load_tokenizer
 
 from .canonical import on_meta
-from .checkpoint import TensorInfo, check_range, count_nonfinite
+from .checkpoint import TensorInfo, check_range, nonfinite_in
 from .companions import load_parts, load_settings, loading, same_class
 from .loading import check_loaded, quietly
 from .source import Source, read_source
@@ -124,15 +124,9 @@ class ModelReader:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = {name: self._state[name].detach().cpu() for name in names}
-        for name, tensor in found.items():
-            count = count_nonfinite(tensor)
-            if count and not self.allow_nonfinite:
-                raise ConversionError(
-                    f"{count:,} of the {tensor.numel():,} entries of {name} of the {self.name} are NaN or infinite; "
-                    "convert it all the same with `allow_nonfinite`"
-                )
-            if count:
-                self.nonfinite[name] = count
+        self.nonfinite |= nonfinite_in(
+            found, self.allow_nonfinite, lambda name: f"{name} of the {self.name} are NaN or infinite;"
+        )
         return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function, refuse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,9 +130,7 @@ class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]
                 "`include_path` and `limit` are about `tasks`, which are missing",
             ),
         )
-        for holds, said in contradictions:
-            if holds:
-                raise MQAError(said)
+        refuse(contradictions)
         return self
 
     def run(self) -> "EvaluationRecord":

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from mqa_hf.base.files import read_json
 from mqa_hf.base.hub import locate
 from mqa_hf.base.output import resolve_output
+from mqa_hf.conversion.canonical import on_meta
 from mqa_hf.conversion.families import canonical_config
-from mqa_hf.conversion.loading import auto_class
 from mqa_hf.conversion.source import load_config
 
 from .architecture import checkpoint_config
@@ -48,8 +48,8 @@ def estimate(job: Uptraining) -> dict[str, Any]:
                 seed=job.seed,
             )
         )
-    student = empty(config)
-    teacher = empty(teacher_config(job, config)) if job.taught else None
+    student = on_meta(config)
+    teacher = on_meta(teacher_config(job, config)) if job.taught else None
     held, first = count(student), 0
     if job.attention_tokens:
         first = trained(only_attention(student, teacher))
@@ -83,12 +83,6 @@ def teacher_config(job: Uptraining, student: PreTrainedConfig) -> PreTrainedConf
     if student.model_type.startswith("mqa") and not config.model_type.startswith("mqa"):
         return canonical_config(config, read_json(directory / "config.json"))
     return config
-
-
-def empty(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without numbers: its parameters have shapes only."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
 
 
 def count(model: nn.Module) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mqa_hf.base.console import warn
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, read_json
-from mqa_hf.base.options import Option, Options, as_flags, function
+from mqa_hf.base.options import Option, Options, as_flags, function, refuse
 
 from .options import HOW, LOSSES, MOST_TOKENS, TRAINED_ON, Schedule, Training
 
@@ -160,6 +160,10 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
                 f"`teacher_revision` {self.teacher_revision} is of a teacher, and `teacher` is {NO_TEACHER}",
             ),
             (
+                self.lora_rank != RANK and self.train != "lora",
+                f"`lora_rank` {self.lora_rank:,} is for `train` lora, not {self.train}",
+            ),
+            (
                 "attention" in losses and self.train == "lora",
                 "`loss` attention trains attention layers themselves; with `train` lora use `attention_tokens`",
             ),
@@ -172,9 +176,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
                 "`attention_tokens` needs a teacher; pass `teacher`",
             ),
         )
-        for holds, said in contradictions:
-            if holds:
-                raise MQAError(said)
+        refuse(contradictions)
 
     def resolve(self) -> "Uptraining":
         """With tokens, teacher, losses, learning rate and dropout settled.
@@ -183,8 +185,6 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             MQAError: where the student is no checkpoint, names no source, or options contradict each other.
         """
         self.check()
-        if self.lora_rank != RANK and self.train != "lora":
-            raise MQAError(f"`lora_rank` {self.lora_rank:,} is for `train` lora, not {self.train}")
         student = Path(self.student)
         if not (student / "config.json").is_file():
             raise MQAError(f"{student} is no checkpoint: it has no config.json")

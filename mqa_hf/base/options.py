@@ -23,7 +23,7 @@ import numbers
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -271,6 +271,13 @@ class Job(Options, Generic[R]):
     def command(self) -> str:
         """The command that does this, to be typed in a shell."""
         return shlex.join(["mqa-hf", *self.words()])
+
+
+def refuse(contradictions: Iterable[tuple[bool, str]], error: type[MQAError] = MQAError) -> None:
+    """Raise the first message whose condition holds: options that cannot be together."""
+    for holds, said in contradictions:
+        if holds:
+            raise error(said)
 
 
 def options(cls: type[Options]) -> tuple[Field, ...]:
