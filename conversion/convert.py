@@ -33,8 +33,8 @@ class Heads(Options):
         str,
         Option(
             "How heads become one: mean, first or random (arXiv 2305.13245, section 3.2); shared: heads fitted to "
-            "what the layers see of a calibration text; latent: one vector a token, fitted likewise, from which values "
-            "are read and keys rebuilt.",
+            "what the layers see of a calibration text; latent: one vector a token, fitted likewise, from which "
+            "values are read and keys rebuilt.",
             choices=("mean", "first", "random", "shared", "latent"),
             recorded="always",
         ),
