@@ -10,7 +10,7 @@ from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.latent_sizes import most_keys, most_numbers
 from mqa_hf.conversion.loading import load_model
 
-LATENT = {"method": "latent", **SMALL}
+LATENT = {"method": "latent", "fit_steps": 10, **SMALL}
 
 
 def everything(source, tmp_path):
