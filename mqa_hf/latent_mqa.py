@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mqa import eager_attention_forward, project
@@ -160,12 +160,18 @@ class MQALatentAttention(nn.Module):
             held = stored.update_latents(made)
             alone = held.shape[2] == made.shape[1]
             return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
-        one = latent[:, None]
+        keys, values = self.as_cached(latent[:, None], angles)
+        if isinstance(cache, QuantizedCache) and not self.qk_head_dim:
+            values = keys  # nothing cannot be quantised
+        keys, held = cache.update(keys, values, self.layer_idx)
+        return (keys, held) if self.qk_head_dim else (None, keys)
+
+    def as_cached(self, latent: torch.Tensor, angles: Angles | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What caches of transformers keep as keys and values for latents [B, 1, S, r]: rotated keys [B, 1, S, W] and
+        the latents, or the latents and nothing."""
         if not self.qk_head_dim:
-            held, _ = cache.update(one, one[..., :0], self.layer_idx)
-            return None, held
-        keys, held = cache.update(self.rebuilt(latent, angles), one, self.layer_idx)
-        return keys, held
+            return latent, latent[..., :0]
+        return self.rebuilt(latent[:, 0], angles), latent
 
     def rebuilt(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
         """[B, S, r] -> the rotated components of keys [B, 1, S, W]."""
