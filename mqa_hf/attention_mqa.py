@@ -128,6 +128,20 @@ def eager_attention_forward(
     return out.transpose(1, 2), weights
 
 
+def grouped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], the queries of a group as those of one head."""
+    B, H, D = query.shape
+    G = keys.shape[1]
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(len(mask), G, H // G, -1)
+    out = nn.functional.scaled_dot_product_attention(
+        query.view(B, G, H // G, D), keys, values, attn_mask=mask, scale=scale
+    )
+    return out.reshape(B, -1)
+
+
 AttentionInterface.register(ATTENTION_NAME, mqa_attention_forward)
 # Without a mask function of the same name transformers passes no mask at all, and padding would be attended to.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

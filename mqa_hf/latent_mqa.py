@@ -4,8 +4,8 @@ B batch, T tokens, S tokens attended to, H query heads, G heads that the latent 
 components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
 
 A latent c = Z x [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each with a
-rotary frequency f(c), that all query heads share. Head a weighs them by factors, k_aj = Σ_{c: f(c) = j} b_ac κ_c, which
-commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
+rotary frequency f(c), that all query heads share. Head a weighs them by factors, k_aj = Σ_{c: f(c) = j} b_ac κ_c,
+which commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute it:
 
 - by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
 - absorbed: map each query to the W components and to the latent, and attend to (R_t κ, c) as one key, c as its value.
@@ -151,12 +151,15 @@ class MQALatentAttention(nn.Module):
             held = stored.update_latents(made)
             alone = held.shape[2] == made.shape[1]
             return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
-        one = latent[:, None]
+        keys, held = cache.update(*self.as_cached(latent[:, None], angles), self.layer_idx)
+        return (keys, held) if self.qk_head_dim else (None, keys)
+
+    def as_cached(self, latent: torch.Tensor, angles: Angles | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What caches of transformers keep as keys and values for latents [B, 1, S, r]: rotated keys [B, 1, S, W] and
+        the latents, or the latents and nothing."""
         if not self.qk_head_dim:
-            held, _ = cache.update(one, one[..., :0], self.layer_idx)
-            return None, held
-        keys, held = cache.update(self.rebuilt(latent, angles), one, self.layer_idx)
-        return keys, held
+            return latent, latent[..., :0]
+        return self.rebuilt(latent[:, 0], angles), latent
 
     def rebuilt(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
         """[B, S, r] -> the rotated components of keys [B, 1, S, W]."""
@@ -225,7 +228,7 @@ class MQALatentAttention(nn.Module):
         return wide, plain
 
     def head_factors(self) -> torch.Tensor:
-        """[G·R, W]: from rebuilt components to the rotated ones of each head's keys, k_aj = Σ_{c: f(c) = j} b_ac κ_c."""
+        """[G·R, W]: from rebuilt components to what is rotated of the heads' keys, k_aj = Σ_{c: f(c) = j} b_ac κ_c."""
         assert self.query_factors is not None
         assert self.rotated is not None
         half = self.config.rotary_dim // 2
