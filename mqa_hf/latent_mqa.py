@@ -4,8 +4,8 @@ B batch, T tokens, S tokens attended to, H query heads, G heads that the latent 
 components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
 
 A latent c = Z x [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each with a
-rotary frequency f(c), that all query heads share. Head a weighs them by factors, k_aj = Σ_{c: f(c) = j} b_ac κ_c,
-which commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute it:
+rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
+commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
 
 - by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
 - absorbed: map each query to the W components and to the latent, and attend to (R_t κ, c) as one key, c as its value.
@@ -109,10 +109,7 @@ class MQALatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens in a cache that keeps
         latents alone."""
-        query = project(self.q_proj, hidden_states, self.head_dim)
-        if self.rotary:
-            assert position_embeddings is not None
-            query = rotate(query, *position_embeddings, self.head_dim)
+        query = self.queries(hidden_states, position_embeddings)
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -130,6 +127,18 @@ class MQALatentAttention(nn.Module):
             if held.shape[2] != latent.shape[1]:
                 return self.attend_absorbed(query, keys, held, attention_mask, kwargs)
         return self.attend_by_head(query, latent, position_embeddings, attention_mask, kwargs)
+
+    def queries(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, T, d] -> rotated queries [B, H, T, D]."""
+        query = project(self.q_proj, x, self.head_dim)
+        if not self.rotary:
+            return query
+        assert angles is not None
+        return rotate(query, *angles, self.head_dim)
+
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, d] -> latents [B, S, r], rounded as the cache rounds them."""
+        return rounded_latent(self.kv_proj(x), self.bits)
 
     def keep(
         self,
@@ -172,6 +181,12 @@ class MQALatentAttention(nn.Module):
         self, query: torch.Tensor, latent: torch.Tensor, angles: Angles | None, mask: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention to keys and values of the G heads; queries [B, H, T, D] rotated, latents [B, S, r]."""
+        key = self.keys_by_head(latent, angles)
+        output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def keys_by_head(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, S, r] -> the rotated keys of the G heads [B, G, S, D]."""
         parts = []
         if self.k_proj is not None:
             assert angles is not None
@@ -179,9 +194,7 @@ class MQALatentAttention(nn.Module):
             parts.append(rotate(rows.unflatten(-1, (self.heads, -1)).transpose(1, 2), *angles, angles[0].shape[-1]))
         if self.k_up is not None:
             parts.append(self.k_up(latent))
-        key = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def attend_absorbed(
         self, query: torch.Tensor, keys: torch.Tensor | None, latent: torch.Tensor, mask: Any, kwargs: dict[str, Any]
@@ -228,7 +241,7 @@ class MQALatentAttention(nn.Module):
         return wide, plain
 
     def head_factors(self) -> torch.Tensor:
-        """[G·R, W]: from rebuilt components to what is rotated of the heads' keys, k_aj = Σ_{c: f(c) = j} b_ac κ_c."""
+        """[G·R, W]: from rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
         assert self.query_factors is not None
         assert self.rotated is not None
         half = self.config.rotary_dim // 2

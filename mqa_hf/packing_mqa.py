@@ -6,6 +6,8 @@ Scale and offset have the type of the latent. Of 4-bit codes, byte i of a group 
 16 + i (high half).
 """
 
+from typing import Any
+
 import torch
 
 from .configuration_mqa import LATENT_GROUP
@@ -36,8 +38,18 @@ def unpack_latent(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tens
     return numbers.to(scales.dtype).flatten(-2)
 
 
+class _Rounding(torch.autograd.Function):
+    """Packing and unpacking, with the gradient of doing nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
+        return unpack_latent(*pack_latent(x, bits))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
+
+
 def rounded_latent(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Latents as they are after packing and unpacking; the gradient passes as if nothing was rounded."""
-    if bits == 16:
-        return x
-    return x + (unpack_latent(*pack_latent(x.detach(), bits)) - x).detach()
+    """Latents to the bit as they are after packing and unpacking; the gradient passes as if nothing was rounded."""
+    return x if bits == 16 else _Rounding.apply(x, bits)
