@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import LATENT_GROUP, MQAConfig
-from mqa_hf.conversion.canonical import decoder_of, with_stacks
+from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import check_own_heads
+from mqa_hf.conversion.latent_sizes import latent_config, most_keys, most_numbers
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .shapes import Config
@@ -35,30 +36,24 @@ def latent_models(
     if decoder.latent:
         raise MQAError("it has latents already; plan and time others from its original")
     check_own_heads(config)
-    keys, rotated = decoder.num_key_value_heads * decoder.rotary_dim, any(decoder.rope_layers)
+    heads, rotated = decoder.num_key_value_heads, any(decoder.rope_layers)
     if key_widths is not None and not rotated:
         raise MQAError("`key_widths` are of rotary positions; here keys are not rebuilt, a latent is key and value")
     found: dict[str, Config] = {}
     for count in bits or (16,):
         step = 1 if count == 16 else LATENT_GROUP
-        default = min(2 * decoder.head_dim, most_numbers(decoder)) // step * step
+        default = min(2 * decoder.head_dim, most_numbers(decoder, heads)) // step * step
         for r in latents or (default,):
-            for W in key_widths or (min(4 * decoder.rotary_dim, keys),):
+            for W in key_widths or (min(heads, 4) * decoder.rotary_dim,):
                 check_latent(decoder, r, W if rotated else 0, count)
                 found[latent_name(r, W if rotated else 0, count)] = with_latent(config, r, W, count)
     return found
 
 
-def most_numbers(decoder: MQAConfig) -> int:
-    """The largest r that can be of use: the hidden size, or all keys and values of a token."""
-    return min(decoder.hidden_size, 2 * decoder.num_key_value_heads * decoder.head_dim)
-
-
 def check_latent(decoder: MQAConfig, r: int, W: int, bits: int) -> None:
     """Raises MQAError for sizes that are none."""
-    if bits not in (16, 8, 4):
-        raise MQAError(f"`latent_bits` must be a list, each one of 16, 8, 4; got {bits}")
-    most, keys = most_numbers(decoder), decoder.num_key_value_heads * decoder.rotary_dim
+    heads = decoder.num_key_value_heads
+    most, keys = most_numbers(decoder, heads), heads * decoder.rotary_dim
     if r > most:
         raise MQAError(f"`latents` {r} is more than the {most} numbers that hold all keys and values of a token")
     if r < 1 or (bits < 16 and r % LATENT_GROUP):
@@ -69,21 +64,13 @@ def check_latent(decoder: MQAConfig, r: int, W: int, bits: int) -> None:
 
 def with_latent(config: Config, r: int, W: int, bits: int) -> Config:
     """The same model with latents in place of the keys and values that its decoder caches."""
-    attentions = choose_attentions(config, None)
-    decoder = decoder_of(config)
-    layers = [W if rotated else 0 for rotated in decoder.rope_layers]
-    fields = {
-        "kv_latent_dim": r,
-        "kv_latent_heads": decoder.num_key_value_heads,
-        "kv_latent_bits": bits,
-        "qk_head_dim": layers,
-    }
-    if decoder.position_embedding == "rotary":
-        half = decoder.rotary_dim // 2
-        fields["rope_frequencies"] = [[c * half * 2 // max(n, 1) for c in range(n // 2)] for n in layers]
-    if "cross" in attentions:
-        fields["cross_kv_latent_dim"] = r
-    return with_stacks(with_heads(config, 1, attentions), decoder=fields)
+    attentions, decoder = choose_attentions(config, None), decoder_of(config)
+    layers = range(decoder.num_hidden_layers)
+    sizes: dict[str, tuple[list[int], list[int]]] = {}
+    for name in attentions:
+        most = [most_keys(decoder, decoder.num_key_value_heads, i, name) for i in layers]
+        sizes[name] = [r for _ in layers], [min(W, n) for n in most]
+    return latent_config(config, with_heads(config, 1, attentions), attentions, sizes, bits)
 
 
 def latent_name(r: int, W: int, bits: int) -> str:

@@ -70,7 +70,8 @@ class Planning(Job["DecodingPlan"]):
         ),
     ] = None
     latent_bits: Annotated[
-        Sequence[int] | None, Option("Bits of a stored number of a latent: 16, 8, 4. Default: 16.", comma=True)
+        Sequence[int] | None,
+        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
     ] = None
     target: Annotated[
         str | None,
