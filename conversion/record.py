@@ -32,6 +32,12 @@ class Latent(BaseModel):
     heads: int
     key_components: int | list[int] = 0
 
+    @property
+    def name(self) -> str:
+        """As "latent 128 at 4 bits, keys 512", in tables."""
+        bits, keys = f" at {self.bits} bits" if self.bits < 16 else "", f", keys {span(self.key_components)}"
+        return f"latent {span(self.width)}{bits}" + (keys if self.key_components else "")
+
     def in_words(self) -> str:
         """As "one latent of 128 numbers at 4 bits, 512 rebuilt key components"."""
         said = f"one latent of {span(self.width)} numbers" + (f" at {self.bits} bits" if self.bits < 16 else "")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import LATENT_GROUP, MQAConfig
-from mqa_hf.conversion.canonical import decoder_of
+from mqa_hf.conversion.canonical import decoder_of, latents_of
 from mqa_hf.conversion.families import check_own_heads
 from mqa_hf.conversion.latent_sizes import latent_config, most_keys, most_numbers
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
@@ -46,7 +46,8 @@ def latent_models(
         for r in latents or (default,):
             for W in key_widths or (min(heads, 4) * decoder.rotary_dim,):
                 check_latent(decoder, r, W if rotated else 0, count)
-                found[latent_name(r, W if rotated else 0, count)] = with_latent(config, r, W, count)
+                made = with_latent(config, r, W, count)
+                found[latents_of(made)["decoder"].name] = made
     return found
 
 
@@ -71,8 +72,3 @@ def with_latent(config: Config, r: int, W: int, bits: int) -> Config:
         most = [most_keys(decoder, decoder.num_key_value_heads, i, name) for i in layers]
         sizes[name] = [r for _ in layers], [min(W, n) for n in most]
     return latent_config(config, with_heads(config, 1, attentions), attentions, sizes, bits)
-
-
-def latent_name(r: int, W: int, bits: int) -> str:
-    """What it is called in tables."""
-    return f"latent {r}" + (f" at {bits} bits" if bits < 16 else "") + (f", keys {W:,}" if W else "")
