@@ -104,7 +104,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain matrix products, softmax in float32; shapes as in [`mqa_attention_forward`].
+    """The same in plain matrix products, softmax in float32 at least; shapes as in [`mqa_attention_forward`].
 
     Returns:
         The output [B, T, H, Dv] and the weights [B, H, T, S].
@@ -122,7 +122,8 @@ def eager_attention_forward(
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     elif attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=precise).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     out = torch.matmul(weights.reshape(B, G, H // G * T, S), value).reshape(B, H, T, -1)
     return out.transpose(1, 2), weights

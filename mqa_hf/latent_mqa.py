@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mqa import eager_attention_forward, project
@@ -160,7 +160,10 @@ class MQALatentAttention(nn.Module):
             held = stored.update_latents(made)
             alone = held.shape[2] == made.shape[1]
             return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
-        keys, held = cache.update(*self.as_cached(latent[:, None], angles), self.layer_idx)
+        keys, values = self.as_cached(latent[:, None], angles)
+        if isinstance(cache, QuantizedCache) and not self.qk_head_dim:
+            values = keys  # nothing cannot be quantised
+        keys, held = cache.update(keys, values, self.layer_idx)
         return (keys, held) if self.qk_head_dim else (None, keys)
 
     def as_cached(self, latent: torch.Tensor, angles: Angles | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -195,7 +195,8 @@ def unsupported(
     given = cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
     if given and not (isinstance(cache, DecodeCache) and not beams):
         return f"a {type(cache).__name__} is given"
-    if given and isinstance(cache, DecodeCache) and not contiguous_positions(model, arguments, cache):
+    alone = given and isinstance(cache, DecodeCache) and cache.positions is not None
+    if alone and not contiguous_positions(model, arguments, cache):
         return "positions of a text skip some, and the cache that is given keeps latents alone"
     if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return "rotary frequencies depend on the length"
