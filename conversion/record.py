@@ -1,13 +1,15 @@
 """`conversion.json`: what a conversion was asked for, what it found, and what it lost."""
 
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
 from mqa_hf.base.records import Record
 
 N = TypeVar("N", int, float)
+Size = Annotated[int, Field(ge=0, lt=2**31)]
+Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 
 
 class BeforeAfter(BaseModel, Generic[N]):
@@ -27,10 +29,10 @@ class Latent(BaseModel):
         key_components: of rotated keys that are rebuilt from it.
     """
 
-    width: int | list[int]
-    bits: int
-    heads: int
-    key_components: int | list[int] = 0
+    width: Sizes
+    bits: Size
+    heads: Size
+    key_components: Sizes = 0
 
     @property
     def name(self) -> str:
@@ -44,7 +46,7 @@ class Latent(BaseModel):
         return f"{said}, {span(self.key_components)} rebuilt key components" if self.key_components else said
 
 
-def span(sizes: int | list[int]) -> str:
+def span(sizes: Sizes) -> str:
     """A size, or the least and the largest of those that layers have."""
     if isinstance(sizes, int):
         return f"{sizes:,}"

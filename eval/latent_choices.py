@@ -33,8 +33,6 @@ def latent_models(
         MQAError: for sizes that a latent of this model cannot have.
     """
     decoder = decoder_of(config)
-    if decoder.latent:
-        raise MQAError("it has latents already; plan and time others from its original")
     check_own_heads(config)
     heads, rotated = decoder.num_key_value_heads, any(decoder.rope_layers)
     if key_widths is not None and not rotated:

@@ -288,7 +288,7 @@ def test_a_checkpoint_with_latents_is_planned_as_it_is(tmp_path: Path):
     assert [c.kv_heads for c in found] == [f"{said} rebuilt", f"{said} expanded"]
     layers = config.num_hidden_layers
     assert [c.kv_bytes_per_token for c in found] == [layers * (16 + 4), layers * 2 * (24 + 32)]
-    with pytest.raises(MQAError, match="it has latents already"):
+    with pytest.raises(MQAError, match="it has a latent in place of keys and values; convert the original"):
         plan(tmp_path / "latent", latents=[32])
 
 
