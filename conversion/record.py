@@ -8,7 +8,7 @@ from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
 from mqa_hf.base.records import Record
 
 N = TypeVar("N", int, float)
-Size = Annotated[int, Field(ge=0, lt=2**31)]
+Size = Annotated[int, Field(ge=0, lt=2**63)]
 Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 
 
