@@ -15,6 +15,8 @@ import torch
 from .attention_mqa import grouped
 from .cache_mqa import ExpandedLayer, LatentLayer
 from .configuration_mqa import of_layer
+from .kernel_append_mqa import append
+from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .latent_mqa import MQALatentAttention
 from .packing_mqa import rounded_latent
 from .positions_mqa import rotate
@@ -29,27 +31,52 @@ def self_attention(step: "DecodeStep", attention: MQALatentAttention, joined: to
     held = step.cache.decode_layers[i]
     query, made = joined.split([joined.shape[1] - attention.kv_latent_dim, attention.kv_latent_dim], -1)
     query = query.view(len(query), -1, 1, attention.head_dim)
+    if isinstance(held, ExpandedLayer):
+        return read(attention, with_keys(step, attention, held, query, rounded_latent(made, attention.bits), i))
+    assert isinstance(held, LatentLayer)
+    return read(attention, alone(step, attention, held, query, made, i))
+
+
+def with_keys(
+    step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, query: torch.Tensor, latent: torch.Tensor,
+    i: int,
+) -> torch.Tensor:  # fmt: skip
+    """Queries [B, H, 1, D] and rounded latents [B, r] of the new tokens -> what each head mixes, [B, H·r]."""
+    assert attention.k_proj is not None
+    W, part = attention.qk_head_dim, attention.k_up is not None
+    if step.triton and max(attention.kv_latent_dim, held.shape[-1] if part else W) <= MAX_HEAD_WIDTH:
+        # Queries are mapped before they are rotated, which gives the same.
+        joined = [absorbed(attention, query).flatten(1), step.linear(latent, (attention.k_proj,)), latent]
+        keys, values = held.keys if part else held.keys[..., :W], held.keys[..., W:]
+        mapped = append(
+            torch.cat([*joined, latent] if part else joined, -1), query.shape[1], keys, values, step.length,
+            cos=step.cos, sin=step.sin, positions=step.positions, frequency=attention.rotated,
+        )  # fmt: skip
+        return attend(mapped, keys, values, step.length, attention.scaling, **step.seen(attention, i)).flatten(1)
+    key = attention.rebuilt(latent[:, None], step.angles())
+    step.write(held.keys, torch.cat((key, latent[:, None, None]), -1))
+    keys = step.visible(held.keys)
+    query = absorbed(attention, rotate(query, *step.angles(), attention.head_dim)).squeeze(2)
+    mask = step.mask(attention.sliding_window, i, query.dtype)
+    return grouped(query, keys if part else keys[..., :W], keys[..., W:], mask, attention.scaling)
+
+
+def alone(
+    step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, query: torch.Tensor, made: torch.Tensor,
+    i: int,
+) -> torch.Tensor:  # fmt: skip
+    """The same where the cache keeps latents alone, with latents [B, r] that are not rounded yet."""
+    for name, new in held.packed(made[:, None, None]).items():
+        step.write(getattr(held, name), new)
     if attention.rotary:
         query = rotate(query, *step.angles(), attention.head_dim)
-    wide, plain = attention.absorb(query)
-    if isinstance(held, ExpandedLayer):
-        latent = rounded_latent(made, attention.bits)[:, None]
-        step.write(held.keys, torch.cat((attention.rebuilt(latent, step.angles()), latent[:, None]), -1))
-        both = step.visible(held.keys)
-        keys, latents = both.split(held.widths, -1)
-        key = keys if plain is None else both
-    else:
-        assert isinstance(held, LatentLayer)
-        for name, new in held.packed(made[:, None, None]).items():
-            step.write(getattr(held, name), new)
-        seen = {name: step.visible(buffer) for name, buffer in held.buffers().items()}
-        key = latents = held.unpacked(seen, step.dtype)
-        if wide is not None:
-            keys = attention.rebuilt(latents[:, 0], step.key_angles())
-            key = keys if plain is None else torch.cat((keys, latents), -1)
-    query = torch.cat([part for part in (wide, plain) if part is not None], -1)
+    seen = {name: step.visible(buffer) for name, buffer in held.buffers().items()}
+    keys = latents = held.unpacked(seen, step.dtype)
+    if attention.k_proj is not None:
+        keys = attention.rebuilt(latents[:, 0], step.key_angles())
+        keys = keys if attention.k_up is None else torch.cat((keys, latents), -1)
     mask = step.mask(attention.sliding_window, i, query.dtype)
-    return read(attention, grouped(query.squeeze(2), key, latents, mask, attention.scaling))
+    return grouped(absorbed(attention, query).squeeze(2), keys, latents, mask, attention.scaling)
 
 
 def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: torch.Tensor, i: int) -> torch.Tensor:
@@ -57,11 +84,15 @@ def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: to
     assert step.cross is not None
     held = step.cross.decode_layers[i]
     assert isinstance(held, LatentLayer)
-    _, mapped = attention.absorb(query.view(len(query), -1, 1, attention.head_dim))
-    assert mapped is not None
     latents = held.unpacked(held.buffers(), step.dtype)
+    mapped = absorbed(attention, query.view(len(query), -1, 1, attention.head_dim))
     folded = mapped.reshape(step.cross.rows, -1, attention.kv_latent_dim)
     return read(attention, grouped(folded, latents, latents, step.source_seen(), attention.scaling))
+
+
+def absorbed(attention: MQALatentAttention, query: torch.Tensor) -> torch.Tensor:
+    """Queries [B, H, 1, D] for rebuilt components and the latent, as many of the two as there are, side by side."""
+    return torch.cat([part for part in attention.absorb(query) if part is not None], -1)
 
 
 def read(attention: MQALatentAttention, mixed: torch.Tensor) -> torch.Tensor:

@@ -286,9 +286,7 @@ class DecodeStep:
                 key_scales=key_scales, value_scales=value_scales, **turned,
             )  # fmt: skip
             out = attend(
-                query, held.keys, held.values, self.length, attention.scaling, capacity=held.capacity,
-                start=self.start, rows=self.rows, window=attention.sliding_window, slopes=self.slopes,
-                bfloat16_from_start=self.bfloat16_from_start, table=self.table(i), counters=self.counters,
+                query, held.keys, held.values, self.length, attention.scaling, **self.seen(attention, i),
                 key_scales=key_scales, value_scales=value_scales,
             )  # fmt: skip
             return out.flatten(1)
@@ -306,6 +304,14 @@ class DecodeStep:
         keys, values = self.numbers(held, "key"), self.numbers(held, "value")
         mask = self.mask(attention.sliding_window, i, query.dtype)
         return grouped(query.squeeze(2), keys, values, mask, attention.scaling)
+
+    def seen(self, attention: "MQAAttention | MQALatentAttention", i: int) -> dict[str, Any]:
+        """What a layer sees of the cache, for [`attend`]."""
+        return {
+            "capacity": self.cache.capacity, "start": self.start, "rows": self.rows,
+            "window": attention.sliding_window, "slopes": self.slopes, "table": self.table(i),
+            "bfloat16_from_start": self.bfloat16_from_start, "counters": self.counters,
+        }  # fmt: skip
 
     @property
     def span(self) -> int:

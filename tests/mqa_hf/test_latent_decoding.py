@@ -8,9 +8,12 @@ import torch
 from isolated import run_without_the_package
 from latents import MODELS, ROTATED, WINDOWS, make, make_seq2seq, prompts, with_heads
 
-from mqa_hf import latent_step_mqa, request_mqa
+from mqa_hf import latent_step_mqa, request_mqa, step_mqa
 from mqa_hf.base.code import runtime_files
 from mqa_hf.cache_mqa import KEYS, DecodeCache
+from mqa_hf.kernel_append_mqa import naive_append
+from mqa_hf.kernel_attend_mqa import naive_attend
+from mqa_hf.weights_mqa import Projections
 
 where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 WAYS = [(name, keys) for name in MODELS for keys in (KEYS if name in ROTATED else KEYS[:1])]
@@ -48,6 +51,20 @@ def test_greedy_tokens_of_every_kind_of_model(name, keys, bits, device):
     ours, theirs = both(model, keys, **prompts(device))
     assert ours.tolist() == theirs.tolist()
     assert len(set(ours[:, 9:].flatten().tolist())) > 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("name", "keys"), WAYS)
+def test_the_step_that_calls_kernels_gives_the_same(name, keys, beams, monkeypatch):
+    """With the kernels' references in their place."""
+    for module in (step_mqa, latent_step_mqa):
+        monkeypatch.setattr(module, "append", naive_append)
+        monkeypatch.setattr(module, "attend", naive_attend)
+    monkeypatch.setattr(step_mqa, "available", lambda device: True)
+    monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
+    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    ours, theirs = both(make(MODELS[name], bits=8), keys, **prompts(), max_new_tokens=12, num_beams=beams)
+    assert ours.tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize(("name", "keys"), WAYS)
