@@ -17,15 +17,17 @@ from torch import nn
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.latent_mqa import MQALatentAttention
-from mqa_hf.layer_mqa import Attention, MQADecoderLayer
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer
 
 from .budget import curves_of
 from .canonical import CanonicalConfig, heads_of, stacks_of
 from .convert import FITTED
 from .heads import FittedHeads, compare, fit_heads, folded_bias, new_attention, pooled_heads, refit
+from .latent_moments import LatentSeen, look_for_latent
 from .latents import LatentCurves, fit_latent, latent_curves
+from .local_training import train
 from .matching import Layer
-from .moments import doubts, look
+from .moments import Seen, doubts, look
 from .states import Examples, FitOptions, Stream, Tensors, layer_config
 from .widths import Curves
 
@@ -142,6 +144,8 @@ class Calibration:
             setattr(student, site, new)
             if self.options.refit:
                 refit(stream, teacher, student, site)
+            if self.options.steps and isinstance(new, MQALatentAttention):
+                train(stream, teacher, student, site, self.options.steps, self.generator)
             name = "cross_" if site == "cross_attn" else ""
             errors = compare(stream, teacher, student, site, self.generator)
             report |= {f"{name}{key}": value for key, value in errors.items()}
@@ -161,14 +165,17 @@ class Calibration:
         if self.options.method not in FITTED:
             prefix = f"{stream.prefix}{site}."
             return pooled_heads(old, prefix, attention, self.heads, self.options.method, self.generator)
-        latent = self.options.method == "latent"
-        seen = look(stream, teacher, student, site, self.heads[attention], self.generator, effects=latent)
+        new: Attention = getattr(student, site)
+        seen: Seen | LatentSeen
+        if isinstance(new, MQALatentAttention):
+            seen = look_for_latent(stream, teacher, student, site, self.generator)
+        else:
+            seen = look(stream, teacher, student, site, self.heads[attention], self.generator)
         for said, where in doubts(old, seen, f"{stack} {site} of layer {number}".strip()).items():
             self.notes.setdefault(said, []).extend([where] if where else [])
-        new: Attention = getattr(student, site)
-        if isinstance(new, MQALatentAttention):
-            size = new.kv_latent_dim, new.qk_head_dim
-            return fit_latent(stream, teacher, student, site, seen, *size, self.generator)
+        if isinstance(seen, LatentSeen):
+            return fit_latent(stream, teacher, student, site, seen, self.generator)
+        assert isinstance(new, MQAAttention)
         choose = self.pooled[stack].rope_frequencies is not None
         return fit_heads(old, seen, new.qk_head_dim, new.v_head_dim, choose)
 

@@ -116,10 +116,18 @@ class Fit(Options, panel="Fitting (--method shared, latent)"):
             choices=(16, 8, 4),
         ),
     ] = 16
+    fit_steps: Annotated[
+        int | None,
+        Option(
+            "Steps of training of each layer's latent on the layer's own output, after the closed form. Default: 200 "
+            "with `method` latent.",
+            min=0,
+        ),
+    ] = None
     refit: Annotated[
         bool | None,
         Option(
-            "Whether output projections are refitted on the calibration text. Default: with `method` shared.",
+            "Whether output projections are refitted on the calibration text. Default: with `method` shared, latent.",
         ),
     ] = None
     device: Annotated[str, Option("Where layers run.")] = "cpu"
@@ -197,6 +205,7 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
         return self.head_width if key is None else key, self.head_width if value is None else value
 
 
+FIT_STEPS = 200  # of training of each latent, where nothing else is said
 FITTED = ("shared", "latent")  # methods that look at a calibration text
 SOURCE = Option("Directory or hub id of the checkpoint; in Python also a loaded model.", objects="also")
 C = TypeVar("C", bound=ConversionOptions)
@@ -205,6 +214,8 @@ C = TypeVar("C", bound=ConversionOptions)
 def settled(job: C) -> C:
     """With `refit` filled in; raises ConversionError for options that contradict each other."""
     job = replace(job, refit=job.method in FITTED if job.refit is None else job.refit)
+    if job.method == "latent" and job.fit_steps is None:
+        job = replace(job, fit_steps=FIT_STEPS)
     latent, key_width = job.method == "latent", job.key_width
     widths = (job.head_width != 1, key_width is not None and not latent, job.value_width is not None)
     budget = job.cache_budget is not None
@@ -223,8 +234,8 @@ def settled(job: C) -> C:
         ),
         (latent and job.kv_heads != 1, f"a latent is one for all heads; `kv_heads` must be 1, not {job.kv_heads}"),
         (
-            not latent and (job.latent is not None or job.latent_bits != 16),
-            f"`latent` and `latent_bits` are for `method` latent, not {job.method}",
+            not latent and (job.latent is not None or job.latent_bits != 16 or job.fit_steps is not None),
+            f"`latent`, `latent_bits` and `fit_steps` are for `method` latent, not {job.method}",
         ),
         (
             latent and budget and job.latent is not None,

@@ -122,6 +122,7 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
     options = FitOptions(
         method=job.method,
         refit=bool(job.refit),
+        steps=job.fit_steps or 0,
         held_out=max(1, len(examples.tokens) // 16),
         device=job.device,
         seed=job.seed,

@@ -23,22 +23,33 @@ from .fitting import RANK_TOLERANCE, inverse
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """Quadratic forms of what a layer's output loses where x is replaced by a part of it.
+class Loss:
+    """What a layer's output loses where x is replaced by what a latent keeps of it: P terms for keys and P for values.
 
-    For an error E of the stacked keys [G·D, d] it is tr E' M E C, and tr E' N E C_mix for one of the stacked values.
+    A term is tr A (C - C Z' (Z C Z')⁻¹ Z C): the metric A of an error, and the moment C of the inputs that it meets.
 
     Attributes:
-        keys: W_K' M W_K [d, d].
-        values: W_V' N W_V [d, d].
-        seen: C = Cov(x) [d, d] of the inputs of keys.
-        mixed: C_mix = E[x̄ x̄'] [d, d] of attention-averaged inputs.
+        metrics: A [2 P, d, d], W_K' M W_K of the heads of each part, then W_V' N W_V.
+        moments: C [2 P, d, d], centred for keys, attention-averaged for values.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    seen: torch.Tensor
-    mixed: torch.Tensor
+    metrics: torch.Tensor
+    moments: torch.Tensor
+
+    @property
+    def total(self) -> torch.Tensor:
+        """[2 P]: each term without any latent."""
+        return (self.metrics * self.moments).sum((-1, -2))
+
+    def left(self, Z: torch.Tensor) -> torch.Tensor:
+        """[2 P]: each term with a latent Z [r, d]."""
+        cross = self.moments @ Z.mT
+        kept = cross @ pseudo_inverse(Z @ cross) @ cross.mT
+        return (self.metrics * (self.moments - kept)).sum((-1, -2)).clamp(min=0)
+
+
+def pseudo_inverse(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.pinv(matrix, hermitian=True, rtol=RANK_TOLERANCE)
 
 
 def query_moments(w_q: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -83,47 +94,90 @@ def value_metric(w_o: torch.Tensor, heads: int) -> torch.Tensor:
     return (w_o.mT @ w_o).unflatten(0, (heads, -1)).sum(1)
 
 
-def pulled_back(metric: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Σ_a W_a' M_a W_a [d, d] of metrics [G, D, D] and projections [G, D, d]."""
-    return torch.einsum("gad,gab,gbe->de", weight, metric, weight)
+def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
+    """Σ_a W_a' M_a W_a [P, d, d] over the heads of each part, of metrics [G, D, D] and projections [G, D, d]."""
+    return (weight.mT @ metric @ weight).unflatten(0, (parts, -1)).sum(1)
 
 
-def encoder(metrics: Metrics, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latent that keeps most of keys and values together.
+def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent that keeps most of keys and values together where all terms meet the same inputs.
 
-    With C^½ (W_K' M W_K + ρ W_V' N W_V) C^½ = v s² v', Z = v' C^-½ of the largest s: the best rank r in the sum of
-    both metrics (Eckart and Young 1936), white on C. ρ = tr N C_mix / tr N C brings the values' inputs to the keys'.
+    With C^½ (Σ ρ_i A_i) C^½ = v s² v', Z = v' C^-½ of the largest s (Eckart and Young 1936), white on C.
+    ρ_i = tr A_i C_i / tr A_i C brings the inputs of each term to C.
+
+    Args:
+        moment: C [d, d].
 
     Returns:
         Z [rank, d] and the energies s² [d], largest first.
     """
-    C, values = metrics.seen, metrics.values
-    spread = (values * C).sum()
-    rho = (values * metrics.mixed).sum() / spread if spread > 0 else torch.ones_like(spread)
-    energies, axes = torch.linalg.eigh(C)
-    size = torch.where(energies > RANK_TOLERANCE * energies[-1], energies, torch.zeros_like(energies)).sqrt()
-    half = axes * size
-    inner = half.mT @ (metrics.keys + rho * values) @ half
+    met = (loss.metrics * moment).sum((-1, -2))
+    rho = torch.where(met > 0, loss.total / met.clamp(min=1e-300), torch.zeros_like(met))
+    half, back = roots(moment)
+    inner = half.mT @ torch.einsum("p,pde->de", rho, loss.metrics) @ half
     s2, v = torch.linalg.eigh((inner + inner.mT) / 2)
-    s2, v = s2.flip(0).clamp(min=0), v.flip(1)
-    return v[:, :rank].mT @ (axes * inverse(size)).mT, s2
+    return v.flip(1)[:, :rank].mT @ back, s2.flip(0).clamp(min=0)
+
+
+def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q with Q Q' = C, and its pseudo-inverse: [d, d] each."""
+    energies, axes = torch.linalg.eigh(moment)
+    size = torch.where(energies > RANK_TOLERANCE * energies[-1], energies, torch.zeros_like(energies)).sqrt()
+    return axes * size, (axes * inverse(size)).mT
+
+
+def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30) -> torch.Tensor:
+    """Z [r, d] with less of Σ_i left_i(Z), each term with its own inputs, white on C again.
+
+    There is no closed form for several inputs; L-BFGS from [`encoder`], in float32 and where C is the identity.
+    """
+    half, back = roots(moment)
+    metrics, moments = half.mT @ loss.metrics @ half, back @ loss.moments @ back.mT
+    kept = (moments @ metrics @ moments / loss.total.sum().clamp(min=1e-300)).float()
+    met = moments.float()
+    Y = (Z @ half).float().clone().requires_grad_(True)
+    optimizer = torch.optim.LBFGS([Y], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+    def gained() -> torch.Tensor:
+        optimizer.zero_grad()
+        inner = Y @ met @ Y.mT
+        ridge = 1e-6 * inner.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        inner = inner + ridge * torch.eye(len(Y), device=Y.device)
+        value = -torch.linalg.solve(inner, Y @ kept @ Y.mT).diagonal(dim1=-2, dim2=-1).sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(gained)
+    found = whitened(Y.detach().double()) @ back
+    better = loss.left(found).sum() < loss.left(Z).sum()  # (never where float32 was not enough)
+    return found if better else Z
+
+
+def whitened(Y: torch.Tensor) -> torch.Tensor:
+    """Orthonormal rows that span the same."""
+    return torch.linalg.qr(Y.mT)[0].mT
 
 
 def decoder(weight: torch.Tensor, moment: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
-    """Ŵ = W · moment · Z' (Z · moment · Z')⁻¹ [..., r]: least squares from the latent, W [..., d]."""
+    """Ŵ = W · C · Z' (Z · C · Z')⁻¹ [..., r]: least squares from the latent, W [..., d]."""
     cross = moment @ Z.mT
-    return weight @ cross @ torch.linalg.pinv(Z @ cross, hermitian=True, rtol=RANK_TOLERANCE)
+    return weight @ cross @ pseudo_inverse(Z @ cross)
 
 
-def lost(metrics: Metrics, Z: torch.Tensor) -> tuple[float, float]:
-    """What keys and values lose with a latent, in squared change of the output.
+def for_rounding(importance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """T [r, r] for a latent T c that loses least where all of it is rounded alike, c white.
 
-    tr(K (C - C Z' (Z C Z')⁻¹ Z C)) for the keys, and the same of values with C_mix.
+    Rounded with one step, T c gets an error of like size in each direction. With importance λ_i of the directions of
+    c, the loss Σ λ_i / a_i² for Σ a_i² fixed is least for a_i⁴ ∝ λ_i; a random rotation then gives each number a like
+    share of all directions.
+
+    Args:
+        importance: [r, r], what an error of c costs.
+        generator: of the rotation.
     """
-
-    def left(form: torch.Tensor, moment: torch.Tensor) -> float:
-        cross = moment @ Z.mT
-        kept = cross @ torch.linalg.pinv(Z @ cross, hermitian=True, rtol=RANK_TOLERANCE) @ cross.mT
-        return max(float((form * (moment - kept)).sum()), 0.0)
-
-    return left(metrics.keys, metrics.seen), left(metrics.values, metrics.mixed)
+    energies, axes = torch.linalg.eigh(importance)
+    sizes = energies.clamp(min=1e-3 * energies[-1].clamp(min=1e-300)) ** 0.25
+    sizes = sizes / sizes.square().mean().sqrt()
+    normal = torch.randn(importance.shape, generator=generator, dtype=torch.float64).to(importance.device)
+    return torch.linalg.qr(normal)[0] @ (sizes[:, None] * axes.mT)

@@ -1,7 +1,7 @@
-"""The latent of one attention: what it is fitted on, its tensors, and what each width would lose.
+"""The latent of one attention: its tensors, and what each size would lose.
 
-B sequences, T tokens of each, H query heads, G heads of keys and values, D head width, R of it rotated, d hidden size,
-r latent width, C rebuilt complex components of keys
+H query heads, G heads of keys and values in P parts, D head width, R of it rotated, d hidden size, r latent width,
+C = W / 2 rebuilt complex components of keys
 """
 
 from dataclasses import dataclass
@@ -11,17 +11,22 @@ import torch
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 
 from . import fitting, latent_fitting
-from .budget import share_of_stream
 from .heads import FittedHeads, augmented, heads_output
-from .latent_fitting import Metrics
-from .moments import Seen, look, old_heads, spread_of
+from .latent_fitting import Loss
+from .latent_moments import LatentSeen, look_for_latent, spread_of
+from .moments import old_heads
 from .states import Stream
+
+# Measured, SmolLM2 (docs/fitting.md): keys weigh twice what first order says, and half of the inputs of their metric
+# are those that attention looks at.
+KEY_WEIGHT = 2.0
+FELT = 0.5
 
 
 @dataclass(frozen=True)
 class LatentCurves:
-    """What each size of one attention's latent would lose, in squared change of the output relative to it, times the
-    output's share of the stream that it is added to.
+    """What each size of one attention's latent would lose: the squared error of the attention's output relative to it,
+    times the output's share of the stream that it is added to.
 
     Attributes:
         latent: [d + 1], with 0, 1, ... numbers of the latent and all keys rebuilt.
@@ -32,37 +37,55 @@ class LatentCurves:
     keys: torch.Tensor
 
 
-def projections(attention: MQAAttention) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """w_q [H, D, d + 1], w_k [G, D, d + 1], w_v [G, Dv, d] and w_o [H, d, Dv] in float64."""
-    H, G = attention.config.num_attention_heads, old_heads(attention)
-    w_q, w_k = augmented(attention.q_proj), augmented(attention.k_proj)
-    w_o = attention.o_proj.weight.double()
-    return (
-        w_q.unflatten(0, (H, -1)),
-        w_k.unflatten(0, (G, -1)),
-        attention.v_proj.weight.double().unflatten(0, (G, -1)),
-        w_o.unflatten(1, (H, -1)).transpose(0, 1),
-    )
+@dataclass(frozen=True)
+class Projections:
+    """w_q [H, D, d + 1], w_k [G, D, d + 1], w_v [G, Dv, d] and w_o [H, d, Dv] of an attention, in float64."""
+
+    w_q: torch.Tensor
+    w_k: torch.Tensor
+    w_v: torch.Tensor
+    w_o: torch.Tensor
+
+    @classmethod
+    def of(cls, attention: MQAAttention) -> "Projections":
+        H, G = attention.config.num_attention_heads, old_heads(attention)
+        return cls(
+            augmented(attention.q_proj).unflatten(0, (H, -1)),
+            augmented(attention.k_proj).unflatten(0, (G, -1)),
+            attention.v_proj.weight.double().unflatten(0, (G, -1)),
+            attention.o_proj.weight.double().unflatten(1, (H, -1)).transpose(0, 1),
+        )
 
 
-def metrics_of(stream: Stream, attention: MQAAttention, seen: Seen) -> Metrics:
-    """How much the output changes with keys and values."""
-    w_q, w_k, w_v, w_o = projections(attention)
-    assert seen.effects is not None
+@dataclass(frozen=True)
+class Inputs:
+    """What the keys and values of each part meet.
+
+    Attributes:
+        keys: [P, d, d], centred, about `mean` [P, d].
+        values: [P, d, d].
+    """
+
+    keys: torch.Tensor
+    mean: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, seen: LatentSeen) -> "Inputs":
+        moments = (1 - FELT) * seen.keys + FELT * seen.felt
+        mean = moments[:, :-1, -1]
+        return cls(moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None], mean, seen.mixed)
+
+
+def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
+    """M [G, D, D]: what an error of each head's keys does to the output."""
+    moments = latent_fitting.query_moments(Projections.of(attention).w_q, seen.queries)
     G, scale = old_heads(attention), attention.scaling
-    moments = latent_fitting.query_moments(w_q, seen.queries)
-    if attention.rotary:
-        angles, share, scaling = offsets(stream, attention)
-        by_head = (seen.effects[:, None, None] * moments).unflatten(0, (G, -1)).sum(1)
-        M = (scale * scaling**2) ** 2 * latent_fitting.turned_moments(by_head, angles, share)
-    else:
-        M = latent_fitting.key_metric(moments, seen.effects, G, scale)
-    N = latent_fitting.value_metric(w_o, G)
-    return Metrics(
-        latent_fitting.pulled_back(M, w_k[..., :-1]),
-        latent_fitting.pulled_back(N, w_v),
-        fitting.covariance(seen.keys),
-        seen.mixed[0],
+    if not attention.rotary:
+        return latent_fitting.key_metric(moments, seen.effects, G, scale)
+    angles, share, scaling = offsets(stream, attention)
+    return latent_fitting.turned_moments(
+        latent_fitting.key_metric(moments, seen.effects, G, scale * scaling**2), angles, share
     )
 
 
@@ -79,12 +102,19 @@ def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor
     return (cos, sin), share / share.sum(), scaling
 
 
-def energy_by_frequency(attention: MQAAttention, seen: Seen) -> torch.Tensor:
+def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> Loss:
+    """What the output loses with a latent."""
+    w, inputs, P = Projections.of(attention), Inputs.of(seen), len(seen.mixed)
+    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), w.w_k[..., :-1], P)
+    values = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
+    return Loss(torch.cat((KEY_WEIGHT * keys, values)), torch.cat((inputs.keys, inputs.values)))
+
+
+def energy_by_frequency(attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
     """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: what an error of a rotated key does to the output, by frequency."""
-    assert seen.effects is not None
     J, G = attention.config.rotary_dim // 2, old_heads(attention)
-    w_q = augmented(attention.q_proj).unflatten(0, (attention.config.num_attention_heads, -1))[:, : 2 * J]
-    power = torch.einsum("had,de,hae->ha", w_q, seen.queries, w_q).unflatten(1, (2, J)).sum(1)  # [H, J]
+    moments = latent_fitting.query_moments(Projections.of(attention).w_q[:, : 2 * J], seen.queries)
+    power = moments.diagonal(dim1=1, dim2=2).unflatten(1, (2, J)).sum(1)  # [H, J]
     return (seen.effects[:, None] * power).unflatten(0, (G, -1)).sum(1).T
 
 
@@ -93,32 +123,35 @@ def fit_latent(
     teacher: MQADecoderLayer,
     student: MQADecoderLayer,
     site: str,
-    seen: Seen,
-    rank: int,
-    width: int,
+    seen: LatentSeen,
     generator: torch.Generator,
 ) -> FittedHeads:
     """Projections of the new attention.
 
     Args:
         stream: the tokens before the layer.
-        teacher, student: the layer with all its heads, and the converted one, of which it is about `site`.
+        teacher, student: the layer with all its heads, and the converted one, of which it is about `site`: its sizes
+            are those of the student's attention.
         seen: what the attention sees.
-        rank: r.
-        width: W = 2 C, rebuilt components of keys; 0 where nothing is rotated.
-        generator: of the queries that are looked at.
+        generator: of the queries that are looked at, and of a rotation.
     """
-    attention: MQAAttention = getattr(teacher, site)
-    _, w_k, w_v, _ = projections(attention)
-    metrics = metrics_of(stream, attention, seen)
-    Z, _ = latent_fitting.encoder(metrics, rank)
-    if len(Z) < rank:
-        Z = torch.nn.functional.pad(Z, (0, 0, 0, rank - len(Z)))
-    mean = seen.keys[:-1, -1]
-    K = latent_fitting.decoder(w_k[..., :-1], metrics.seen, Z)  # [G, D, r]
-    constant = w_k[..., -1] + (w_k[..., :-1] - K @ Z) @ mean  # [G, D]: the mean of the keys stays
-    V = latent_fitting.decoder(w_v, metrics.mixed, Z)
-    R = attention.config.rotary_dim if attention.rotary else 0
+    attention, new = getattr(teacher, site), getattr(student, site)
+    w, inputs, loss = Projections.of(attention), Inputs.of(seen), loss_of(stream, attention, seen)
+    rank, P = new.kv_latent_dim, len(seen.mixed)
+    Z, _ = latent_fitting.encoder(loss, inputs.keys.mean(0), rank)
+    if rank < len(loss.metrics[0]):
+        Z = latent_fitting.descended(loss, inputs.keys.mean(0), Z)
+    by_part = [w_k.flatten(0, 1) for w_k in w.w_k.unflatten(0, (P, -1)).unbind()]
+    K = latent_fitting.decoder(torch.stack(by_part)[..., :-1], inputs.keys, Z)
+    constant = torch.stack(by_part)[..., -1] + torch.einsum(
+        "pnd,pd->pn", torch.stack(by_part)[..., :-1] - K @ Z, inputs.mean
+    )
+    V = latent_fitting.decoder(w.w_v.unflatten(0, (P, -1)).flatten(1, 2), inputs.values, Z)
+    K, constant, V = K.view(*w.w_k.shape[:2], -1), constant.view(w.w_k.shape[:2]), V.view(*w.w_v.shape[:2], -1)
+    if new.bits < 16:
+        T = latent_fitting.for_rounding(importance(stream, attention, seen, K, V), generator)
+        back = torch.linalg.inv(T)
+        Z, K, V = T @ Z, K @ back, V @ back
     fitted = {
         "q_proj.weight": attention.q_proj.weight,
         "kv_proj.weight": Z,
@@ -127,30 +160,34 @@ def fit_latent(
     }
     if attention.q_proj.bias is not None:
         fitted["q_proj.bias"] = attention.q_proj.bias
-    if w_k.shape[1] > R:  # (what these keys have in common is seen by no query)
+    R = attention.config.rotary_dim if attention.rotary else 0
+    if new.k_up is not None:  # (what these keys have in common is seen by no query)
         fitted["k_up.weight"] = K[:, R:]
     frequencies: list[int] = []
-    missing = 0.0
     if R:
         keys = torch.cat((K[:, :R], constant[:, :R, None]), dim=-1)  # [G, R, r + 1]
-        spread = spread_of(stream, student, site, attention, keys, Z, generator)
-        rows, factors, frequencies, missing = rebuilt_keys(keys, spread, energy_by_frequency(attention, seen), width)
+        spread = spread_of(stream, student, site, keys, Z, generator)
+        energy = energy_by_frequency(attention, seen)
+        rows, factors, frequencies = rebuilt_keys(keys, spread, energy, new.qk_head_dim)
         fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
-    keys_lost, values_lost = latent_fitting.lost(metrics, Z)
-    keys_all, values_all = (
-        float((a * b).sum()) for a, b in ((metrics.keys, metrics.seen), (metrics.values, metrics.mixed))
-    )
-    return FittedHeads(
-        fitted,
-        frequencies,
-        max(keys_lost / keys_all if keys_all else 0.0, missing),
-        values_lost / values_all if values_all else 0.0,
-    )
+    left, total = loss.left(Z), loss.total
+    shares = [float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))]
+    return FittedHeads(fitted, frequencies, *shares)
+
+
+def importance(
+    stream: Stream, attention: MQAAttention, seen: LatentSeen, K: torch.Tensor, V: torch.Tensor
+) -> torch.Tensor:
+    """[r, r]: what an error of single latents costs, by keys K [G, D, r] and by values V [G, Dv, r]."""
+    w_o = Projections.of(attention).w_o
+    N = latent_fitting.value_metric(seen.sharpness.sqrt()[:, None, None] * w_o, len(V))
+    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), K, 1)
+    return (keys + latent_fitting.pulled_back(N, V, 1))[0]
 
 
 def rebuilt_keys(
     keys: torch.Tensor, spread: torch.Tensor, energy: torch.Tensor, width: int
-) -> tuple[torch.Tensor, torch.Tensor, list[int], float]:
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """The components that are rebuilt of rotated keys.
 
     Args:
@@ -159,45 +196,48 @@ def rebuilt_keys(
         width: W.
 
     Returns:
-        Rows [W, r + 1], factors b [2, G, W / 2] of each head, frequencies, and the energy that is left out.
+        Rows [W, r + 1], factors b [2, G, W / 2] of each head, and frequencies.
     """
     J = keys.shape[1] // 2
     spectrum = torch.linalg.eigvalsh(fitting.rotary_gram(spread, energy)).flip(-1).clamp(min=0)
     counts = fitting.choose_frequencies(spectrum, width // 2)
-    frequencies, alpha, b, missing = fitting.rotary_components(spread, energy, counts)
+    frequencies, alpha, b, _ = fitting.rotary_components(spread, energy, counts)
     complex_keys = torch.complex(keys[:, :J], keys[:, J:])
     rows = torch.einsum("cm,mcd->cd", alpha, complex_keys[:, frequencies])
     factors = b.T
-    return torch.cat((rows.real, rows.imag)), torch.stack((factors.real, factors.imag)), frequencies.tolist(), missing
+    return torch.cat((rows.real, rows.imag)), torch.stack((factors.real, factors.imag)), frequencies.tolist()
 
 
 def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator: torch.Generator) -> LatentCurves:
     """What each size of one attention's latent would lose; the tokens stand before the layer."""
     attention: MQAAttention = getattr(teacher, site)
-    seen = look(stream, teacher, teacher, site, 1, generator, effects=True)
-    metrics = metrics_of(stream, attention, seen)
-    size = output_energy(stream, teacher, site)
-    share = share_of_stream(stream, teacher, site)
-    _, s2 = latent_fitting.encoder(metrics, 1)
+    seen = look_for_latent(stream, teacher, teacher, site, generator)
+    relative = relative_to_output(stream, teacher, site)
+    loss = loss_of(stream, attention, seen)
+    _, s2 = latent_fitting.encoder(loss, Inputs.of(seen).keys.mean(0), 1)
     keys = torch.zeros(1)
-    if attention.rotary:
-        assert seen.spread is not None
-        gram = fitting.rotary_gram(seen.spread[0], energy_by_frequency(attention, seen))
+    if seen.spread is not None:
+        gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen))
         # An error of a complex component meets queries of any phase: half of its square.
         energies = torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
-        keys = left(energies * (attention.scaling**2 / 2))
-    return LatentCurves(left(s2) * (share / size), keys * (share / size))
+        keys = left_out(energies * (KEY_WEIGHT * attention.scaling**2 / 2))
+    return LatentCurves(left_out(s2) * relative, keys * relative)
 
 
-def left(energies: torch.Tensor) -> torch.Tensor:
+def left_out(energies: torch.Tensor) -> torch.Tensor:
     """[n + 1]: what remains of energies, largest first, without the first 0, 1, ... of them."""
     return torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1))).cpu()
 
 
-def output_energy(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
-    """E‖y‖² of an attention's output on held-out tokens."""
-    total, count = 0.0, 0
+def relative_to_output(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
+    """What a squared error of an attention's output means for the layers above: 1 / E‖y‖², times the output's size
+    relative to that of the stream it ends in, on held-out tokens."""
+    output = ended = 0.0
+    count = 0
     for rows in stream.batches(held_out=True):
-        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][stream.valid(rows)]
-        total, count = total + float(y.double().square().sum()), count + len(y)
-    return total / count if total else 1.0
+        kept = stream.valid(rows)
+        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
+        output += float(y.double().square().sum())
+        ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
+        count += len(y)
+    return (output / ended) ** 0.5 * count / output if output and ended else 0.0
