@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from mqa_hf.attention_mqa import eager_attention_forward
-from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
+from mqa_hf.latent_mqa import MQALatentAttention
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
+from mqa_hf.positions_mqa import rotate
 
 from . import fitting
 from .states import Stream
@@ -27,6 +29,8 @@ class Seen:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
         spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` where nothing is rotated.
+        effects: [H], E_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖², the squared change of the output with one logit of a head,
+            summed over the keys t of a query n; `None` where not asked for.
         tokens: how many were looked at.
         rank: directions of the keys' inputs that the tokens span.
     """
@@ -38,6 +42,7 @@ class Seen:
     energy: torch.Tensor | None
     tokens: int
     rank: int
+    effects: torch.Tensor | None = None
 
 
 def old_heads(attention: MQAAttention) -> int:
@@ -45,9 +50,12 @@ def old_heads(attention: MQAAttention) -> int:
 
 
 def projected(
-    stream: Stream, attention: MQAAttention, h: torch.Tensor, source: torch.Tensor
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, rotated: [B, H, T, D] and [B, G, S, D]."""
+    if isinstance(attention, MQALatentAttention):
+        query = attention.queries(h, stream.angles)
+        return query, attention.keys_by_head(attention.latents(source), stream.angles)
     query = project(attention.q_proj, h, attention.qk_head_dim)
     key = project(attention.k_proj, source, attention.qk_head_dim)
     if attention.rotary and stream.angles is not None:
@@ -56,7 +64,11 @@ def projected(
 
 
 def attention_weights(
-    attention: MQAAttention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
+    attention: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor,
+    chosen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
     nothing = torch.zeros(*key.shape[:3], 1, device=query.device)
@@ -111,6 +123,7 @@ def look(
     site: str,
     new: int,
     generator: torch.Generator,
+    effects: bool = False,
 ) -> Seen:
     """Gather what the teacher's attention sees where the student's tokens stand.
 
@@ -119,6 +132,7 @@ def look(
         teacher, student: the layer with all its heads and the converted one, of which it is about `site`.
         new: K/V heads that are asked for.
         generator: of the queries that are looked at.
+        effects: whether the effects of logits are gathered.
     """
     attention: MQAAttention = getattr(teacher, site)
     d, H = stream.config.hidden_size, stream.config.num_attention_heads
@@ -128,6 +142,7 @@ def look(
     mixed = torch.zeros(new, d, d, **options)
     rotated = _Spread(new, old_heads(attention), J, stream.device)
     counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
+    effect = torch.zeros(H, **options)
     memory = stream.memory if site == "cross_attn" else None
     for rows in stream.batches():
         h, source, mask = stream.at(student, site, rows)
@@ -147,6 +162,8 @@ def look(
         counts["mixed"] += average.shape[1]
         if J:
             rotated.add(query, key, here, chosen, ok)
+        if effects:
+            effect += logit_effects(attention, weights, project(attention.v_proj, source, attention.v_head_dim), ok)
     queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
     spectrum = torch.linalg.eigvalsh(keys[:-1, :-1])
     rank = int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
@@ -161,7 +178,62 @@ def look(
         rotated.energy / count if J else None,
         min(counts["queries"], counts["keys"]),
         rank,
+        effect / counts["mixed"] * H if effects else None,
     )
+
+
+def logit_effects(
+    attention: MQAAttention, weights: torch.Tensor, values: torch.Tensor, ok: torch.Tensor
+) -> torch.Tensor:
+    """Σ_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖² [H], over those queries that are `ok` [B, n].
+
+    Args:
+        weights: p [B, H, n, S].
+        values: [B, G, S, Dv].
+    """
+    H = weights.shape[1]
+    w_o = attention.o_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)  # [H, d, Dv]
+    gram = w_o.mT @ w_o
+    v = values.repeat_interleave(H // values.shape[1], 1)
+    mapped = v @ gram  # [B, H, S, Dv]
+    mean = weights @ v
+    size = (mapped * v).sum(-1)[:, :, None]
+    distance = size - 2 * mean @ mapped.mT + torch.einsum("bhnv,hvw,bhnw->bhn", mean, gram, mean)[..., None]
+    found = (weights.square() * distance.clamp(min=0)).sum(-1)  # [B, H, n]
+    return (found * ok[:, None]).double().sum((0, 2))
+
+
+def spread_of(
+    stream: Stream,
+    layer: MQADecoderLayer,
+    site: str,
+    attention: MQAAttention,
+    keys: torch.Tensor,
+    Z: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The spread [J, G, G] of keys that are rebuilt from latents; see [`fitting.rotary_gram`].
+
+    Args:
+        layer: the converted layer, at whose attention `site` the tokens stand.
+        attention: of the layer with all its heads, whose queries they are for.
+        keys: [G, R, r + 1], from a latent with a 1 appended.
+        Z: [r, d], of latents.
+    """
+    G, R, _ = keys.shape
+    rotated = _Spread(1, G, R // 2, stream.device)
+    weight, constant = keys[..., :-1].float(), keys[..., -1].float()
+    for rows in stream.batches():
+        h, source, mask = stream.at(layer, site, rows)
+        latent = source @ Z.float().mT
+        k = torch.einsum("bsr,gdr->bgsd", latent, weight) + constant[:, None]
+        assert stream.angles is not None
+        k = rotate(k, *stream.angles, R)
+        chosen = choose_queries(stream, h.shape[1], generator)
+        here = mask if mask.shape[2] == 1 else mask[:, :, chosen]
+        query = torch.zeros(*h.shape[:2], R, device=h.device)[:, None].expand(-1, G, -1, -1)
+        rotated.add(query, k, here, chosen, stream.valid(rows)[:, chosen])
+    return rotated.spread[0] / (rotated.count or 1)
 
 
 def doubts(attention: MQAAttention, seen: Seen, where: str) -> dict[str, str | None]:

@@ -20,6 +20,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 ATTENTION_NAME = "mqa"
 
 
+def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, T, d] -> [B, heads, T, width]."""
+    return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
+
+
 def mqa_attention_forward(
     module: nn.Module,
     query: torch.Tensor,

@@ -21,6 +21,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_mqa.MQAForCausalLM",
 }
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
+LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
+LATENT_GROUP = 32  # components of a latent that share a scale and an offset where it is stored in 8 or 4 bits
 RESIDUALS = ("sequential", "post_norm", "parallel", "parallel_shared_norm")
 
 
@@ -52,6 +54,14 @@ class MQAConfig(PreTrainedConfig):
             or one each. Default: `head_dim`.
         v_head_dim (`int` or `list[int]`, *optional*): Width of a stored value head, likewise. Default: `head_dim`.
         cross_qk_head_dim, cross_v_head_dim (`int` or `list[int]`, *optional*): The same of cross-attention.
+        kv_latent_dim (`int` or `list[int]`, *optional*): Width `r` of the latent that a token has in place of keys and
+            values, one for all layers or one each. `kv_latent_heads` heads of values, `v_head_dim` wide, are read from
+            it, and `qk_head_dim` rotated components of keys are rebuilt, which all query heads share. A query is
+            `head_dim` wide. Default: no latent.
+        cross_kv_latent_dim (`int` or `list[int]`, *optional*): The same of cross-attention, which rebuilds nothing.
+        kv_latent_heads (`int`, *optional*): Key/value heads that a latent stands for, a divisor of `H`. Default: `H`.
+        kv_latent_bits (`int`): 16, 8 or 4: bits of a stored number of the latent. With 8 and 4, groups of 32 numbers
+            have a scale and an offset in the type of the model, and the latent is rounded likewise where no cache is.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
         position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
             `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
@@ -125,6 +135,10 @@ class MQAConfig(PreTrainedConfig):
     v_head_dim: int | list[int] = None  # type: ignore[assignment]
     cross_qk_head_dim: int | list[int] = None  # type: ignore[assignment]
     cross_v_head_dim: int | list[int] = None  # type: ignore[assignment]
+    kv_latent_dim: int | list[int] | None = None
+    cross_kv_latent_dim: int | list[int] | None = None
+    kv_latent_heads: int | None = None
+    kv_latent_bits: int = 16
     attention_scale: float = None  # type: ignore[assignment]
     position_embedding: str = "rotary"
     rope_parameters: dict = None  # type: ignore[assignment]
@@ -182,6 +196,8 @@ class MQAConfig(PreTrainedConfig):
             self.embedding_size = self.hidden_size
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.kv_latent_heads is None and self.latent:
+            self.kv_latent_heads = self.num_attention_heads
         for name in WIDTHS:
             if getattr(self, name) is None:
                 setattr(self, name, self.head_dim)
@@ -225,7 +241,7 @@ class MQAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
-        for name in ("num_key_value_heads", "cross_num_key_value_heads"):
+        for name in ("num_key_value_heads", "cross_num_key_value_heads", "kv_latent_heads"):
             if self.num_attention_heads % (getattr(self, name) or 1):
                 raise ValueError(
                     f"num_attention_heads ({self.num_attention_heads}) must be divisible by {name} "
@@ -243,10 +259,11 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
             )
-        for name in ("rope_layers", "layer_types", "rope_frequencies", *WIDTHS):
+        for name in ("rope_layers", "layer_types", "rope_frequencies", *WIDTHS, *LATENTS):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one each")
+        self._check_latents()
         for i in range(self.num_hidden_layers):
             self._check_widths(i)
         if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 2:
@@ -256,12 +273,38 @@ class MQAConfig(PreTrainedConfig):
                 f"position and the one before; got {self.sliding_window}"
             )
 
+    def _check_latents(self):
+        if self.kv_latent_bits not in (16, 8, 4):
+            raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
+        for name, heads in zip(LATENTS, ("num_key_value_heads", "cross_num_key_value_heads")):
+            if getattr(self, name) is None:
+                continue
+            if getattr(self, heads) != 1:
+                raise ValueError(
+                    f"with {name} all query heads share one latent; {heads} must be 1, not {getattr(self, heads)}"
+                )
+            for r in (of_layer(getattr(self, name), i) for i in range(self.num_hidden_layers)):
+                if r < 1 or (self.kv_latent_bits < 16 and r % LATENT_GROUP):
+                    multiple = f" and a multiple of {LATENT_GROUP}" if self.kv_latent_bits < 16 else ""
+                    raise ValueError(f"{name} must be positive{multiple}, got {r}")
+
     def _check_widths(self, layer: int):
+        rotated = self.position_embedding == "rotary" and self.rope_layers[layer]
         for name in WIDTHS:
-            if of_layer(getattr(self, name), layer) < 1:
+            least = 0 if name == "qk_head_dim" and self.kv_latent_dim is not None and not rotated else 1
+            if of_layer(getattr(self, name), layer) < least:
                 raise ValueError(f"{name} must be positive, got {of_layer(getattr(self, name), layer)}")
         width = of_layer(self.qk_head_dim, layer)
-        if self.position_embedding != "rotary" or not self.rope_layers[layer]:
+        if self.kv_latent_dim is not None:
+            pairs = self.rope_frequencies[layer] if self.rope_frequencies is not None and rotated else ()
+            if rotated and self.rope_frequencies is None:
+                raise ValueError("with kv_latent_dim, rope_frequencies must say which pairs of components are rebuilt")
+            if 2 * len(pairs) != width:
+                raise ValueError(
+                    f"qk_head_dim of layer {layer} must be twice its {len(pairs)} pairs of rope_frequencies, which "
+                    f"are all that is rebuilt from a latent; got {width}"
+                )
+        if not rotated:
             return
         if self.rope_frequencies is None:
             if width % self.head_dim:
@@ -283,15 +326,30 @@ class MQAConfig(PreTrainedConfig):
         return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
     @property
+    def latent(self) -> bool:
+        """Whether any attention has a latent in place of keys and values."""
+        return any(getattr(self, name) is not None for name in LATENTS)
+
+    @property
     def kv_bytes_per_token(self) -> int:
-        """Cache bytes that one token takes at 16 bits a value, all self-attention layers together (none sliding)."""
+        """Cache bytes that one token takes, all self-attention layers together (none sliding): at 16 bits a value, of
+        a latent at `kv_latent_bits` with its scales and offsets."""
+        if self.kv_latent_dim is not None:
+            return self._latent_bytes(self.kv_latent_dim)
         return self._kv_bytes(self.num_key_value_heads, "qk_head_dim", "v_head_dim")
 
     @property
     def cross_kv_bytes_per_token(self) -> int:
-        """Cache bytes that one token of the encoder takes at 16 bits a value, all cross-attention layers together."""
+        """The same of one token of the encoder and all cross-attention layers."""
+        if self.cross_kv_latent_dim is not None:
+            return self._latent_bytes(self.cross_kv_latent_dim)
         return self._kv_bytes(self.cross_num_key_value_heads or 0, "cross_qk_head_dim", "cross_v_head_dim")
 
     def _kv_bytes(self, heads: int, *widths: str) -> int:
         layers = range(self.num_hidden_layers)
         return 2 * heads * sum(of_layer(getattr(self, name), i) for name in widths for i in layers)
+
+    def _latent_bytes(self, widths: int | list[int]) -> int:
+        r = sum(of_layer(widths, i) for i in range(self.num_hidden_layers))
+        scales = 0 if self.kv_latent_bits == 16 else 2 * 2 * r // LATENT_GROUP
+        return r * self.kv_latent_bits // 8 + scales

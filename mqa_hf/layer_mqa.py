@@ -14,9 +14,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_mqa import eager_attention_forward
+from .attention_mqa import eager_attention_forward, project
 from .compat_mqa import cache_name
 from .configuration_mqa import MQAConfig, of_layer
+from .latent_mqa import MQALatentAttention
 from .positions_mqa import rotate, rotated_components
 
 CACHE = cache_name()
@@ -26,11 +27,6 @@ def make_norm(config: MQAConfig) -> nn.Module:
     if config.norm_type == "rms_norm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
     return nn.LayerNorm(config.hidden_size, config.norm_eps, config.norm_affine, config.norm_bias)
-
-
-def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, T, d] -> [B, heads, T, width]."""
-    return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
 
 
 class MQAAttention(nn.Module):
@@ -133,6 +129,15 @@ class MQAAttention(nn.Module):
         return rotate(x, cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
 
 
+Attention = MQAAttention | MQALatentAttention
+
+
+def make_attention(config: MQAConfig, layer_idx: int, cross: bool = False) -> Attention:
+    """The attention of a layer: of heads, or of a latent."""
+    latent = config.cross_kv_latent_dim if cross else config.kv_latent_dim
+    return (MQAAttention if latent is None else MQALatentAttention)(config, layer_idx, cross)
+
+
 class MQAMLP(nn.Module):
     def __init__(self, config: MQAConfig):
         super().__init__()
@@ -171,11 +176,11 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.residual = config.residual
         self.residual_multiplier = config.residual_multiplier
         self.hidden_dropout = config.hidden_dropout
-        self.self_attn = MQAAttention(config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         self.mlp = MQAMLP(config)
         self.input_layernorm = make_norm(config)
         if config.cross_num_key_value_heads:
-            self.cross_attn = MQAAttention(config, layer_idx, cross=True)
+            self.cross_attn = make_attention(config, layer_idx, cross=True)
             self.cross_attn_layernorm = make_norm(config)
         if config.residual != "parallel_shared_norm":
             self.post_attention_layernorm = make_norm(config)
@@ -188,6 +193,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -195,6 +201,8 @@ class MQADecoderLayer(GradientCheckpointingLayer):
                 return self.mlp(x)
             if module is self.self_attn:
                 own: dict[str, Any] = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+                if key_position_embeddings is not None:
+                    own["key_position_embeddings"] = key_position_embeddings
             else:
                 own = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             return module(x, past_key_values=past_key_values, **own, **kwargs)[0]

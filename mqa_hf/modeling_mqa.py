@@ -26,6 +26,7 @@ from .attention_mqa import ATTENTION_NAME, eager_attention_forward
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
+from .latent_mqa import HeadLinear, MQALatentAttention
 from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project
 from .positions_mqa import (
     BIAS_POSITIONS,
@@ -43,6 +44,7 @@ __all__ = [
     "MQAAttention",
     "MQADecoderLayer",
     "MQAForCausalLM",
+    "MQALatentAttention",
     "MQAModel",
     "MQAPreTrainedModel",
     "MQARotaryEmbedding",
@@ -53,6 +55,7 @@ __all__ = [
 
 logger = logging.get_logger(__name__)
 CACHE = cache_name()
+ATTENTIONS = (MQAAttention, MQALatentAttention)
 # Trainer shifts labels for label smoothing where it finds the name of the class here, and nowhere else.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mqa", "MQAForCausalLM")
 
@@ -82,14 +85,18 @@ class MQAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": MQADecoderLayer,
-        "attentions": OutputRecorder(MQAAttention, index=1, layer_name="self_attn"),
-        "cross_attentions": OutputRecorder(MQAAttention, index=1, layer_name="cross_attn"),
+        "attentions": [OutputRecorder(kind, index=1, layer_name="self_attn") for kind in ATTENTIONS],
+        "cross_attentions": [OutputRecorder(kind, index=1, layer_name="cross_attn") for kind in ATTENTIONS],
     }
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MQAAttention) and module.rotated is not None:  # not in the checkpoint
+        if isinstance(module, ATTENTIONS) and module.rotated is not None:  # not in the checkpoint
             init.copy_(module.rotated, rotated_components(module.config, module.layer_idx))
+        if isinstance(module, HeadLinear):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, MQALatentAttention) and module.query_factors is not None:
+            init.normal_(module.query_factors)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Folded attention is the default of this class; any other that can run the model is taken when asked for."""
@@ -98,6 +105,11 @@ class MQAPreTrainedModel(PreTrainedModel):
         if positions in BIAS_POSITIONS and name not in (ATTENTION_NAME, "eager", "sdpa"):
             raise ValueError(
                 f"{positions} positions are a bias of the attention logits, for which {name} has no place; use "
+                f"{ATTENTION_NAME}, eager or sdpa"
+            )
+        if getattr(self.config, "latent", False) and name not in (ATTENTION_NAME, "eager", "sdpa"):
+            raise ValueError(
+                f"a latent is attended to as keys and values of different widths, for which {name} has no place; use "
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
         return name
@@ -360,6 +372,8 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
                 f"continuous batching has no place for the bias of {self.config.position_embedding} positions; use "
                 "generate()"
             )
+        if self.config.latent:
+            raise ValueError("continuous batching keeps keys and values of heads, not latents; use generate()")
         if self.config._attn_implementation == ATTENTION_NAME:
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

@@ -195,6 +195,8 @@ def unsupported(
     given = cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
     if given and not (isinstance(cache, DecodeCache) and not beams):
         return f"a {type(cache).__name__} is given"
+    if stack.latent:
+        return "the step reads no latents"
     if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return "rotary frequencies depend on the length"
     for processor in processors:

@@ -1,0 +1,254 @@
+"""Attention whose cache holds one latent a token, from which values are read and keys are rebuilt.
+
+B batch, T tokens, S tokens attended to, H query heads, G heads that the latent stands for, D head width of which R
+components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
+
+A latent c = Z x [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each with a
+rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
+commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
+
+- by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
+- absorbed: map each query to the W components and to the latent, and attend to (R_t κ, c) as one key, c as its value.
+  Nothing is rebuilt by head (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, does so without rotation).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_mqa import eager_attention_forward, project
+from .configuration_mqa import MQAConfig, of_layer
+from .packing_mqa import rounded_latent
+from .positions_mqa import rotate, rotated_components
+
+Angles = tuple[torch.Tensor, torch.Tensor]
+
+
+class HeadLinear(nn.Module):
+    """A linear map of a latent for each head; `weight` [G, N, r]."""
+
+    def __init__(self, heads: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        """What each head reads: [B, S, r] -> [B, G, S, N]."""
+        return torch.einsum("bsr,gnr->bgsn", latent, self.weight)
+
+    def absorb(self, x: torch.Tensor) -> torch.Tensor:
+        """What to multiply the latent with, instead of x with what is read: [B, H, T, N] -> [B, H, T, r]."""
+        return torch.einsum("bgmtn,gnr->bgmtr", x.unflatten(1, (len(self.weight), -1)), self.weight).flatten(1, 2)
+
+    def read(self, mixed: torch.Tensor) -> torch.Tensor:
+        """What each query head reads of its own mixture of latents: [B, T, H, r] -> [B, T, H, N]."""
+        return torch.einsum("btgmr,gnr->btgmn", mixed.unflatten(2, (len(self.weight), -1)), self.weight).flatten(2, 3)
+
+
+class AttentionView(nn.Module):
+    """What attention functions ask of the module that calls them, for one of the two ways to compute."""
+
+    def __init__(self, config: MQAConfig, layer_idx: int, groups: int, is_causal: bool):
+        super().__init__()
+        self.config, self.layer_idx, self.num_key_value_groups, self.is_causal = config, layer_idx, groups, is_causal
+
+
+class MQALatentAttention(nn.Module):
+    """Attention of H query heads to one latent a token; with `cross`, to those of an encoder's output."""
+
+    rotated: torch.Tensor | None
+
+    def __init__(self, config: MQAConfig, layer_idx: int, cross: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.cross = cross
+        self.head_dim = config.head_dim
+        self.v_head_dim = of_layer(config.cross_v_head_dim if cross else config.v_head_dim, layer_idx)
+        self.rotary = config.rope_layers[layer_idx] and not cross
+        self.qk_head_dim = of_layer(config.qk_head_dim, layer_idx) if self.rotary else 0
+        r, G = (
+            of_layer(config.cross_kv_latent_dim if cross else config.kv_latent_dim, layer_idx),
+            config.kv_latent_heads,
+        )
+        assert r is not None
+        assert G is not None
+        self.kv_latent_dim, self.heads, self.bits = r, G, config.kv_latent_bits
+        d, H = config.hidden_size, config.num_attention_heads
+        self.scaling = config.attention_scale
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.causal and not cross
+        sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
+        self.sliding_window = config.sliding_window if sliding else None
+        self.q_proj = nn.Linear(d, H * self.head_dim, bias=config.query_bias)
+        self.kv_proj = nn.Linear(d, r, bias=False)
+        W, plain = self.qk_head_dim, self.head_dim - (config.rotary_dim if self.rotary else 0)
+        self.register_buffer("rotated", rotated_components(config, layer_idx) if W else None, persistent=False)
+        self.k_proj = nn.Linear(r, W) if W else None
+        self.query_factors = nn.Parameter(torch.empty(2, G, W // 2)) if W else None
+        self.k_up = HeadLinear(G, r, plain) if plain else None
+        self.v_up = HeadLinear(G, r, self.v_head_dim)
+        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
+        self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
+        self.by_head = AttentionView(config, layer_idx, H // G, self.is_causal)
+        self.absorbed = AttentionView(config, layer_idx, H, self.is_causal)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Angles | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        key_position_embeddings: Angles | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens in a cache that keeps
+        latents alone."""
+        query = self.queries(hidden_states, position_embeddings)
+        cache, known = past_key_values, False
+        if isinstance(past_key_values, EncoderDecoderCache):
+            cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
+            known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
+        if known and cache is not None:
+            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+            latent = stored.latents() if hasattr(stored, "latents") else stored.keys.to(query.device)
+            return self.attend_absorbed(query, None, latent, attention_mask, kwargs)
+        made = self.kv_proj(hidden_states if encoder_hidden_states is None else encoder_hidden_states)
+        latent = rounded_latent(made, self.bits)
+        if cache is not None:
+            keys, held = self.keep(made, latent, cache, position_embeddings, key_position_embeddings)
+            if self.cross and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+            if held.shape[2] != latent.shape[1]:
+                return self.attend_absorbed(query, keys, held, attention_mask, kwargs)
+        return self.attend_by_head(query, latent, position_embeddings, attention_mask, kwargs)
+
+    def queries(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, T, d] -> rotated queries [B, H, T, D]."""
+        query = project(self.q_proj, x, self.head_dim)
+        if not self.rotary:
+            return query
+        assert angles is not None
+        return rotate(query, *angles, self.head_dim)
+
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, d] -> latents [B, S, r], rounded as the cache rounds them."""
+        return rounded_latent(self.kv_proj(x), self.bits)
+
+    def keep(
+        self,
+        made: torch.Tensor,
+        latent: torch.Tensor,
+        cache: Cache,
+        angles: Angles | None,
+        all_angles: Angles | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Extend a cache by new latents [B, T, r], as they were made and rounded.
+
+        Returns:
+            The rotated keys [B, 1, S, W], `None` where nothing is rotated, and the latents [B, 1, S, r] of all tokens
+            that the cache holds.
+        """
+        layers: Any = cache.layers
+        stored: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        if hasattr(stored, "update_latents"):  # it keeps nothing else
+            held = stored.update_latents(made)
+            alone = held.shape[2] == made.shape[1]
+            return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
+        one = latent[:, None]
+        if not self.qk_head_dim:
+            held, _ = cache.update(one, one[..., :0], self.layer_idx)
+            return None, held
+        keys, held = cache.update(self.rebuilt(latent, angles), one, self.layer_idx)
+        return keys, held
+
+    def rebuilt(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, S, r] -> the rotated components of keys [B, 1, S, W]."""
+        assert self.k_proj is not None
+        assert angles is not None
+        cos, sin = angles
+        return rotate(self.k_proj(latent)[:, None], cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
+
+    def attend_by_head(
+        self, query: torch.Tensor, latent: torch.Tensor, angles: Angles | None, mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention to keys and values of the G heads; queries [B, H, T, D] rotated, latents [B, S, r]."""
+        key = self.keys_by_head(latent, angles)
+        output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def keys_by_head(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, S, r] -> the rotated keys of the G heads [B, G, S, D]."""
+        parts = []
+        if self.k_proj is not None:
+            assert angles is not None
+            rows = nn.functional.linear(self.k_proj(latent), self.head_factors())
+            parts.append(rotate(rows.unflatten(-1, (self.heads, -1)).transpose(1, 2), *angles, angles[0].shape[-1]))
+        if self.k_up is not None:
+            parts.append(self.k_up(latent))
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def attend_absorbed(
+        self, query: torch.Tensor, keys: torch.Tensor | None, latent: torch.Tensor, mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same with queries for rebuilt keys [B, 1, S, W] and latents [B, 1, S, r]."""
+        wide, plain = self.absorb(query)
+        query = torch.cat([part for part in (wide, plain) if part is not None], dim=-1)
+        key = latent if keys is None else keys if plain is None else torch.cat((keys, latent), dim=-1)
+        output, weights = self.attend(self.absorbed, query, key, latent, mask, kwargs)
+        return self.o_proj(self.v_up.read(output).flatten(2)), weights
+
+    def attend(
+        self, view: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention(
+            view,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+
+    def absorb(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rotated queries [B, H, T, D] -> those of rebuilt components [B, H, T, W], and of the latent [B, H, T, r].
+
+        conj(b_ac) q_hf(c) for head a = h // (H / G), real parts first; `None` for a part that there is not.
+        """
+        wide = plain = None
+        R = self.config.rotary_dim if self.rotary else 0
+        if self.query_factors is not None:
+            real, imaginary = query[..., self.rotated].chunk(2, dim=-1)
+            groups = query.shape[1] // self.heads
+            a, b = self.query_factors.repeat_interleave(groups, dim=1)[:, :, None]
+            wide = torch.cat((a * real + b * imaginary, a * imaginary - b * real), dim=-1)
+        if self.k_up is not None:
+            plain = self.k_up.absorb(query[..., R:])
+        return wide, plain
+
+    def head_factors(self) -> torch.Tensor:
+        """[G·R, W]: from rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
+        assert self.query_factors is not None
+        assert self.rotated is not None
+        half = self.config.rotary_dim // 2
+        pairs = self.rotated[: self.qk_head_dim // 2]
+        place = torch.arange(half, device=pairs.device)[:, None] == pairs  # [R/2, C]
+        real, imaginary = torch.where(place, self.query_factors[:, :, None], 0.0)  # [G, R/2, C]
+        upper, lower = torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)
+        return torch.cat((upper, lower), dim=1).flatten(0, 1)
+
+    def as_computed(self) -> bool:
+        """Whether the places of rotated components, which no checkpoint holds, are there."""
+        held = self.rotated
+        return held is None or held.is_meta or torch.equal(held.cpu(), rotated_components(self.config, self.layer_idx))
