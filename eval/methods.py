@@ -129,7 +129,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         for peer in peers_of(model, rows):
             taken = self.taken(start)
             with swapped(model, peer.attentions):
-                losses = [mean_loss(model, rows) for rows in texts]
+                losses = [mean_loss(model, text) for text in texts]
             yield self.record(peer.name, peer.cache_bytes, losses, peer=True, **taken)
             start = self.start()
 
@@ -185,6 +185,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         if self.peers:
             table.caption = notes([r.conversion for r in result if r.peer], self.sequence_length)
             table.caption_justify = "left"
+        console.width = max(console.width, 120)  # the table takes what it needs
         console.print(table)
 
 

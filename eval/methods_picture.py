@@ -107,6 +107,7 @@ def draw(records: Sequence[MethodRecord], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         name = original.texts[n] if original.texts else ""
         title, y = f"{original.source}, {name}: {original.loss[n]:.3f} nats", "loss above the original's, nats"
         describe(axes, "cache, bytes per token", f"{y} (at least {LEAST:g})", title, legend=False)
