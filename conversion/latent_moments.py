@@ -26,7 +26,7 @@ class LatentSeen:
     Attributes:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         felt: the same of keys' inputs [P, d + 1, d + 1], each weighted by what its logits do to the output.
-        mixed: E[x̄ x̄'] [P, d, d] of the attention-averaged inputs.
+        mixed: E[x̄ x̄'] [P, d + 1, d + 1] of the attention-averaged inputs.
         effects: [H], E_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖²: the squared change of the output with a logit of the head.
         sharpness: [H], E_n Σ_t p_nt²: what a query sees of errors of single values.
         spread: [J, G, G], as [`fitting.rotary_gram`] takes it; `None` where nothing is rotated.
@@ -57,7 +57,12 @@ def look_for_latent(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=stream.device)
 
-    queries, keys, felt, mixed = zeros(d + 1, d + 1), zeros(d + 1, d + 1), zeros(P, d + 1, d + 1), zeros(P, d, d)
+    queries, keys, felt, mixed = (
+        zeros(d + 1, d + 1),
+        zeros(d + 1, d + 1),
+        zeros(P, d + 1, d + 1),
+        zeros(P, d + 1, d + 1),
+    )
     effects, sharpness = zeros(H), zeros(H)
     rotated = Spread(1, G, J, stream.device)
     memory = stream.memory if site == "cross_attn" else None
@@ -80,8 +85,8 @@ def look_for_latent(
         sharpness += weights.square().sum((0, 2, 3)).double()
         seen_queries += int(ok.sum())
         by_key = change.sum(2).unflatten(1, (P, -1)).sum(2)  # [B, P, S]
-        average = (weights.flatten(1, 2) @ source).unflatten(1, (P, -1))  # [B, P, H / P · n, d]
         one = nn.functional.pad(source, (0, 1), value=1.0)
+        average = (weights.flatten(1, 2) @ one).unflatten(1, (P, -1))  # [B, P, H / P · n, d + 1]
         for part in range(P):
             flat = (one * by_key[:, part, :, None].sqrt()).flatten(0, 1)
             felt[part] += (flat.mT @ flat).double()
@@ -92,13 +97,14 @@ def look_for_latent(
     queries, keys, tokens = queries / queries[-1, -1], keys / keys[-1, -1], int(keys[-1, -1])
     felt = felt / felt[:, -1:, -1:].clamp(min=1e-300)
     rank = numerical_rank(keys[:-1, :-1])
-    for moment in (queries, keys, felt):
+    mixed = mixed / mixed[:, -1:, -1:]
+    for moment in (queries, keys, felt, mixed):
         moment[..., :-1, :-1] = fitting.shrunk(moment[..., :-1, :-1])
     return LatentSeen(
         queries,
         keys,
         felt,
-        fitting.shrunk(mixed / (seen_queries * (H // P))),
+        mixed,
         effects / seen_queries,
         sharpness / seen_queries,
         rotated.spread[0] / (rotated.count or 1) if J else None,
@@ -130,6 +136,7 @@ def spread_of(
     site: str,
     keys: torch.Tensor,
     Z: torch.Tensor,
+    center: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
     """The spread [J, G, G] of keys that are rebuilt from latents; see [`fitting.rotary_gram`].
@@ -137,15 +144,16 @@ def spread_of(
     Args:
         layer: the converted layer, at whose attention `site` the tokens stand.
         keys: [G, R, r + 1], from a latent with a 1 appended.
-        Z: [r, d], of latents.
+        Z, center: [r, d] and [d], of latents Z (x - center).
     """
     G, R, _ = keys.shape
     rotated = Spread(1, G, R // 2, stream.device)
-    weight, constant, Z = keys[..., :-1].float(), keys[..., -1].float(), Z.float()
+    weight, constant = keys[..., :-1].float(), keys[..., -1].float()
+    Z, center = Z.float(), center.float()
     for rows in stream.batches():
         h, source, mask = stream.at(layer, site, rows)
         assert stream.angles is not None
-        k = torch.einsum("bsr,gdr->bgsd", source @ Z.mT, weight) + constant[:, None]
+        k = torch.einsum("bsr,gdr->bgsd", (source - center) @ Z.mT, weight) + constant[:, None]
         chosen = choose_queries(stream, h.shape[1], generator)
         here = mask if mask.shape[2] == 1 else mask[:, :, chosen]
         rotated.add(k, rotate(k, *stream.angles, R), here, chosen, stream.valid(rows)[:, chosen])

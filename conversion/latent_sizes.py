@@ -145,8 +145,8 @@ def latent_config(
         bits: of a stored number.
 
     Returns:
-        `pooled` with latents, the bias of values folded into that of the output, and a place for the frequencies that
-        are chosen.
+        `pooled` with latents, a bias of the output in which that of values is folded, and a place for the frequencies
+        that are chosen.
     """
     if "encoder" in attentions:
         raise ConversionError(
@@ -163,7 +163,7 @@ def latent_config(
         r, W = sizes[name]
         stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
         setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))
-        stack.output_bias = stack.value_bias or stack.output_bias
+        stack.output_bias = True  # which takes what all values have in common
         stack.value_bias = stack.key_bias = False
         if name == "cross":
             continue

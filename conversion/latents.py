@@ -59,22 +59,21 @@ class Projections:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the keys and values of each part meet.
-
-    Attributes:
-        keys: [P, d, d], centred, about `mean` [P, d].
-        values: [P, d, d].
-    """
+    """What the keys and values of each part meet, as covariances [P, d, d] about means [P, d]; constants that all keys
+    or all values have are kept as they are."""
 
     keys: torch.Tensor
-    mean: torch.Tensor
+    key_mean: torch.Tensor
     values: torch.Tensor
+    value_mean: torch.Tensor
 
     @classmethod
     def of(cls, seen: LatentSeen) -> "Inputs":
-        moments = (1 - FELT) * seen.keys + FELT * seen.felt
-        mean = moments[:, :-1, -1]
-        return cls(moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None], mean, seen.mixed)
+        parts = []
+        for moments in ((1 - FELT) * seen.keys + FELT * seen.felt, seen.mixed):
+            mean = moments[:, :-1, -1]
+            parts += [moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None], mean]
+        return cls(*parts)
 
 
 def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
@@ -141,13 +140,11 @@ def fit_latent(
     Z, _ = latent_fitting.encoder(loss, inputs.keys.mean(0), rank)
     if rank < len(loss.metrics[0]):
         Z = latent_fitting.descended(loss, inputs.keys.mean(0), Z)
-    by_part = [w_k.flatten(0, 1) for w_k in w.w_k.unflatten(0, (P, -1)).unbind()]
-    K = latent_fitting.decoder(torch.stack(by_part)[..., :-1], inputs.keys, Z)
-    constant = torch.stack(by_part)[..., -1] + torch.einsum(
-        "pnd,pd->pn", torch.stack(by_part)[..., :-1] - K @ Z, inputs.mean
-    )
-    V = latent_fitting.decoder(w.w_v.unflatten(0, (P, -1)).flatten(1, 2), inputs.values, Z)
-    K, constant, V = K.view(*w.w_k.shape[:2], -1), constant.view(w.w_k.shape[:2]), V.view(*w.w_v.shape[:2], -1)
+    center = seen.keys[:-1, -1]
+    K, keys_offset = decoded(w.w_k[..., :-1], inputs.keys, inputs.key_mean, Z, center)
+    V, values_offset = decoded(w.w_v, inputs.values, inputs.value_mean, Z, center)
+    constant = w.w_k[..., -1] + keys_offset
+    groups = len(w.w_o) // len(w.w_v)
     if new.bits < 16:
         T = latent_fitting.for_rounding(importance(stream, attention, seen, K, V), generator)
         back = torch.linalg.inv(T)
@@ -155,8 +152,10 @@ def fit_latent(
     fitted = {
         "q_proj.weight": attention.q_proj.weight,
         "kv_proj.weight": Z,
+        "kv_proj.bias": -Z @ center,
         "v_up.weight": V,
         "o_proj.weight": attention.o_proj.weight,
+        "o_proj.bias": torch.einsum("hdv,hv->d", w.w_o, values_offset.repeat_interleave(groups, 0)),
     }
     if attention.q_proj.bias is not None:
         fitted["q_proj.bias"] = attention.q_proj.bias
@@ -166,13 +165,32 @@ def fit_latent(
     frequencies: list[int] = []
     if R:
         keys = torch.cat((K[:, :R], constant[:, :R, None]), dim=-1)  # [G, R, r + 1]
-        spread = spread_of(stream, student, site, keys, Z, generator)
+        spread = spread_of(stream, student, site, keys, Z, center, generator)
         energy = energy_by_frequency(attention, seen)
         rows, factors, frequencies = rebuilt_keys(keys, spread, energy, new.qk_head_dim)
         fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
     left, total = loss.left(Z), loss.total
     shares = [float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))]
     return FittedHeads(fitted, frequencies, *shares)
+
+
+def decoded(
+    weight: torch.Tensor, moments: torch.Tensor, means: torch.Tensor, Z: torch.Tensor, center: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps from the latent Z (x - `center`) for those of heads, and what is to be added.
+
+    Args:
+        weight: [G, N, d].
+        moments, means: covariances [P, d, d] about means [P, d] of the inputs of each part.
+
+    Returns:
+        [G, N, r] and [G, N].
+    """
+    P, shape = len(moments), weight.shape[:2]
+    weight = weight.unflatten(0, (P, -1)).flatten(1, 2)
+    maps = latent_fitting.decoder(weight, moments, Z)
+    offset = torch.einsum("pnd,pd->pn", weight, means) - torch.einsum("pnr,pr->pn", maps, (means - center) @ Z.mT)
+    return maps.view(*shape, -1), offset.view(shape)
 
 
 def importance(

@@ -3,8 +3,8 @@
 B batch, T tokens, S tokens attended to, H query heads, G heads that the latent stands for, D head width of which R
 components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
 
-A latent c = Z x [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each with a
-rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
+A latent c = Z x + z [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each of
+a rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
 commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
 
 - by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
@@ -84,7 +84,7 @@ class MQALatentAttention(nn.Module):
         sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
         self.sliding_window = config.sliding_window if sliding else None
         self.q_proj = nn.Linear(d, H * self.head_dim, bias=config.query_bias)
-        self.kv_proj = nn.Linear(d, r, bias=False)
+        self.kv_proj = nn.Linear(d, r)
         W, plain = self.qk_head_dim, self.head_dim - (config.rotary_dim if self.rotary else 0)
         self.register_buffer("rotated", rotated_components(config, layer_idx) if W else None, persistent=False)
         self.k_proj = nn.Linear(r, W) if W else None
