@@ -3,22 +3,22 @@
     python -m mqa_hf.eval.methods SOURCE --calibration train.jsonl.xz --validation validation.jsonl.xz --device cuda
 
 converts it by every method, with 1, 2 and 4 heads and fitted heads 2 and 4 times as wide, and prints the loss on the
-validation texts beside the cache bytes of a token. `--sweep` varies the number of calibration tokens instead.
+validation texts beside the cache bytes of a token. `--sweep` varies the number of calibration tokens instead;
+`--peers` also measures what people use in place of a conversion (`peers/`). `--output` gets a JSON line of each row as
+it is measured, of which `methods_picture.py` draws a picture.
 """
 
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf.base.commands import run_job
@@ -32,18 +32,10 @@ from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.source import load_config
 
+from .methods_picture import MethodRecord, check_new, draw
+from .peers import mean_loss, notes, peers_of, swapped
+
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
-
-
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, tokens: torch.Tensor, batch: int = 4) -> float:
-    """Mean cross-entropy in nats of each token after the first of its row; tokens [N, T]."""
-    total = 0.0
-    for rows in tokens.split(batch):
-        logits = model(rows.to(model.device), use_cache=False).logits[:, :-1].float()
-        labels = rows[:, 1:].to(model.device)
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
@@ -65,16 +57,6 @@ def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-class MethodRecord(BaseModel):
-    """A conversion, the cache bytes of a token at 16 bits, what it took, and the loss on each validation text."""
-
-    conversion: str
-    cache_bytes: int
-    seconds: float | None = None
-    device_gib: float | None = None
-    loss: list[float]
-
-
 @dataclass(frozen=True)
 class MethodComparison(Job[list[MethodRecord]]):
     """Compare the methods of conversion on one checkpoint."""
@@ -90,10 +72,16 @@ class MethodComparison(Job[list[MethodRecord]]):
     sequence_length: Annotated[int, Option("Tokens of a row.", min=4)] = 512
     device: Annotated[str, Option("A PyTorch device.")] = "cpu"
     sweep: Annotated[bool, Option("Vary the calibration tokens.")] = False
+    peers: Annotated[bool, Option("Also measure what people use in place of a conversion.")] = False
+    output: Annotated[Path | None, Option("New file that gets a JSON line of each row.")] = None
+    picture: Annotated[Path | None, Option("PNG or SVG of the losses over the cache.")] = None
 
     def resolve(self) -> "MethodComparison":
-        """Itself; raises MQAError for a device that is not there."""
+        """Itself; raises MQAError for a device that is not there and for files that cannot be written."""
         check_device(self.device)
+        if self.sweep and self.peers:
+            raise MQAError("`sweep` and `peers` are two tables; ask for one of them")
+        check_new(self.output, self.picture)
         return self
 
     def run(self) -> list[MethodRecord]:
@@ -103,23 +91,67 @@ class MethodComparison(Job[list[MethodRecord]]):
         description = inspect(job.source)
         if not description["convertible"]:
             raise MQAError(f"{job.source} cannot be converted: {description['reason']}")
-        texts = job.texts()
+        found = []
+        for record in job.rows(description):
+            found.append(record)
+            if job.output is not None:
+                record.append(job.output)
+            say(f"{record.conversion}: {', '.join(f'{loss:.3f}' for loss in record.loss)} nats")
+        if job.picture is not None:
+            draw(found, job.picture)
+        return found
+
+    def rows(self, description: dict[str, Any]) -> Iterator[MethodRecord]:
+        """The original, its conversions, and peers, one after another."""
+        texts, heads = self.texts(), description["num_key_value_heads"]
         cache = description["kv_bytes_per_token"]["now"]
-        found = [MethodRecord(conversion="original", cache_bytes=cache, loss=job.losses(job.source, texts))]
+        yield self.record("original", cache, self.losses(self.source, texts))
         chosen = [(f"{n:,} tokens", {"method": "shared", "calibration_tokens": n}) for n in SWEEP]
-        if not job.sweep:
-            chosen = variants(description["num_key_value_heads"])
+        if not self.sweep:
+            chosen = variants(heads)
         with tempfile.TemporaryDirectory() as scratch:
             for name, options in chosen:
-                found.append(job.measured(name, options, Path(scratch) / "converted", texts))
-                say(f"{name}: {', '.join(f'{loss:.3f}' for loss in found[-1].loss)} nats")
-        return found
+                yield self.measured(name, options, Path(scratch) / "converted", texts)
+        if self.peers:
+            yield from self.peer_rows(heads, texts)
+
+    def record(self, conversion: str, cache_bytes: int, loss: list[float], **more: Any) -> MethodRecord:
+        names = [Path(text).name.split(".")[0] for text in self.validation]
+        return MethodRecord(
+            conversion=conversion, cache_bytes=cache_bytes, loss=loss, source=self.source.name, texts=names, **more
+        )
+
+    def peer_rows(self, heads: int, texts: Sequence[torch.Tensor]) -> Iterator[MethodRecord]:
+        """What people use instead, on the canonical model with all its heads in float32."""
+        model = convert(self.source, kv_heads=heads, dtype="float32").to(self.device)
+        rows = self.tokens_of(self.calibration, self.calibration_tokens)
+        start = self.start()
+        for peer in peers_of(model, rows):
+            taken = self.taken(start)
+            with swapped(model, peer.attentions):
+                losses = [mean_loss(model, text) for text in texts]
+            yield self.record(peer.name, peer.cache_bytes, losses, peer=True, **taken)
+            start = self.start()
+
+    def start(self) -> float:
+        """The time, from where on memory is counted, too."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return time.perf_counter()
+
+    def taken(self, start: float) -> dict[str, float | None]:
+        """Seconds and memory since then."""
+        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+        return {"seconds": round(time.perf_counter() - start, 1), "device_gib": peak}
 
     def texts(self) -> list[torch.Tensor]:
         """Rows of each validation text."""
-        size, length = load_config(self.source).get_text_config(decoder=True).vocab_size, self.sequence_length
-        tokenizer = load_tokenizer(self.source)
-        return [calibration_tokens(tokenizer, text, self.tokens, length, size, seed=0) for text in self.validation]
+        return [self.tokens_of(text, self.tokens) for text in self.validation]
+
+    def tokens_of(self, text: str, count: int) -> torch.Tensor:
+        """Rows of a text [N, sequence_length]."""
+        size = load_config(self.source).get_text_config(decoder=True).vocab_size
+        return calibration_tokens(load_tokenizer(self.source), text, count, self.sequence_length, size, seed=0)
 
     def losses(self, checkpoint: Path, texts: Sequence[torch.Tensor]) -> list[float]:
         model = load_model(checkpoint, dtype=torch.float32).to(self.device)
@@ -133,18 +165,10 @@ class MethodComparison(Job[list[MethodRecord]]):
         if options["method"] == "shared" or options.get("refit"):
             text = {"calibration": self.calibration, "calibration_tokens": self.calibration_tokens}
             here |= {**text, "device": self.device}
-        start = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        start = self.start()
         report = convert(self.source, output, **{**here, **options})
-        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
-        return MethodRecord(
-            conversion=name,
-            cache_bytes=report.kv_bytes_per_token.after,
-            seconds=round(time.perf_counter() - start, 1),
-            device_gib=peak,
-            loss=self.losses(output, texts),
-        )
+        taken = self.taken(start)
+        return self.record(name, report.kv_bytes_per_token.after, self.losses(output, texts), **taken)
 
     def show(self, result: list[MethodRecord], console: Console) -> None:
         """A table; how much of the gap between the mean's loss and the original's each closes."""
@@ -158,6 +182,10 @@ class MethodComparison(Job[list[MethodRecord]]):
         for r in result:
             closed = "" if worst is None else f"{(worst - r.loss[0]) / (worst - best):.1%}"
             table.add_row(r.conversion, f"{r.cache_bytes:,}", *(f"{loss:.3f}" for loss in r.loss), closed)
+        if self.peers:
+            table.caption = notes([r.conversion for r in result if r.peer], self.sequence_length)
+            table.caption_justify = "left"
+        console.width = max(console.width, 120)  # the table takes what it needs
         console.print(table)
 
 

@@ -15,6 +15,7 @@ from tokenizer import write_tokenizer
 from mqa_hf.base.errors import MQAError
 from mqa_hf.eval.kernels import KernelTiming
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
+from mqa_hf.eval.methods_picture import MethodPicture, read
 
 
 def test_every_method_is_measured(tmp_path):
@@ -26,19 +27,31 @@ def test_every_method_is_measured(tmp_path):
     text.write_text("all work and no play makes a dull model. " * 100)
     command = [sys.executable, "-m", "mqa_hf.eval.methods", source, "--calibration", text, "--validation", text]
     command += ["--calibration-tokens", "512", "--tokens", "256", "--sequence-length", "32"]
+    command += ["--peers", "--output", tmp_path / "results.jsonl", "--picture", tmp_path / "methods.png"]
     output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
     records = [MethodRecord(**record) for record in json.loads(output)]
+    assert records == read(tmp_path / "results.jsonl")
     assert records[0].conversion == "original"
-    rows = {record.conversion: record for record in records[1:]}
+    peers = {record.method.partition(" ")[0] for record in records if record.peer}
+    assert peers == {"by", "KIVI", "Palu", "CARE", "MHA2MLA", "TransMLA"}
+    rows = {record.conversion: record for record in records[1:] if not record.peer}
     assert len(rows) == 2 * 6 + 3
     assert rows["shared + refit, 1 head 2 wide"].cache_bytes == rows["mean, 2 head(s)"].cache_bytes
     assert rows["shared + refit, cache of 2 heads"].cache_bytes <= rows["mean, 2 head(s)"].cache_bytes
-    job = MethodComparison(source, calibration=str(text), validation=[str(text)])
+    drawn = (tmp_path / "methods.png").read_bytes()
+    MethodPicture(tmp_path / "results.jsonl", tmp_path / "again.png").run()
+    assert drawn == (tmp_path / "again.png").read_bytes()
+    job = MethodComparison(source, calibration=str(text), validation=[str(text)], sequence_length=32, peers=True)
     console = Console(width=120, record=True, file=io.StringIO())
     job.show(records, console)
     table = console.export_text()
     assert "100.0%" in next(line for line in table.splitlines() if "original" in line)
     assert " 0.0%" in next(line for line in table.splitlines() if "mean, 1 head(s)" in line)
+    assert "these are 100% (128 whole), 100% (32 whole) of all" in " ".join(table.split())
+    assert "Left out" not in table
+    few = [record for record in records if not record.peer or record.method == "KIVI (32 whole)"]
+    job.show(few, console)
+    assert "no rotary positions: MHA2MLA, TransMLA." in " ".join(console.export_text().split())
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
@@ -48,6 +61,20 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         MethodComparison(source, **given, device="abacus").run()
     with pytest.raises(MQAError, match="there is no directory"):
         MethodComparison(tmp_path / "nothing", **given).run()
+    with pytest.raises(MQAError, match="`sweep` and `peers` are two tables"):
+        MethodComparison(source, **given, sweep=True, peers=True).run()
+    with pytest.raises(MQAError, match=r"`output` .* must be a new file"):
+        MethodComparison(source, **given, output=source / "config.json").run()
+    with pytest.raises(MQAError, match=r"`picture` .* must end in \.png or \.svg"):
+        MethodComparison(source, **given, picture=tmp_path / "picture.txt").run()
+
+
+def test_a_file_of_something_else_is_not_drawn(tmp_path):
+    lines = tmp_path / "results.jsonl"
+    for text, said in (("", "its first line is not the original's"), ("[]", "line 1 is no object"), ("{", "line 1")):
+        lines.write_text(text)
+        with pytest.raises(MQAError, match=said):
+            MethodPicture(lines, tmp_path / "picture.png").run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
