@@ -28,7 +28,7 @@ METHODS = [
     {"method": "shared", "seed": 5, **FIT},
     {"method": "shared", "refit": False, "seed": 6, "head_width": 1.5, **FIT},
     {"method": "shared", "cache_budget": "40%", **FIT},
-    {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "seed": 8, **FIT},
+    {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 3, "seed": 8, **FIT},
     {"target": "native", "max_shard_size": "40KB"},
 ]
 
@@ -89,7 +89,7 @@ def test_it_says_whether_outputs_were_refitted_and_what_a_loss_was_measured_on(o
 
 def test_a_latent_is_said_in_place_of_heads(home, tmp_path):
     """Three layers of 32 numbers at 4 bits, 16 bytes and two 16-bit numbers for scale and offset."""
-    options = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, **FIT}
+    options = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 3, **FIT}
     report = convert(home / "source", tmp_path / "ours", calibration=str(home / "text.jsonl"), **options)
     latent = {"width": 32, "bits": 4, "heads": 6, "key_components": 16}
     assert {name: found.model_dump() for name, found in report.latents.items()} == {"decoder": latent}
@@ -101,6 +101,7 @@ def test_a_latent_is_said_in_place_of_heads(home, tmp_path):
     assert f"| key/value heads | 6 | {said} |" in card
     assert "| cache, bytes per token (16 bit, latents 4) | 576 | 60 |" in card
     assert "nats a token. No training has followed.\n" in card
+    assert "and trained for 3 steps on the layer's own output" in card
     assert f"{report.held_out_loss.before:.3f} to {report.held_out_loss.after:.3f}" in card
     found = inspect(tmp_path / "ours")
     assert found["latents"] == {"decoder": latent}

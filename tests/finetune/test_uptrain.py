@@ -176,7 +176,7 @@ def latents(home):
     generator = np.random.default_rng(0)
     rows = ["".join(generator.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"), 60)) for _ in range(80)]
     (home / "letters.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    fit = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "dtype": "float32"}
+    fit = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 0, "dtype": "float32"}
     text = {"calibration": str(home / "letters.jsonl"), "calibration_tokens": 4096, "sequence_length": 16}
     convert(home / "source", home / "latents", **fit, **text)
     return "latents"
