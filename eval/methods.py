@@ -27,7 +27,8 @@ from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.options import Job, Option
 from mqa_hf.base.text import calibration_tokens, load_tokenizer
-from mqa_hf.conversion.convert import convert
+from mqa_hf.configuration_mqa import LATENT_GROUP
+from mqa_hf.conversion.convert import FITTED, convert
 from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.source import load_config
@@ -57,6 +58,21 @@ def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
+def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[str, dict[str, Any]]]:
+    """The same of latents: those of as many bytes as 1, 2, ... of the heads, and more numbers of fewer bits."""
+    most = min(hidden_size, 2 * heads * head_dim)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
+        for r in (n * head_dim for n in sizes):
+            if r <= most and r % LATENT_GROUP == 0:
+                rows.append((f"latent of {r}, {bits} bits", {"method": "latent", "latent": r, "latent_bits": bits}))
+    r = min(2 * head_dim, most)
+    rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))
+    share = str(r / (2 * heads * head_dim))
+    rows.append((f"latents of {r} on average", {"method": "latent", "cache_budget": share}))
+    return rows
+
+
 @dataclass(frozen=True)
 class MethodComparison(Job[list[MethodRecord]]):
     """Compare the methods of conversion on one checkpoint."""
@@ -72,6 +88,12 @@ class MethodComparison(Job[list[MethodRecord]]):
     sequence_length: Annotated[int, Option("Tokens of a row.", min=4)] = 512
     device: Annotated[str, Option("A PyTorch device.")] = "cpu"
     sweep: Annotated[bool, Option("Vary the calibration tokens.")] = False
+    only: Annotated[
+        Sequence[str], Option("Of the conversions, those by these methods only: mean, shared, latent, ...", comma=True)
+    ] = ()
+    key_width: Annotated[int | None, Option("Rebuilt components of keys of latents. Default: as chosen.", min=2)] = (
+        None
+    )
     peers: Annotated[bool, Option("Also measure what people use in place of a conversion.")] = False
     output: Annotated[Path | None, Option("New file that gets a JSON line of each row.")] = None
     picture: Annotated[Path | None, Option("PNG or SVG of the losses over the cache.")] = None
@@ -108,7 +130,9 @@ class MethodComparison(Job[list[MethodRecord]]):
         yield self.record("original", cache, self.losses(self.source, texts))
         chosen = [(f"{n:,} tokens", {"method": "shared", "calibration_tokens": n}) for n in SWEEP]
         if not self.sweep:
-            chosen = variants(heads)
+            stack = load_config(self.source).get_text_config(decoder=True)
+            chosen = [*variants(heads), *latent_variants(heads, description["head_dim"], stack.hidden_size)]
+            chosen = [(name, row) for name, row in chosen if not self.only or row["method"] in self.only]
         with tempfile.TemporaryDirectory() as scratch:
             for name, options in chosen:
                 yield self.measured(name, options, Path(scratch) / "converted", texts)
@@ -162,7 +186,9 @@ class MethodComparison(Job[list[MethodRecord]]):
     ) -> MethodRecord:
         """A conversion with these options, and its losses."""
         here = {"sequence_length": self.sequence_length, "dtype": "float32", "overwrite": True}
-        if options["method"] == "shared" or options.get("refit"):
+        if options["method"] == "latent" and self.key_width:
+            options = {**options, "key_width": self.key_width}
+        if options["method"] in FITTED or options.get("refit"):
             text = {"calibration": self.calibration, "calibration_tokens": self.calibration_tokens}
             here |= {**text, "device": self.device}
         start = self.start()
