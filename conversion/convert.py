@@ -111,8 +111,8 @@ class Fit(Options, panel="Fitting (--method shared, latent)"):
     latent_bits: Annotated[
         int,
         Option(
-            "Bits of a stored number of the latent. With 8 and 4, each 32 numbers have a scale and an offset besides, "
-            "one bit a number.",
+            "Bits of a stored number of the latent. With 8 and 4, each latent has a scale and an offset of 16 bits "
+            "besides.",
             choices=(16, 8, 4),
         ),
     ] = 16

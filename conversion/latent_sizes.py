@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.configuration_mqa import LATENT_GROUP, MQAConfig
+from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
 
 from .canonical import CanonicalConfig, heads_of, stack_of
 from .convert import ConversionOptions
@@ -68,14 +68,15 @@ def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOption
 
 def step_of(job: ConversionOptions) -> int:
     """What r is a multiple of."""
-    return LATENT_GROUP if job.latent_bits < 16 else 1
+    return LATENT_BLOCK if job.latent_bits < 16 else 1
 
 
 def budget_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
     """Numbers of latents, all layers together, that a cache budget allows."""
     assert job.cache_budget is not None
     nbytes = 2 * budget_components(job.cache_budget, config, 1, attention)
-    return int(nbytes / (2 if job.latent_bits == 16 else job.latent_bits / 8 + 4 / LATENT_GROUP))
+    scales = 0 if job.latent_bits == 16 else 4 * stack_of(config, attention).num_hidden_layers
+    return max(int((nbytes - scales) * 8 / job.latent_bits), 0)
 
 
 def choose_latents(

@@ -15,7 +15,7 @@ Where nothing is rotated W is 0, and there is one way to keep a latent.
 from dataclasses import dataclass
 from typing import Literal
 
-from mqa_hf.configuration_mqa import LATENT_GROUP, MQAConfig, of_layer
+from mqa_hf.configuration_mqa import MQAConfig, of_layer
 
 Keys = Literal["rebuilt", "expanded"]  # in each step from a latent, or once and stored beside it
 
@@ -77,7 +77,7 @@ class AttentionSizes:
             return (self.rebuilt + self.r) * itemsize
         if self.bits == 16:
             return self.r * itemsize
-        return self.r * self.bits // 8 + 2 * (self.r // LATENT_GROUP) * itemsize
+        return self.r * self.bits // 8 + 2 * itemsize
 
 
 def own_attention(config: MQAConfig, layer: int) -> AttentionSizes:

@@ -6,7 +6,7 @@ r numbers of a latent, W key components that are rebuilt from it, G key/value he
 from collections.abc import Sequence
 
 from mqa_hf.base.errors import MQAError
-from mqa_hf.configuration_mqa import LATENT_GROUP, MQAConfig
+from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
 from mqa_hf.conversion.canonical import decoder_of, latents_of
 from mqa_hf.conversion.families import check_own_heads
 from mqa_hf.conversion.latent_sizes import latent_config, most_keys, most_numbers
@@ -39,7 +39,7 @@ def latent_models(
         raise MQAError("`key_widths` are of rotary positions; here keys are not rebuilt, a latent is key and value")
     found: dict[str, Config] = {}
     for count in bits or (16,):
-        step = 1 if count == 16 else LATENT_GROUP
+        step = 1 if count == 16 else LATENT_BLOCK
         default = min(2 * decoder.head_dim, most_numbers(decoder, heads)) // step * step
         for r in latents or (default,):
             for W in key_widths or (min(heads, 4) * decoder.rotary_dim,):
@@ -55,8 +55,8 @@ def check_latent(decoder: MQAConfig, r: int, W: int, bits: int) -> None:
     most, keys = most_numbers(decoder, heads), heads * decoder.rotary_dim
     if r > most:
         raise MQAError(f"`latents` {r} is more than the {most} numbers that hold all keys and values of a token")
-    if r < 1 or (bits < 16 and r % LATENT_GROUP):
-        raise MQAError(f"`latents` must be multiples of {LATENT_GROUP} with `latent_bits` {bits}; got {r}")
+    if r < 1 or (bits < 16 and r % LATENT_BLOCK):
+        raise MQAError(f"`latents` must be multiples of {LATENT_BLOCK} with `latent_bits` {bits}; got {r}")
     if W % 2 or keys < W:
         raise MQAError(f"`key_widths` must be even and at most the {keys} rotated components of all keys; got {W}")
 

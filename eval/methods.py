@@ -27,7 +27,7 @@ from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.options import Job, Option
 from mqa_hf.base.text import calibration_tokens, load_tokenizer
-from mqa_hf.configuration_mqa import LATENT_GROUP
+from mqa_hf.configuration_mqa import LATENT_BLOCK
 from mqa_hf.conversion.convert import FITTED, convert
 from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
@@ -64,7 +64,7 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     rows: list[tuple[str, dict[str, Any]]] = []
     for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
         for r in (n * head_dim for n in sizes):
-            if r <= most and r % LATENT_GROUP == 0:
+            if r <= most and r % LATENT_BLOCK == 0:
                 rows.append((f"latent of {r}, {bits} bits", {"method": "latent", "latent": r, "latent_bits": bits}))
     r = min(2 * head_dim, most)
     rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))

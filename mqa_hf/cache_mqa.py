@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_mqa import LATENT_GROUP, MQAConfig, of_layer
+from .configuration_mqa import MQAConfig, of_layer
 from .packing_mqa import pack_latent, unpack_latent
 
 FLOAT8 = torch.float8_e4m3fn
@@ -186,7 +186,7 @@ class ExpandedLayer(KeyValueLayer):
 
 class LatentLayer(DecodeLayer):
     """Latents and nothing else: `codes` are the latents themselves [rows, 1, S, r], or with 8 or 4 bits what
-    `packing_mqa.py` makes of them [rows, 1, S, r · bits / 8], with `scales` and `offsets` [rows, 1, S, r / 32].
+    `packing_mqa.py` makes of them [rows, 1, S, r · bits / 8], with `scales` and `offsets` [rows, 1, S].
     """
 
     def __init__(self, shape: tuple[int, int, int], bits: int, dtype: torch.dtype, device: torch.device, copy: bool):
@@ -195,9 +195,9 @@ class LatentLayer(DecodeLayer):
         self.bits = bits
         width, kind = (latent, dtype) if bits == 16 else (latent * bits // 8, torch.uint8)
         self.codes = torch.zeros(rows, 1, capacity, width, dtype=kind, device=device)
-        groups = (rows, 1, capacity, 0 if bits == 16 else latent // LATENT_GROUP)
-        self.scales = torch.zeros(groups, dtype=dtype, device=device)
-        self.offsets = torch.zeros(groups, dtype=dtype, device=device)
+        each = (rows, 1, 0 if bits == 16 else capacity)
+        self.scales = torch.zeros(each, dtype=dtype, device=device)
+        self.offsets = torch.zeros(each, dtype=dtype, device=device)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         names = ("codes",) if self.bits == 16 else ("codes", "scales", "offsets")
@@ -218,7 +218,7 @@ class LatentLayer(DecodeLayer):
 
     def unpacked(self, held: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         """The latents [..., r] of what the buffers hold."""
-        return (held["codes"] if self.bits == 16 else unpack_latent(**held)).to(dtype)
+        return (held["codes"] if self.bits == 16 else unpack_latent(**held, bits=self.bits)).to(dtype)
 
     def update_latents(self, made: torch.Tensor) -> torch.Tensor:
         """Extend by new latents [B, T, r] -> all latents [B, 1, S, r], rounded."""

@@ -146,7 +146,7 @@ def test_a_basis_for_rounding_loses_less_than_a_white_one():
         ("white", torch.eye(r, dtype=torch.float64)),
         ("chosen", latent_fitting.for_rounding(importance, generator)),
     ):
-        error = unpack_latent(*pack_latent(c @ T.mT, 4)) @ torch.linalg.inv(T).mT - c
+        error = unpack_latent(*pack_latent(c @ T.mT, 4), 4) @ torch.linalg.inv(T).mT - c
         lost[name] = float(torch.einsum("na,ab,nb->n", error, importance, error).mean())
     # (Σ √λ)² / r of Σ λ is what equal steps in all directions can bring.
     roots = torch.logspace(0, -2, r, dtype=torch.float64)

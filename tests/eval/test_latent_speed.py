@@ -29,7 +29,7 @@ def latent_bytes(bits: int, keys: str) -> int:
     """Of a token and layer with latents of 32 numbers and 24 key components in float32."""
     if keys == "expanded":
         return 4 * (32 + 24)
-    return 4 * 32 if bits == 16 else 32 * bits // 8 + 2 * 4 * 32 // 32
+    return 4 * 32 if bits == 16 else 32 * bits // 8 + 2 * 4
 
 
 def test_latents_are_timed_beside_heads_with_keys_rebuilt_and_kept(source: Path, tmp_path: Path):

@@ -112,14 +112,14 @@ def with_heads(model):
         for name, value in fields.items()
         if not name.startswith("kv_latent") and name not in ("qk_head_dim", "rope_frequencies", "cross_qk_head_dim")
     }
-    fields.update(num_key_value_heads=G, key_bias=True, value_bias=False)
+    fields.update(num_key_value_heads=G, key_bias=True, value_bias=True)
     plain = MQAForCausalLM(MQAConfig(**fields)).eval().double()
     model = model.double()
     own = {name: tensor for name, tensor in model.state_dict().items() if "self_attn" not in name}
     plain.load_state_dict(own, strict=False)
     for ours, theirs in zip(model.model.layers, plain.model.layers):
         a, b = ours.self_attn, theirs.self_attn
-        Z, D = a.kv_proj.weight, model.config.head_dim
+        Z, z, D = a.kv_proj.weight, a.kv_proj.bias, model.config.head_dim
         key, bias = Z.new_zeros(G, D, Z.shape[1]), Z.new_zeros(G, D)
         R = model.config.rotary_dim if a.rotary else 0
         if R:
@@ -129,12 +129,13 @@ def with_heads(model):
                 for to, one, other in ((j, real, -imaginary), (j + half, imaginary, real)):
                     rows = one[:, None] * a.k_proj.weight[c] + other[:, None] * a.k_proj.weight[c + C]
                     key[:, to] += rows @ Z
-                    bias[:, to] += one * a.k_proj.bias[c] + other * a.k_proj.bias[c + C]
+                    bias[:, to] += rows @ z + one * a.k_proj.bias[c] + other * a.k_proj.bias[c + C]
         if a.k_up is not None:
-            key[:, R:] = a.k_up.weight @ Z
+            key[:, R:], bias[:, R:] = a.k_up.weight @ Z, a.k_up.weight @ z
         b.k_proj.weight.copy_(key.flatten(0, 1))
         b.k_proj.bias.copy_(bias.flatten())
         b.v_proj.weight.copy_((a.v_up.weight @ Z).flatten(0, 1))
+        b.v_proj.bias.copy_((a.v_up.weight @ z).flatten())
         for name in ("q_proj", "o_proj", "relative_bias"):
             if getattr(a, name) is not None:
                 getattr(b, name).load_state_dict(getattr(a, name).state_dict())
