@@ -64,7 +64,7 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     rows: list[tuple[str, dict[str, Any]]] = []
     for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
         for r in (n * head_dim for n in sizes):
-            if r <= most and r % LATENT_BLOCK == 0:
+            if r <= most and (bits == 16 or r % LATENT_BLOCK == 0):
                 rows.append((f"latent of {r}, {bits} bits", {"method": "latent", "latent": r, "latent_bits": bits}))
     r = min(2 * head_dim, most)
     rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))

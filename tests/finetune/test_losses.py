@@ -192,7 +192,7 @@ def test_gradients_reach_every_map_of_a_latent(kind, weights):
     parameters = [(n, p) for n, p in student.named_parameters() if "self_attn" in n or "attention" not in weights]
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for _, p in parameters)
     held = {n.removeprefix(f"{names[0]}.") for n, _ in parameters if n.startswith(names[0])}
-    maps = {"q_proj.weight", "kv_proj.weight", "v_up.weight", "o_proj.weight"}
+    maps = {"q_proj.weight", "kv_proj.weight", "kv_proj.bias", "v_up.weight", "o_proj.weight"}
     maps |= {"k_proj.weight", "k_proj.bias", "query_factors"} if kind != "learned" else set()
     assert held == maps | ({"k_up.weight"} if kind in ("partly rotated", "learned") else set())
 
