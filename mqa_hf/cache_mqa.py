@@ -221,9 +221,10 @@ class LatentLayer(DecodeLayer):
         return (held["codes"] if self.bits == 16 else unpack_latent(**held, bits=self.bits)).to(dtype)
 
     def update_latents(self, made: torch.Tensor) -> torch.Tensor:
-        """Extend by new latents [B, T, r] -> all latents [B, 1, S, r], rounded."""
+        """Extend by new latents [B, T, r] -> all latents [B, 1, S, r], rounded; the first ones as they are."""
+        first = self.length
         every = self.extend(self.packed(made[:, None]))
-        return self.latents(made.dtype, every)
+        return made[:, None] if first == 0 else self.latents(made.dtype, every)
 
     def latents(self, dtype: torch.dtype | None = None, every: int = 1) -> torch.Tensor:
         """Those in use [rows, 1, length, r] of every so-manieth row."""

@@ -162,10 +162,11 @@ def _attend_kernel(
         # are fetched into the cache that all share while the kernel that rotates the queries still runs.
         if not HAS_ROWS:
             here, far = tl.minimum(low, last - 1), row.to(tl.int64)
-            k = keys + far * key_row + head * key_head + here * KEY
-            v = values + far * value_row + head * value_head + here * VALUE
-            _prefetch(k, (high - low - 1) * KEY + D, 2 * BLOCK_N * BLOCK_D)
-            _prefetch(v, (high - low - 1) * VALUE + DV, 2 * BLOCK_N * BLOCK_DV)
+            count = high - low - 1
+            _prefetch(keys + far * key_row + head * key_head + here * KEY, count * KEY + D, 2 * BLOCK_N * BLOCK_D)
+            _prefetch(
+                values + far * value_row + head * value_head + here * VALUE, count * VALUE + DV, 2 * BLOCK_N * BLOCK_DV
+            )
         gdc_wait()
     q = tl.load(
         query + q_row[:, None] * query_row + q_head[:, None] * D + d[None, :],
