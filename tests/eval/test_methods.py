@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from sources import LLAMA, make_model, save
 from tokenizer import write_tokenizer
 
 from mqa_hf.base.errors import MQAError
+from mqa_hf.base.text import calibration_tokens, load_tokenizer
+from mqa_hf.conversion.loading import load_model
+from mqa_hf.eval.by_position import LossByPosition
 from mqa_hf.eval.kernels import KernelTiming
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
 from mqa_hf.eval.methods_picture import MethodPicture, read
+from mqa_hf.eval.peers.common import mean_loss
 
 
 def test_every_method_is_measured(tmp_path):
@@ -87,3 +92,23 @@ def test_the_kernel_is_timed_on_a_gpu_only():
     assert KernelTiming(batch=[1, 256], context=[512, 32768], kv_heads=[8], largest=1.0).sizes == [
         (8, 1, 512), (8, 1, 32768), (8, 256, 512)
     ]  # fmt: skip
+
+
+def test_the_loss_by_position_is_that_of_the_model(tmp_path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    write_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("all work and no play makes a dull model. " * 200)
+    job = LossByPosition([source, source], text=str(text), length=24, tokens=96)
+    (found,) = job.run().values()
+    model = load_model(source, dtype=torch.float32)
+    rows = calibration_tokens(load_tokenizer(source), str(text), 96, 24, model.config.vocab_size, seed=0)
+    assert found == pytest.approx([mean_loss(model, rows)], rel=1e-6)
+    assert LossByPosition([Path("a")], text="b", length=3000).parts() == [
+        (0, 512),
+        (512, 1024),
+        (1024, 2048),
+        (2048, 2999),
+    ]
+    with pytest.raises(MQAError, match="`length` 100,000 is more than the"):
+        LossByPosition([source], text=str(text), length=100_000).run()
