@@ -9,19 +9,25 @@ needed; one layer and the states are all that is held.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+from mqa_hf.latent_mqa import MQALatentAttention
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer
 
 from .budget import curves_of
 from .canonical import CanonicalConfig, heads_of, stacks_of
+from .convert import FITTED
 from .heads import FittedHeads, compare, fit_heads, folded_bias, new_attention, pooled_heads, refit
+from .latent_moments import LatentSeen, look_for_latent
+from .latents import LatentCurves, fit_latent, latent_curves
+from .local_training import train
 from .matching import Layer
-from .moments import doubts, look
+from .moments import Seen, doubts, look
 from .states import Examples, FitOptions, Stream, Tensors, layer_config
 from .widths import Curves
 
@@ -138,10 +144,12 @@ class Calibration:
             setattr(student, site, new)
             if self.options.refit:
                 refit(stream, teacher, student, site)
+            if self.options.steps and isinstance(new, MQALatentAttention):
+                train(stream, teacher, student, site, self.options.steps, self.generator)
             name = "cross_" if site == "cross_attn" else ""
             errors = compare(stream, teacher, student, site, self.generator)
             report |= {f"{name}{key}": value for key, value in errors.items()}
-            if self.options.method == "shared":
+            if self.options.method in FITTED:
                 report[f"{name}discarded_key_energy"] = fit.discarded_key_energy
                 report[f"{name}discarded_value_energy"] = fit.discarded_value_energy
             result = {n: t for n, t in result.items() if f".{site}." not in n or ".relative_bias." in n}
@@ -154,26 +162,34 @@ class Calibration:
     ) -> FittedHeads:
         stack, number = layer
         stream, old = self.streams[stack], getattr(teacher, site)
-        if self.options.method != "shared":
+        if self.options.method not in FITTED:
             prefix = f"{stream.prefix}{site}."
             return pooled_heads(old, prefix, attention, self.heads, self.options.method, self.generator)
-        seen = look(stream, teacher, student, site, self.heads[attention], self.generator)
+        new: Attention = getattr(student, site)
+        seen: Seen | LatentSeen
+        if isinstance(new, MQALatentAttention):
+            seen = look_for_latent(stream, teacher, student, site, self.generator)
+        else:
+            seen = look(stream, teacher, student, site, self.heads[attention], self.generator)
         for said, where in doubts(old, seen, f"{stack} {site} of layer {number}".strip()).items():
             self.notes.setdefault(said, []).extend([where] if where else [])
-        new: MQAAttention = getattr(student, site)
+        if isinstance(seen, LatentSeen):
+            return fit_latent(stream, teacher, student, site, seen, self.generator)
+        assert isinstance(new, MQAAttention)
         choose = self.pooled[stack].rope_frequencies is not None
         return fit_heads(old, seen, new.qk_head_dim, new.v_head_dim, choose)
 
     @torch.no_grad()
-    def survey(self, layer: Layer, tensors: Tensors) -> dict[str, Curves]:
+    def survey(self, layer: Layer, tensors: Tensors) -> dict[str, Curves] | dict[str, LatentCurves]:
         """What each width of a layer's attentions would leave out, by name among `heads_of`; the tokens pass the
         teacher."""
         stream, teacher = self.enter(layer, tensors)
-        curves = {
-            name: curves_of(stream, teacher, site, self.heads[name], self.generator)
-            for site, name in self.sites(layer[0])
-            if name in self.attentions
-        }
+        curves: dict[str, Any] = {}
+        for site, name in self.sites(layer[0]):
+            if name in self.attentions and self.options.method == "latent":
+                curves[name] = latent_curves(stream, teacher, site, self.generator)
+            elif name in self.attentions:
+                curves[name] = curves_of(stream, teacher, site, self.heads[name], self.generator)
         stream.advance(teacher, teacher)
         return curves
 

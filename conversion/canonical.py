@@ -19,6 +19,8 @@ from mqa_hf.modeling_mqa import MQAForCausalLM
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
+from .record import Latent
+
 CanonicalConfig = MQAConfig | MQASeq2SeqConfig
 Shapes = dict[str, tuple[int, ...]]
 C = TypeVar("C", bound=PreTrainedConfig)
@@ -85,6 +87,22 @@ def heads_of(config: CanonicalConfig) -> dict[str, int]:
         "cross": cross,
         "encoder": config.encoder.num_key_value_heads,
     }
+
+
+def latents_of(config: CanonicalConfig) -> dict[str, Latent]:
+    """The latents of attentions (keys of [`heads_of`]) that have one in place of keys and values."""
+    found = {}
+    for name in heads_of(config):
+        stack = stack_of(config, name)
+        width = stack.cross_kv_latent_dim if name == "cross" else stack.kv_latent_dim
+        if width is not None:
+            found[name] = Latent(
+                width=width,
+                bits=stack.kv_latent_bits,
+                heads=stack.kv_latent_heads or stack.num_attention_heads,
+                key_components=0 if name == "cross" or not any(stack.rope_layers) else stack.qk_head_dim,
+            )
+    return found
 
 
 def canonical_class(config: CanonicalConfig) -> Any:

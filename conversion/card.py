@@ -35,6 +35,7 @@ def write_card(directory: Path, record: ConversionRecord, source: Path | None, c
         base_model=record.source if is_id else None,
         tags=["mqa-hf", "multi-query-attention"] if own else ["mqa-hf"],
     )
+    bits = {latent.bits for latent in record.latents.values()} - {16}
     card = ModelCard.from_template(
         data,
         template_str=files("mqa_hf.conversion").joinpath("model_card.md.jinja").read_text(),
@@ -42,7 +43,8 @@ def write_card(directory: Path, record: ConversionRecord, source: Path | None, c
         auto_class=loaded_by.__name__,
         language="bash" if record.command.startswith("mqa-hf ") else "python",
         trust=", trust_remote_code=True" if own else "",
-        changed=[name for name, heads in record.attentions.items() if heads.before != heads.after],
+        changed=[n for n, heads in record.attentions.items() if heads.before != heads.after or n in record.latents],
+        stored="16 bit" + "".join(f", latents {count}" for count in bits),
         **dict(record),
     )
     card.save(directory / "README.md")

@@ -32,13 +32,14 @@ class Heads(Options):
     method: Annotated[
         str,
         Option(
-            "How heads become one: mean, first or random (arXiv 2305.13245, section 3.2), or shared: heads fitted to "
-            "what the layers see of a calibration text.",
-            choices=("mean", "first", "random", "shared"),
+            "How heads become one: mean, first or random (arXiv 2305.13245, section 3.2); shared: heads fitted to "
+            "what the layers see of a calibration text; latent: one vector a token, fitted likewise, from which "
+            "values are read and keys rebuilt.",
+            choices=("mean", "first", "random", "shared", "latent"),
             recorded="always",
         ),
     ] = "mean"
-    seed: Annotated[int, Option("Seed of `method` random and shared.", min=0, below=2**64)] = 0
+    seed: Annotated[int, Option("Seed of `method` random, shared and latent.", min=0, below=2**64)] = 0
     attention: Annotated[
         Sequence[str] | None,
         Option(
@@ -64,8 +65,8 @@ class Heads(Options):
 
 
 @dataclass(frozen=True)
-class Fit(Options, panel="Fitted heads (--method shared)"):
-    """How heads, and output projections, are fitted to a calibration text."""
+class Fit(Options, panel="Fitting (--method shared, latent)"):
+    """How heads or latents, and output projections, are fitted to a calibration text."""
 
     _: KW_ONLY
     calibration: Annotated[
@@ -76,7 +77,7 @@ class Fit(Options, panel="Fitted heads (--method shared)"):
             objects="also",
         ),
     ] = None
-    calibration_tokens: Annotated[int, Option("Tokens that heads are fitted on.", min=1)] = 131_072
+    calibration_tokens: Annotated[int, Option("Tokens to fit on.", min=1)] = 131_072
     sequence_length: Annotated[int, Option("Tokens of a sequence.", min=4)] = 512
     calibration_columns: Annotated[
         Sequence[str],
@@ -87,19 +88,46 @@ class Fit(Options, panel="Fitted heads (--method shared)"):
         ),
     ] = ()
     head_width: Annotated[float, Option("Width of a new head in units of an old one.", above=0)] = 1.0
-    key_width: Annotated[float | None, Option("The same, of keys alone. Default: `head_width`.", above=0)] = None
+    key_width: Annotated[
+        float | None,
+        Option(
+            "The same, of keys alone. Default: `head_width`. Of a latent: numbers of rotated keys that are rebuilt "
+            "from it. Default: so many in each layer that those left out cost less than what the latent leaves out.",
+            above=0,
+        ),
+    ] = None
     value_width: Annotated[float | None, Option("The same, of values alone. Default: `head_width`.", above=0)] = None
     cache_budget: Annotated[
         str | None,
         Option(
-            "In place of widths: cache bytes per token at 16 bits, or a share of the source's such as 25%. The widths "
-            "of each layer are chosen so that the least is lost."
+            "In place of widths or `latent`: cache bytes per token, or a share of the source's such as 25%. The sizes "
+            "of each layer are chosen so that the least is lost; `key_width` is then that of a latent on average."
+        ),
+    ] = None
+    latent: Annotated[
+        int | None,
+        Option("Numbers of a token's latent in each layer. Default: as many as one key and one value have.", min=1),
+    ] = None
+    latent_bits: Annotated[
+        int,
+        Option(
+            "Bits of a stored number of the latent. With 8 and 4, each latent has a scale and an offset of 16 bits "
+            "besides.",
+            choices=(16, 8, 4),
+        ),
+    ] = 16
+    fit_steps: Annotated[
+        int | None,
+        Option(
+            "Steps of training of each layer's latent on the layer's own output, after the closed form. Default: 200 "
+            "with `method` latent.",
+            min=0,
         ),
     ] = None
     refit: Annotated[
         bool | None,
         Option(
-            "Whether output projections are refitted on the calibration text. Default: with `method` shared.",
+            "Whether output projections are refitted on the calibration text. Default: with `method` shared, latent.",
         ),
     ] = None
     device: Annotated[str, Option("Where layers run.")] = "cpu"
@@ -168,7 +196,7 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
     @property
     def calibrated(self) -> bool:
         """Whether layers look at a calibration text."""
-        return self.method == "shared" or bool(self.refit)
+        return self.method in FITTED or bool(self.refit)
 
     @property
     def width_factors(self) -> tuple[float, float]:
@@ -177,23 +205,46 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
         return self.head_width if key is None else key, self.head_width if value is None else value
 
 
+FIT_STEPS = 200  # of training of each latent, where nothing else is said
+FITTED = ("shared", "latent")  # methods that look at a calibration text
 SOURCE = Option("Directory or hub id of the checkpoint; in Python also a loaded model.", objects="also")
 C = TypeVar("C", bound=ConversionOptions)
 
 
 def settled(job: C) -> C:
     """With `refit` filled in; raises ConversionError for options that contradict each other."""
-    job = replace(job, refit=job.method == "shared" if job.refit is None else job.refit)
-    widths = (job.head_width != 1, job.key_width is not None, job.value_width is not None)
+    job = replace(job, refit=job.method in FITTED if job.refit is None else job.refit)
+    if job.method == "latent" and job.fit_steps is None:
+        job = replace(job, fit_steps=FIT_STEPS)
+    latent, key_width = job.method == "latent", job.key_width
+    widths = (job.head_width != 1, key_width is not None and not latent, job.value_width is not None)
     budget = job.cache_budget is not None
     contradictions = (
         (
-            job.method != "shared" and (any(widths) or budget),
-            f"widths and `cache_budget` are for `method` shared, not {job.method}",
+            job.method not in FITTED and (any(widths) or budget),
+            f"widths and `cache_budget` are for `method` shared and latent, not {job.method}",
         ),
         (
+            latent and (job.head_width != 1 or job.value_width is not None),
+            "`head_width` and `value_width` are for `method` shared; `latent` and `key_width` are a latent's sizes",
+        ),
+        (
+            latent and key_width is not None and (key_width % 2 != 0),
+            f"`key_width` of a latent must be an even number, as components are rotated in pairs; got {key_width}",
+        ),
+        (latent and job.kv_heads != 1, f"a latent is one for all heads; `kv_heads` must be 1, not {job.kv_heads}"),
+        (
+            not latent and (job.latent is not None or job.latent_bits != 16 or job.fit_steps is not None),
+            f"`latent`, `latent_bits` and `fit_steps` are for `method` latent, not {job.method}",
+        ),
+        (
+            latent and budget and job.latent is not None,
+            "`cache_budget` chooses the latents; give either it or `latent`",
+        ),
+        (latent and job.target == "native", "no class of transformers holds a latent; use `target` mqa"),
+        (
             not job.calibrated and (job.calibration is not None or bool(job.calibration_columns)),
-            f"calibration text is for `method` shared and for `refit`; `method` {job.method} reads none",
+            f"calibration text is for `method` shared and latent, and for `refit`; `method` {job.method} reads none",
         ),
         (
             job.calibrated and job.allow_nonfinite,
@@ -201,7 +252,7 @@ def settled(job: C) -> C:
         ),
         (
             job.calibrated and job.window is not None,
-            "`window` and `method` shared do not go together: heads are fitted to all they see",
+            f"`window` and `method` {job.method} do not go together: what is fitted looks at all that heads see",
         ),
         (
             budget and any(widths),

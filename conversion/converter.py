@@ -21,12 +21,13 @@ from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.configuration_mqa import MQAConfig
 
 from .calibration import Calibration
-from .canonical import longest
+from .canonical import longest, stacks_of
 from .card import write_card
 from .checkpoint import CheckpointWriter
 from .companions import Beside
 from .convert import Conversion, ConversionOptions, ModelConversion
 from .families import NATIVE_ONLY
+from .latent_sizes import choose_latents
 from .memory import AnySource, Given, ModelSource, ModelWriter, build, open_model
 from .passthrough import own_class_plan
 from .plan import Plan, Reading, make_plan, make_reading
@@ -36,7 +37,7 @@ from .saving import final_config, record_of, warnings_of, write_config
 from .source import open_source
 from .states import Examples, FitOptions
 from .walk import HeadMaker, survey, walk
-from .widths import budget_components
+from .widths import budget_components, choose_widths
 
 
 def carry_out(job: Conversion) -> ConversionRecord:
@@ -121,20 +122,28 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
     options = FitOptions(
         method=job.method,
         refit=bool(job.refit),
+        steps=job.fit_steps or 0,
         held_out=max(1, len(examples.tokens) // 16),
         device=job.device,
         seed=job.seed,
         scratch=scratch,
     )
     widths = None
-    if job.cache_budget is not None:
-        components = {
-            name: budget_components(job.cache_budget, reading.config, job.kv_heads, name)
-            for name in reading.attentions
-            if name != "encoder"
-        }
+    rotated = any(stack.position_embedding == "rotary" for stack in stacks_of(reading.config).values())
+    unknown = job.method == "latent" and job.key_width is None and rotated
+    if job.cache_budget is not None or unknown:
         looking = Calibration(reading.config, reading.pooled, examples, reading.attentions, options)
-        widths = survey(reading, looking, components)
+        curves = survey(reading, looking)
+        if job.method == "latent":
+            widths = {name: choose_latents(found, reading.config, name, job) for name, found in curves.items()}
+        else:
+            widths = {
+                name: choose_widths(
+                    curves[name], budget_components(job.cache_budget or "", reading.config, job.kv_heads, name)
+                )
+                for name in reading.attentions
+                if name != "encoder"
+            }
     plan = make_plan(reading, job, widths)
     return plan, Calibration(reading.config, plan.pooled, examples, reading.attentions, options)
 

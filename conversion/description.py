@@ -10,7 +10,7 @@ from mqa_hf.base.hub import locate
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .canonical import CanonicalConfig, canonical_shapes, decoder_of
+from .canonical import CanonicalConfig, canonical_shapes, decoder_of, latents_of
 from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
 from .inspect import Inspection
 from .passthrough import own_class
@@ -96,6 +96,9 @@ def _describe(config: CanonicalConfig) -> dict[str, Any]:
         "parameters": sum(math.prod(shape) for shape in canonical_shapes(config).values()),
         "kv_bytes_per_token": {"now": config.kv_bytes_per_token},
     }
+    latents = latents_of(config)
+    if latents:
+        description["latents"] = {name: latent.model_dump() for name, latent in latents.items()}
     if isinstance(config, MQASeq2SeqConfig):
         description |= {
             "encoder_layers": config.encoder.num_hidden_layers,

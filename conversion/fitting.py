@@ -144,22 +144,29 @@ def rotary_keys(
     J = w_k.shape[1] // 2
     keys = torch.complex(w_k[:, :J], w_k[:, J:])  # [m, J, d + 1]
     queries = torch.complex(w_q[:, :J], w_q[:, J:])  # [n, J, d + 1]
+    frequencies, rows, b, discarded = rotary_components(spread, energy, counts)
+    k = torch.einsum("cm,mcd->cd", rows, keys[:, frequencies])
+    q = b.conj().mT[head_of][..., None] * queries[:, frequencies]  # [n, c, d + 1]
+    return Keys(torch.cat((k.real, k.imag)), torch.cat((q.real, q.imag), dim=1), discarded)
+
+
+def rotary_components(
+    spread: torch.Tensor, energy: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """The components of [`rotary_keys`]: frequencies [C], ascending; α [C, m]; b [C, m]; the energy left out."""
     energies, vectors = torch.linalg.eigh(rotary_gram(spread, energy))  # ascending
     energies, vectors = energies.flip(-1).clamp(min=0), vectors.flip(-1)
     kept, total = energies[torch.arange(energies.shape[1]) < counts.cpu()[:, None]].sum(), energies.sum()
-    shared, mixed = [], []
-    for j, count in enumerate(counts.tolist()):
-        U = vectors[j, :, :count]  # [m, c]
-        weight = energy[j].sqrt()[:, None].to(U.dtype)
-        rows = U.mH @ (weight * keys[:, j])  # [c, d + 1]
-        # A head without queries at a frequency has no say there, and its (zero) queries need no key.
-        b = U * inverse(weight.real)
-        scale = b.abs().square().mean(dim=0).sqrt()
-        shared.append(rows * scale[:, None])
-        mixed.append((b * inverse(scale))[head_of].conj()[..., None] * queries[:, j, None])  # [n, c, d + 1]
-    k, q = torch.cat(shared), torch.cat(mixed, dim=1)
+    frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu())
+    nth = torch.cat([torch.arange(n) for n in counts.tolist()]) if len(frequencies) else frequencies
+    U = vectors[frequencies, :, nth]  # [C, m]
+    weight = energy[frequencies].sqrt()
+    # A head without queries at a frequency has no say there, and its (zero) queries need no key.
+    b = U * inverse(weight)
+    scale = b.abs().square().mean(dim=1, keepdim=True).sqrt()
+    rows = U.conj() * weight * scale
     discarded = 1.0 - float(kept / total) if total > 0 else 0.0
-    return Keys(torch.cat((k.real, k.imag)), torch.cat((q.real, q.imag), dim=1), max(discarded, 0.0))
+    return frequencies, rows, b * inverse(scale), max(discarded, 0.0)
 
 
 def reduced(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, make_attention
 
 from . import fitting
 from .moments import Seen, attention_weights, choose_queries, old_heads, projected
@@ -38,7 +38,7 @@ def groups(attention: MQAAttention, new: int) -> Iterator[tuple[slice, slice, to
         yield slice(i * m, (i + 1) * m), slice(i * m * g, (i + 1) * m * g), head_of
 
 
-def _augmented(linear: nn.Linear) -> torch.Tensor:
+def augmented(linear: nn.Linear) -> torch.Tensor:
     """A projection with its bias as the last column."""
     bias = torch.zeros(linear.out_features, 1, device=linear.weight.device)
     bias = bias if linear.bias is None else linear.bias[:, None]
@@ -75,8 +75,8 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
     D, Dv, m = attention.qk_head_dim, attention.v_head_dim, G // new
     R = config.rotary_dim if attention.rotary else 0
     pairs = rotated_pairs(width_k, R, D, m)
-    w_q = _augmented(attention.q_proj).view(H, D, d + 1)
-    w_k = _augmented(attention.k_proj).view(G, D, d + 1)
+    w_q = augmented(attention.q_proj).view(H, D, d + 1)
+    w_k = augmented(attention.k_proj).view(G, D, d + 1)
     w_v = attention.v_proj.weight.double().view(G, Dv, d)
     w_o = attention.o_proj.weight.double().view(d, H, Dv).transpose(0, 1)
     counts = _shared_out(seen, R, pairs, choose)
@@ -141,19 +141,20 @@ def folded_bias(attention: MQAAttention) -> torch.Tensor:
     return bias
 
 
-def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> MQAAttention:
-    """The new attention: fitted projections, the bias of the old values in that of the output."""
-    new = MQAAttention(config, number, cross=old.cross).float().eval()
+def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> Attention:
+    """The new attention: fitted projections, the bias of the old values in that of the output, beside what `fitted`
+    has for it."""
+    new = make_attention(config, number, cross=old.cross).float().eval()
     state = {name: t.float() for name, t in fitted.items()}
     state |= {f"relative_bias.{n}": t for n, t in (old.relative_bias or nn.Identity()).state_dict().items()}
     if new.o_proj.bias is not None:
-        state["o_proj.bias"] = folded_bias(old)
+        state["o_proj.bias"] = folded_bias(old) + state.get("o_proj.bias", 0.0)
     new.load_state_dict(state)
     return new.to(old.k_proj.weight.device)
 
 
 def heads_output(
-    stream: Stream, attention: MQAAttention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of an attention's heads side by side [B, T, H·Dv], and of the attention [B, T, d]."""
     seen: list[torch.Tensor] = []

@@ -21,8 +21,9 @@ class Inspection(Job[dict[str, Any]]):
         Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else
         `None`), `conversion` and `training` (what `conversion.json` of a converted checkpoint and `uptraining.json` of
         a trained one say, else `None`). Where the configuration is understood: `layers`, `num_attention_heads`,
-        `num_key_value_heads`, `head_dim`, `parameters` and `kv_bytes_per_token` (16 bit; `now` and, where it can be
-        converted, `after`); of a native conversion only what its `conversion.json` says. Where it can be converted:
+        `num_key_value_heads`, `head_dim`, `parameters` and `kv_bytes_per_token` (16 bit, latents at theirs; `now` and,
+        where it can be converted, `after`); of a native conversion only what its `conversion.json` says. `latents`:
+        width, bits, heads and rebuilt key components by attention, where there are any. Where it can be converted:
         `native`, the model type of the class of transformers that holds the result, or `False`.
 
     Raises:
@@ -52,8 +53,9 @@ class Inspection(Job[dict[str, Any]]):
     def show(self, result: dict[str, Any], console: "Console") -> None:
         from rich.table import Table
 
-        from .record import LayerRecord
+        from .record import Latent, LayerRecord
 
+        latents = {name: Latent.model_validate(said) for name, said in result.get("latents", {}).items()}
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         for name in (
             "source",
@@ -64,8 +66,13 @@ class Inspection(Job[dict[str, Any]]):
             "num_key_value_heads",
             "head_dim",
         ):
+            if name == "num_key_value_heads" and "decoder" in latents:
+                continue
             if name in result:
                 table.add_row(name.replace("_", " "), str(result[name]))
+        for attention, latent in latents.items():
+            title = "keys and values" if attention == "decoder" else f"keys and values of {attention} attention"
+            table.add_row(title, f"{latent.in_words()}, of {latent.heads} heads")
         if "parameters" in result:
             table.add_row("parameters", f"{result['parameters']:,}")
             for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):

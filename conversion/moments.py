@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from mqa_hf.attention_mqa import eager_attention_forward
-from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
+from mqa_hf.latent_mqa import MQALatentAttention
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
 
 from . import fitting
 from .states import Stream
@@ -45,9 +46,12 @@ def old_heads(attention: MQAAttention) -> int:
 
 
 def projected(
-    stream: Stream, attention: MQAAttention, h: torch.Tensor, source: torch.Tensor
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys, rotated: [B, H, T, D] and [B, G, S, D]."""
+    if isinstance(attention, MQALatentAttention):
+        query = attention.queries(h, stream.angles)
+        return query, attention.keys_by_head(attention.latents(source), stream.angles)
     query = project(attention.q_proj, h, attention.qk_head_dim)
     key = project(attention.k_proj, source, attention.qk_head_dim)
     if attention.rotary and stream.angles is not None:
@@ -56,7 +60,11 @@ def projected(
 
 
 def attention_weights(
-    attention: MQAAttention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor
+    attention: Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor,
+    chosen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
     nothing = torch.zeros(*key.shape[:3], 1, device=query.device)
@@ -70,7 +78,7 @@ def choose_queries(stream: Stream, length: int, generator: torch.Generator) -> t
     return torch.randperm(length, generator=generator)[: stream.options.queries].to(stream.device)
 
 
-class _Spread:
+class Spread:
     """The spread of rotated keys about the mean of those that a query sees, and the energy of queries, by frequency.
 
     See [`fitting.rotary_gram`].
@@ -126,7 +134,7 @@ def look(
     options: dict[str, Any] = {"dtype": torch.float64, "device": stream.device}
     queries, keys = (torch.zeros(d + 1, d + 1, **options) for _ in range(2))
     mixed = torch.zeros(new, d, d, **options)
-    rotated = _Spread(new, old_heads(attention), J, stream.device)
+    rotated = Spread(new, old_heads(attention), J, stream.device)
     counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
     memory = stream.memory if site == "cross_attn" else None
     for rows in stream.batches():
@@ -148,8 +156,7 @@ def look(
         if J:
             rotated.add(query, key, here, chosen, ok)
     queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
-    spectrum = torch.linalg.eigvalsh(keys[:-1, :-1])
-    rank = int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
+    rank = numerical_rank(keys[:-1, :-1])
     for moment in (queries, keys):
         moment[:-1, :-1] = fitting.shrunk(moment[:-1, :-1])
     count = rotated.count or 1
@@ -164,7 +171,13 @@ def look(
     )
 
 
-def doubts(attention: MQAAttention, seen: Seen, where: str) -> dict[str, str | None]:
+def numerical_rank(moment: torch.Tensor) -> int:
+    """Directions that a moment spans."""
+    spectrum = torch.linalg.eigvalsh(moment)
+    return int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
+
+
+def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | None]:
     """What makes a fit doubtful, and of which attention that is to be said."""
     found: dict[str, str | None] = {}
     d = seen.queries.shape[0] - 1

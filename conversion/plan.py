@@ -30,6 +30,7 @@ from .canonical import (
 from .checkpoint import Reader, TensorInfo
 from .convert import ConversionOptions
 from .families import COPY, FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
+from .latent_sizes import equal_latents, latent_config
 from .matching import Layer, TensorStep, layer_of, match
 from .memory import AnySource
 from .operations import Flatten, SinusoidTable
@@ -166,7 +167,9 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     attentions = choose_attentions(config, job.attention)
     with_heads(config, job.kv_heads, attentions)  # (before anything is compared)
     if job.calibrated and not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
-        raise ConversionError("`method` shared calibrates on text, and this model hears; use mean, first or random")
+        raise ConversionError(
+            f"`method` {job.method} calibrates on text, and this model hears; use mean, first or random"
+        )
     config = with_fields(config, tie_word_embeddings=really_tied(source, reader, family, config))
     steps = read_steps(reader.tensors, family, config, equal=lambda *names: same_values(reader, names))
     pooled = with_heads(config, job.kv_heads, attentions)
@@ -199,9 +202,12 @@ def make_plan(reading: Reading, job: ConversionOptions, widths: Mapping[str, Wid
     read = {target: step.name for part in reading.parts for step in part.reads for target in step.targets if target}
     writes, shapes = write_steps(output, FAMILIES[output.model_type] if job.target == "native" else None, set(read))
     made = {}
-    if job.calibrated:  # fitted heads may have a bias of the output that the source has not
-        biases = [name for name in canonical_shapes(pooled) if name.endswith("o_proj.bias") and name not in read]
-        made = {name: layer for name in biases if (layer := layer_of(name)) is not None}
+    if job.calibrated:  # what fits has tensors that the source has not: biases of the output, latents
+        made = {
+            name: layer
+            for name in canonical_shapes(pooled)
+            if name not in read and (layer := layer_of(name)) is not None
+        }
     parts, zeros = with_writes(reading.parts, writes, made)
     first = reading.parts[0].reads[0].name
     tensors = {}
@@ -231,6 +237,9 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
     # Classes of transformers have all frequencies alike.
     chosen_frequencies = job.method == "shared" and job.target != "native"
     config = reading.config
+    if job.method == "latent":
+        sizes = widths or {name: equal_latents(config, name, job) for name in reading.attentions}
+        return latent_config(config, reading.pooled, reading.attentions, sizes, job.latent_bits)
     fitted = fitted_config(config, reading.pooled, reading.attentions, job.width_factors, widths, chosen_frequencies)
     wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
     if job.target == "native" and wider:

@@ -1,13 +1,15 @@
 """`conversion.json`: what a conversion was asked for, what it found, and what it lost."""
 
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from mqa_hf.base.files import REPORT_FILE, TRAINING_FILE
 from mqa_hf.base.records import Record
 
 N = TypeVar("N", int, float)
+Size = Annotated[int, Field(ge=0, lt=2**63)]
+Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 
 
 class BeforeAfter(BaseModel, Generic[N]):
@@ -15,6 +17,40 @@ class BeforeAfter(BaseModel, Generic[N]):
 
     before: N
     after: N
+
+
+class Latent(BaseModel):
+    """What an attention caches of a token in place of keys and values; sizes are lists where layers differ.
+
+    Attributes:
+        width: numbers of the latent.
+        bits: of a stored number.
+        heads: key/value heads that it stands for.
+        key_components: of rotated keys that are rebuilt from it.
+    """
+
+    width: Sizes
+    bits: Size
+    heads: Size
+    key_components: Sizes = 0
+
+    @property
+    def name(self) -> str:
+        """As "latent 128 at 4 bits, keys 512", in tables."""
+        bits, keys = f" at {self.bits} bits" if self.bits < 16 else "", f", keys {span(self.key_components)}"
+        return f"latent {span(self.width)}{bits}" + (keys if self.key_components else "")
+
+    def in_words(self) -> str:
+        """As "one latent of 128 numbers at 4 bits, 512 rebuilt key components"."""
+        said = f"one latent of {span(self.width)} numbers" + (f" at {self.bits} bits" if self.bits < 16 else "")
+        return f"{said}, {span(self.key_components)} rebuilt key components" if self.key_components else said
+
+
+def span(sizes: Sizes) -> str:
+    """A size, or the least and the largest of those that layers have."""
+    if isinstance(sizes, int):
+        return f"{sizes:,}"
+    return f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
 
 
 class HeldOutLoss(BeforeAfter[float]):
@@ -98,8 +134,10 @@ class ConversionRecord(_Sparse, Origin):
         options: those that made a difference.
         num_attention_heads: query heads of the decoder.
         num_key_value_heads: of the decoder's self-attention.
-        attentions: key/value heads of each attention: decoder, cross, encoder.
-        kv_bytes_per_token, cross_kv_bytes_per_token: of the cache at 16 bits, for a token and a source token.
+        attentions: key/value heads of each attention: decoder, cross, encoder; 1 where there is a latent.
+        latents: what attentions have in place of keys and values.
+        kv_bytes_per_token, cross_kv_bytes_per_token: of the cache at 16 bits, and of latents at theirs, for a token
+            and a source token.
         parameters: of the result.
         layers: of each layer, what was lost.
         versions: of the libraries.
@@ -115,6 +153,7 @@ class ConversionRecord(_Sparse, Origin):
     num_attention_heads: int
     num_key_value_heads: BeforeAfter[int]
     attentions: dict[str, BeforeAfter[int]]
+    latents: dict[str, Latent] = {}
     kv_bytes_per_token: BeforeAfter[int]
     cross_kv_bytes_per_token: BeforeAfter[int] = BeforeAfter(before=0, after=0)
     parameters: int

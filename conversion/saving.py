@@ -17,7 +17,7 @@ from mqa_hf.base.errors import listing
 from mqa_hf.base.files import REPORT_FILE
 
 from .calibration import Calibration
-from .canonical import canonical_class, decoder_of, heads_of, on_meta, with_fields, with_stacks
+from .canonical import canonical_class, decoder_of, heads_of, latents_of, on_meta, with_fields, with_stacks
 from .checkpoint import CheckpointWriter, Writer
 from .convert import Conversion
 from .plan import Plan
@@ -58,6 +58,8 @@ def record_of(
     found: dict[str, Any] = {}
     if job.allow_nonfinite:
         found["nonfinite"] = Nonfinite(read=plan.reading.reader.nonfinite, written=writer.nonfinite)
+    if latents_of(after):
+        found["latents"] = latents_of(after)
     if isinstance(maker, Calibration):
         said = job.recorded()["calibration"] or text.DEFAULT_TEXT
         found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses(), "text": said})

@@ -30,6 +30,7 @@ class FitOptions:
     Attributes:
         method: "shared", or one of those that look at no data, whose output projection is then refitted.
         refit: whether the output projection is refitted.
+        steps: of training of each latent on its own output, after the closed form.
         queries: positions of each sequence at which attention is looked at.
         batch: sequences that pass a layer at once.
         held_out: the last sequences, which nothing is fitted on; the report is about them.
@@ -40,6 +41,7 @@ class FitOptions:
 
     method: str = "shared"
     refit: bool = True
+    steps: int = 0
     queries: int = 64
     batch: int = 8
     held_out: int = 8

@@ -1,6 +1,5 @@
 """Reading, pooling or fitting, and writing, one layer after the other."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,6 @@ from .checkpoint import Writer
 from .matching import Layer
 from .plan import Plan, Reading, Tensors
 from .record import LayerRecord
-from .widths import Curves, Widths, choose_widths
 
 
 class HeadMaker(Protocol):
@@ -64,9 +62,9 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
     return records
 
 
-def survey(reading: Reading, calibration: Calibration, components: Mapping[str, int]) -> dict[str, Widths]:
-    """Walk over the layers without writing, and choose the widths of each attention within its components."""
-    curves: dict[str, list[Curves]] = {}
+def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
+    """Walk over the layers without writing: what [`Calibration.survey`] finds, by attention, a layer each."""
+    curves: dict[str, list[Any]] = {}
     with _progress() as bar, torch.no_grad():
         task = bar.add_task("looking at layers", total=len(reading.parts))
         for part in reading.parts:
@@ -77,7 +75,7 @@ def survey(reading: Reading, calibration: Calibration, components: Mapping[str, 
                 for name, found in calibration.survey(part.layer, canonical).items():
                     curves.setdefault(name, []).append(found)
             bar.advance(task)
-    return {name: choose_widths(curves[name], count) for name, count in components.items()}
+    return curves
 
 
 def _progress(*columns: ProgressColumn) -> Progress:

@@ -55,30 +55,49 @@ def choose_widths(curves: Sequence[Curves], components: int, step: int = STEP) -
             (curve.values, curve.unit_values, curve.value_cost),
         ):
             slots.append((left * (cost / max(float(left[unit]), 1e-12)), len(left) - 1))
-    widths = [min(step, most) for _, most in slots]
-    if sum(widths) > components:
+    try:
+        widths = share_out(slots, [1.0] * len(slots), components, step)
+    except ValueError as error:
         raise ConversionError(
             f"the cache budget allows {components} components of keys and values per token and head; the "
-            f"{len(curves)} layers need at least {sum(widths)}"
-        )
-    remaining = components - sum(widths)
+            f"{len(curves)} layers need at least {error}"
+        ) from None
+    return widths[::2], widths[1::2]
+
+
+def share_out(slots: Sequence[tuple[torch.Tensor, int]], costs: Sequence[float], total: float, step: int) -> list[int]:
+    """Sizes whose cost is at most `total`, chosen where each step reduces the error most for what it costs.
+
+    Args:
+        slots: of each, the error at the sizes 0, 1, ..., convex, and the largest size.
+        costs: of one more, by slot.
+        total: of all.
+        step: by which sizes grow; each is at least one step.
+
+    Raises:
+        ValueError: with the least that is needed, where `total` is less.
+    """
+    sizes = [min(step, most) for _, most in slots]
+    remaining = total - sum(size * cost for size, cost in zip(sizes, costs))
+    if remaining < 0:
+        raise ValueError(f"{sum(size * cost for size, cost in zip(sizes, costs)):g}")
 
     def gain(i: int) -> tuple[float, int]:
         error, most = slots[i]
-        size = min(step, most - widths[i])
-        return float(error[widths[i] + size] - error[widths[i]]) / max(size, 1), i
+        size = min(step, most - sizes[i])
+        return float(error[sizes[i] + size] - error[sizes[i]]) / (max(size, 1) * costs[i]), i
 
     queue = [gain(i) for i in range(len(slots))]
     heapq.heapify(queue)
     while queue:
         _, i = heapq.heappop(queue)
-        size = min(step, slots[i][1] - widths[i])
-        if not 0 < size <= remaining:
+        size = min(step, slots[i][1] - sizes[i])
+        if size <= 0 or size * costs[i] > remaining:
             continue
-        widths[i] += size
-        remaining -= size
+        sizes[i] += size
+        remaining -= size * costs[i]
         heapq.heappush(queue, gain(i))
-    return widths[::2], widths[1::2]
+    return sizes
 
 
 def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, attention: str) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ENGINES = ("mqa-hf", "dynamic", "static")
 ORIGINAL = "original"
+AUTO = "auto"
 LIMIT = 2**31  # of sizes
 WARMUP = 8  # tokens that are written before those that are timed
 
@@ -31,7 +32,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark(Job[list["BenchmarkRecord"]]):
-    """Time decoding: the original, grouped and multi-query, this package's loop beside transformers'.
+    """Time decoding: the original, grouped, multi-query and with latents, this package's loop beside transformers'.
 
     Returns:
         A record of each cell; names of its fields say their units.
@@ -47,6 +48,36 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
     kv_heads: Annotated[
         Sequence[str | int], Option("Key/value heads to time; `original`: the source's own.", comma=True)
     ] = (ORIGINAL, "1")
+    latents: Annotated[
+        Sequence[int] | None,
+        Option(
+            "Numbers of a latent to time, one for all heads. Default: none; with `key_widths` or `latent_bits` those "
+            "of a key and a value of one head.",
+            min=1,
+            comma=True,
+        ),
+    ] = None
+    key_widths: Annotated[
+        Sequence[int] | None,
+        Option(
+            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated.",
+            min=2,
+            comma=True,
+        ),
+    ] = None
+    latent_bits: Annotated[
+        Sequence[int] | None,
+        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
+    ] = None
+    keys: Annotated[
+        Sequence[str],
+        Option(
+            "How this package's loop has the keys of a latent: rebuilt in each step; expanded: kept beside it; auto: "
+            "the faster way that fits.",
+            choices=(AUTO, "rebuilt", "expanded"),
+            comma=True,
+        ),
+    ] = (AUTO,)
     engines: Annotated[
         Sequence[str] | None,
         Option(
@@ -88,6 +119,11 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
         return list(dict.fromkeys(found))
 
     @property
+    def asks_latents(self) -> bool:
+        """Whether latents are asked for, beside those of the shapes."""
+        return any(given is not None for given in (self.latents, self.key_widths, self.latent_bits))
+
+    @property
     def workload(self) -> list[Cell]:
         """All cells."""
         pairs = [(b, n) for b in self.batch for n in self.context]
@@ -109,7 +145,7 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
 
         from .benchmark_record import BenchmarkRecord
 
-        for name in ("shapes", "kv_heads", "engines", "batch", "context", "cells", "beams"):
+        for name in ("shapes", "kv_heads", "keys", "engines", "batch", "context", "cells", "beams"):
             if getattr(self, name) == ():
                 raise MQAError(f"`{name}` is empty; there is nothing to time")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.records import Record
+from mqa_hf.conversion.record import Latent
 
 Size = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -19,6 +20,8 @@ class BenchmarkRecord(Record):
         shape: as it was given.
         original: whether the model has as many key/value heads as the shape.
         model, engine, kv_heads, batch, context, beams: what was timed; `context` positions are in the cache.
+        latent: of a model that has one in place of heads; `kv_heads` is then missing.
+        keys: whether its keys were rebuilt in each step, or kept; missing where none are rebuilt.
         source: of an encoder-decoder model, tokens that were read; `context` then counts those in the mean step.
         largest_batch: whether the batch is the largest that fits.
         error: why nothing was measured. All times are then missing.
@@ -39,6 +42,8 @@ class BenchmarkRecord(Record):
     model: str
     engine: str
     kv_heads: int | None = None
+    latent: Latent | None = None
+    keys: Literal["rebuilt", "expanded"] | None = None
     batch: Size
     context: Size
     beams: Size = 1

@@ -1,7 +1,8 @@
-"""The choices of heads and width that there are for a model, and what a decoding step of each costs."""
+"""The choices of heads, widths and latents that there are for a model, and what a decoding step of each costs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -10,30 +11,42 @@ from mqa_hf.base.datasheets import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.canonical import decoder_of
+from mqa_hf.conversion.canonical import decoder_of, latents_of
 from mqa_hf.conversion.families import family_of, native_config
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
+from .attention_sizes import Keys, kv_bytes, rebuilds
+from .latent_choices import latent_models
 from .plan import MEASURED, Planning
-from .roofline import largest_batch, measured_device, prefill_ratio, step_cost, weights_of
+from .roofline import StepCost, largest_batch, measured_device, prefill_ratio, step_cost, weights_of
 from .shapes import Config, OwnShape, Weights, read_shape
 
 KV_HEADS = (1, 2, 4, 8)  # that are compared where none are asked for
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
+# The share of a data sheet's matrix rate that attention to latents reaches; on an H100 it was between 24 and 35%.
+ATTAINED = 0.3
 
 
 class Choice(BaseModel):
-    """What a decoding step costs with some heads of some width; [`StepCost`] has the first four numbers.
+    """What a decoding step costs with some heads of some width, or a latent; [`StepCost`] has the first four numbers.
 
     Attributes:
         kv_heads: what is chosen, in words.
-        speedup: over the original, at the same batch; `largest_batch_speedup` at the largest that fits each.
+        latent: the latent in words; `None` where there are heads.
+        keys: whether keys are rebuilt from it in each step, or stored beside it; `None` where there are none to
+            rebuild.
+        cache_limit: what takes longer of the cache, to read it or to compute with it.
+        expected_ms: the same time where attention to latents computes at [`ATTAINED`] of the matrix rate.
+        speedup: over the original, at the same batch; `largest_batch_speedup` at the largest that fits each. Of the
+            least times.
         largest_batch: rows that fit into the device's memory; 0 where that is not known.
     """
 
     model_config = ConfigDict(frozen=True)
 
     kv_heads: str
+    latent: str | None = None
+    keys: Keys | None = None
     kv_bytes_per_token: int
     cross_kv_bytes_per_token: int
     weight_bytes: float
@@ -43,6 +56,8 @@ class Choice(BaseModel):
     bytes_per_operation: float
     prefill_bytes_per_operation: float
     floor_ms: float
+    cache_limit: Literal["bytes", "operations"]
+    expected_ms: float
     tokens_per_sec: float
     speedup: float
     largest_batch: int
@@ -51,12 +66,13 @@ class Choice(BaseModel):
 
 
 class DecodingPlan(BaseModel):
-    """The device, and the choices that there are, the original first."""
+    """The device, the choices that there are, the original first, and what to know of latents among them."""
 
     model_config = ConfigDict(frozen=True)
 
     device: Device
     choices: list[Choice]
+    notes: list[str] = []
 
 
 def make_plan(job: Planning) -> DecodingPlan:
@@ -68,22 +84,46 @@ def make_plan(job: Planning) -> DecodingPlan:
     widths = job.widths if job.widths is not None else (1,) if native else (1, 2)
     if native and set(widths) != {1}:
         raise MQAError("`widths` is for `target` mqa: the heads of transformers' classes have the source's width")
+    if native and job.asks_latents:
+        raise MQAError("latents are for `target` mqa: transformers' classes have heads")
     attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
     kv_heads = job.kv_heads
     if kv_heads is None:
-        kv_heads = [n for n in KV_HEADS if attention.num_key_value_heads % n == 0]
+        some = job.asks_heads or not job.asks_latents
+        kv_heads = [n for n in KV_HEADS if some and attention.num_key_value_heads % n == 0]
     if isinstance(config, OwnShape):
         models = own_models(config, kv_heads)
     else:
         models = canonical_models(config, kv_heads, widths)
         for decoder, _ in list(models.values())[1:] if native else ():
             native_config(original, decoder)
+        if job.asks_latents:
+            models |= planned_latents(config, job)
+        elif not job.asks_heads and not native:
+            models |= usual_latent(config, job)
     if job.device == MEASURED:
         device = measured_device("cuda" if torch.cuda.is_available() else "cpu")
     else:
         device = DEVICES[job.device]
     source = job.source if isinstance(config, MQASeq2SeqConfig) else 0
-    return DecodingPlan(device=device, choices=compare(models, job.batch, job.context, device, source, job.itemsize))
+    choices = compare(models, job.batch, job.context, device, source, job.itemsize)
+    return DecodingPlan(device=device, choices=choices, notes=[*notes_of(choices)])
+
+
+def planned_latents(config: Config, job: Planning) -> dict[str, tuple[MQAConfig, Weights]]:
+    """Decoders with latents and their weights by name."""
+    every = latent_models(config, job.latents, job.key_widths, job.latent_bits)
+    return {name: (decoder_of(c), weights_of(decoder_of(c))) for name, c in every.items()}
+
+
+def usual_latent(config: Config, job: Planning) -> dict[str, tuple[MQAConfig, Weights]]:
+    """The one that stands beside heads where nothing is asked for; none where it would save nothing."""
+    try:
+        found = planned_latents(config, job)
+    except MQAError:  # heads that were fitted, or latents already
+        return {}
+    most = decoder_of(config).kv_bytes_per_token
+    return {name: model for name, model in found.items() if model[0].kv_bytes_per_token < most}
 
 
 def canonical_models(
@@ -92,7 +132,7 @@ def canonical_models(
     """Decoders and their weights by name: the original, then every number of heads at every width."""
     decoder = decoder_of(config)
     original = decoder.num_key_value_heads
-    found = {f"original ({original})": decoder}
+    found = {f"original ({original_words(decoder)})": decoder}
     for heads in kv_heads:
         if heads > original or original % heads:
             raise MQAError(f"`kv_heads` {heads} must divide the {original} key/value heads of the source")
@@ -115,6 +155,12 @@ def own_models(shape: OwnShape, kv_heads: Sequence[int]) -> dict[str, tuple[MQAC
     return {name: (own.config, own.weights) for name, own in models.items()}
 
 
+def original_words(decoder: MQAConfig) -> str:
+    """How many heads it has, or which latent."""
+    known = latents_of(decoder).values()
+    return ", ".join(latent.in_words() for latent in known) or str(decoder.num_key_value_heads)
+
+
 def compare(
     models: dict[str, tuple[MQAConfig, Weights]],
     batch: int,
@@ -123,33 +169,72 @@ def compare(
     source: int = 0,
     itemsize: int = 2,
 ) -> list[Choice]:
-    """What a step of each model costs; the first one is what the others are compared with."""
+    """What a step of each model costs; the first one is what the others are compared with.
+
+    A model whose keys are rebuilt from latents is there twice: as it is, and with the keys stored beside.
+    """
     found: list[Choice] = []
     for name, (decoder, weights) in models.items():
-        cost = step_cost(decoder, batch, context, source, itemsize, weights)
-        step = cost.seconds(device)
-        rows = largest_batch(decoder, context, device.memory, source, itemsize, weights) if device.memory else 0
-        most = rows / step_cost(decoder, rows, context, source, itemsize, weights).seconds(device) if rows else 0.0
-        first = found[0] if found else None
-        speedup, most_speedup = 1.0, 1.0 if rows else 0.0
-        if first is not None:
-            speedup = (batch / step) / first.tokens_per_sec
-            if first.largest_batch_tokens_per_sec:
-                most_speedup = most / first.largest_batch_tokens_per_sec
-        found.append(
-            Choice(
-                kv_heads=name,
-                kv_bytes_per_token=decoder.kv_bytes_per_token * itemsize // 2,
-                cross_kv_bytes_per_token=decoder.cross_kv_bytes_per_token * itemsize // 2,
-                **asdict(cost),
-                bytes_per_operation=cost.bytes_per_operation,
-                prefill_bytes_per_operation=prefill_ratio(decoder, batch, context, itemsize, weights),
-                floor_ms=1000 * step,
-                tokens_per_sec=batch / step,
-                speedup=speedup,
-                largest_batch=rows,
-                largest_batch_tokens_per_sec=most,
-                largest_batch_speedup=most_speedup,
+        ways: tuple[Keys | None, ...] = ("rebuilt", "expanded") if rebuilds(decoder) else (None,)
+        for keys in ways:
+            way: Keys = keys or "rebuilt"
+            cost = step_cost(decoder, batch, context, source, itemsize, weights, way)
+            step = cost.seconds(device)
+            rows = largest_batch(decoder, context, device.memory, source, itemsize, weights, way)
+            rows = rows if device.memory else 0
+            full = step_cost(decoder, rows, context, source, itemsize, weights, way)
+            most = rows / full.seconds(device) if rows else 0.0
+            first = found[0] if found else None
+            speedup, most_speedup = 1.0, 1.0 if rows else 0.0
+            if first is not None:
+                speedup = (batch / step) / first.tokens_per_sec
+                if first.largest_batch_tokens_per_sec:
+                    most_speedup = most / first.largest_batch_tokens_per_sec
+            own, cross = kv_bytes(decoder, way, itemsize)
+            found.append(
+                Choice(
+                    kv_heads=name if keys is None else f"{name} {keys}",
+                    latent=name if decoder.latent else None,
+                    keys=keys,
+                    kv_bytes_per_token=own,
+                    cross_kv_bytes_per_token=cross,
+                    **asdict(cost),
+                    bytes_per_operation=cost.bytes_per_operation,
+                    prefill_bytes_per_operation=prefill_ratio(decoder, batch, context, itemsize, weights),
+                    floor_ms=1000 * step,
+                    cache_limit=cost.cache_limit(device),
+                    expected_ms=1000 * (expected(cost, device) if decoder.latent else step),
+                    tokens_per_sec=batch / step,
+                    speedup=speedup,
+                    largest_batch=rows,
+                    largest_batch_tokens_per_sec=most,
+                    largest_batch_speedup=most_speedup,
+                )
             )
-        )
     return found
+
+
+def expected(cost: StepCost, device: Device) -> float:
+    """Seconds of a step whose attention to the cache computes at [`ATTAINED`] of the matrix rate."""
+    weights, (reading, computing) = cost.parts(device)
+    return max(weights) + max(reading, computing / ATTAINED)
+
+
+def notes_of(choices: Sequence[Choice]) -> Iterator[str]:
+    """Of each latent, how fast it will be beside the original, and where it brings room but no time."""
+    first = choices[0]
+    names = dict.fromkeys(choice.latent for choice in choices if choice.latent not in (None, first.latent))
+    if names:
+        yield f"Where attention to a latent computes at {ATTAINED:.0%} of the matrix rate, as kernels do:"
+    for name in names:
+        ways = [choice for choice in choices if choice.latent == name]
+        times = [f"{c.expected_ms:.2f} ms" + (f" with {c.keys} keys" if c.keys else "") for c in ways]
+        said = f"- {name}: {' or '.join(times)}, and {first.expected_ms:.2f} ms of the original"
+        slow = [c for c in ways if c.expected_ms > first.expected_ms]
+        if slow:
+            which = f"with {slow[0].keys} keys it" if len(slow) < len(ways) else "it"
+            room = (
+                f" ({slow[0].largest_batch:,} rows rather than {first.largest_batch:,})" if first.largest_batch else ""
+            )
+            said += f"; {which} buys room{room}, not time"
+        yield said

@@ -16,15 +16,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCac
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cache_mqa import DecodeCache
-from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.canonical import decoder_of
+from mqa_hf.conversion.canonical import decoder_of, latents_of, with_fields
 from mqa_hf.conversion.families import family_of
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
+from mqa_hf.conversion.record import Latent
+from mqa_hf.latent_step_mqa import keys_to_keep
 from mqa_hf.modeling_mqa import MQAForCausalLM
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 
-from .benchmark import WARMUP, Benchmark
+from .attention_sizes import Keys, rebuilds
+from .benchmark import AUTO, WARMUP, Benchmark
+from .latent_choices import latent_models
+from .roofline import StepCost, largest_batch, step_cost
 from .shapes import Config, OwnShape, Weights, attention_layers, read_shape
 
 
@@ -36,10 +41,11 @@ class Contender:
         shape: as it was given.
         original: whether it has as many key/value heads as the shape.
         engine: one of [`ENGINES`].
-        kv_heads: key/value heads.
+        kv_heads: key/value heads; 1 where there is a latent.
         config: of this package; of a model in its own class only its attention.
         run_config: of the class that the engine runs.
         weights: of a model in its own class.
+        keys: how this package's loop keeps those of a latent, as `model.decoding.keys`.
     """
 
     shape: str
@@ -49,10 +55,40 @@ class Contender:
     config: Config
     run_config: PreTrainedConfig
     weights: Weights | None = None
+    keys: str = AUTO
+
+    @property
+    def latent(self) -> Latent | None:
+        """Of the decoder's self-attention, or of its cross-attention alone."""
+        return next(iter(latents_of(self.config).values()), None)
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether there are keys of a latent to rebuild."""
+        return rebuilds(decoder_of(self.config))
 
     @property
     def name(self) -> str:
-        return f"{type(self.run_config).__name__.removesuffix('Config')}, {self.kv_heads} K/V heads, {self.engine}"
+        cached = f"{self.kv_heads} K/V heads" if self.latent is None else self.latent.name
+        keys = "" if self.keys == AUTO else f" {self.keys}"
+        return f"{type(self.run_config).__name__.removesuffix('Config')}, {cached}{keys}, {self.engine}"
+
+    def cost(self, batch: int, context: int, source: int = 0, itemsize: int = 2, keys: Keys | None = None) -> StepCost:
+        """What a step reads and computes; `keys`: how those of a latent were kept."""
+        config, way = self.cached(keys)
+        return step_cost(config, batch, context, source, itemsize, self.weights, way)
+
+    def largest_batch(self, context: int, memory: float, itemsize: int) -> int:
+        """Rows whose cache fits into the memory, in the way that takes least of it."""
+        config, way = self.cached(None)
+        return largest_batch(config, context, memory, 0, itemsize, self.weights, way)
+
+    def cached(self, keys: Keys | None) -> tuple[MQAConfig, Keys]:
+        """The decoder, with latents as the engine stores them, and how it keeps their keys."""
+        config = decoder_of(self.config)
+        if self.engine != "mqa-hf":  # caches of transformers hold numbers of the model's type, and all keys
+            return with_fields(config, kv_latent_bits=16), "expanded"
+        return config, keys or ("expanded" if self.keys == "expanded" else "rebuilt")
 
 
 def contenders_of(job: Benchmark) -> list[Contender]:
@@ -62,6 +98,7 @@ def contenders_of(job: Benchmark) -> list[Contender]:
         MQAError: where a shape is none, or cannot be timed as asked.
     """
     found: list[Contender] = []
+    ways = tuple(dict.fromkeys(job.keys))
     for shape in map(str, job.shapes):
         source, config = read_shape(shape)
         check(job, shape, config)
@@ -73,8 +110,16 @@ def contenders_of(job: Benchmark) -> list[Contender]:
             decoder.sliding_window = job.window
             decoder.layer_types = ["sliding_attention"] * decoder.num_hidden_layers
         ours = contenders(shape, source, config, job.head_counts, job.engines or ["mqa-hf", "dynamic"])
+        if job.asks_latents:
+            every = latent_models(config, job.latents, job.key_widths, job.latent_bits)
+            engines = job.engines or ["mqa-hf", "dynamic"]
+            ours += [Contender(shape, False, engine, 1, c, c) for c in every.values() for engine in engines]
         # With a window all run our class; transformers' would not have it.
-        found += ours if job.window is None else [replace(c, run_config=c.config) for c in ours]
+        ours = ours if job.window is None else [replace(c, run_config=c.config) for c in ours]
+        for c in ours:
+            found += [replace(c, keys=way) for way in ways] if c.rebuilds and c.engine == "mqa-hf" else [c]
+    if ways != (AUTO,) and not any(c.rebuilds and c.engine == "mqa-hf" for c in found):
+        raise MQAError("`keys` is about latents from which this package's loop rebuilds keys; there are none here")
     return found
 
 
@@ -85,6 +130,8 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
         raise MQAError(f"`beams` is for encoder-decoder shapes; tokens of a beam search are not streamed ({shape})")
     if job.largest_batch and (several or torch.device(job.device or "cpu").type == "cpu"):
         raise MQAError(f"`largest_batch` is for decoder-only shapes on a GPU ({shape}, {job.device})")
+    if job.asks_latents and isinstance(config, OwnShape):
+        raise MQAError(f"latents are for models in this package's class; {shape} runs in its own")
     if job.window is not None and isinstance(config, OwnShape):
         raise MQAError(f"`window` is for models in this package's class; {shape} runs in its own")
     if isinstance(config, MQASeq2SeqConfig):
@@ -160,6 +207,7 @@ def random_model(contender: Contender, dtype: torch.dtype, device: str | torch.d
             cls: Any = MQAForConditionalGeneration if several else MQAForCausalLM
             model = cls._from_config(contender.run_config, dtype=dtype)
             model.decoding.enabled = contender.engine == "mqa-hf"
+            model.decoding.keys = contender.keys
         else:
             model = classes[several].from_config(contender.run_config, dtype=dtype)
     model.generation_config.eos_token_id = None
@@ -173,24 +221,46 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     """A cache in which `context` positions are random numbers."""
     config, dtype, device = decoder_of(contender.config), model.dtype, model.device
     if contender.engine == "mqa-hf":
-        cache = DecodeCache(config, batch, capacity, model.decoding.cache_dtype or dtype, device)
+        keys = keys_to_keep(model, {}, batch, capacity) if contender.keys == AUTO else contender.keys
+        cache = DecodeCache(config, batch, capacity, model.decoding.cache_dtype or dtype, device, keys=keys)
         layers: Any = cache.layers
         for layer in layers:
-            for states in layer.buffers().values():
+            for name, states in layer.buffers().items():
                 for row in states:  # float8 has no random numbers of its own, and a whole copy may not fit
-                    row.copy_(torch.randn(row.shape, dtype=dtype, device=device))
+                    fill(row, name, dtype)
         cache.set_length(context)
+        cache.note_steps(0, torch.zeros(batch, dtype=torch.int32, device=device))
         return cache
     text = contender.run_config.get_text_config(decoder=True)
     other: Any = DynamicCache(config=text)
     if contender.engine == "static":
         other = StaticCache(config=text, max_cache_len=capacity)
     for i in attention_layers(text):
-        shapes = [(batch, contender.kv_heads, context, w) for w in (config.qk_head_dim, config.v_head_dim)]
+        shapes = [(batch, contender.kv_heads, context, w) for w in cached_widths(config, i)]
         other.update(*(torch.randn(shape, dtype=dtype, device=device) for shape in shapes), i)
     return other
 
 
+def fill(row: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+    """Random numbers in a buffer of a cache; latents in 8 or 4 bits have a scale that keeps them small."""
+    if row.dtype == torch.uint8:
+        row.random_(256)
+    elif name == "scales":
+        row.fill_(2**-7)
+    else:
+        row.copy_(torch.randn(row.shape, dtype=dtype, device=row.device))
+
+
+def cached_widths(config: MQAConfig, layer: int) -> tuple[int, int]:
+    """Of what caches of transformers hold as keys and values of a layer."""
+    if config.kv_latent_dim is None:
+        return of_layer(config.qk_head_dim, layer), of_layer(config.v_head_dim, layer)
+    rebuilt, latent = of_layer(config.qk_head_dim, layer), of_layer(config.kv_latent_dim, layer)
+    return (rebuilt, latent) if rebuilt else (latent, 0)
+
+
 def cache_bytes(cache: Any) -> int:
+    if isinstance(cache, DecodeCache):
+        return cache.nbytes
     tensors = [t for layer in cache.layers for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.ndim > 2]
     return sum(t.numel() * t.element_size() for t in tensors)

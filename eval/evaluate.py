@@ -192,7 +192,8 @@ def table_of(result: "EvaluationRecord") -> Any:
         else:
             cells += ["", ""]
         size = found.kv_bytes_per_token
-        table.add_row(*cells, f"{size:,}" if size is not None else "")
+        latent = f"\n{found.latent.name}" if found.latent else ""
+        table.add_row(*cells, f"{size:,}{latent}" if size is not None else "")
     return table
 
 

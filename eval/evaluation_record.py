@@ -20,6 +20,7 @@ from pydantic import (
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.records import Record
+from mqa_hf.conversion.record import Latent
 
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Interval = tuple[Number, Number] | None
@@ -131,7 +132,9 @@ class CheckpointResult(Part):
         name: in tables.
         checkpoint: its directory.
         given: as it was named: a directory or a hub id.
-        kv_bytes_per_token, cross_kv_bytes_per_token: cache at 16 bits; `None` where the class of the model is unknown.
+        kv_bytes_per_token, cross_kv_bytes_per_token: cache at 16 bits, latents at theirs; `None` where the class of
+            the model is unknown.
+        latent: what a token has in place of keys and values.
         greedy, beam: of encoder-decoder models, without beams and with.
     """
 
@@ -139,6 +142,7 @@ class CheckpointResult(Part):
     checkpoint: str
     kv_bytes_per_token: Annotated[Bytes, Field(gt=0)] | None = None
     cross_kv_bytes_per_token: Bytes | None = None
+    latent: Latent | None = None
     next_token: NextToken
     loss_by_context: list[ContextLoss]
     writing: Continuation | None = None

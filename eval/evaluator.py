@@ -253,7 +253,7 @@ class Measurements:
         found: dict[str, Any] = {
             "name": name,
             "checkpoint": str(path.resolve()),
-            **cache_size(path),
+            **cached(path),
             "next_token": next_token,
             "loss_by_context": by_context(ours),
         }
@@ -298,13 +298,15 @@ def append(path: Path, title: str, records: Iterable[BaseModel], count: int) -> 
                 progress.advance(task)
 
 
-def cache_size(path: Path) -> dict[str, int]:
-    """Bytes of cache that a token takes, as `mqa-hf inspect` says."""
+def cached(path: Path) -> dict[str, Any]:
+    """Bytes of cache that a token takes, and its latent where there is one, as `mqa-hf inspect` says."""
     try:
         said = Inspection(path).run()
     except MQAError:  # a model of a class that this package does not know
         return {}
-    return {n: said[n]["now"] for n in ("kv_bytes_per_token", "cross_kv_bytes_per_token") if n in said}
+    found = {n: said[n]["now"] for n in ("kv_bytes_per_token", "cross_kv_bytes_per_token") if n in said}
+    latents = [*said.get("latents", {}).values()]
+    return {**found, "latent": latents[0]} if latents else found
 
 
 def json_or_none(path: Path) -> Any:

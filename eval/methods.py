@@ -3,22 +3,22 @@
     python -m mqa_hf.eval.methods SOURCE --calibration train.jsonl.xz --validation validation.jsonl.xz --device cuda
 
 converts it by every method, with 1, 2 and 4 heads and fitted heads 2 and 4 times as wide, and prints the loss on the
-validation texts beside the cache bytes of a token. `--sweep` varies the number of calibration tokens instead.
+validation texts beside the cache bytes of a token. `--sweep` varies the number of calibration tokens instead;
+`--peers` also measures what people use in place of a conversion (`peers/`). `--output` gets a JSON line of each row as
+it is measured, of which `methods_picture.py` draws a picture.
 """
 
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from mqa_hf.base.commands import run_job
@@ -27,23 +27,16 @@ from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.options import Job, Option
 from mqa_hf.base.text import calibration_tokens, load_tokenizer
-from mqa_hf.conversion.convert import convert
+from mqa_hf.configuration_mqa import LATENT_BLOCK
+from mqa_hf.conversion.convert import FITTED, convert
 from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.source import load_config
 
+from .methods_picture import MethodRecord, check_new, draw
+from .peers import mean_loss, notes, peers_of, swapped
+
 SWEEP = (2048, 8192, 32_768, 131_072, 524_288)
-
-
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, tokens: torch.Tensor, batch: int = 4) -> float:
-    """Mean cross-entropy in nats of each token after the first of its row; tokens [N, T]."""
-    total = 0.0
-    for rows in tokens.split(batch):
-        logits = model(rows.to(model.device), use_cache=False).logits[:, :-1].float()
-        labels = rows[:, 1:].to(model.device)
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-    return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
 
 def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
@@ -65,14 +58,19 @@ def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-class MethodRecord(BaseModel):
-    """A conversion, the cache bytes of a token at 16 bits, what it took, and the loss on each validation text."""
-
-    conversion: str
-    cache_bytes: int
-    seconds: float | None = None
-    device_gib: float | None = None
-    loss: list[float]
+def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[str, dict[str, Any]]]:
+    """The same of latents: those of as many bytes as 1, 2, ... of the heads, and more numbers of fewer bits."""
+    most = min(hidden_size, 2 * heads * head_dim)
+    rows: list[tuple[str, dict[str, Any]]] = []
+    for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
+        for r in (n * head_dim for n in sizes):
+            if r <= most and (bits == 16 or r % LATENT_BLOCK == 0):
+                rows.append((f"latent of {r}, {bits} bits", {"method": "latent", "latent": r, "latent_bits": bits}))
+    r = min(2 * head_dim, most)
+    rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))
+    share = str(r / (2 * heads * head_dim))
+    rows.append((f"latents of {r} on average", {"method": "latent", "cache_budget": share}))
+    return rows
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,22 @@ class MethodComparison(Job[list[MethodRecord]]):
     sequence_length: Annotated[int, Option("Tokens of a row.", min=4)] = 512
     device: Annotated[str, Option("A PyTorch device.")] = "cpu"
     sweep: Annotated[bool, Option("Vary the calibration tokens.")] = False
+    only: Annotated[
+        Sequence[str], Option("Of the conversions, those by these methods only: mean, shared, latent, ...", comma=True)
+    ] = ()
+    key_width: Annotated[int | None, Option("Rebuilt components of keys of latents. Default: as chosen.", min=2)] = (
+        None
+    )
+    peers: Annotated[bool, Option("Also measure what people use in place of a conversion.")] = False
+    output: Annotated[Path | None, Option("New file that gets a JSON line of each row.")] = None
+    picture: Annotated[Path | None, Option("PNG or SVG of the losses over the cache.")] = None
 
     def resolve(self) -> "MethodComparison":
-        """Itself; raises MQAError for a device that is not there."""
+        """Itself; raises MQAError for a device that is not there and for files that cannot be written."""
         check_device(self.device)
+        if self.sweep and self.peers:
+            raise MQAError("`sweep` and `peers` are two tables; ask for one of them")
+        check_new(self.output, self.picture)
         return self
 
     def run(self) -> list[MethodRecord]:
@@ -103,23 +113,69 @@ class MethodComparison(Job[list[MethodRecord]]):
         description = inspect(job.source)
         if not description["convertible"]:
             raise MQAError(f"{job.source} cannot be converted: {description['reason']}")
-        texts = job.texts()
+        found = []
+        for record in job.rows(description):
+            found.append(record)
+            if job.output is not None:
+                record.append(job.output)
+            say(f"{record.conversion}: {', '.join(f'{loss:.3f}' for loss in record.loss)} nats")
+        if job.picture is not None:
+            draw(found, job.picture)
+        return found
+
+    def rows(self, description: dict[str, Any]) -> Iterator[MethodRecord]:
+        """The original, its conversions, and peers, one after another."""
+        texts, heads = self.texts(), description["num_key_value_heads"]
         cache = description["kv_bytes_per_token"]["now"]
-        found = [MethodRecord(conversion="original", cache_bytes=cache, loss=job.losses(job.source, texts))]
+        yield self.record("original", cache, self.losses(self.source, texts))
         chosen = [(f"{n:,} tokens", {"method": "shared", "calibration_tokens": n}) for n in SWEEP]
-        if not job.sweep:
-            chosen = variants(description["num_key_value_heads"])
+        if not self.sweep:
+            stack = load_config(self.source).get_text_config(decoder=True)
+            chosen = [*variants(heads), *latent_variants(heads, description["head_dim"], stack.hidden_size)]
+            chosen = [(name, row) for name, row in chosen if not self.only or row["method"] in self.only]
         with tempfile.TemporaryDirectory() as scratch:
             for name, options in chosen:
-                found.append(job.measured(name, options, Path(scratch) / "converted", texts))
-                say(f"{name}: {', '.join(f'{loss:.3f}' for loss in found[-1].loss)} nats")
-        return found
+                yield self.measured(name, options, Path(scratch) / "converted", texts)
+        if self.peers:
+            yield from self.peer_rows(heads, texts)
+
+    def record(self, conversion: str, cache_bytes: int, loss: list[float], **more: Any) -> MethodRecord:
+        names = [Path(text).name.split(".")[0] for text in self.validation]
+        return MethodRecord(
+            conversion=conversion, cache_bytes=cache_bytes, loss=loss, source=self.source.name, texts=names, **more
+        )
+
+    def peer_rows(self, heads: int, texts: Sequence[torch.Tensor]) -> Iterator[MethodRecord]:
+        """What people use instead, on the canonical model with all its heads in float32."""
+        model = convert(self.source, kv_heads=heads, dtype="float32").to(self.device)
+        rows = self.tokens_of(self.calibration, self.calibration_tokens)
+        start = self.start()
+        for peer in peers_of(model, rows):
+            taken = self.taken(start)
+            with swapped(model, peer.attentions):
+                losses = [mean_loss(model, text) for text in texts]
+            yield self.record(peer.name, peer.cache_bytes, losses, peer=True, **taken)
+            start = self.start()
+
+    def start(self) -> float:
+        """The time, from where on memory is counted, too."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return time.perf_counter()
+
+    def taken(self, start: float) -> dict[str, float | None]:
+        """Seconds and memory since then."""
+        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+        return {"seconds": round(time.perf_counter() - start, 1), "device_gib": peak}
 
     def texts(self) -> list[torch.Tensor]:
         """Rows of each validation text."""
-        size, length = load_config(self.source).get_text_config(decoder=True).vocab_size, self.sequence_length
-        tokenizer = load_tokenizer(self.source)
-        return [calibration_tokens(tokenizer, text, self.tokens, length, size, seed=0) for text in self.validation]
+        return [self.tokens_of(text, self.tokens) for text in self.validation]
+
+    def tokens_of(self, text: str, count: int) -> torch.Tensor:
+        """Rows of a text [N, sequence_length]."""
+        size = load_config(self.source).get_text_config(decoder=True).vocab_size
+        return calibration_tokens(load_tokenizer(self.source), text, count, self.sequence_length, size, seed=0)
 
     def losses(self, checkpoint: Path, texts: Sequence[torch.Tensor]) -> list[float]:
         model = load_model(checkpoint, dtype=torch.float32).to(self.device)
@@ -130,21 +186,15 @@ class MethodComparison(Job[list[MethodRecord]]):
     ) -> MethodRecord:
         """A conversion with these options, and its losses."""
         here = {"sequence_length": self.sequence_length, "dtype": "float32", "overwrite": True}
-        if options["method"] == "shared" or options.get("refit"):
+        if options["method"] == "latent" and self.key_width:
+            options = {**options, "key_width": self.key_width}
+        if options["method"] in FITTED or options.get("refit"):
             text = {"calibration": self.calibration, "calibration_tokens": self.calibration_tokens}
             here |= {**text, "device": self.device}
-        start = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        start = self.start()
         report = convert(self.source, output, **{**here, **options})
-        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
-        return MethodRecord(
-            conversion=name,
-            cache_bytes=report.kv_bytes_per_token.after,
-            seconds=round(time.perf_counter() - start, 1),
-            device_gib=peak,
-            loss=self.losses(output, texts),
-        )
+        taken = self.taken(start)
+        return self.record(name, report.kv_bytes_per_token.after, self.losses(output, texts), **taken)
 
     def show(self, result: list[MethodRecord], console: Console) -> None:
         """A table; how much of the gap between the mean's loss and the original's each closes."""
@@ -158,6 +208,10 @@ class MethodComparison(Job[list[MethodRecord]]):
         for r in result:
             closed = "" if worst is None else f"{(worst - r.loss[0]) / (worst - best):.1%}"
             table.add_row(r.conversion, f"{r.cache_bytes:,}", *(f"{loss:.3f}" for loss in r.loss), closed)
+        if self.peers:
+            table.caption = notes([r.conversion for r in result if r.peer], self.sequence_length)
+            table.caption_justify = "left"
+        console.width = max(console.width, 120)  # the table takes what it needs
         console.print(table)
 
 

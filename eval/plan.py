@@ -1,4 +1,4 @@
-"""`mqa-hf plan`: how fast decoding can be with fewer key/value heads, before anything is converted."""
+"""`mqa-hf plan`: how fast decoding can be with fewer key/value heads or a latent, before anything is converted."""
 
 import os
 from collections.abc import Sequence
@@ -19,11 +19,12 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}  # bytes of 
 
 @dataclass(frozen=True)
 class Planning(Job["DecodingPlan"]):
-    """Say how fast decoding can be with fewer key/value heads, before anything is converted.
+    """Say how fast decoding can be with fewer key/value heads or a latent, before anything is converted.
 
     Returns:
-        `device`, and `choices`: the original, then every number of heads at every width, each with bytes, operations
-        and the least time of a step. Names of the fields say their units.
+        `device`, and `choices`: the original, then every number of heads at every width and every latent, each with
+        bytes, operations and the least time of a step. Names of the fields say their units. `notes`: what to expect
+        of the latents.
 
     Raises:
         MQAError: where the shape is neither a name nor a checkpoint, or a choice cannot be made of it.
@@ -36,7 +37,8 @@ class Planning(Job["DecodingPlan"]):
     kv_heads: Annotated[
         Sequence[int] | None,
         Option(
-            "Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them.",
+            "Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them, where "
+            "no latents are asked for.",
             min=1,
             comma=True,
         ),
@@ -48,6 +50,28 @@ class Planning(Job["DecodingPlan"]):
             min=1,
             comma=True,
         ),
+    ] = None
+    latents: Annotated[
+        Sequence[int] | None,
+        Option(
+            "Numbers of a latent to compare, one for all heads. Default: as many as a key and a value of one head "
+            "have, where no heads are asked for.",
+            min=1,
+            comma=True,
+        ),
+    ] = None
+    key_widths: Annotated[
+        Sequence[int] | None,
+        Option(
+            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated; a "
+            "conversion chooses them by what they lose.",
+            min=2,
+            comma=True,
+        ),
+    ] = None
+    latent_bits: Annotated[
+        Sequence[int] | None,
+        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
     ] = None
     target: Annotated[
         str | None,
@@ -74,6 +98,16 @@ class Planning(Job["DecodingPlan"]):
         """Bytes of a number."""
         return ITEMSIZE[self.dtype]
 
+    @property
+    def asks_heads(self) -> bool:
+        """Whether heads are asked for."""
+        return self.kv_heads is not None or self.widths is not None
+
+    @property
+    def asks_latents(self) -> bool:
+        """Whether latents are asked for."""
+        return any(given is not None for given in (self.latents, self.key_widths, self.latent_bits))
+
     def run(self) -> "DecodingPlan":
         from .choices import make_plan
 
@@ -91,20 +125,23 @@ class Planning(Job["DecodingPlan"]):
             title_justify="left",
         )
         for column in (
-            "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "tokens/s",
-            "speed-up", "largest batch", "tokens/s there", "speed-up there",
+            "key/value heads", "cache, bytes/token", "read, GB/step", "bytes/operation", "floor, ms", "cache limit",
+            "tokens/s", "speed-up", "largest batch", "tokens/s there", "speed-up there",
         ):  # fmt: skip
-            table.add_column(column, justify="left" if column == "key/value heads" else "right")
+            table.add_column(column, justify="left" if column in ("key/value heads", "cache limit") else "right")
         for r in result.choices:
             table.add_row(
                 r.kv_heads, f"{r.kv_bytes_per_token:,}", f"{(r.weight_bytes + r.cache_bytes) / 1e9:.2f}",
-                f"{r.bytes_per_operation:.3f}", f"{r.floor_ms:.2f}", f"{r.tokens_per_sec:,.0f}", f"{r.speedup:.2f}",
+                f"{r.bytes_per_operation:.3f}", f"{r.floor_ms:.2f}", r.cache_limit, f"{r.tokens_per_sec:,.0f}",
+                f"{r.speedup:.2f}",
                 f"{r.largest_batch:,}" if device.memory else "-",
                 f"{r.largest_batch_tokens_per_sec:,.0f}" if r.largest_batch else "-",
                 f"{r.largest_batch_speedup:.2f}" if r.largest_batch else "-",
             )  # fmt: skip
-        console.width = 170  # what the table takes
+        console.width = 200  # what the table takes
         console.print(table)
+        for note in result.notes:
+            console.print(note, soft_wrap=True)
         console.print(
             f"Reading a prompt, or training, takes {first.prefill_bytes_per_operation:.4f} bytes per operation; the "
             f"device does {device.rate / device.bandwidth:.0f} operations in the time of a byte, so below "

@@ -107,7 +107,7 @@ def trade(results: Results, points: dict[str, float], what: str) -> Any:
 
 def cache_trade(results: Results) -> Any:
     sizes: dict[str, float] = {c.name: c.kv_bytes_per_token for c in results.checkpoints if c.kv_bytes_per_token}
-    return trade(results, sizes, "cache, bytes a token (16 bit)")
+    return trade(results, sizes, "cache, bytes a token")
 
 
 def time_trade(results: Results) -> Any:

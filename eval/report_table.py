@@ -105,7 +105,7 @@ def table_of(results: Results) -> Table:
             for _, part, name, form in columns
         ]
         entries[DECIDING:DECIDING] = [
-            beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "less", "more"),
+            cache_entry(found, first),
             *(
                 beside_original(ms.get(found.name), ms.get(first.name), ".2f", "faster", "slower")
                 for ms in times.values()
@@ -115,6 +115,13 @@ def table_of(results: Results) -> Table:
         entries += [entry(scores.get(task, {}).get(metric), None, ".3f") for task, metric in tasks]
         rows.append(Row(found.name, colour_of(results, found.name), entries))
     return Table(head, rows)
+
+
+def cache_entry(found: CheckpointResult, first: CheckpointResult) -> Entry:
+    """Bytes of a token in the cache, beside the original's, and the latent that it is."""
+    size = beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "less", "more")
+    said = [*filter(None, (size.interval, found.latent.name if found.latent else ""))]
+    return Entry(size.value, "; ".join(said))
 
 
 def measured(found: CheckpointResult, part: str, name: str, form: str) -> Entry:

@@ -9,9 +9,10 @@ values for one token per row: Θ(n/d + 1/b) with multi-head attention, which is 
 and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are counted instead, from a configuration:
 
     bytes = weights + b · (keys and values of n positions)        operations = 2 · b · (weights + 2 · h · n · widths)
-    time ≥ max(weights / bandwidth, matrix operations / rate) + (keys and values) / bandwidth
+    time ≥ max(weights / bandwidth, operations / rate) + max((keys and values) / bandwidth, operations / rate)
 
-Of a mixture of experts, a step reads those that b tokens choose, here independently of each other.
+Of a mixture of experts, a step reads those that b tokens choose, here independently of each other. What a latent in
+place of keys and values takes stands in `attention_sizes.py`.
 """
 
 import platform
@@ -19,12 +20,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from mqa_hf.base.datasheets import Device
-from mqa_hf.configuration_mqa import MQAConfig, of_layer
+from mqa_hf.configuration_mqa import MQAConfig
 
+from .attention_sizes import Keys, cross_attention, kv_bytes, own_attention
 from .shapes import Weights
 
 
@@ -34,7 +37,7 @@ class StepCost:
 
     Attributes:
         weight_bytes: of the matrices that are read, the head's included, the embedding's not.
-        cache_bytes: keys and values that are read, those of an encoder's output included.
+        cache_bytes: keys and values, or latents, that are read, those of an encoder's output included.
         weight_operations, cache_operations: multiplications and additions with each.
     """
 
@@ -49,23 +52,33 @@ class StepCost:
 
     def seconds(self, device: Device) -> float:
         """The least time that the step can take."""
-        weights = max(self.weight_bytes / device.bandwidth, self.weight_operations / device.rate)
-        return weights + max(self.cache_bytes / device.bandwidth, self.cache_operations / device.rate)
+        return sum(max(part) for part in self.parts(device))
+
+    def parts(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Seconds to read, and to compute with, weights and then cache."""
+        return (
+            (self.weight_bytes / device.bandwidth, self.weight_operations / device.rate),
+            (self.cache_bytes / device.bandwidth, self.cache_operations / device.rate),
+        )
+
+    def cache_limit(self, device: Device) -> Literal["bytes", "operations"]:
+        """What takes longer of the cache: to read it or to compute with it."""
+        _, (reading, computing) = self.parts(device)
+        return "bytes" if reading >= computing else "operations"
 
 
 def step_weights(config: MQAConfig) -> int:
     """Weights that a step multiplies with; keys and values of an encoder's output are computed once, not in a step."""
-    d, f, H = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    d, f = config.hidden_size, config.intermediate_size
     total = (
         config.embedding_size * config.vocab_size + (3 if config.gated_mlp else 2) * d * f * config.num_hidden_layers
     )
     if config.embedding_size != d:
         total += 2 * d * config.embedding_size
     for i in range(config.num_hidden_layers):
-        qk, v = of_layer(config.qk_head_dim, i), of_layer(config.v_head_dim, i)
-        total += d * (H + config.num_key_value_heads) * qk + d * (H + config.num_key_value_heads) * v
-        if config.cross_num_key_value_heads:
-            total += d * H * (of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i))
+        total += own_attention(config, i).step_weights
+        cross = cross_attention(config, i)
+        total += 0 if cross is None else cross.step_weights
     return total
 
 
@@ -73,16 +86,19 @@ def weights_of(config: MQAConfig) -> Weights:
     """Of a decoder, to within biases and norms."""
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.embedding_size
     positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
-    cross = 0
-    if config.cross_num_key_value_heads:
-        for i in range(config.num_hidden_layers):
-            widths = of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i)
-            cross += config.hidden_size * config.cross_num_key_value_heads * widths
+    every = (cross_attention(config, i) for i in range(config.num_hidden_layers))
+    cross = sum(found.projections for found in every if found is not None)
     return Weights(step_weights(config), looked_up=embedding + positions + cross)
 
 
 def step_cost(
-    config: MQAConfig, batch: int, context: int, source: int = 0, itemsize: int = 2, weights: Weights | None = None
+    config: MQAConfig,
+    batch: int,
+    context: int,
+    source: int = 0,
+    itemsize: int = 2,
+    weights: Weights | None = None,
+    keys: Keys = "rebuilt",
 ) -> StepCost:
     """Bytes and operations of a step.
 
@@ -93,21 +109,23 @@ def step_cost(
         source: positions of the encoder's output, for a decoder with one.
         itemsize: bytes of a number.
         weights: of a model of which `config` says the attention only.
+        keys: whether those of a latent are rebuilt in each step, or stored beside it.
     """
     weights = weights or weights_of(config)
-    cached = computed = 0
-    H, G = config.num_attention_heads, config.num_key_value_heads
+    cached = computed = repeated = 0
     for i, kind in enumerate(config.layer_types):
         seen = min(context, config.sliding_window or context) if kind == "sliding_attention" else context
-        width = of_layer(config.qk_head_dim, i) + of_layer(config.v_head_dim, i)
-        cached += G * width * seen
-        computed += H * width * seen
-        if config.cross_num_key_value_heads:
-            width = of_layer(config.cross_qk_head_dim, i) + of_layer(config.cross_v_head_dim, i)
-            cached += config.cross_num_key_value_heads * width * source
-            computed += H * width * source
-    operations = 2.0 * batch * weights.of_a_token
-    return StepCost(weights.read(batch) * itemsize, batch * cached * itemsize, operations, 2.0 * batch * computed)
+        for attention, tokens in ((own_attention(config, i), seen), (cross_attention(config, i), source)):
+            if attention is not None:
+                cached += attention.bytes(keys, itemsize) * tokens
+                computed += attention.products(keys) * tokens
+                repeated += attention.repeated
+    return StepCost(
+        weight_bytes=weights.read(batch) * itemsize,
+        cache_bytes=batch * cached,
+        weight_operations=2.0 * batch * (weights.of_a_token + repeated),
+        cache_operations=2.0 * batch * computed,
+    )
 
 
 def prefill_ratio(
@@ -115,14 +133,11 @@ def prefill_ratio(
 ) -> float:
     """Bytes per operation where `length` positions of `batch` rows are computed at once, as in training."""
     weights, tokens = weights or weights_of(config), batch * length
-    H, G = config.num_attention_heads, config.num_key_value_heads
-    heads = sum(
-        of_layer(config.qk_head_dim, i) + of_layer(config.v_head_dim, i) for i in range(config.num_hidden_layers)
-    )
-    activations = tokens * (config.num_hidden_layers * (4 * config.hidden_size) + (H + G) * heads)
-    # Causal: half of 2 · length.
-    operations = 2.0 * tokens * weights.of_a_token + tokens * length * H * heads
-    return itemsize * (weights.read(tokens) + activations) / operations
+    layers = [own_attention(config, i) for i in range(config.num_hidden_layers)]
+    kept = sum(4 * x.d + (x.H + x.G) * (x.D + x.Dv) + x.r + x.rebuilt for x in layers)
+    # By head, whatever is stored; causal: half of 2 · length.
+    operations = 2.0 * tokens * weights.of_a_token + tokens * length * sum(x.H * (x.D + x.Dv) for x in layers)
+    return itemsize * (weights.read(tokens) + tokens * kept) / operations
 
 
 def largest_batch(
@@ -132,9 +147,11 @@ def largest_batch(
     source: int = 0,
     itemsize: int = 2,
     weights: Weights | None = None,
+    keys: Keys = "rebuilt",
 ) -> int:
     """Rows of `context` positions whose cache fits beside the weights, with 4 % of the memory left for the rest."""
-    row = (config.kv_bytes_per_token * context + config.cross_kv_bytes_per_token * source) * itemsize / 2
+    own, cross = kv_bytes(config, keys, itemsize)
+    row = own * context + cross * source
     total = (weights or weights_of(config)).total
     return max(0, int((0.96 * memory - total * itemsize) // row))
 

@@ -22,14 +22,16 @@ from transformers.generation.streamers import BaseStreamer
 from mqa_hf.base.console import progress_bar, say
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import MQAError
+from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.rules_mqa import CACHE
 
+from .attention_sizes import Keys
 from .benchmark import WARMUP, Benchmark, Cell
 from .benchmark_record import BenchmarkRecord
 from .contenders import Contender, cache_bytes, contenders_of, filled_cache, random_model
-from .roofline import largest_batch, measured_device, step_cost
+from .roofline import measured_device
 from .timing_plots import draw_times
 
 
@@ -54,6 +56,7 @@ class Times:
         step_sec: of each step.
         warmup_sec: what the first steps took longer.
         total_sec, encoder_sec: of an encoder-decoder model, all tokens with the encoder, and the encoder alone.
+        keys: how this package's loop kept the keys of a latent.
     """
 
     step_sec: list[float]
@@ -64,6 +67,7 @@ class Times:
     time_to_first_token_sec: float | None = None
     total_sec: float | None = None
     encoder_sec: float | None = None
+    keys: Keys | None = None
 
 
 def wait_for(device: torch.device) -> None:
@@ -108,6 +112,7 @@ def time_tokens(contender: Contender, model: Any, batch: int, context: int, toke
         step_sec=counted,
         warmup_sec=max(0.0, sum(steps[:WARMUP]) - WARMUP * statistics.median(counted)),
         cache_bytes=cache_bytes(cache),
+        keys=kept_keys(cache),
         weight_bytes=sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()),
         peak_memory_bytes=peak_memory(model.device),
     )
@@ -162,8 +167,17 @@ def time_seq2seq(model: Any, vocab: int, batch: int, source: int, tokens: int, b
         peak_memory_bytes=peak_memory(model.device),
     )
     if hasattr(model, "decoding"):
+        engine = model.decoding.engine
+        found.keys = None if engine is None else kept_keys(engine.cache)
         model.decoding.release()
     return found
+
+
+def kept_keys(cache: Any) -> Keys | None:
+    """How a cache of this package's loop keeps the keys of latents."""
+    if not isinstance(cache, DecodeCache):
+        return None
+    return "expanded" if cache.keys == "expanded" else "rebuilt"
 
 
 class CellTimer:
@@ -195,13 +209,17 @@ class CellTimer:
         }
 
     def model(self, contender: Contender) -> Any:
-        key = (contender.shape, type(contender.run_config), contender.kv_heads, contender.engine == "mqa-hf")
+        cached = contender.kv_heads if contender.latent is None else contender.latent.name
+        key = (contender.shape, type(contender.run_config), cached, contender.engine == "mqa-hf")
         if key not in self.models:
             if self.device.type != "cpu":
                 self.models.clear()
                 clear_memory(self.device)
             self.models[key] = random_model(contender, self.dtype, self.device)
-        return self.models[key]
+        model = self.models[key]
+        if hasattr(model, "decoding"):
+            model.decoding.keys = contender.keys
+        return model
 
     @torch.no_grad()
     def cell(self, contender: Contender, cell: Cell) -> BenchmarkRecord:
@@ -248,11 +266,13 @@ class CellTimer:
         median = statistics.median(steps)
         tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else steps * 9
         rows, itemsize = cell.batch * cell.beams, self.dtype.itemsize
-        cost = step_cost(decoder_of(contender.config), rows, cell.context, source or 0, itemsize, contender.weights)
+        keys = measured.pop("keys")
+        cost = contender.cost(rows, cell.context, source or 0, itemsize, keys)
         floor, size = cost.seconds(self.limits), cost.weight_bytes + cost.cache_bytes
         return BenchmarkRecord(
             **identity(contender, cell),
             source=source,
+            keys=keys if contender.rebuilds else None,
             time_per_token_ms=1000 * median,
             time_per_token_p10_ms=1000 * tenths[0],
             time_per_token_p90_ms=1000 * tenths[-1],
@@ -272,7 +292,7 @@ class CellTimer:
         """The cell with the largest batch that fits."""
         capacity = context + WARMUP + self.job.tokens + 1
         memory, itemsize = self.limits.memory, self.dtype.itemsize
-        batch = largest_batch(decoder_of(contender.config), capacity, memory, 0, itemsize, contender.weights)
+        batch = contender.largest_batch(capacity, memory, itemsize)
         found = self.failed(contender, Cell(0, context), "it does not fit at all")
         while batch > 0:
             found = self.cell(contender, Cell(batch, context))
@@ -296,7 +316,8 @@ def identity(contender: Contender, cell: Cell) -> dict[str, Any]:
         "original": contender.original,
         "model": contender.name,
         "engine": contender.engine,
-        "kv_heads": contender.kv_heads,
+        "kv_heads": contender.kv_heads if contender.latent is None else None,
+        "latent": contender.latent,
         **cell._asdict(),
     }
 

@@ -34,6 +34,7 @@ def row_of(record: BenchmarkRecord, name: str) -> dict[str, str]:
         "batch": f"{r.batch}{' (largest)' if r.largest_batch else ''}",
         "context": str(r.context) if r.source is None else f"{r.source} to {r.context}",
         "beams": str(r.beams),
+        "keys": r.keys or NOTHING,
     }
     if r.error is not None:
         return {**identity, "ms/token": r.error[:40]}

@@ -352,13 +352,17 @@ def hidden_states(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """The modules whose parameters differ in shape between the two: the attentions that were converted."""
+    """The modules whose parameters differ in shape between the two, or are others (a latent's): the attentions that
+    were converted."""
     shapes = {name: p.shape for name, p in teacher.named_parameters()}
-    names = {
-        name.rsplit(".", 2)[0]
-        for name, p in student.named_parameters()
-        if "layers." in name and shapes.get(name, p.shape) != p.shape
-    }
+    known = {name for name, _ in teacher.named_modules()}
+    names = set()
+    for name, parameter in student.named_parameters():
+        owner = name.rpartition(".")[0]
+        parts = next(student.get_submodule(owner).children(), None)
+        module = owner if parts is not None else owner.rpartition(".")[0]  # some are the attention's own
+        if "layers." in name and module in known and shapes.get(name) != parameter.shape:
+            names.add(module)
     if not names:
         raise MQAError(
             "`loss` attention and `attention_tokens` need a student whose attention layers differ from its teacher's "

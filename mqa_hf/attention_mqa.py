@@ -104,7 +104,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain matrix products, softmax in float32; shapes as in [`mqa_attention_forward`].
+    """The same in plain matrix products, softmax in float32 at least; shapes as in [`mqa_attention_forward`].
 
     Returns:
         The output [B, T, H, Dv] and the weights [B, H, T, S].
@@ -122,10 +122,25 @@ def eager_attention_forward(
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     elif attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    precise = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(weights, dim=-1, dtype=precise).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     out = torch.matmul(weights.reshape(B, G, H // G * T, S), value).reshape(B, H, T, -1)
     return out.transpose(1, 2), weights
+
+
+def grouped(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], the queries of a group as those of one head."""
+    B, H, D = query.shape
+    G = keys.shape[1]
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(len(mask), G, H // G, -1)
+    out = nn.functional.scaled_dot_product_attention(
+        query.view(B, G, H // G, D), keys, values, attn_mask=mask, scale=scale
+    )
+    return out.reshape(B, -1)
 
 
 AttentionInterface.register(ATTENTION_NAME, mqa_attention_forward)

@@ -22,7 +22,7 @@ AUTO_MAP = {
 }
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
-LATENT_GROUP = 32  # components of a latent that share a scale and an offset where it is stored in 8 or 4 bits
+LATENT_BLOCK = 32  # what the width of a latent is a multiple of where it is stored in 8 or 4 bits
 RESIDUALS = ("sequential", "post_norm", "parallel", "parallel_shared_norm")
 
 
@@ -60,8 +60,8 @@ class MQAConfig(PreTrainedConfig):
             `head_dim` wide. Default: no latent.
         cross_kv_latent_dim (`int` or `list[int]`, *optional*): The same of cross-attention, which rebuilds nothing.
         kv_latent_heads (`int`, *optional*): Key/value heads that a latent stands for, a divisor of `H`. Default: `H`.
-        kv_latent_bits (`int`): 16, 8 or 4: bits of a stored number of the latent. With 8 and 4, groups of 32 numbers
-            have a scale and an offset in the type of the model, and the latent is rounded likewise where no cache is.
+        kv_latent_bits (`int`): 16, 8 or 4: bits of a stored number of the latent. With 8 and 4, each
+            latent has a scale and an offset in the type of the model, and is rounded likewise where no cache is.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
         position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
             `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
@@ -284,8 +284,8 @@ class MQAConfig(PreTrainedConfig):
                     f"with {name} all query heads share one latent; {heads} must be 1, not {getattr(self, heads)}"
                 )
             for r in (of_layer(getattr(self, name), i) for i in range(self.num_hidden_layers)):
-                if r < 1 or (self.kv_latent_bits < 16 and r % LATENT_GROUP):
-                    multiple = f" and a multiple of {LATENT_GROUP}" if self.kv_latent_bits < 16 else ""
+                if r < 1 or (self.kv_latent_bits < 16 and r % LATENT_BLOCK):
+                    multiple = f" and a multiple of {LATENT_BLOCK}" if self.kv_latent_bits < 16 else ""
                     raise ValueError(f"{name} must be positive{multiple}, got {r}")
 
     def _check_widths(self, layer: int):
@@ -351,5 +351,5 @@ class MQAConfig(PreTrainedConfig):
 
     def _latent_bytes(self, widths: int | list[int]) -> int:
         r = sum(of_layer(widths, i) for i in range(self.num_hidden_layers))
-        scales = 0 if self.kv_latent_bits == 16 else 2 * 2 * r // LATENT_GROUP
+        scales = 0 if self.kv_latent_bits == 16 else 2 * 2 * self.num_hidden_layers
         return r * self.kv_latent_bits // 8 + scales

@@ -11,7 +11,7 @@ What the loop cannot do goes to transformers' own loop; `model.decoding` has the
 
 from collections import deque
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
+from .cache_mqa import KEYS
 from .compat_mqa import TESTED, one_cache, self_check
 from .engine_mqa import Engine, Generated
 from .request_mqa import read_call
@@ -43,6 +44,9 @@ class Decoding:
             transformers is newer than any that was tested; the first call of `generate()` then looks.
         cache_dtype: of keys and values; `torch.float8_e4m3fn` halves the cache (with a scale per key and value, which
             costs a little quality). Default: that of the model.
+        keys: of a model with latents, whether a step rebuilds the keys of all tokens from them (`"rebuilt"`: the cache
+            holds latents alone) or the cache holds the keys, too (`"expanded"`); `"auto"` takes the faster way that
+            the memory has room for. A [`DecodeCache`] that is given has its own way.
 
     Buffers and graph are kept for the next call of the same shape; [`Decoding.release`] frees them.
     """
@@ -51,8 +55,14 @@ class Decoding:
     graphs: bool = True
     kernels: bool = True
     cache_dtype: torch.dtype | None = None
+    keys: str = "auto"
     checked: bool = TESTED
     kept: list[Engine] = field(default_factory=list, init=False, repr=False, compare=False)  # one at most
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "keys" and value not in ("auto", *KEYS):
+            raise ValueError(f"keys must be one of auto, {', '.join(KEYS)}, got {value!r}")
+        super().__setattr__(name, value)
 
     @property
     def engine(self) -> Engine | None:
@@ -74,7 +84,7 @@ class Decoding:
         self.kept.clear()
 
     def __deepcopy__(self, memo: dict) -> "Decoding":
-        return Decoding(self.enabled, self.graphs, self.kernels, self.cache_dtype, self.checked)
+        return replace(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": []}

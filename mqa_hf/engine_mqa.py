@@ -11,8 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
 from .beams_mqa import BeamSearch
-from .cache_mqa import DecodeCache
-from .configuration_mqa import MQAConfig
+from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .graph_mqa import StepGraph
 from .request_mqa import ROOM, Call, round_up
 from .rules_mqa import CACHE, decoder_stack
@@ -41,7 +40,7 @@ class Engine:
         cache, cross, device = call.cache, None, head.device
         if cache is None:
             dtype, copy = request.cache_dtype, request.beams is None
-            cache = DecodeCache(config, request.rows, call.capacity, dtype, device, copy=copy)
+            cache = DecodeCache(config, request.rows, call.capacity, dtype, device, copy=copy, keys=request.keys)
         if model.config.is_encoder_decoder:
             prompts = request.rows // request.copies
             cross = DecodeCache(config, prompts, request.source_capacity, head.dtype, device, cross=True)
@@ -151,6 +150,7 @@ class Engine:
         """What the call is to return, none of it in buffers that the next call writes to; ends the call."""
         new, config = self.ended or self.new_tokens, call.config
         self.cache.set_length(self.held + new - 1)
+        self.cache.note_steps(self.held, self.decode_step.positions - self.decode_step.host_length)
         self.pointers = self.read()
         sequences = self.text.result(self.prompt + new, config.num_return_sequences)
         result: Generated = sequences
@@ -162,19 +162,29 @@ class Engine:
     def with_cache(self, sequences: Any, given: DecodeCache | None) -> Generated:
         """Tokens and the cache, which is the caller's own or one of transformers'."""
         cross, dtype = self.decode_step.cross, self.decode_step.dtype
-        config = decoder_stack(self.model).config
-        cache: Any = given if given is not None else dynamic_cache(self.cache, config, dtype)
+        stack = decoder_stack(self.model)
+        cache: Any = given if given is not None else dynamic_cache(self.cache, stack, dtype)
         if cross is None:
             return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
-        cache = EncoderDecoderCache(cache, dynamic_cache(cross, None, dtype, self.request.copies))
+        cache = EncoderDecoderCache(cache, dynamic_cache(cross, stack, dtype, self.request.copies, cross=True))
         return GenerateEncoderDecoderOutput(sequences=sequences, **{CACHE: cache})
 
 
-def dynamic_cache(cache: DecodeCache, config: MQAConfig | None, dtype: torch.dtype, copies: int = 1) -> DynamicCache:
-    """The same keys and values as transformers keeps them, each row `copies` times."""
-    plain = DynamicCache(config=config) if config is not None else DynamicCache()
+def dynamic_cache(
+    cache: DecodeCache, stack: Any, dtype: torch.dtype, copies: int = 1, cross: bool = False
+) -> DynamicCache:
+    """What a cache of this stack of layers holds, as transformers keeps it, each row `copies` times."""
+    plain = DynamicCache() if cross else DynamicCache(config=stack.config)
+    angles = None
+    if cache.positions is not None:
+        like = torch.empty(0, dtype=dtype, device=cache.positions.device)
+        angles = stack.rotary_emb(like, cache.positions[:, : cache.get_seq_length()])
     for i, layer in enumerate(cache.decode_layers):
-        keys = layer.read(layer.keys, layer.key_scales, 1, dtype)
-        values = layer.read(layer.values, layer.value_scales, 1, dtype)
+        if isinstance(layer, LatentLayer):
+            attention = stack.layers[i].cross_attn if cross else stack.layers[i].self_attn
+            keys, values = attention.as_cached(layer.latents(dtype), angles)
+        else:
+            assert isinstance(layer, KeyValueLayer)
+            keys, values = layer.contents(dtype)
         plain.update(keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0), i)
     return plain

@@ -14,12 +14,13 @@ from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, pow
 def _append_kernel(
     projected, query, keys, values, key_scales, value_scales, cos, sin, frequency, positions, length,
     S, H, G, tiles, projected_row, key_row, key_head, value_row, value_head, angles_row,
-    D: tl.constexpr, DV: tl.constexpr, HEAD: tl.constexpr, ROTATED: tl.constexpr, CHOSEN: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, HEAD: tl.constexpr,
+    ROTATED: tl.constexpr, CHOSEN: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: `HEADS` heads of one row of `projected` [B, H·D + G·D + G·DV], the first `tiles` programs of a row
     those of queries and keys. Both are rotated; queries go to `query` [B, H, D], keys and values to the cache at
-    position `length` - 1, as float8 with a scale if `SCALED`.
+    position `length` - 1, which is `KEY` and `VALUE` numbers from the one before, as float8 with a scale if `SCALED`.
 
     Components below `ROTATED` of every `HEAD` are rotated in pairs at a distance of half; `CHOSEN`: by the angles that
     `frequency` [ROTATED] names.
@@ -54,7 +55,7 @@ def _append_kernel(
             size = tl.maximum(tl.max(tl.abs(y), 1), 1e-12) / 448.0
             tl.store(key_scales + (row * G + held) * S + token, size, mask=(head >= H) & (head < H + G))
             y = y / size[:, None]
-        to = keys + row * key_row + held[:, None] * key_head + token * D + at[None, :]
+        to = keys + row * key_row + held[:, None] * key_head + token * KEY + at[None, :]
         tl.store(to, y.to(keys.dtype.element_ty), mask=keeps)
     else:
         which = (tile - tiles) * HEADS + tl.arange(0, HEADS)
@@ -65,7 +66,7 @@ def _append_kernel(
             value_size = tl.maximum(tl.max(tl.abs(new), 1), 1e-12) / 448.0
             tl.store(value_scales + (row * G + which) * S + token, value_size, mask=which < G)
             new = new / value_size[:, None]
-        there = values + row * value_row + which[:, None] * value_head + token * DV + at[None, :]
+        there = values + row * value_row + which[:, None] * value_head + token * VALUE + at[None, :]
         tl.store(there, new.to(values.dtype.element_ty), mask=some)
 
 
@@ -88,7 +89,7 @@ def append(
 
     Args:
         projected: [B, H·D + G·D + G·Dv], what the three projections gave.
-        keys, values: [B, G, S, D] and [B, G, S, Dv], written in place.
+        keys, values: [B, G, S, D] and [B, G, S, Dv], the last dimension contiguous, written in place.
         length: int32 [1], positions in use with the new one.
         cos, sin: [positions, components] of all positions; the first half of `sin` is negated. None: no rotation.
         positions: int32 [B], the position of each row's new token.
@@ -115,7 +116,8 @@ def append(
         some if positions is None else positions, length,
         S, H, G, tiles, projected.stride(0), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         0 if cos is None else cos.stride(0),
-        D=D, DV=DV, HEAD=D if frequency is not None else head, ROTATED=rotated, CHOSEN=frequency is not None,
+        D=D, DV=DV, KEY=keys.stride(2), VALUE=values.stride(2), HEAD=D if frequency is not None else head,
+        ROTATED=rotated, CHOSEN=frequency is not None,
         HEADS=heads, BLOCK=block, SCALED=key_scales is not None, num_warps=4,
     )  # fmt: skip
     return query

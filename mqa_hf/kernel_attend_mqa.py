@@ -135,12 +135,14 @@ def _attend_kernel(
     query, keys, values, key_scales, value_scales, out, partial, statistics, counters,
     length, start, rows, slopes, table,
     scale, splits, S, G, g, B, key_row, key_head, value_row, value_head, query_row, rows_row, length_step, table_width,
-    D: tl.constexpr, DV: tl.constexpr, FOLD: tl.constexpr, WINDOW: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_ROWS: tl.constexpr, BIAS: tl.constexpr, FROM_START: tl.constexpr, SCALED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, FOLD: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_ROWS: tl.constexpr, BIAS: tl.constexpr,
+    FROM_START: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the queries of one K/V head of one cache row, over one share of that row's keys.
+    """One program: the queries of one K/V head of one cache row, over one share of that row's keys, which are `KEY`
+    numbers apart, and values, which are `VALUE` apart.
 
     `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]; if `SPLIT` is not
     0, each program writes its share to `partial` [splits, B, H, DV] and `statistics` [splits, B, H] (log of the sum,
@@ -160,9 +162,10 @@ def _attend_kernel(
         # are fetched into the cache that all share while the kernel that rotates the queries still runs.
         if not HAS_ROWS:
             here, far = tl.minimum(low, last - 1), row.to(tl.int64)
-            _prefetch(keys + far * key_row + head * key_head + here * D, (high - low) * D, 2 * BLOCK_N * BLOCK_D)
+            count = high - low - 1
+            _prefetch(keys + far * key_row + head * key_head + here * KEY, count * KEY + D, 2 * BLOCK_N * BLOCK_D)
             _prefetch(
-                values + far * value_row + head * value_head + here * DV, (high - low) * DV, 2 * BLOCK_N * BLOCK_DV
+                values + far * value_row + head * value_head + here * VALUE, count * VALUE + DV, 2 * BLOCK_N * BLOCK_DV
             )
         gdc_wait()
     q = tl.load(
@@ -185,7 +188,7 @@ def _attend_kernel(
         if HAS_ROWS:
             at = tl.load(rows + row * rows_row + n, mask=valid, other=0).to(tl.int64)
         k = tl.load(
-            keys + at[:, None] * key_row + head * key_head + n[:, None] * D + d[None, :],
+            keys + at[:, None] * key_row + head * key_head + n[:, None] * KEY + d[None, :],
             mask=valid[:, None] & (d < D)[None, :], other=0.0,
         )  # fmt: skip
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision) * scale
@@ -198,7 +201,7 @@ def _attend_kernel(
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(p, 1)
         v = tl.load(
-            values + at[:, None] * value_row + head * value_head + n[:, None] * DV + dv[None, :],
+            values + at[:, None] * value_row + head * value_head + n[:, None] * VALUE + dv[None, :],
             mask=valid[:, None] & (dv < DV)[None, :], other=0.0,
         )  # fmt: skip
         if SCALED:
@@ -261,7 +264,7 @@ def attend(
 
     Args:
         query: [B, H, D], contiguous.
-        keys, values: [R, G, S, D] and [R, G, S, Dv], the last two dimensions contiguous; B = R · `fold`.
+        keys, values: [R, G, S, D] and [R, G, S, Dv], the last dimension contiguous; B = R · `fold`.
         length: int32, [1] or [R]: positions in use, the new one included.
         scale: factor on query · key.
         capacity: the largest `length` that will be seen; how finely the work is split follows from it.
@@ -307,7 +310,8 @@ def attend(
         scale, splits, S, G, g, B, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         query.stride(0), 0 if rows is None else rows.stride(0), 0 if len(length) == 1 else 1,
         0 if table is None else table.shape[1],
-        D=D, DV=DV, FOLD=fold, WINDOW=window or 0, HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
+        D=D, DV=DV, KEY=keys.stride(2), VALUE=values.stride(2), FOLD=fold, WINDOW=window or 0,
+        HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
         FROM_START=bool(bfloat16_from_start), SCALED=key_scales is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         SPLIT=0 if splits == 1 else 2 if at_once else 1,

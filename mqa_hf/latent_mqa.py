@@ -3,8 +3,8 @@
 B batch, T tokens, S tokens attended to, H query heads, G heads that the latent stands for, D head width of which R
 components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
 
-A latent c = Z x [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each with a
-rotary frequency f(c), that all query heads share. Head a weighs them by factors, k_aj = Σ_{c: f(c) = j} b_ac κ_c, which
+A latent c = Z x + z [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each of
+a rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
 commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
 
 - by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mqa import eager_attention_forward, project
@@ -84,7 +84,7 @@ class MQALatentAttention(nn.Module):
         sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
         self.sliding_window = config.sliding_window if sliding else None
         self.q_proj = nn.Linear(d, H * self.head_dim, bias=config.query_bias)
-        self.kv_proj = nn.Linear(d, r, bias=False)
+        self.kv_proj = nn.Linear(d, r)
         W, plain = self.qk_head_dim, self.head_dim - (config.rotary_dim if self.rotary else 0)
         self.register_buffer("rotated", rotated_components(config, layer_idx) if W else None, persistent=False)
         self.k_proj = nn.Linear(r, W) if W else None
@@ -109,10 +109,7 @@ class MQALatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens in a cache that keeps
         latents alone."""
-        query = project(self.q_proj, hidden_states, self.head_dim)
-        if self.rotary:
-            assert position_embeddings is not None
-            query = rotate(query, *position_embeddings, self.head_dim)
+        query = self.queries(hidden_states, position_embeddings)
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -130,6 +127,18 @@ class MQALatentAttention(nn.Module):
             if held.shape[2] != latent.shape[1]:
                 return self.attend_absorbed(query, keys, held, attention_mask, kwargs)
         return self.attend_by_head(query, latent, position_embeddings, attention_mask, kwargs)
+
+    def queries(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, T, d] -> rotated queries [B, H, T, D]."""
+        query = project(self.q_proj, x, self.head_dim)
+        if not self.rotary:
+            return query
+        assert angles is not None
+        return rotate(query, *angles, self.head_dim)
+
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, d] -> latents [B, S, r], rounded as the cache rounds them."""
+        return rounded_latent(self.kv_proj(x), self.bits)
 
     def keep(
         self,
@@ -151,12 +160,18 @@ class MQALatentAttention(nn.Module):
             held = stored.update_latents(made)
             alone = held.shape[2] == made.shape[1]
             return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
-        one = latent[:, None]
+        keys, values = self.as_cached(latent[:, None], angles)
+        if isinstance(cache, QuantizedCache) and not self.qk_head_dim:
+            values = keys  # nothing cannot be quantised
+        keys, held = cache.update(keys, values, self.layer_idx)
+        return (keys, held) if self.qk_head_dim else (None, keys)
+
+    def as_cached(self, latent: torch.Tensor, angles: Angles | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What caches of transformers keep as keys and values for latents [B, 1, S, r]: rotated keys [B, 1, S, W] and
+        the latents, or the latents and nothing."""
         if not self.qk_head_dim:
-            held, _ = cache.update(one, one[..., :0], self.layer_idx)
-            return None, held
-        keys, held = cache.update(self.rebuilt(latent, angles), one, self.layer_idx)
-        return keys, held
+            return latent, latent[..., :0]
+        return self.rebuilt(latent[:, 0], angles), latent
 
     def rebuilt(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
         """[B, S, r] -> the rotated components of keys [B, 1, S, W]."""
@@ -169,6 +184,12 @@ class MQALatentAttention(nn.Module):
         self, query: torch.Tensor, latent: torch.Tensor, angles: Angles | None, mask: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention to keys and values of the G heads; queries [B, H, T, D] rotated, latents [B, S, r]."""
+        key = self.keys_by_head(latent, angles)
+        output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def keys_by_head(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, S, r] -> the rotated keys of the G heads [B, G, S, D]."""
         parts = []
         if self.k_proj is not None:
             assert angles is not None
@@ -176,9 +197,7 @@ class MQALatentAttention(nn.Module):
             parts.append(rotate(rows.unflatten(-1, (self.heads, -1)).transpose(1, 2), *angles, angles[0].shape[-1]))
         if self.k_up is not None:
             parts.append(self.k_up(latent))
-        key = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     def attend_absorbed(
         self, query: torch.Tensor, keys: torch.Tensor | None, latent: torch.Tensor, mask: Any, kwargs: dict[str, Any]
@@ -225,7 +244,7 @@ class MQALatentAttention(nn.Module):
         return wide, plain
 
     def head_factors(self) -> torch.Tensor:
-        """[G·R, W]: from rebuilt components to the rotated ones of each head's keys, k_aj = Σ_{c: f(c) = j} b_ac κ_c."""
+        """[G·R, W]: from rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
         assert self.query_factors is not None
         assert self.rotated is not None
         half = self.config.rotary_dim // 2

@@ -129,6 +129,15 @@ class MQAAttention(nn.Module):
         return rotate(x, cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
 
 
+Attention = MQAAttention | MQALatentAttention
+
+
+def make_attention(config: MQAConfig, layer_idx: int, cross: bool = False) -> Attention:
+    """The attention of a layer: of heads, or of a latent."""
+    latent = config.cross_kv_latent_dim if cross else config.kv_latent_dim
+    return (MQAAttention if latent is None else MQALatentAttention)(config, layer_idx, cross)
+
+
 class MQAMLP(nn.Module):
     def __init__(self, config: MQAConfig):
         super().__init__()
@@ -167,13 +176,11 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.residual = config.residual
         self.residual_multiplier = config.residual_multiplier
         self.hidden_dropout = config.hidden_dropout
-        own = MQAAttention if config.kv_latent_dim is None else MQALatentAttention
-        self.self_attn = own(config, layer_idx)
+        self.self_attn = make_attention(config, layer_idx)
         self.mlp = MQAMLP(config)
         self.input_layernorm = make_norm(config)
         if config.cross_num_key_value_heads:
-            cross = MQAAttention if config.cross_kv_latent_dim is None else MQALatentAttention
-            self.cross_attn = cross(config, layer_idx, cross=True)
+            self.cross_attn = make_attention(config, layer_idx, cross=True)
             self.cross_attn_layernorm = make_norm(config)
         if config.residual != "parallel_shared_norm":
             self.post_attention_layernorm = make_norm(config)

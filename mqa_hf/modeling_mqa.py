@@ -23,6 +23,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mqa import ATTENTION_NAME, eager_attention_forward
+from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
@@ -191,6 +192,7 @@ class MQAModel(MQAPreTrainedModel):
 
         x = self.enter(inputs_embeds, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
+        kwargs.update(self.of_known_tokens(x, position_ids, cache))
 
         biased = self.position_bias(masks, attention_mask, x, cache)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
@@ -207,6 +209,16 @@ class MQAModel(MQAPreTrainedModel):
             if self.config.clamp_float16 and x.dtype == torch.float16:
                 x = x.clamp(-64504, 64504)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.leave(x), **{CACHE: whole})
+
+    def of_known_tokens(self, x: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> dict[str, Any]:
+        """What layers need besides if they rebuild the keys of the tokens that a cache knows: all angles."""
+        if not isinstance(cache, DecodeCache) or cache.positions is None:
+            return {}
+        assert self.rotary_emb is not None
+        positions = cache.note(position_ids.expand(len(x), -1))
+        if positions.shape[1] == x.shape[1]:
+            return {}
+        return {"key_position_embeddings": self.rotary_emb(x, positions)}
 
     def cache_to_fill(self, cache: Any, encoder_hidden_states: torch.Tensor | None, use_cache: bool | None) -> Any:
         """The cache that layers write to: the one that is given, a new one, or none."""

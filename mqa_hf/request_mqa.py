@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, MaxTimeCriteria, StoppingCriteriaList
 
 from .cache_mqa import DecodeCache
+from .latent_step_mqa import keys_to_keep
 from .rules_mqa import CACHE, LogitsRule, rule_of
 
 ROOM = 2048  # positions beyond the prompt that are allocated at first, where more may come
@@ -20,6 +21,11 @@ ROOM = 2048  # positions beyond the prompt that are allocated at first, where mo
 def round_up(positions: int) -> int:
     """To a multiple of 64."""
     return -(-positions // 64) * 64
+
+
+def first_capacity(prompt: int, new: int) -> int:
+    """Positions to allocate at first, for so many new tokens at most."""
+    return round_up(prompt + min(new, ROOM))
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Request:
         beams: `None` without beam search.
         source_capacity: positions of an encoder's output that there is room for; 0 without an encoder.
         cache_dtype: of keys and values of self-attention.
+        keys: of [`DecodeCache`].
         graphs, kernels: the switches of [`Decoding`].
     """
 
@@ -55,6 +62,7 @@ class Request:
     beams: BeamOptions | None
     source_capacity: int
     cache_dtype: torch.dtype
+    keys: str
     graphs: bool
     kernels: bool
 
@@ -97,7 +105,7 @@ class Call:
     @property
     def capacity(self) -> int:
         """Positions to allocate at first."""
-        return round_up(self.prompt + min(self.max_new_tokens, ROOM))
+        return first_capacity(self.prompt, self.max_new_tokens)
 
     def out_of_time(self) -> bool:
         return any(time.time() - clock.initial_timestamp > clock.max_time for clock in self.clocks)
@@ -140,6 +148,11 @@ def read_call(
         rules.append(found[1])
     eos = next((c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")), None)
     pad = config._pad_token_tensor
+    limit = min([config.max_length, *(c.max_length for c in criteria if hasattr(c, "max_length"))])
+    if cache is not None:
+        kept = cache.keys
+    else:
+        kept = keys_to_keep(model, arguments, B, first_capacity(prompt, limit - T))
     request = Request(
         rows=B,
         copies=copies,
@@ -150,6 +163,7 @@ def read_call(
         beams=BeamOptions(config.early_stopping, config.length_penalty) if beams else None,
         source_capacity=round_up(source),
         cache_dtype=options.cache_dtype or dtype,
+        keys=kept,
         graphs=options.graphs,
         kernels=options.kernels,
     )
@@ -161,7 +175,7 @@ def read_call(
         config=config,
         cache=cache,
         prompt=prompt,
-        limit=min([config.max_length, *(c.max_length for c in criteria if hasattr(c, "max_length"))]),
+        limit=limit,
         clocks=tuple(c for c in criteria if hasattr(c, "max_time")),
     )
 

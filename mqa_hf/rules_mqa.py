@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.cache_utils import CacheLayerMixin
 from transformers.generation import GenerationMixin, logits_process, stopping_criteria
 
-from .cache_mqa import DecodeCache, DecodeLayer
+from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .compat_mqa import cache_name
 
 CACHE = cache_name()
@@ -195,8 +195,9 @@ def unsupported(
     given = cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
     if given and not (isinstance(cache, DecodeCache) and not beams):
         return f"a {type(cache).__name__} is given"
-    if stack.latent:
-        return "the step reads no latents"
+    alone = given and isinstance(cache, DecodeCache) and cache.positions is not None
+    if alone and not contiguous_positions(model, arguments, cache):
+        return "positions of a text skip some, and the cache that is given keeps latents alone"
     if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
         return "rotary frequencies depend on the length"
     for processor in processors:
@@ -259,7 +260,7 @@ def obstacle() -> str | None:
             GenerationMixin, "_prepare_cache_for_generation", "_is_user_defined"
         ),
         "the padding token of generate()": mentions(GenerationMixin, "_prepare_special_tokens", "_pad_token_tensor"),
-        "CacheLayerMixin": not getattr(DecodeLayer, "__abstractmethods__", None)
+        "CacheLayerMixin": not any(getattr(kind, "__abstractmethods__", None) for kind in (KeyValueLayer, LatentLayer))
         and takes(CacheLayerMixin, "get_mask_sizes", "query_length"),
     }
     changed = [name for name, holds in checks.items() if not holds]
@@ -277,6 +278,32 @@ def contiguous(mask: torch.Tensor) -> bool:
 def left_padded(mask: torch.Tensor) -> bool:
     """Whether the ones of each row [B, T] are one run that reaches the end."""
     return bool(mask[:, -1].all()) and contiguous(mask)
+
+
+def contiguous_positions(model: Any, arguments: dict[str, Any], cache: DecodeCache | None = None) -> bool:
+    """Whether each token of a row that is no padding stands one position after the one before it: so a step takes it
+    that rebuilds the keys of all tokens. Those that a cache holds count, where it keeps no keys.
+    """
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    mask, positions = arguments.get(prefix + "attention_mask"), arguments.get(prefix + "position_ids")
+    if cache is not None and cache.positions is not None and cache.get_seq_length():
+        held = cache.get_seq_length()
+        if positions is None:  # what the model gives by itself
+            positions = torch.arange(held + 1 if mask is None else mask.shape[1])[None]
+            if mask is not None and decoder_stack(model).config.positions_from_mask:
+                positions = mask.long().cumsum(1) - 1
+        new = positions.shape[1] - held if positions.shape[1] > held else positions.shape[1]
+        known, positions = cache.positions[:, :held], positions[:, -new:].to(cache.positions.device)
+        known = known[:: max(len(known) // len(positions), 1)] if len(positions) > 1 else known
+        positions = torch.cat((known, positions.expand(len(known), -1)), 1)
+    if positions is None:
+        return True
+    steps = positions.diff(dim=1) == 1
+    if mask is not None:
+        seen = nn.functional.pad(mask.bool(), (max(positions.shape[1] - mask.shape[1], 0), 0), value=True)
+        seen = seen[:, -positions.shape[1] :].to(steps.device)
+        steps = steps | ~(seen[:, 1:] & seen[:, :-1])
+    return bool(steps.all())
 
 
 def decoder_stack(model: Any) -> Any:

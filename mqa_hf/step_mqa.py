@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import latent_step_mqa
+from .attention_mqa import grouped
 from .beams_mqa import gather_beams
-from .cache_mqa import FLOAT8, DecodeCache, DecodeLayer, from_float8, to_float8
+from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
+from .latent_mqa import Angles, MQALatentAttention
 from .positions_mqa import distance_bias
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
@@ -75,10 +78,8 @@ class DecodeStep:
             slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
             rounded = self.config.alibi_bfloat16
             self.slopes = (slopes / self.config.attention_scale).bfloat16().float() if rounded else slopes
-        # Of one step, shared by its layers.
-        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
-        self.source_mask: torch.Tensor | None = None
+        self.begin()
+        self.trial = False  # whether kernels are compiled, and the cache is not to be written to
 
     @property
     def layers(self) -> "list[MQADecoderLayer]":
@@ -89,10 +90,11 @@ class DecodeStep:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def widths(self) -> Iterator[int]:
-        """Of all heads."""
+        """Of all heads that are kept."""
+        yield 0
         for layer in self.layers:
             for attention in (layer.self_attn, getattr(layer, "cross_attn", None)):
-                if attention is not None:
+                if attention is not None and not isinstance(attention, MQALatentAttention):
                     yield from (attention.qk_head_dim, attention.v_head_dim)
 
     # -- before and between steps ---------------------------------------------------------------------------------
@@ -164,7 +166,9 @@ class DecodeStep:
         """The projections that have the same input."""
         for layer in self.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            yield attention.q_proj, attention.k_proj, attention.v_proj
+            yield read_by(attention)
+            if isinstance(attention, MQALatentAttention) and attention.k_proj is not None:
+                yield (attention.k_proj,)
             yield (attention.o_proj,)
             yield (mlp.down_proj,)
             yield (mlp.up_proj,) if mlp.gate_proj is None else (mlp.gate_proj, mlp.up_proj)
@@ -194,18 +198,26 @@ class DecodeStep:
         """Compile the kernels of a step side by side; the step's own buffers are left alone."""
         if self.triton:
             x = torch.zeros(len(self.positions), self.config.hidden_size, dtype=self.dtype, device=self.device)
-            compile_all(lambda: [self.layer(layer, x, i) for i, layer in enumerate(self.layers)] + [self.head(x)])
+            self.trial = True
+            try:
+                compile_all(lambda: [self.layer(layer, x, i) for i, layer in enumerate(self.layers)] + [self.head(x)])
+            finally:
+                self.trial = False
+
+    def begin(self) -> None:
+        """Forget what the layers of one step share."""
+        self.newest_angles: Angles | None = None
+        self.all_angles: Angles | None = None
+        self.masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
+        self.source_mask: torch.Tensor | None = None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[B] the newest tokens -> [B, V] logits; their keys and values are written to the cache."""
         stack, config = self.stack, self.config
         self.length += 1
-        self.masks, self.source_mask = {}, None
+        self.begin()
         assert stack.embed_tokens is not None
         x = stack.enter(stack.embed_tokens(tokens)[:, None], self.positions[:, None]).squeeze(1)
-        if self.cos is not None and not self.triton:
-            assert self.sin is not None
-            self.angles = self.cos[self.positions][:, None, None], self.sin[self.positions][:, None, None]
         for i, layer in enumerate(self.layers):
             x = self.layer(layer, x, i)
             if config.clamp_float16 and x.dtype == torch.float16:
@@ -240,10 +252,15 @@ class DecodeStep:
             return self.inner(layer.mlp, x, norm), layer.mlp.down_proj
         if module is layer.self_attn:
             own = layer.self_attn
-            joined = self.linear(x, (own.q_proj, own.k_proj, own.v_proj), norm=norm)
+            joined = self.linear(x, read_by(own), norm=norm)
+            if isinstance(own, MQALatentAttention):
+                return latent_step_mqa.self_attention(self, own, joined, i), own.o_proj
             return self.self_attention(own, joined, i), own.o_proj
         cross = layer.cross_attn
-        return self.cross_attention(cross, self.linear(x, (cross.q_proj,), norm=norm), i), cross.o_proj
+        query = self.linear(x, (cross.q_proj,), norm=norm)
+        if isinstance(cross, MQALatentAttention):
+            return latent_step_mqa.cross_attention(self, cross, query, i), cross.o_proj
+        return self.cross_attention(cross, query, i), cross.o_proj
 
     def add(self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """The residual stream after a sub-layer that ends in this projection; it may be written to."""
@@ -258,12 +275,10 @@ class DecodeStep:
 
     def self_attention(self, attention: "MQAAttention", joined: torch.Tensor, i: int) -> torch.Tensor:
         """[B, H·D + G·D + G·Dv] -> [B, H·Dv]."""
-        held = self.cache.decode_layers[i]
+        held: Any = self.cache.decode_layers[i]
         H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
-        table = self.tables.get(i, self.tables.get(0))
-        bfloat16_from_start = self.config.positions_from_mask if self.config.alibi_bfloat16 else None
         if self.triton:
             turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated} if attention.rotary else {}
             query = append(
@@ -271,9 +286,7 @@ class DecodeStep:
                 key_scales=key_scales, value_scales=value_scales, **turned,
             )  # fmt: skip
             out = attend(
-                query, held.keys, held.values, self.length, attention.scaling, capacity=held.capacity,
-                start=self.start, rows=self.rows, window=attention.sliding_window, slopes=self.slopes,
-                bfloat16_from_start=bfloat16_from_start, table=table, counters=self.counters,
+                query, held.keys, held.values, self.length, attention.scaling, **self.seen(attention, i),
                 key_scales=key_scales, value_scales=value_scales,
             )  # fmt: skip
             return out.flatten(1)
@@ -282,45 +295,89 @@ class DecodeStep:
             part.view(len(part), -1, 1, width) for part, width in ((q, D), (k, D), (v, attention.v_head_dim))
         )
         if attention.rotary:
-            assert self.angles is not None
-            query, key = attention.rotate(query, *self.angles), attention.rotate(key, *self.angles)
+            query, key = attention.rotate(query, *self.angles()), attention.rotate(key, *self.angles())
         for name, new in (("key", key), ("value", value)):
             if scaled:
                 new, scale = to_float8(new)
                 self.write(getattr(held, name + "_scales"), scale)
             self.write(getattr(held, name + "s"), new)
-        span = held.capacity if self.graph else self.host_length
-        keys, values = self.visible(held, "key", span), self.visible(held, "value", span)
-        mask = self.mask(span, attention.sliding_window, table, bfloat16_from_start, query.dtype)
+        keys, values = self.numbers(held, "key"), self.numbers(held, "value")
+        mask = self.mask(attention.sliding_window, i, query.dtype)
         return grouped(query.squeeze(2), keys, values, mask, attention.scaling)
+
+    def seen(self, attention: "MQAAttention | MQALatentAttention", i: int) -> dict[str, Any]:
+        """What a layer sees of the cache, for [`attend`]."""
+        return {
+            "capacity": self.cache.capacity, "start": self.start, "rows": self.rows,
+            "window": attention.sliding_window, "slopes": self.slopes, "table": self.table(i),
+            "bfloat16_from_start": self.bfloat16_from_start, "counters": self.counters,
+        }  # fmt: skip
+
+    @property
+    def span(self) -> int:
+        """Positions of the cache that an operation of PyTorch reads."""
+        return self.cache.capacity if self.graph else self.host_length
+
+    def angles(self) -> Angles:
+        """Cosines and sines [B, 1, 1, R] of the newest positions."""
+        if self.newest_angles is None:
+            self.newest_angles = self.angles_at(self.positions[:, None])
+        return self.newest_angles
+
+    def key_angles(self) -> Angles:
+        """The same [B, 1, span, R] of all positions of the cache; those of padding are of no meaning."""
+        if self.all_angles is None:
+            at = torch.arange(self.span, device=self.device) + (self.positions - self.length + 1)[:, None]
+            self.all_angles = self.angles_at(at.clamp(min=0))
+        return self.all_angles
+
+    def angles_at(self, positions: torch.Tensor) -> Angles:
+        assert self.cos is not None
+        assert self.sin is not None
+        return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def write(self, buffer: torch.Tensor, new: torch.Tensor) -> None:
         """Put [B, G, 1, ...] at the newest position of [B, G, S, ...]."""
+        if self.trial:
+            return
         if self.graph:
             if buffer.dtype == FLOAT8:  # PyTorch has no such copy of this type
                 buffer, new = buffer.view(torch.uint8), new.view(torch.uint8)
-            buffer.index_copy_(2, self.length.long() - 1, new)
+            buffer.index_copy_(2, self.length.long() - 1, new.to(buffer.dtype))
         else:
             buffer[:, :, self.host_length - 1 : self.host_length] = new
 
-    def visible(self, held: DecodeLayer, name: str, span: int) -> torch.Tensor:
-        """The first positions [B, G, span, D] of the keys or values, as numbers of the model's type."""
-        states, scales = getattr(held, name + "s")[:, :, :span], getattr(held, name + "_scales")
+    def numbers(self, held: KeyValueLayer, name: str) -> torch.Tensor:
+        """The keys or values [B, G, span, D] as numbers of the model's type."""
+        states, scales = getattr(held, name + "s"), getattr(held, name + "_scales")
         if states.dtype == FLOAT8:
-            states = from_float8(states, scales[:, :, :span], self.dtype)
+            states = from_float8(states[:, :, : self.span], scales[:, :, : self.span], self.dtype)
+        return self.visible(states)
+
+    def visible(self, states: torch.Tensor) -> torch.Tensor:
+        """The first positions [B, G, span, ...] of a buffer, of the rows that hold them."""
+        states = states[:, :, : self.span]
         if self.rows is not None:
-            at = torch.arange(span, device=self.device)
-            states = states.transpose(1, 2)[self.rows[:, :span].long(), at].transpose(1, 2)
+            at = torch.arange(self.span, device=self.device)
+            states = states.transpose(1, 2)[self.rows[:, : self.span].long(), at].transpose(1, 2)
         return states
 
-    def mask(
-        self, span: int, window: int | None, table: torch.Tensor | None, rounded: bool | None, dtype: torch.dtype
-    ) -> torch.Tensor | None:
+    def table(self, i: int) -> torch.Tensor | None:
+        """The biases of a layer by distance; without its own it has those of the first."""
+        return self.tables.get(i, self.tables.get(0))
+
+    @property
+    def bfloat16_from_start(self) -> bool | None:
+        """As [`attend`] has it."""
+        return self.config.positions_from_mask if self.config.alibi_bfloat16 else None
+
+    def mask(self, window: int | None, i: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The mask [B or 1, 1 or H, 1, span] that layers of the same kind share, boolean or additive."""
+        table, rounded = self.table(i), self.bfloat16_from_start
         key = (window, None if table is None else table.data_ptr())
         if key in self.masks:
             return self.masks[key]
-        mask, at = None, torch.arange(span, device=self.device)
+        mask, at = None, torch.arange(self.span, device=self.device)
         if self.graph or self.padded or window:
             first = self.start[:, None]
             if window:
@@ -345,7 +402,7 @@ class DecodeStep:
         """[B, H·D] -> [B, H·Dv], the rows of a prompt reading the keys and values of its source together."""
         assert self.cross is not None
         assert self.source_length is not None
-        held = self.cross.decode_layers[i]
+        held: Any = self.cross.decode_layers[i]
         query = query.view(len(query), -1, attention.qk_head_dim)
         if self.triton:
             out = attend(
@@ -353,27 +410,26 @@ class DecodeStep:
                 start=self.source_start, fold=self.request.copies, counters=self.counters,
             )  # fmt: skip
             return out.flatten(1)
-        if self.source_mask is None:
-            assert self.source_start is not None
-            at = torch.arange(held.capacity, device=self.device)
-            seen = (at >= self.source_start[:, None]) & (at < self.source_length[:, None])
-            self.source_mask = seen[:, None, None]
         P, k, H = len(held.keys), self.request.copies, query.shape[1]
         G = held.keys.shape[1]
         folded = query.view(P, k, G, H // G, -1).transpose(1, 2).reshape(P, G * k * (H // G), -1)
-        out = grouped(folded, held.keys, held.values, self.source_mask, attention.scaling)
+        out = grouped(folded, held.keys, held.values, self.source_seen(), attention.scaling)
         return out.view(P, G, k, H // G, -1).transpose(1, 2).reshape(P * k, -1)
 
+    def source_seen(self) -> torch.Tensor:
+        """The mask [P, 1, 1, S] of an encoder's output."""
+        if self.source_mask is None:
+            assert self.cross is not None
+            assert self.source_start is not None
+            assert self.source_length is not None
+            at = torch.arange(self.cross.capacity, device=self.device)
+            seen = (at >= self.source_start[:, None]) & (at < self.source_length[:, None])
+            self.source_mask = seen[:, None, None]
+        return self.source_mask
 
-def grouped(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], the queries of a group as those of one head."""
-    B, H, D = query.shape
-    G = keys.shape[1]
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask.reshape(len(mask), G, H // G, -1)
-    out = nn.functional.scaled_dot_product_attention(
-        query.view(B, G, H // G, D), keys, values, attn_mask=mask, scale=scale
-    )
-    return out.reshape(B, -1)
+
+def read_by(attention: "MQAAttention | MQALatentAttention") -> tuple[nn.Module, ...]:
+    """The projections of what a self-attention reads, side by side."""
+    if isinstance(attention, MQALatentAttention):
+        return attention.q_proj, attention.kv_proj
+    return attention.q_proj, attention.k_proj, attention.v_proj

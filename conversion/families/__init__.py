@@ -211,6 +211,8 @@ def own_config(
 def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
     """Raises ConversionError for a model of this package's classes whose heads do not become fewer: fitted ones."""
     for stack in [config] if isinstance(config, MQAConfig) else [config.encoder, config.decoder]:
+        if stack.latent:
+            raise ConversionError("it has a latent in place of keys and values; convert the original instead")
         layers = range(stack.num_hidden_layers)
         wide = {of_layer(w, i) for w in (stack.qk_head_dim, stack.v_head_dim) for i in layers} - {stack.head_dim}
         if wide:

@@ -82,7 +82,9 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
     if not field.required and not default and kind is not bool:
         default, kind = default if field.kind in (int, float) else None, kind | None
     help = escape(as_flags(option.help, job))
-    metavar = option.metavar or "|".join(option.choices) or (f"<{field.kind.__name__}>" if field.many else None)
+    metavar = (
+        option.metavar or "|".join(map(str, option.choices)) or (f"<{field.kind.__name__}>" if field.many else None)
+    )
     if field.positional:
         info = typer.Argument(help=help, metavar=field.name.upper(), show_default=False)
     else:

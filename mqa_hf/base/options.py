@@ -49,7 +49,7 @@ class Option:
     Attributes:
         help: one or two sentences; other options are named in backticks.
         min, above, below: bounds of a number; `above` and `below` are excluded.
-        choices: the values that a text may have.
+        choices: the values that it may have.
         comma: whether a list is one word with commas on the command line; else the option is repeated.
         recorded: whether the command in results shows it: where it is not the default, always, or never, because it
             does not change the result.
@@ -61,7 +61,7 @@ class Option:
     min: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | tuple[int, ...] = ()
     comma: bool = False
     recorded: Literal["changed", "always", "never"] = "changed"
     metavar: str | None = None
@@ -149,7 +149,7 @@ class Field:
         """What it takes, in words."""
         option = self.option
         if option.choices:
-            said = f"one of {', '.join(option.choices)}"
+            said = f"one of {', '.join(map(str, option.choices))}"
         else:
             bounds = [
                 f"{word} {bound:g}" if abs(bound) < 1e6 else f"{word} 2**{math.log2(bound):g}"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert, inspect
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.conversion.record import ConversionRecord
+from mqa_hf.conversion.record import ConversionRecord, Latent
 from mqa_hf.finetune.uptrain import original_of, uptrain
 
 FIT = {"calibration_tokens": 512, "sequence_length": 16}
@@ -28,6 +28,7 @@ METHODS = [
     {"method": "shared", "seed": 5, **FIT},
     {"method": "shared", "refit": False, "seed": 6, "head_width": 1.5, **FIT},
     {"method": "shared", "cache_budget": "40%", **FIT},
+    {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 3, "seed": 8, **FIT},
     {"target": "native", "max_shard_size": "40KB"},
 ]
 
@@ -84,6 +85,43 @@ def test_it_says_whether_outputs_were_refitted_and_what_a_loss_was_measured_on(o
         assert f"{measured.tokens} other tokens" in card.replace("\n", " ")
         shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "ours")], terminal_width=300).output
         assert "30 tokens of" in shown
+
+
+def test_a_latent_is_said_in_place_of_heads(home, tmp_path):
+    """Three layers of 32 numbers at 4 bits, 16 bytes and two 16-bit numbers for scale and offset."""
+    options = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 3, **FIT}
+    report = convert(home / "source", tmp_path / "ours", calibration=str(home / "text.jsonl"), **options)
+    latent = {"width": 32, "bits": 4, "heads": 6, "key_components": 16}
+    assert {name: found.model_dump() for name, found in report.latents.items()} == {"decoder": latent}
+    assert ConversionRecord.read(tmp_path / "ours") == report
+    assert report.kv_bytes_per_token.after == 3 * (16 + 4)
+    said = "one latent of 32 numbers at 4 bits, 16 rebuilt key components"
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert "# source with one latent for all heads" in card
+    assert f"| key/value heads | 6 | {said} |" in card
+    assert "| cache, bytes per token (16 bit, latents 4) | 576 | 60 |" in card
+    assert "nats a token. No training has followed.\n" in card
+    assert "and trained for 3 steps on the layer's own output" in card
+    assert f"{report.held_out_loss.before:.3f} to {report.held_out_loss.after:.3f}" in card
+    found = inspect(tmp_path / "ours")
+    assert found["latents"] == {"decoder": latent}
+    assert found["kv_bytes_per_token"] == {"now": 60}
+    assert found["reason"] == f"it is a conversion of {home / 'source'}"
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "ours")], terminal_width=300).output
+    assert f"{said}, of 6 heads" in " ".join(shown.split())
+    assert "num key value heads" not in shown
+    (tmp_path / "ours" / "conversion.json").unlink()
+    found = inspect(tmp_path / "ours")
+    assert found["reason"] == "it has a latent in place of keys and values; convert the original instead"
+    with pytest.raises(MQAError, match="it has a latent in place of keys and values"):
+        convert(tmp_path / "ours", tmp_path / "again")
+
+
+def test_sizes_of_layers_are_said_as_a_span():
+    latent = Latent(width=[32, 64, 64], bits=16, heads=4, key_components=[0, 1024, 8])
+    assert latent.in_words() == "one latent of 32 to 64 numbers, 0 to 1,024 rebuilt key components"
+    assert latent.name == "latent 32 to 64, keys 0 to 1,024"
+    assert Latent(width=[32, 32], bits=8, heads=4).in_words() == "one latent of 32 numbers at 8 bits"
 
 
 def train(home: Path, student: Path, output: Path, teacher: str) -> None:

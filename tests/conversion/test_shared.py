@@ -5,51 +5,18 @@ import json
 
 import pytest
 import torch
+from calibrated_sources import CHOSEN, SEQ2SEQ, SMALL, load, load_seq2seq, make, make_pair_source
 from isolated import run_without_the_package
 from safetensors.torch import load_file
-from seq2seq_sources import SEQ2SEQ_CASES, T5, make_seq2seq, seq2seq_difference
+from seq2seq_sources import T5, make_seq2seq, seq2seq_difference
 from sources import CASES, IDS, LLAMA, batch, largest_difference, make_model, save
 from tokenizer import write_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.text import corrupt_spans, documents
 from mqa_hf.conversion import states
 from mqa_hf.conversion.widths import Curves, choose_widths
-
-SMALL = {"calibration_tokens": 1024, "sequence_length": 32}
-CHOSEN = [
-    "llama: multi-head",
-    "llama: grouped",
-    "llama: biases",
-    "llama: wide heads",
-    "llama: rope yarn",
-    "smollm3: layers without rotation",
-    "mistral: window 5",
-    "qwen2: grouped",
-    "gpt2: as published",
-    "opt: post-norm, projected",
-    "gpt_neox: parallel, quarter rotary",
-    "gptj: as published",
-    "bloom: five heads",
-    "mpt: six heads",
-    "gemma: multi-head, wide heads",
-    "gpt_neo: windows",
-    "xglm: as published",
-]
-
-
-def make(what, tmp_path):
-    model_type, _, config = CASES[IDS.index(what)]
-    theirs = make_model(model_type, config)
-    source = save(theirs, tmp_path / "source")
-    write_tokenizer(source)
-    return source, theirs
-
-
-def load(directory):
-    return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
 @pytest.mark.parametrize("what", CHOSEN)
@@ -143,28 +110,6 @@ def test_requests_that_cannot_be(options, match, tmp_path):
     with pytest.raises(MQAError, match=match):
         convert(source, tmp_path / "ours", **{"method": "shared", **SMALL, **options})
     assert not (tmp_path / "ours").exists()
-
-
-SEQ2SEQ = ["t5", "mt5", "umt5", "bart", "marian", "pegasus", "m2m_100", "blenderbot"]
-
-
-def make_pair_source(model_type, tmp_path):
-    """A tiny encoder-decoder model with a tokenizer, and pairs of texts of different lengths."""
-    config = next(config for name, _, config in SEQ2SEQ_CASES if name == model_type)
-    theirs = make_seq2seq(model_type, config)
-    source = save(theirs, tmp_path / "source")
-    write_tokenizer(source)
-    words = documents(None)[3].split()
-    lines = [
-        {"en": " ".join(words[9 * i : 9 * i + 2 + i % 5]), "de": " ".join(words[9 * i + 4 : 9 * i + 6 + i % 3])}
-        for i in range(60)
-    ]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return source, theirs, {"calibration": str(tmp_path / "pairs.jsonl"), "calibration_columns": ["en", "de"]}
-
-
-def load_seq2seq(directory):
-    return AutoModelForSeq2SeqLM.from_pretrained(directory, attn_implementation="eager").eval()
 
 
 @pytest.mark.parametrize("model_type", SEQ2SEQ)

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,13 @@ from sources import LLAMA, make_model, save
 from tokenizer import write_tokenizer
 
 from mqa_hf.base.errors import MQAError
+from mqa_hf.base.text import calibration_tokens, load_tokenizer
+from mqa_hf.conversion.loading import load_model
+from mqa_hf.eval.by_position import LossByPosition
 from mqa_hf.eval.kernels import KernelTiming
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
+from mqa_hf.eval.methods_picture import MethodPicture, read
+from mqa_hf.eval.peers.common import mean_loss
 
 
 def test_every_method_is_measured(tmp_path):
@@ -26,19 +32,32 @@ def test_every_method_is_measured(tmp_path):
     text.write_text("all work and no play makes a dull model. " * 100)
     command = [sys.executable, "-m", "mqa_hf.eval.methods", source, "--calibration", text, "--validation", text]
     command += ["--calibration-tokens", "512", "--tokens", "256", "--sequence-length", "32"]
+    command += ["--peers", "--output", tmp_path / "results.jsonl", "--picture", tmp_path / "methods.png"]
     output = subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout
     records = [MethodRecord(**record) for record in json.loads(output)]
+    assert records == read(tmp_path / "results.jsonl")
     assert records[0].conversion == "original"
-    rows = {record.conversion: record for record in records[1:]}
-    assert len(rows) == 2 * 6 + 3
+    peers = {record.method.partition(" ")[0] for record in records if record.peer}
+    assert peers == {"by", "KIVI", "Palu", "CARE", "MHA2MLA", "TransMLA"}
+    rows = {record.conversion: record for record in records[1:] if not record.peer}
+    assert len(rows) == 2 * 6 + 3 + 3 + 2
+    assert rows["latent of 24, 16 bits"].cache_bytes == rows["mean, 1 head(s)"].cache_bytes
     assert rows["shared + refit, 1 head 2 wide"].cache_bytes == rows["mean, 2 head(s)"].cache_bytes
     assert rows["shared + refit, cache of 2 heads"].cache_bytes <= rows["mean, 2 head(s)"].cache_bytes
-    job = MethodComparison(source, calibration=str(text), validation=[str(text)])
+    drawn = (tmp_path / "methods.png").read_bytes()
+    MethodPicture(tmp_path / "results.jsonl", tmp_path / "again.png").run()
+    assert drawn == (tmp_path / "again.png").read_bytes()
+    job = MethodComparison(source, calibration=str(text), validation=[str(text)], sequence_length=32, peers=True)
     console = Console(width=120, record=True, file=io.StringIO())
     job.show(records, console)
     table = console.export_text()
     assert "100.0%" in next(line for line in table.splitlines() if "original" in line)
     assert " 0.0%" in next(line for line in table.splitlines() if "mean, 1 head(s)" in line)
+    assert "these are 100% (128 whole), 100% (32 whole) of all" in " ".join(table.split())
+    assert "Left out" not in table
+    few = [record for record in records if not record.peer or record.method == "KIVI (32 whole)"]
+    job.show(few, console)
+    assert "no rotary positions: MHA2MLA, TransMLA." in " ".join(console.export_text().split())
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
@@ -48,6 +67,20 @@ def test_what_cannot_be_compared_is_said(tmp_path):
         MethodComparison(source, **given, device="abacus").run()
     with pytest.raises(MQAError, match="there is no directory"):
         MethodComparison(tmp_path / "nothing", **given).run()
+    with pytest.raises(MQAError, match="`sweep` and `peers` are two tables"):
+        MethodComparison(source, **given, sweep=True, peers=True).run()
+    with pytest.raises(MQAError, match=r"`output` .* must be a new file"):
+        MethodComparison(source, **given, output=source / "config.json").run()
+    with pytest.raises(MQAError, match=r"`picture` .* must end in \.png or \.svg"):
+        MethodComparison(source, **given, picture=tmp_path / "picture.txt").run()
+
+
+def test_a_file_of_something_else_is_not_drawn(tmp_path):
+    lines = tmp_path / "results.jsonl"
+    for text, said in (("", "its first line is not the original's"), ("[]", "line 1 is no object"), ("{", "line 1")):
+        lines.write_text(text)
+        with pytest.raises(MQAError, match=said):
+            MethodPicture(lines, tmp_path / "picture.png").run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
@@ -59,3 +92,23 @@ def test_the_kernel_is_timed_on_a_gpu_only():
     assert KernelTiming(batch=[1, 256], context=[512, 32768], kv_heads=[8], largest=1.0).sizes == [
         (8, 1, 512), (8, 1, 32768), (8, 256, 512)
     ]  # fmt: skip
+
+
+def test_the_loss_by_position_is_that_of_the_model(tmp_path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")
+    write_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("all work and no play makes a dull model. " * 200)
+    job = LossByPosition([source, source], text=str(text), length=24, tokens=96)
+    (found,) = job.run().values()
+    model = load_model(source, dtype=torch.float32)
+    rows = calibration_tokens(load_tokenizer(source), str(text), 96, 24, model.config.vocab_size, seed=0)
+    assert found == pytest.approx([mean_loss(model, rows)], rel=1e-6)
+    assert LossByPosition([Path("a")], text="b", length=3000).parts() == [
+        (0, 512),
+        (512, 1024),
+        (1024, 2048),
+        (2048, 2999),
+    ]
+    with pytest.raises(MQAError, match="`length` 100,000 is more than the"):
+        LossByPosition([source], text=str(text), length=100_000).run()

@@ -3,19 +3,24 @@
 import json
 import re
 import shutil
+from io import StringIO
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from rich.console import Console
 from tokenizer import write_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from mqa_hf import convert
+from mqa_hf import MQAForCausalLM, convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.eval.evaluate import evaluate
+from mqa_hf.conversion.families import canonical_config
+from mqa_hf.eval.benchmark import Benchmark
+from mqa_hf.eval.evaluate import Evaluation, evaluate
 from mqa_hf.eval.evaluation_record import EvaluationRecord
+from mqa_hf.eval.latent_choices import with_latent
 from mqa_hf.eval.report import report
 from mqa_hf.eval.report_charts import PICTURES, front, layer_errors, trade
 from mqa_hf.eval.report_data import ConversionSummary, Results, read_results
@@ -115,6 +120,35 @@ def test_times_are_those_of_the_checkpoint_itself(measured, tmp_path):
     assert read_results(measured / "evaluation", [tmp_path / "fewer.jsonl"]).step_times(cell) == found.step_times(cell)
     assert len(found.step_times(cell)) == 2
     assert list(read_results(measured / "evaluation", [tmp_path / "failed.jsonl"]).step_times(cell)) == ["original"]
+
+
+def test_a_checkpoint_with_latents_is_evaluated_timed_and_shown(measured, tmp_path):
+    """Latents of 32 numbers at 4 bits in two layers, beside four heads of 8 at 16."""
+    source = json.loads((measured / "original" / "config.json").read_text())
+    config = with_latent(canonical_config(LlamaConfig(**source), source), 32, 16, 4)
+    torch.manual_seed(0)
+    MQAForCausalLM(config).save_pretrained(tmp_path / "latents")
+    write_tokenizer(tmp_path / "latents")
+    asked = {"text": str(measured / "text.jsonl"), "window": 16, "prompts": 3, "prompt_tokens": 4, "new_tokens": 6}
+    job = Evaluation(measured / "original", [tmp_path / "latents"], output=tmp_path / "evaluation", **asked)
+    found = job.run()
+    first, latents = found.checkpoints
+    assert (first.kv_bytes_per_token, first.latent) == (2 * 4 * 2 * 8 * 2, None)
+    assert latents.kv_bytes_per_token == 2 * (16 + 4)
+    assert latents.latent.in_words() == "one latent of 32 numbers at 4 bits, 16 rebuilt key components"
+    written = StringIO()
+    job.show(found, Console(file=written, width=250))
+    assert "latent 32 at 4 bits, keys 16" in written.getvalue()
+    how = {"cells": "1x16", "tokens": 4, "rounds": 1, "engines": ["mqa-hf"], "device": "cpu", "prefill_limit": 0}
+    times = tmp_path / "times.jsonl"
+    Benchmark([measured / "original"], kv_heads=["original"], output=times, **how).run()
+    records = Benchmark([tmp_path / "latents"], keys=["rebuilt", "expanded"], output=times, **how).run()
+    results = read_results(tmp_path / "evaluation", [times])
+    assert results.step_times((1, 16))["latents"] == min(r.time_per_token_ms for r in records)
+    labels = ["original", "latents, rebuilt keys", "latents, expanded keys"]
+    assert [timing.label for timing in results.timings] == labels
+    page = report(tmp_path / "evaluation", benchmark=[times], output=tmp_path / "report").read_text()
+    assert "6.4 × less; latent 32 at 4 bits, keys 16" in page
 
 
 def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):

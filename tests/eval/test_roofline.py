@@ -20,8 +20,10 @@ from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.cli import app
 from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.source import Source
-from mqa_hf.eval.choices import canonical_models, compare, own_models
-from mqa_hf.eval.roofline import largest_batch, step_cost, step_weights, weights_of
+from mqa_hf.eval.attention_sizes import cross_attention, kv_bytes, own_attention
+from mqa_hf.eval.choices import ATTAINED, canonical_models, compare, expected, own_models
+from mqa_hf.eval.latent_choices import with_latent
+from mqa_hf.eval.roofline import StepCost, largest_batch, prefill_ratio, step_cost, step_weights, weights_of
 from mqa_hf.eval.shapes import own_shape, read_shape
 
 
@@ -136,6 +138,182 @@ def test_the_function_returns_what_the_command_prints(tmp_path: Path):
     words = ["plan", str(source), "--kv-heads", "1", "--widths", "1,2", "--device", "l4", "--json"]
     assert json.loads(CliRunner().invoke(app, words).output) == found.model_dump()
     assert found.choices[1].speedup == found.choices[1].tokens_per_sec / found.choices[0].tokens_per_sec
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("llama-2-7b", 512), ("llama-3.1-8b", 1024), ("pythia-6.9b", 128), ("gpt2", 0), ("t5-large", 0)]
+)
+def test_weights_of_a_model_with_latents_are_those_of_the_class(name, keys):
+    """Every weight of its attentions but biases, those of the encoder's latents apart, which no step makes."""
+    _, config = read_shape(name)
+    config = with_latent(config, 128, keys, 16)
+    decoder = decoder_of(config)
+    model, stack, _ = decoder_parts(config)
+    layer = stack.layers[0]
+    own = {n: p.numel() for n, p in layer.self_attn.named_parameters() if "bias" not in n}
+    assert {"q_proj.weight", "kv_proj.weight", "v_up.weight", "o_proj.weight"} <= set(own)
+    assert own_attention(decoder, 0).step_weights == sum(own.values())
+    if name == "t5-large":
+        cross = {n: p.numel() for n, p in layer.cross_attn.named_parameters() if "bias" not in n}
+        assert cross_attention(decoder, 0).step_weights == sum(cross.values()) - cross["kv_proj.weight"]
+    tied = decoder.vocab_size * decoder.embedding_size if decoder.tie_word_embeddings else 0
+    total = sum(p.numel() for p in stack.parameters()) + model.lm_head.weight.numel() - tied
+    assert weights_of(decoder).total == pytest.approx(total, rel=5e-3)
+
+
+def test_operations_and_bytes_of_a_latent():
+    """Llama 2 7B: 32 layers, 32 heads of 128; latents of 256 numbers, 512 rebuilt key components."""
+    _, config = read_shape("llama-2-7b")
+    sixteen, four = with_latent(config, 256, 512, 16), with_latent(config, 256, 512, 4)
+    rebuilding, attending = 2 * 256 * 512, 2 * 32 * (512 + 256)
+    for latent, stored in ((sixteen, 256 * 2), (four, 256 // 2 + 2 * 2)):
+        assert kv_bytes(latent) == (32 * stored, 0) == (latent.kv_bytes_per_token, 0)
+        rebuilt = step_cost(latent, 3, 100)
+        assert rebuilt.cache_bytes == 3 * 100 * 32 * stored
+        assert rebuilt.cache_operations == 3 * 100 * 32 * (rebuilding + attending)
+        expanded = step_cost(latent, 3, 100, keys="expanded")
+        assert expanded.cache_bytes == 3 * 100 * 32 * 2 * (512 + 256)
+        assert expanded.cache_operations == 3 * 100 * 32 * attending
+        assert expanded.weight_bytes == rebuilt.weight_bytes == 2 * step_weights(latent)
+        assert rebuilt.weight_operations == 2 * 3 * step_weights(latent)
+    assert kv_bytes(four, itemsize=4)[0] == 32 * (256 // 2 + 2 * 4)
+    assert kv_bytes(sixteen, itemsize=1)[0] == 32 * 256 * 2  # latents are not kept in float8
+
+
+def test_a_part_of_keys_that_is_not_rotated_is_read_from_the_latent():
+    """Pythia 6.9B rotates 32 of 128 components; GPT-2 and T5 none, so that a latent is key and value."""
+    _, config = read_shape("pythia-6.9b")
+    cost = step_cost(with_latent(config, 256, 128, 16), 1, 10)
+    assert cost.cache_operations == 10 * 32 * (2 * 256 * 128 + 2 * 32 * (128 + 256) + 2 * 32 * 256)
+    _, config = read_shape("gpt2")
+    plain = with_latent(config, 128, 0, 16)
+    assert step_cost(plain, 1, 10).cache_operations == 10 * 12 * 2 * 12 * (128 + 128)
+    assert step_cost(plain, 1, 10) == step_cost(plain, 1, 10, keys="expanded")
+    _, config = read_shape("t5-large")
+    decoder = decoder_of(with_latent(config, 64, 0, 8))
+    cost = step_cost(decoder, 2, 10, source=7)
+    assert cost.cache_operations == 2 * (10 + 7) * 24 * 4 * 16 * 64
+    assert cost.cache_bytes == 2 * (10 + 7) * 24 * (64 + 2 * 2)
+
+
+def test_query_heads_that_share_the_map_of_a_head_multiply_with_it_each():
+    _, config = read_shape("llama-3.1-8b")
+    latent = with_latent(config, 128, 256, 16)
+    cost = step_cost(latent, 2, 1)
+    assert cost.weight_operations == 2 * 2 * (step_weights(latent) + 32 * (32 - 8) * 128 * 128)
+
+
+def test_windows_prompts_and_room_of_a_latent():
+    _, config = read_shape("llama-2-7b")
+    latent = with_latent(config, 256, 512, 4)
+    latent.layer_types = ["sliding_attention"] * 16 + ["full_attention"] * 16
+    latent.sliding_window = 32
+    assert step_cost(latent, 2, 100).cache_bytes == 2 * 16 * (32 + 100) * 132
+    # By head, a prompt takes the operations of the original's attention.
+    weights, attention = step_weights(latent), 32 * 32 * (128 + 128)
+    kept = 32 * (4 * 4096 + (32 + 32) * (128 + 128) + 256 + 512)
+    told = 2 * (weights + 2 * 8 * kept) / (2.0 * 2 * 8 * weights + 2 * 8 * 8 * attention)
+    assert prefill_ratio(latent, 2, 8) == pytest.approx(told)
+    for keys, size in (("rebuilt", 32 * 132), ("expanded", 32 * 2 * 768)):
+        left = 0.96 * 80e9 - 2 * weights_of(latent).total
+        assert largest_batch(latent, 100, 80e9, keys=keys) == left // (100 * size)
+
+
+def test_the_larger_of_bytes_and_operations_is_the_limit_of_a_latent():
+    device = Device("a", 80e9, 1e12, 1e14)
+    cost = StepCost(weight_bytes=1e9, cache_bytes=int(2e9), weight_operations=1e10, cache_operations=6e11)
+    assert cost.seconds(device) == pytest.approx(1e-3 + 6e-3)
+    assert cost.cache_limit(device) == "operations"
+    assert expected(cost, device) == pytest.approx(1e-3 + 6e-3 / ATTAINED)
+    read = StepCost(weight_bytes=1e9, cache_bytes=int(7e9), weight_operations=1e10, cache_operations=6e11)
+    assert read.seconds(device) == pytest.approx(8e-3)
+    assert read.cache_limit(device) == "bytes"
+    assert expected(read, device) == pytest.approx(1e-3 + 6e-3 / ATTAINED)
+
+
+def test_a_plan_of_latents_says_where_they_buy_room_and_not_time():
+    """A latent of 256 numbers rebuilt to 512 takes 0.31 ns a token and layer at the full rate of an H100, and 1.05 at
+    30% of it; the original's four heads of Qwen 2.5 7B are read in 0.61 ns and the eight of Llama 3.1 8B in 1.22."""
+    asked = {"latents": [256], "key_widths": [512], "batch": 64}
+    few, more = plan("qwen2.5-7b", **asked), plan("llama-3.1-8b", **asked)
+    assert [c.kv_heads for c in few.choices] == [
+        "original (4)",
+        "latent 256, keys 512 rebuilt",
+        "latent 256, keys 512 expanded",
+    ]
+    original, rebuilt, expanded = few.choices
+    assert (rebuilt.cache_limit, expanded.cache_limit) == ("operations", "bytes")
+    assert (rebuilt.keys, expanded.keys, original.keys) == ("rebuilt", "expanded", None)
+    assert rebuilt.speedup > 1
+    assert rebuilt.expected_ms > original.expected_ms == original.floor_ms
+    head, line = few.notes
+    assert head == "Where attention to a latent computes at 30% of the matrix rate, as kernels do:"
+    rows = f"({rebuilt.largest_batch:,} rows rather than {original.largest_batch:,})"
+    assert line == (
+        f"- latent 256, keys 512: {rebuilt.expected_ms:.2f} ms with rebuilt keys or {expanded.expected_ms:.2f} ms "
+        f"with expanded keys, and {original.expected_ms:.2f} ms of the original; with rebuilt keys it buys room "
+        f"{rows}, not time"
+    )
+    assert "room" not in more.notes[1]
+
+
+def test_latents_stand_beside_heads_unless_either_is_asked_for(tmp_path: Path):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")  # 6 heads of 8
+    latent = ["latent 16, keys 32 rebuilt", "latent 16, keys 32 expanded"]
+    heads = ["1", "1, width x2", "2", "2, width x2"]
+    for options, names in (
+        ({}, [*heads, *latent]),
+        ({"widths": [1]}, ["1", "2"]),
+        ({"latents": [16]}, latent),
+        ({"kv_heads": [1], "widths": [1], "key_widths": [32]}, ["1", *latent]),
+        ({"target": "native"}, ["1", "2"]),
+        (
+            {"latents": [32], "key_widths": [8], "latent_bits": [8, 4]},
+            [f"latent 32 at {bits} bits, keys 8 {keys}" for bits in (8, 4) for keys in ("rebuilt", "expanded")],
+        ),
+    ):
+        assert [c.kv_heads for c in plan(source, **options).choices] == ["original (6)", *names]
+    one = save(make_model("llama", {**LLAMA, "num_key_value_heads": 1}), tmp_path / "one")
+    assert [c.kv_heads for c in plan(one).choices] == ["original (1)"]  # as large as a latent would be
+    shown = CliRunner().invoke(app, ["plan", str(source), "--latents", "16", "--latent-bits", "16"])
+    assert shown.exit_code == 0, shown.output
+    assert "- latent 16, keys 32: " in shown.output
+
+
+def test_a_checkpoint_with_latents_is_planned_as_it_is(tmp_path: Path):
+    _, config = read_shape(str(save(make_model("llama", LLAMA), tmp_path / "source")))
+    with_latent(config, 32, 24, 4).save_pretrained(tmp_path / "latent")
+    found = plan(tmp_path / "latent").choices
+    said = "original (one latent of 32 numbers at 4 bits, 24 rebuilt key components)"
+    assert [c.kv_heads for c in found] == [f"{said} rebuilt", f"{said} expanded"]
+    layers = config.num_hidden_layers
+    assert [c.kv_bytes_per_token for c in found] == [layers * (16 + 4), layers * 2 * (24 + 32)]
+    with pytest.raises(MQAError, match="it has a latent in place of keys and values; convert the original"):
+        plan(tmp_path / "latent", latents=[32])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latents": [49]}, "`latents` 49 is more than the 48 numbers that hold all keys and values of a token"),
+        ({"latents": [40], "latent_bits": [8]}, "`latents` must be multiples of 32 with `latent_bits` 8; got 40"),
+        ({"latent_bits": [4]}, "`latents` must be multiples of 32 with `latent_bits` 4; got 0"),
+        ({"latent_bits": [5]}, "`latent_bits` must be a list, each one of 16, 8, 4"),
+        ({"key_widths": [7]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 7"),
+        ({"key_widths": [50]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 50"),
+        ({"latents": [16], "target": "native"}, "latents are for `target` mqa: transformers' classes have heads"),
+    ],
+    ids=str,
+)
+def test_latents_that_cannot_be_are_said(tmp_path: Path, options, message):
+    source = save(make_model("llama", LLAMA), tmp_path / "source")  # 6 heads of 8
+    with pytest.raises(MQAError, match=re.escape(message)):
+        plan(source, **options)
+
+
+def test_a_width_of_keys_is_refused_where_none_are_rebuilt():
+    with pytest.raises(MQAError, match="`key_widths` are of rotary positions"):
+        plan("gpt2", key_widths=[16])
 
 
 def test_plans_of_every_shape():

@@ -15,8 +15,10 @@ from mqa_hf.finetune.data import IGNORED
 from mqa_hf.finetune.losses import Objective
 from mqa_hf.finetune.trainer import sum_in_float32
 
+LATENT = {"kv_latent_dim": 24, "qk_head_dim": 10, "rope_frequencies": [[0, 0, 1, 2, 3]] * 2, "head_dim": 8}
 
-def model(heads):
+
+def model(heads, **options):
     config = MQAConfig(
         vocab_size=90,
         hidden_size=32,
@@ -26,6 +28,7 @@ def model(heads):
         num_key_value_heads=heads,
         initializer_range=0.3,
         tie_word_embeddings=True,
+        **options,
     )
     return MQAForCausalLM(config).eval()
 
@@ -56,7 +59,7 @@ def main():
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     torch.manual_seed(0)
-    student, teacher = model(1), model(4)
+    student, teacher = model(1, **(LATENT if "latent" in sys.argv else {})), model(4)
     teacher.requires_grad_(False)
     twin, other = copy.deepcopy(student), copy.deepcopy(teacher)
     ids, labels = torch.randint(1, 90, (4, 12)), torch.randint(1, 90, (4, 12))

@@ -166,6 +166,64 @@ def test_attention_is_compared_where_both_read_the_teachers_states():
     assert trained == set(names)
 
 
+FREQUENCIES = {"rope_frequencies": [[0, 0, 1, 2, 3]] * 2, "qk_head_dim": 10}
+LATENTS = {
+    "rotary": FREQUENCIES,
+    "rounded": {**FREQUENCIES, "kv_latent_bits": 4},
+    "partly rotated": {
+        "rope_frequencies": [[0, 1, 1]] * 2,
+        "qk_head_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    "learned": {"position_embedding": "learned", "qk_head_dim": 0},
+}
+SIDES = ("head_dim", "rope_parameters", "position_embedding")  # what a teacher has in common with it
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@pytest.mark.parametrize("weights", [{"attention": 1.0}, {"kl": 1.0, "hidden": 1.0}], ids=str)
+def test_gradients_reach_every_map_of_a_latent(kind, weights):
+    options = LATENTS[kind]
+    student = decoder(1, kv_latent_dim=32, kv_latent_heads=2, **options)
+    teacher, inputs = decoder(2, **{n: v for n, v in options.items() if n in SIDES}), batch()
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert attention_names(student, teacher) == names
+    run(Objective(weights, teacher), student, inputs)
+    parameters = [(n, p) for n, p in student.named_parameters() if "self_attn" in n or "attention" not in weights]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for _, p in parameters)
+    held = {n.removeprefix(f"{names[0]}.") for n, _ in parameters if n.startswith(names[0])}
+    maps = {"q_proj.weight", "kv_proj.weight", "kv_proj.bias", "v_up.weight", "o_proj.weight"}
+    maps |= {"k_proj.weight", "k_proj.bias", "query_factors"} if kind != "learned" else set()
+    assert held == maps | ({"k_up.weight"} if kind in ("partly rotated", "learned") else set())
+
+
+def test_the_gradient_of_rounded_latents_is_that_of_the_numbers_they_are_rounded_to():
+    """Straight through: with respect to Z, as if the rounded latent was Z x itself."""
+    student = decoder(1, kv_latent_dim=32, kv_latent_heads=2, **LATENTS["rounded"])
+    attention, x = student.model.layers[0].self_attn, torch.randn(1, 7, 32, dtype=torch.float64)
+    latent = attention.latents(x)
+    assert not torch.allclose(latent, attention.kv_proj(x))
+    weight = torch.randn(1, 7, 32, dtype=torch.float64)
+    ((attention.v_up(latent) ** 2).mean() + (weight * latent).sum()).backward()
+    free = latent.detach().requires_grad_()
+    ((attention.v_up(free) ** 2).mean() + (weight * free).sum()).backward()
+    torch.testing.assert_close(attention.kv_proj.weight.grad, free.grad[0].T @ x[0])
+
+
+def test_attentions_of_encoder_decoder_models_with_latents_are_found():
+    student, teacher, inputs = encoder_decoder(1), encoder_decoder(4), source_batch()
+    stack = {**student.config.decoder.to_dict(), "kv_latent_dim": 16, "cross_kv_latent_dim": 24, "qk_head_dim": 0}
+    config = copy.deepcopy(student.config)
+    config.decoder = MQAConfig(**{**stack, "kv_latent_heads": 4})
+    student = MQAForConditionalGeneration(config).double().eval()
+    names = [f"model.decoder.layers.{i}.{kind}" for i in range(2) for kind in ("self_attn", "cross_attn")]
+    assert attention_names(student, teacher) == names
+    loss = run(Objective({"attention": 1.0}, teacher), student, inputs, count=21.0)["loss"]
+    assert torch.isfinite(loss)
+    trained = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+    assert trained == {n for n, _ in student.named_parameters() if any(f"{name}." in n for name in names)}
+
+
 @pytest.mark.parametrize("weights", [{"attention": 1.0}, {"kl": 1.0, "hidden": 1.0}], ids=str)
 def test_checkpointed_layers_have_the_same_gradients(weights):
     student, teacher, inputs = decoder(1), decoder(4), batch()

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("options", [[], ["attention"], ["bf16"]], ids=["losses of tokens", "attention", "16 bits"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["attention"], ["bf16"], ["latent"], ["latent", "attention"]],
+    ids=["losses of tokens", "attention", "16 bits", "latents", "attention of latents"],
+)
 def test_sharding_does_not_change_losses_and_gradients(options):
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     done = subprocess.run(

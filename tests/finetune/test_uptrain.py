@@ -170,6 +170,83 @@ def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
     assert last < first
 
 
+@pytest.fixture(scope="module")
+def latents(home):
+    """The same source with latents at 4 bits in place of heads."""
+    generator = np.random.default_rng(0)
+    rows = ["".join(generator.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"), 60)) for _ in range(80)]
+    (home / "letters.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    fit = {"method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 0, "dtype": "float32"}
+    text = {"calibration": str(home / "letters.jsonl"), "calibration_tokens": 4096, "sequence_length": 16}
+    convert(home / "source", home / "latents", **fit, **text)
+    return "latents"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "kl=0.5,hidden=2"},
+        {"attention_tokens": 256},
+        {"train": "attention"},
+        {"train": "lora", "lora_rank": 4},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_students_with_latents_are_trained_in_every_way(home, latents, tmp_path, options):
+    """Every map of a latent learns, adapters aside, and all that is cached stays as it was."""
+    rate = 3e-3 if options.get("train") == "lora" else 1e-3
+    report = job(home, tmp_path / "out", latents, learning_rate=rate, **options).run()
+    old, new = weights(home / latents), weights(tmp_path / "out")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    attention = {name for name in old if "self_attn" in name}
+    maps = ("q_proj.weight", "kv_proj.weight", "k_proj.weight", "k_proj.bias", "query_factors", "v_up.weight")
+    assert {f"model.layers.1.self_attn.{name}" for name in maps} <= attention
+    if options.get("train") == "attention":
+        assert changed == attention
+    elif options.get("train") == "lora":
+        assert changed == {name for name in old if "_proj.weight" in name}
+    else:
+        assert changed == set(old)
+    assert list(report.log) == (["attention", "main"] if "attention_tokens" in options else ["main"])
+    first, last = report.log["main"][0]["loss"], report.log["main"][-2]["loss"]
+    assert last < first
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.kv_latent_dim, config.kv_latent_bits, config.qk_head_dim) == (32, 4, 16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[5, 17, 3, 40]])
+    given = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert given.shape[1] > 4
+
+
+def test_a_student_with_latents_loads_where_the_package_is_not(home, latents, tmp_path):
+    validation = {"validation": str(home / "text.jsonl"), "validation_tokens": 320}
+    report = job(home, tmp_path / "out", latents, tokens=40 * 128, learning_rate=1e-3, **validation).run()
+    assert report.validation.after["kl"] < 0.8 * report.validation.before["kl"]
+    program = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(json.loads(sys.argv[1])[0], trust_remote_code=True).eval()
+with torch.no_grad():
+    print(json.dumps(model(torch.tensor([[5, 17, 3, 40]])).logits[0, -1].tolist()))
+"""
+    elsewhere = run_without_the_package(program, tmp_path / "out", scratch=tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        here = model(torch.tensor([[5, 17, 3, 40]])).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(elsewhere), here)
+
+
+def test_what_training_a_student_with_latents_takes_is_said_before(home, latents, tmp_path):
+    held = sum(t.numel() for t in weights(home / latents).values())
+    for train, names in (("all", ""), ("attention", "self_attn")):
+        found = job(home, tmp_path / "out", latents, train=train, attention_tokens=256).dry_run()
+        assert found["parameters"] == held
+        learnt = sum(t.numel() for n, t in weights(home / latents).items() if names in n)
+        assert found["trained_parameters"] == learnt
+
+
 def command(home, output, *more, student="student"):
     words = ["uptrain", str(home / student), str(output), "--dataset", str(home / "text.jsonl")]
     words += ["--tokens", "5120", "--sequence-length", "16", "--batch-tokens", "128", "--micro-batch", "4"]

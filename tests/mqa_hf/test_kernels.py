@@ -54,9 +54,14 @@ def test_attention(seed, dtype):
     table = torch.randn(H, choose.choice([1, 9, 200]), device=device) if bias == "table" else None
     q = torch.randn(B, H, D, device=device, dtype=dtype)
     k, v = torch.randn(R, G, S, D, device=device, dtype=dtype), torch.randn(R, G, S, DV, device=device, dtype=dtype)
+    beside, within = choose.random() < 0.3, choose.random() < 0.5
+    if beside:  # keys and values of one buffer, values that are a part of keys
+        both = torch.cat((k, v), -1)
+        k, v = both if within else both[..., :D], both[..., D:]
+        q = torch.randn(B, H, k.shape[-1], device=device, dtype=dtype)
     k[:, :, longest:], v[:, :, longest:] = torch.nan, torch.nan
-    scale, scales = D**-0.5, {}
-    if choose.random() < 0.3:
+    scale, scales = k.shape[-1] ** -0.5, {}
+    if choose.random() < 0.3 and not beside:
         (k, key_scales), (v, value_scales) = to_float8(k), to_float8(v)
         scales = {"key_scales": key_scales, "value_scales": value_scales}
     options = {
@@ -114,6 +119,8 @@ def test_rotation_and_the_write_to_the_cache(seed, dtype):
     scales = {}
     if store == FLOAT8:
         scales = {n: torch.zeros(B, G, S, device=device) for n in ("key_scales", "value_scales")}
+    if choose.random() < 0.3:  # side by side in one buffer
+        keys, values = torch.zeros(B, G, S, D + DV, device=device).to(store).split((D, DV), -1)
     turned = {} if kind == "none" else {"cos": cos, "sin": sin, "positions": positions, "frequency": frequency}
     q = naive_append(joined, H, k := keys.double(), v := values.double(), length, head=head, **turned)
     query = append(joined, H, keys, values, length, head=head, **turned, **scales)

@@ -1,0 +1,160 @@
+"""What an attention sees of the calibration tokens, as a latent for all its heads needs it.
+
+B sequences, T tokens of each, S tokens attended to, H query heads, G heads of keys and values, P parts of them that
+have moments of their own, d hidden size, J rotary frequencies
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
+from mqa_hf.positions_mqa import rotate
+
+from . import fitting
+from .moments import Spread, attention_weights, choose_queries, numerical_rank, old_heads, projected
+from .states import Stream
+
+PARTS = 8  # at most: each needs matrices as large as the hidden size squared
+
+
+@dataclass
+class LatentSeen:
+    """Moments of an attention.
+
+    Attributes:
+        queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
+        felt: the same of keys' inputs [P, d + 1, d + 1], each weighted by what its logits do to the output.
+        mixed: E[x̄ x̄'] [P, d + 1, d + 1] of the attention-averaged inputs.
+        effects: [H], E_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖²: the squared change of the output with a logit of the head.
+        sharpness: [H], E_n Σ_t p_nt²: what a query sees of errors of single values.
+        spread: [J, G, G], as [`fitting.rotary_gram`] takes it; `None` where nothing is rotated.
+        tokens: how many were looked at.
+        rank: directions of the keys' inputs that the tokens span.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    felt: torch.Tensor
+    mixed: torch.Tensor
+    effects: torch.Tensor
+    sharpness: torch.Tensor
+    spread: torch.Tensor | None
+    tokens: int
+    rank: int
+
+
+def look_for_latent(
+    stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, generator: torch.Generator
+) -> LatentSeen:
+    """Gather what the teacher's attention sees where the student's tokens stand; see [`moments.look`]."""
+    attention: MQAAttention = getattr(teacher, site)
+    d, H, G = stream.config.hidden_size, stream.config.num_attention_heads, old_heads(attention)
+    P = next(n for n in range(min(G, PARTS), 0, -1) if G % n == 0)
+    J = stream.config.rotary_dim // 2 if attention.rotary else 0
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=stream.device)
+
+    queries, keys, felt, mixed = (
+        zeros(d + 1, d + 1),
+        zeros(d + 1, d + 1),
+        zeros(P, d + 1, d + 1),
+        zeros(P, d + 1, d + 1),
+    )
+    effects, sharpness = zeros(H), zeros(H)
+    rotated = Spread(1, G, J, stream.device)
+    memory = stream.memory if site == "cross_attn" else None
+    seen_queries = 0
+    for rows in stream.batches():
+        h, source, mask = stream.at(student, site, rows)
+        valid = stream.valid(rows)
+        known = valid if memory is None else memory.valid(rows)
+        chosen = choose_queries(stream, h.shape[1], generator)
+        ok = valid[:, chosen]
+        for moment, x, kept in ((queries, h, valid), (keys, source, known)):
+            flat = nn.functional.pad(x[kept].double(), (0, 1), value=1.0)
+            moment += flat.mT @ flat
+        query, key = projected(stream, attention, h, source)
+        weights, here = attention_weights(attention, query, key, mask, chosen)
+        weights = weights * ok[:, None, :, None]
+        values = project(attention.v_proj, source, attention.v_head_dim)
+        change = logit_effects(attention, weights, values)  # [B, H, n, S]
+        effects += change.sum((0, 2, 3)).double()
+        sharpness += weights.square().sum((0, 2, 3)).double()
+        seen_queries += int(ok.sum())
+        by_key = change.sum(2).unflatten(1, (P, -1)).sum(2)  # [B, P, S]
+        one = nn.functional.pad(source, (0, 1), value=1.0)
+        average = (weights.flatten(1, 2) @ one).unflatten(1, (P, -1))  # [B, P, H / P · n, d + 1]
+        for part in range(P):
+            flat = (one * by_key[:, part, :, None].sqrt()).flatten(0, 1)
+            felt[part] += (flat.mT @ flat).double()
+            flat = average[:, part].flatten(0, 1)
+            mixed[part] += (flat.mT @ flat).double()
+        if J:
+            rotated.add(query, key, here, chosen, ok)
+    queries, keys, tokens = queries / queries[-1, -1], keys / keys[-1, -1], int(keys[-1, -1])
+    felt = felt / felt[:, -1:, -1:].clamp(min=1e-300)
+    rank = numerical_rank(keys[:-1, :-1])
+    mixed = mixed / mixed[:, -1:, -1:]
+    for moment in (queries, keys, felt, mixed):
+        moment[..., :-1, :-1] = fitting.shrunk(moment[..., :-1, :-1])
+    return LatentSeen(
+        queries,
+        keys,
+        felt,
+        mixed,
+        effects / seen_queries,
+        sharpness / seen_queries,
+        rotated.spread[0] / (rotated.count or 1) if J else None,
+        tokens,
+        rank,
+    )
+
+
+def logit_effects(attention: MQAAttention, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """p_nt² ‖W_O (v_t - v̄_n)‖² [B, H, n, S]: the squared change of the output with each logit.
+
+    Args:
+        weights: p [B, H, n, S].
+        values: [B, G, S, Dv].
+    """
+    H = weights.shape[1]
+    w_o = attention.o_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)  # [H, d, Dv]
+    gram = w_o.mT @ w_o
+    v = values.repeat_interleave(H // values.shape[1], 1)
+    mapped = v @ gram  # [B, H, S, Dv]
+    mean = weights @ v
+    distance = (mapped * v).sum(-1)[:, :, None] - 2 * mean @ mapped.mT + (mean @ gram * mean).sum(-1, keepdim=True)
+    return weights.square() * distance.clamp(min=0)
+
+
+def spread_of(
+    stream: Stream,
+    layer: MQADecoderLayer,
+    site: str,
+    keys: torch.Tensor,
+    Z: torch.Tensor,
+    center: torch.Tensor,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The spread [J, G, G] of keys that are rebuilt from latents; see [`fitting.rotary_gram`].
+
+    Args:
+        layer: the converted layer, at whose attention `site` the tokens stand.
+        keys: [G, R, r + 1], from a latent with a 1 appended.
+        Z, center: [r, d] and [d], of latents Z (x - center).
+    """
+    G, R, _ = keys.shape
+    rotated = Spread(1, G, R // 2, stream.device)
+    weight, constant = keys[..., :-1].float(), keys[..., -1].float()
+    Z, center = Z.float(), center.float()
+    for rows in stream.batches():
+        h, source, mask = stream.at(layer, site, rows)
+        assert stream.angles is not None
+        k = torch.einsum("bsr,gdr->bgsd", (source - center) @ Z.mT, weight) + constant[:, None]
+        chosen = choose_queries(stream, h.shape[1], generator)
+        here = mask if mask.shape[2] == 1 else mask[:, :, chosen]
+        rotated.add(k, rotate(k, *stream.angles, R), here, chosen, stream.valid(rows)[:, chosen])
+    return rotated.spread[0] / (rotated.count or 1)

@@ -1,0 +1,180 @@
+"""How large latents are: as asked for, or from a cache budget that goes to the layers that need it.
+
+r numbers of a latent, W rebuilt components of keys
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from mqa_hf.base.errors import ConversionError
+from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
+
+from .canonical import CanonicalConfig, heads_of, stack_of
+from .convert import ConversionOptions
+from .widths import budget_components, share_out
+
+if TYPE_CHECKING:
+    from .latents import LatentCurves
+
+STEP = 16  # by which sizes of layers differ: what matrix units multiply at once
+Sizes = tuple[list[int], list[int]]  # r and W, a layer each
+
+
+def most_numbers(stack: MQAConfig, heads: int) -> int:
+    """The largest r that can be of use: the hidden size, or all keys and values of a token."""
+    return min(stack.hidden_size, 2 * heads * stack.head_dim)
+
+
+def most_keys(stack: MQAConfig, heads: int, layer: int, attention: str) -> int:
+    """The largest W: all rotated components of all heads; 0 where nothing is rotated."""
+    rotated = attention != "cross" and stack.rope_layers[layer]
+    return heads * stack.rotary_dim if rotated else 0
+
+
+def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
+    """r of every layer where there is no budget; raises ConversionError where it is of no use or does not fit."""
+    stack, heads = stack_of(config, attention), heads_of(config)[attention]
+    most = most_numbers(stack, heads)
+    step = step_of(job)
+    r = job.latent if job.latent is not None else min(2 * stack.head_dim, most) // step * step
+    if r > most:
+        raise ConversionError(
+            f"`latent` {r} is more than the {most} numbers that hold all keys and values of {attention} attention; "
+            f"{most} loses nothing"
+        )
+    if r < 1 or r % step:
+        raise ConversionError(f"`latent` must be a multiple of {step} with `latent_bits` {job.latent_bits}; got {r}")
+    return r
+
+
+def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOptions) -> Sizes:
+    """The same r and W in every layer; W is what is asked for, or all there is."""
+    stack, heads = stack_of(config, attention), heads_of(config)[attention]
+    layers = range(stack.num_hidden_layers)
+    if job.cache_budget is None:
+        r = chosen_numbers(config, attention, job)
+    else:
+        step = step_of(job)
+        r = min(budget_numbers(config, attention, job) // len(layers), most_numbers(stack, heads)) // step * step
+    most = [most_keys(stack, heads, i, attention) for i in layers]
+    if job.key_width is not None and job.key_width > max(most) > 0:
+        raise ConversionError(
+            f"`key_width` {job.key_width:g} is more than the {max(most)} rotated components that all keys have; "
+            f"{max(most)} loses nothing"
+        )
+    return [max(r, step_of(job))] * len(layers), [min(int(job.key_width or n), n) for n in most]
+
+
+def step_of(job: ConversionOptions) -> int:
+    """What r is a multiple of."""
+    return LATENT_BLOCK if job.latent_bits < 16 else 1
+
+
+def budget_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
+    """Numbers of latents, all layers together, that a cache budget allows."""
+    assert job.cache_budget is not None
+    nbytes = 2 * budget_components(job.cache_budget, config, 1, attention)
+    scales = 0 if job.latent_bits == 16 else 4 * stack_of(config, attention).num_hidden_layers
+    return max(int((nbytes - scales) * 8 / job.latent_bits), 0)
+
+
+def choose_latents(
+    curves: Sequence["LatentCurves"], config: CanonicalConfig, attention: str, job: ConversionOptions
+) -> Sizes:
+    """r and W of each layer.
+
+    r is what is asked for, or shared out from a budget where it reduces the loss most. W, where it is not asked for,
+    is the least whose loss is below that of r. With a budget and a width, W is shared out too, so that all layers
+    together have no more operations than with this W everywhere.
+
+    Raises:
+        ConversionError: where the budget is too small.
+    """
+    stack, heads = stack_of(config, attention), heads_of(config)[attention]
+    most = most_numbers(stack, heads)
+    if job.cache_budget is None:
+        r = [chosen_numbers(config, attention, job)] * len(curves)
+    else:
+        step = max(STEP, step_of(job))
+        allowed = budget_numbers(config, attention, job)
+        try:
+            r = share_out(
+                [(c.latent, most // step * step or most) for c in curves], [1.0] * len(curves), allowed, step
+            )
+        except ValueError as error:
+            raise ConversionError(
+                f"the cache budget allows {allowed} numbers of latents per token; the {len(curves)} layers need at "
+                f"least {error}"
+            ) from None
+    pairs = [most_keys(stack, heads, i, attention) // 2 for i in range(len(curves))]
+    if job.key_width is None:
+        return r, [2 * fewest(c, n, k) for c, n, k in zip(curves, r, pairs)]
+    if job.cache_budget is None:
+        return equal_latents(config, attention, job)
+    each = int(job.key_width) // 2
+    rotated = [i for i, k in enumerate(pairs) if k]
+    costs = [float(r[i]) for i in rotated]
+    slots = [(curves[i].keys, pairs[i]) for i in rotated]
+    try:
+        found = share_out(slots, costs, sum(costs) * each, STEP // 2)
+    except ValueError:
+        found = [min(each, k) for _, k in slots]
+    widths = [0] * len(curves)
+    for i, n in zip(rotated, found):
+        widths[i] = 2 * n
+    return r, widths
+
+
+def fewest(curves: "LatentCurves", numbers: int, pairs: int) -> int:
+    """The fewest pairs of rebuilt components that cost less than what a latent of so many numbers leaves out."""
+    allowed = float(curves.latent[min(numbers, len(curves.latent) - 1)])
+    step = STEP // 2
+    return next((n for n in range(min(step, pairs), pairs, step) if float(curves.keys[n]) <= allowed), pairs)
+
+
+def latent_config(
+    config: CanonicalConfig, pooled: CanonicalConfig, attentions: Sequence[str], sizes: Mapping[str, Sizes], bits: int
+) -> CanonicalConfig:
+    """The configuration of latents.
+
+    Args:
+        config: with all the source's heads.
+        pooled: with one head.
+        attentions: those that are fitted.
+        sizes: of each of them.
+        bits: of a stored number.
+
+    Returns:
+        `pooled` with latents, a bias of the output in which that of values is folded, and a place for the frequencies
+        that are chosen.
+    """
+    if "encoder" in attentions:
+        raise ConversionError(
+            "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
+        )
+    fitted = copy.deepcopy(pooled)
+    for name in attentions:
+        stack, heads = stack_of(fitted, name), heads_of(config)[name]
+        if stack.kv_latent_heads not in (None, heads):
+            raise ConversionError(
+                f"the attentions have {stack.kv_latent_heads} and {heads} key/value heads, and latents stand for as "
+                "many in all of them; choose one by `attention`"
+            )
+        r, W = sizes[name]
+        stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
+        setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))
+        stack.output_bias = True  # which takes what all values have in common
+        stack.value_bias = stack.key_bias = False
+        if name == "cross":
+            continue
+        stack.qk_head_dim = same(W)
+        if stack.position_embedding == "rotary":
+            half = stack.rotary_dim // 2
+            stack.rope_frequencies = [[c * half // max(n // 2, 1) for c in range(n // 2)] for n in W]
+    return fitted
+
+
+def same(values: list[int]) -> int | list[int]:
+    """One number where all layers have the same."""
+    return values[0] if len(set(values)) == 1 else values

@@ -1,0 +1,261 @@
+"""The latent of one attention: its tensors, and what each size would lose.
+
+H query heads, G heads of keys and values in P parts, D head width, R of it rotated, d hidden size, r latent width,
+C = W / 2 rebuilt complex components of keys
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+
+from . import fitting, latent_fitting
+from .heads import FittedHeads, augmented, heads_output
+from .latent_fitting import Loss
+from .latent_moments import LatentSeen, look_for_latent, spread_of
+from .moments import old_heads
+from .states import Stream
+
+# Measured, SmolLM2 (docs/fitting.md): keys weigh twice what first order says, and half of the inputs of their metric
+# are those that attention looks at.
+KEY_WEIGHT = 2.0
+FELT = 0.5
+
+
+@dataclass(frozen=True)
+class LatentCurves:
+    """What each size of one attention's latent would lose: the squared error of the attention's output relative to it,
+    times the output's share of the stream that it is added to.
+
+    Attributes:
+        latent: [d + 1], with 0, 1, ... numbers of the latent and all keys rebuilt.
+        keys: [G·R/2 + 1], with 0, 1, ... rebuilt complex components of keys and nothing lost by the latent.
+    """
+
+    latent: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Projections:
+    """w_q [H, D, d + 1], w_k [G, D, d + 1], w_v [G, Dv, d] and w_o [H, d, Dv] of an attention, in float64."""
+
+    w_q: torch.Tensor
+    w_k: torch.Tensor
+    w_v: torch.Tensor
+    w_o: torch.Tensor
+
+    @classmethod
+    def of(cls, attention: MQAAttention) -> "Projections":
+        H, G = attention.config.num_attention_heads, old_heads(attention)
+        return cls(
+            augmented(attention.q_proj).unflatten(0, (H, -1)),
+            augmented(attention.k_proj).unflatten(0, (G, -1)),
+            attention.v_proj.weight.double().unflatten(0, (G, -1)),
+            attention.o_proj.weight.double().unflatten(1, (H, -1)).transpose(0, 1),
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the keys and values of each part meet, as covariances [P, d, d] about means [P, d]; constants that all keys
+    or all values have are kept as they are."""
+
+    keys: torch.Tensor
+    key_mean: torch.Tensor
+    values: torch.Tensor
+    value_mean: torch.Tensor
+
+    @classmethod
+    def of(cls, seen: LatentSeen) -> "Inputs":
+        parts = []
+        for moments in ((1 - FELT) * seen.keys + FELT * seen.felt, seen.mixed):
+            mean = moments[:, :-1, -1]
+            parts += [moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None], mean]
+        return cls(*parts)
+
+
+def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
+    """M [G, D, D]: what an error of each head's keys does to the output."""
+    moments = latent_fitting.query_moments(Projections.of(attention).w_q, seen.queries)
+    G, scale = old_heads(attention), attention.scaling
+    if not attention.rotary:
+        return latent_fitting.key_metric(moments, seen.effects, G, scale)
+    angles, share, scaling = offsets(stream, attention)
+    return latent_fitting.turned_moments(
+        latent_fitting.key_metric(moments, seen.effects, G, scale * scaling**2), angles, share
+    )
+
+
+def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, float]:
+    """Angles of the offsets between queries and the keys that they see, how often each occurs, and the factor that the
+    rotary type puts on both, which is taken out of the angles."""
+    assert stream.angles is not None
+    assert stream.shell.rotary_emb is not None
+    scaling = float(stream.shell.rotary_emb.attention_scaling)
+    T = stream.angles[0].shape[2]
+    n = min(T, attention.sliding_window or T)
+    share = torch.arange(T, T - n, -1, dtype=torch.float64, device=stream.device)
+    cos, sin = (a[0, 0, :n].double() / scaling for a in stream.angles)
+    return (cos, sin), share / share.sum(), scaling
+
+
+def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> Loss:
+    """What the output loses with a latent."""
+    w, inputs, P = Projections.of(attention), Inputs.of(seen), len(seen.mixed)
+    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), w.w_k[..., :-1], P)
+    values = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
+    return Loss(torch.cat((KEY_WEIGHT * keys, values)), torch.cat((inputs.keys, inputs.values)))
+
+
+def energy_by_frequency(attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
+    """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: what an error of a rotated key does to the output, by frequency."""
+    J, G = attention.config.rotary_dim // 2, old_heads(attention)
+    moments = latent_fitting.query_moments(Projections.of(attention).w_q[:, : 2 * J], seen.queries)
+    power = moments.diagonal(dim1=1, dim2=2).unflatten(1, (2, J)).sum(1)  # [H, J]
+    return (seen.effects[:, None] * power).unflatten(0, (G, -1)).sum(1).T
+
+
+def fit_latent(
+    stream: Stream,
+    teacher: MQADecoderLayer,
+    student: MQADecoderLayer,
+    site: str,
+    seen: LatentSeen,
+    generator: torch.Generator,
+) -> FittedHeads:
+    """Projections of the new attention.
+
+    Args:
+        stream: the tokens before the layer.
+        teacher, student: the layer with all its heads, and the converted one, of which it is about `site`: its sizes
+            are those of the student's attention.
+        seen: what the attention sees.
+        generator: of the queries that are looked at, and of a rotation.
+    """
+    attention, new = getattr(teacher, site), getattr(student, site)
+    w, inputs, loss = Projections.of(attention), Inputs.of(seen), loss_of(stream, attention, seen)
+    rank, P = new.kv_latent_dim, len(seen.mixed)
+    Z, _ = latent_fitting.encoder(loss, inputs.keys.mean(0), rank)
+    if rank < len(loss.metrics[0]):
+        Z = latent_fitting.descended(loss, inputs.keys.mean(0), Z)
+    center = seen.keys[:-1, -1]
+    K, keys_offset = decoded(w.w_k[..., :-1], inputs.keys, inputs.key_mean, Z, center)
+    V, values_offset = decoded(w.w_v, inputs.values, inputs.value_mean, Z, center)
+    constant = w.w_k[..., -1] + keys_offset
+    groups = len(w.w_o) // len(w.w_v)
+    if new.bits < 16:
+        T = latent_fitting.for_rounding(importance(stream, attention, seen, K, V), generator)
+        back = torch.linalg.inv(T)
+        Z, K, V = T @ Z, K @ back, V @ back
+    fitted = {
+        "q_proj.weight": attention.q_proj.weight,
+        "kv_proj.weight": Z,
+        "kv_proj.bias": -Z @ center,
+        "v_up.weight": V,
+        "o_proj.weight": attention.o_proj.weight,
+        "o_proj.bias": torch.einsum("hdv,hv->d", w.w_o, values_offset.repeat_interleave(groups, 0)),
+    }
+    if attention.q_proj.bias is not None:
+        fitted["q_proj.bias"] = attention.q_proj.bias
+    R = attention.config.rotary_dim if attention.rotary else 0
+    if new.k_up is not None:  # (what these keys have in common is seen by no query)
+        fitted["k_up.weight"] = K[:, R:]
+    frequencies: list[int] = []
+    if R:
+        keys = torch.cat((K[:, :R], constant[:, :R, None]), dim=-1)  # [G, R, r + 1]
+        spread = spread_of(stream, student, site, keys, Z, center, generator)
+        energy = energy_by_frequency(attention, seen)
+        rows, factors, frequencies = rebuilt_keys(keys, spread, energy, new.qk_head_dim)
+        fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
+    left, total = loss.left(Z), loss.total
+    shares = [float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))]
+    return FittedHeads(fitted, frequencies, *shares)
+
+
+def decoded(
+    weight: torch.Tensor, moments: torch.Tensor, means: torch.Tensor, Z: torch.Tensor, center: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps from the latent Z (x - `center`) for those of heads, and what is to be added.
+
+    Args:
+        weight: [G, N, d].
+        moments, means: covariances [P, d, d] about means [P, d] of the inputs of each part.
+
+    Returns:
+        [G, N, r] and [G, N].
+    """
+    P, shape = len(moments), weight.shape[:2]
+    weight = weight.unflatten(0, (P, -1)).flatten(1, 2)
+    maps = latent_fitting.decoder(weight, moments, Z)
+    offset = torch.einsum("pnd,pd->pn", weight, means) - torch.einsum("pnr,pr->pn", maps, (means - center) @ Z.mT)
+    return maps.view(*shape, -1), offset.view(shape)
+
+
+def importance(
+    stream: Stream, attention: MQAAttention, seen: LatentSeen, K: torch.Tensor, V: torch.Tensor
+) -> torch.Tensor:
+    """[r, r]: what an error of single latents costs, by keys K [G, D, r] and by values V [G, Dv, r]."""
+    w_o = Projections.of(attention).w_o
+    N = latent_fitting.value_metric(seen.sharpness.sqrt()[:, None, None] * w_o, len(V))
+    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), K, 1)
+    return (keys + latent_fitting.pulled_back(N, V, 1))[0]
+
+
+def rebuilt_keys(
+    keys: torch.Tensor, spread: torch.Tensor, energy: torch.Tensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The components that are rebuilt of rotated keys.
+
+    Args:
+        keys: [G, R, r + 1], from a latent with a 1 appended.
+        spread, energy: [J, G, G] complex and [J, G]; see [`fitting.rotary_gram`].
+        width: W.
+
+    Returns:
+        Rows [W, r + 1], factors b [2, G, W / 2] of each head, and frequencies.
+    """
+    J = keys.shape[1] // 2
+    spectrum = torch.linalg.eigvalsh(fitting.rotary_gram(spread, energy)).flip(-1).clamp(min=0)
+    counts = fitting.choose_frequencies(spectrum, width // 2)
+    frequencies, alpha, b, _ = fitting.rotary_components(spread, energy, counts)
+    complex_keys = torch.complex(keys[:, :J], keys[:, J:])
+    rows = torch.einsum("cm,mcd->cd", alpha, complex_keys[:, frequencies])
+    factors = b.T
+    return torch.cat((rows.real, rows.imag)), torch.stack((factors.real, factors.imag)), frequencies.tolist()
+
+
+def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator: torch.Generator) -> LatentCurves:
+    """What each size of one attention's latent would lose; the tokens stand before the layer."""
+    attention: MQAAttention = getattr(teacher, site)
+    seen = look_for_latent(stream, teacher, teacher, site, generator)
+    relative = relative_to_output(stream, teacher, site)
+    loss = loss_of(stream, attention, seen)
+    _, s2 = latent_fitting.encoder(loss, Inputs.of(seen).keys.mean(0), 1)
+    keys = torch.zeros(1)
+    if seen.spread is not None:
+        gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen))
+        # An error of a complex component meets queries of any phase: half of its square.
+        energies = torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
+        keys = left_out(energies * (KEY_WEIGHT * attention.scaling**2 / 2))
+    return LatentCurves(left_out(s2) * relative, keys * relative)
+
+
+def left_out(energies: torch.Tensor) -> torch.Tensor:
+    """[n + 1]: what remains of energies, largest first, without the first 0, 1, ... of them."""
+    return torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1))).cpu()
+
+
+def relative_to_output(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
+    """What a squared error of an attention's output means for the layers above: 1 / E‖y‖², times the output's size
+    relative to that of the stream it ends in, on held-out tokens."""
+    output = ended = 0.0
+    count = 0
+    for rows in stream.batches(held_out=True):
+        kept = stream.valid(rows)
+        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
+        output += float(y.double().square().sum())
+        ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
+        count += len(y)
+    return (output / ended) ** 0.5 * count / output if output and ended else 0.0

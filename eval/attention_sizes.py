@@ -1,0 +1,128 @@
+"""What one attention of a layer has to read and compute, counted from a configuration.
+
+    d hidden size, H query heads, G key/value heads, D and Dv widths of a key and a value head, r width of a latent,
+    W key components that are rebuilt from it, P components of a key head that are not rotated and read from it
+
+Of a cached token and each row, in multiplications with as many additions:
+
+    heads                 | G (D + Dv) numbers        | H (D + Dv)
+    latent, rebuilt keys  | r numbers at `bits`       | r W + H (W + r), and H r where P > 0
+    latent, expanded keys | W + r numbers             | H (W + r), and H r where P > 0
+
+Where nothing is rotated W is 0, and there is one way to keep a latent.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mqa_hf.configuration_mqa import MQAConfig, of_layer
+
+Keys = Literal["rebuilt", "expanded"]  # in each step from a latent, or once and stored beside it
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """Sizes of an attention by the letters above; r is 0 where there are heads.
+
+    Attributes:
+        cross: whether it attends to an encoder's output, of which keys and values are computed once and not in a step.
+        rebuilt: W.
+        plain: P.
+        bits: of a stored number of the latent.
+    """
+
+    d: int
+    H: int
+    G: int
+    D: int
+    Dv: int
+    cross: bool
+    r: int = 0
+    rebuilt: int = 0
+    plain: int = 0
+    bits: int = 16
+
+    @property
+    def projections(self) -> int:
+        """Weights that make keys and values, or the latent."""
+        return self.d * (self.r or self.G * (self.D + self.Dv))
+
+    @property
+    def step_weights(self) -> int:
+        """Weights that a step multiplies with."""
+        found = self.d * self.H * (self.D + self.Dv) + (0 if self.cross else self.projections)
+        if self.r:
+            found += self.r * self.rebuilt + self.G * (self.rebuilt + (self.plain + self.Dv) * self.r)
+        return found
+
+    @property
+    def repeated(self) -> int:
+        """Products with maps of a latent beyond one a weight, where query heads share the map of a key/value head."""
+        return (self.H - self.G) * (self.plain + self.Dv) * self.r if self.r else 0
+
+    def products(self, keys: Keys) -> int:
+        """Multiplications of a row with a cached token."""
+        if not self.r:
+            return self.H * (self.D + self.Dv)
+        absorbed = self.H * self.r if self.plain else 0
+        rebuilding = self.r * self.rebuilt if keys == "rebuilt" else 0
+        return rebuilding + self.H * (self.rebuilt + self.r) + absorbed
+
+    def bytes(self, keys: Keys, itemsize: int) -> int:
+        """Of a cached token, where numbers of the model take `itemsize`. Of latents nothing is kept in float8."""
+        if not self.r:
+            return self.G * (self.D + self.Dv) * itemsize
+        itemsize = max(itemsize, 2)
+        if keys == "expanded" and self.rebuilt:
+            return (self.rebuilt + self.r) * itemsize
+        if self.bits == 16:
+            return self.r * itemsize
+        return self.r * self.bits // 8 + 2 * itemsize
+
+
+def own_attention(config: MQAConfig, layer: int) -> AttentionSizes:
+    """The self-attention of a layer."""
+    d, H, Dv = config.hidden_size, config.num_attention_heads, of_layer(config.v_head_dim, layer)
+    width = of_layer(config.qk_head_dim, layer)
+    if config.kv_latent_dim is None:
+        return AttentionSizes(d, H, config.num_key_value_heads, width, Dv, cross=False)
+    rotated = config.rotary_dim if config.rope_layers[layer] else 0
+    return AttentionSizes(
+        *(d, H, config.kv_latent_heads or H, config.head_dim, Dv),
+        cross=False,
+        r=of_layer(config.kv_latent_dim, layer),
+        rebuilt=width,
+        plain=config.head_dim - rotated,
+        bits=config.kv_latent_bits,
+    )
+
+
+def cross_attention(config: MQAConfig, layer: int) -> AttentionSizes | None:
+    """That to an encoder's output, where there is one."""
+    G, d, H = config.cross_num_key_value_heads, config.hidden_size, config.num_attention_heads
+    if not G:
+        return None
+    Dv = of_layer(config.cross_v_head_dim, layer)
+    if config.cross_kv_latent_dim is None:
+        return AttentionSizes(d, H, G, of_layer(config.cross_qk_head_dim, layer), Dv, cross=True)
+    return AttentionSizes(
+        *(d, H, config.kv_latent_heads or H, config.head_dim, Dv),
+        cross=True,
+        r=of_layer(config.cross_kv_latent_dim, layer),
+        plain=config.head_dim,
+        bits=config.kv_latent_bits,
+    )
+
+
+def kv_bytes(config: MQAConfig, keys: Keys = "rebuilt", itemsize: int = 2) -> tuple[int, int]:
+    """Bytes of a cached token in all layers, none sliding, and of a token of an encoder's output."""
+    layers = range(config.num_hidden_layers)
+    cross = [found for i in layers if (found := cross_attention(config, i)) is not None]
+    own = sum(own_attention(config, i).bytes(keys, itemsize) for i in layers)
+    return own, sum(found.bytes(keys, itemsize) for found in cross)
+
+
+def rebuilds(config: MQAConfig) -> bool:
+    """Whether keys are rebuilt from a latent, so that there are two ways to keep them."""
+    layers = range(config.num_hidden_layers)
+    return config.kv_latent_dim is not None and any(of_layer(config.qk_head_dim, i) for i in layers)

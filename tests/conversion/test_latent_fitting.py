@@ -1,0 +1,155 @@
+"""The closed forms of latents against brute force."""
+
+import pytest
+import torch
+
+from mqa_hf.configuration_mqa import MQAConfig
+from mqa_hf.conversion import latent_fitting
+from mqa_hf.conversion.latent_fitting import Loss
+from mqa_hf.conversion.latent_moments import logit_effects
+from mqa_hf.conversion.latents import rebuilt_keys
+from mqa_hf.layer_mqa import MQAAttention
+from mqa_hf.packing_mqa import pack_latent, unpack_latent
+from mqa_hf.positions_mqa import rotate
+
+d, D, G, H = 8, 6, 2, 4
+
+
+def random(*shape) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def positive(*shape) -> torch.Tensor:
+    x = random(*shape, 3 * shape[-1]) / (3 * shape[-1]) ** 0.5
+    return x @ x.mT
+
+
+def descend(loss: Loss, rank: int, starts: int = 6) -> float:
+    """The least that gradient descent over Z finds, from several starts."""
+    found = []
+    for _ in range(starts):
+        Z = random(rank, d).requires_grad_()
+        optimizer = torch.optim.LBFGS([Z], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+        def value(Z=Z, optimizer=optimizer):
+            optimizer.zero_grad()
+            cross = loss.moments @ Z.mT
+            kept = cross @ torch.linalg.solve(Z @ cross, cross.mT)
+            left = (loss.metrics * (loss.moments - kept)).sum()
+            left.backward()
+            return left
+
+        optimizer.step(value)
+        found.append(float(value().detach()))
+    return min(found)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_with_the_same_inputs_for_all_terms_the_encoder_is_the_best(rank):
+    C = positive(d)
+    loss = Loss(torch.stack((positive(d), positive(d))), torch.stack((C, C)))
+    Z, energies = latent_fitting.encoder(loss, C, rank)
+    left = float(loss.left(Z).sum())
+    assert left == pytest.approx(descend(loss, rank), rel=1e-6)
+    assert left == pytest.approx(float(energies[rank:].sum()))
+    torch.testing.assert_close(Z @ C @ Z.mT, torch.eye(rank, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_with_other_inputs_for_each_term_descent_finds_what_there_is(rank):
+    loss = Loss(torch.stack([positive(d) for _ in range(4)]), torch.stack([positive(d) for _ in range(4)]))
+    C = loss.moments.mean(0)
+    Z, _ = latent_fitting.encoder(loss, C, rank)
+    better = latent_fitting.descended(loss, C, Z, steps=200)
+    left = float(loss.left(better).sum())
+    assert left <= float(loss.left(Z).sum())
+    assert left <= descend(loss, rank) * 1.05  # (of several minima)
+    torch.testing.assert_close(better @ C @ better.mT, torch.eye(rank, dtype=torch.float64))
+
+
+def test_the_decoder_is_least_squares_and_what_is_left_is_its_error():
+    W, C, Z = random(3, d), positive(d), random(4, d)
+    found = latent_fitting.decoder(W, C, Z)
+    x = random(20_000, d) @ torch.linalg.cholesky(C).mT
+    x = (
+        x @ torch.linalg.inv(torch.linalg.cholesky(x.mT @ x / len(x))).mT @ torch.linalg.cholesky(C).mT
+    )  # its moment is C
+    best = torch.linalg.lstsq(x @ Z.mT, x @ W.mT).solution.mT
+    torch.testing.assert_close(found, best)
+    loss = Loss((W.mT @ W)[None], C[None])
+    error = (x @ W.mT - x @ Z.mT @ found.mT).square().sum(1).mean()
+    torch.testing.assert_close(loss.left(Z)[0], error)
+
+
+def test_the_metric_of_keys_is_what_rotated_queries_do_to_errors_of_keys():
+    """Against rotating every query and every key, at every offset."""
+    T, R = 5, 4
+    theta = torch.tensor([1.0, 0.3], dtype=torch.float64)
+    angles = torch.arange(T, dtype=torch.float64)[:, None] * theta
+    cos, sin = torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
+    queries, error, effects = random(H, 50, D), random(G, D), torch.rand(H, dtype=torch.float64)
+    share = torch.arange(T, 0, -1, dtype=torch.float64)
+    share /= share.sum()
+    moments = queries.mT @ queries / 50
+    M = latent_fitting.turned_moments(latent_fitting.key_metric(moments, effects, G, 0.7), (cos, sin), share)
+    found = torch.einsum("ga,gab,gb->", error, M, error)
+    expected = 0.0
+
+    def turned(x, at):
+        return rotate(x.view(1, 1, -1, D), cos[at].view(1, 1, 1, R), sin[at].view(1, 1, 1, R), D)[0, 0]
+
+    pairs = [(n, t) for n in range(T) for t in range(n + 1)]
+    for n, t in pairs:
+        for h in range(H):
+            logits = 0.7 * turned(queries[h], n) @ turned(error[h // (H // G)], t)[0]
+            expected += effects[h] * logits.square().mean() / len(pairs)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_effects_of_logits_are_those_of_a_derivative():
+    config = MQAConfig(
+        vocab_size=8, hidden_size=12, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, position_embedding="none",
+    )  # fmt: skip
+    attention = MQAAttention(config, 0)
+    logits, values = torch.randn(1, 4, 1, 5), torch.randn(1, 2, 5, 3)
+    found = logit_effects(attention, logits.softmax(-1), values)
+
+    def output(logits):
+        mixed = logits.softmax(-1) @ values.repeat_interleave(2, 1)  # [1, 4, 1, 3]
+        return attention.o_proj(mixed.transpose(1, 2).flatten())
+
+    jacobian = torch.autograd.functional.jacobian(output, logits)  # [12, 1, 4, 1, 5]
+    torch.testing.assert_close(found, jacobian.square().sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_with_all_components_rebuilt_keys_are_the_keys():
+    r, J = 5, 3
+    keys = random(G, 2 * J, r + 1)
+    spread = positive(J, G).to(torch.complex128)
+    rows, factors, frequencies = rebuilt_keys(keys, spread, torch.rand(J, G, dtype=torch.float64) + 0.1, 2 * J * G)
+    real, imaginary = rows.chunk(2)
+    components, b = torch.complex(real, imaginary), torch.complex(*factors)
+    again = torch.zeros(G, J, r + 1, dtype=torch.complex128)
+    again.index_add_(1, torch.tensor(frequencies), b[..., None] * components)
+    torch.testing.assert_close(again, torch.complex(keys[:, :J], keys[:, J:]))
+    assert frequencies == sorted(frequencies)
+
+
+def test_a_basis_for_rounding_loses_less_than_a_white_one():
+    r, generator = 64, torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(random(r, r))[0]
+    importance = axes @ torch.diag(torch.logspace(0, -4, r, dtype=torch.float64)) @ axes.mT
+    c = random(4000, r)
+    lost = {}
+    for name, T in (
+        ("white", torch.eye(r, dtype=torch.float64)),
+        ("chosen", latent_fitting.for_rounding(importance, generator)),
+    ):
+        error = unpack_latent(*pack_latent(c @ T.mT, 4), 4) @ torch.linalg.inv(T).mT - c
+        lost[name] = float(torch.einsum("na,ab,nb->n", error, importance, error).mean())
+    # (Σ √λ)² / r of Σ λ is what equal steps in all directions can bring.
+    roots = torch.logspace(0, -2, r, dtype=torch.float64)
+    assert lost["chosen"] / lost["white"] == pytest.approx(
+        float(roots.sum() ** 2 / r / roots.square().sum()), rel=0.15
+    )
