@@ -8,7 +8,7 @@ heads read of a mixture.
 
 import torch
 
-from .configuration_mqa import LATENT_GROUP
+from .configuration_mqa import LATENT_BLOCK
 from .kernel_append_mqa import turned
 from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, tl, triton
 from .packing_mqa import pack_latent
@@ -18,7 +18,7 @@ from .packing_mqa import pack_latent
 def _append_latent_kernel(
     projected, wide, factors, frequency, cos, sin, positions, latents, scales, offsets, length,
     H, g, S, tiles, projected_row, latent_row, angles_row,
-    D: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The first `tiles` programs of a row: `HEADS` of its queries in `projected` [B, H·D + R] are rotated by F angles
@@ -60,27 +60,24 @@ def _append_latent_kernel(
             k = tl.arange(0, BLOCK_R)
             tl.store(latents + row * latent_row + token * R + k, tl.load(new + k, mask=k < R), mask=k < R)
         else:
-            half: tl.constexpr = GROUP // 2
-            j = tl.arange(0, BLOCK_R // GROUP)
-            i = tl.arange(0, half)
-            inside = (j < R // GROUP)[:, None]
-            x = new + j[:, None] * GROUP + i[None, :]
-            low = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-            high = tl.load(x + half, mask=inside, other=0.0).to(tl.float32)
+            half: tl.constexpr = BLOCK // 2
+            j, i = tl.arange(0, BLOCK_R // BLOCK), tl.arange(0, half)
+            inside = (j < R // BLOCK)[:, None]
+            x = new + j[:, None] * BLOCK + i[None, :]
+            first = tl.load(new).to(tl.float32)  # stands for what is not there
+            low = tl.where(inside, tl.load(x, mask=inside, other=0.0).to(tl.float32), first)
+            high = tl.where(inside, tl.load(x + half, mask=inside, other=0.0).to(tl.float32), first)
             kind = scales.dtype.element_ty
             most: tl.constexpr = 2**BITS - 1
-            offset = tl.minimum(tl.min(low, 1), tl.min(high, 1)).to(kind)
-            size = tl.div_rn(tl.maximum(tl.max(low, 1), tl.max(high, 1)) - offset.to(tl.float32), most * 1.0)
-            scale = tl.maximum(size, 1e-7).to(kind)
-            there = (row * S + token) * (R // GROUP) + j
-            tl.store(scales + there, scale, mask=j < R // GROUP)
-            tl.store(offsets + there, offset, mask=j < R // GROUP)
-            least, step = (
-                offset.to(tl.float32)[:, None],
-                tl.zeros([1, half], tl.float32) + scale.to(tl.float32)[:, None],
-            )
-            low, high = _code(low - least, step, most), _code(high - least, step, most)
-            to = latents + row * latent_row + token * (R * BITS // 8) + j[:, None] * (GROUP * BITS // 8) + i[None, :]
+            offset = tl.min(tl.min(tl.minimum(low, high), 1), 0).to(kind)
+            largest = tl.max(tl.max(tl.maximum(low, high), 1), 0)
+            scale = tl.maximum(tl.div_rn(largest - offset.to(tl.float32), most * 1.0), 1e-7).to(kind)
+            tl.store(scales + row * S + token, scale)
+            tl.store(offsets + row * S + token, offset)
+            step = tl.zeros([BLOCK_R // BLOCK, half], tl.float32) + scale.to(tl.float32)
+            low = _code(low - offset.to(tl.float32), step, most)
+            high = _code(high - offset.to(tl.float32), step, most)
+            to = latents + row * latent_row + token * (R * BITS // 8) + j[:, None] * (BLOCK * BITS // 8) + i[None, :]
             if BITS == 8:
                 tl.store(to, low.to(tl.uint8), mask=inside)
                 tl.store(to + half, high.to(tl.uint8), mask=inside)
@@ -115,8 +112,8 @@ def append_latent(
 
     Args:
         projected: [B, H·D + r], what the projections of queries and of the latent gave.
-        latents: [B, S, r], or packed codes uint8 [B, S, r · bits / 8] with `scales` and `offsets` [B, S, r / 32], all
-            written in place; `None` where there is nothing to write (attention to an encoder's output), r is then 0.
+        latents: [B, S, r], or packed codes uint8 [B, S, r · bits / 8] with `scales` and `offsets` [B, S], all written
+            in place; `None` where there is nothing to write (attention to an encoder's output), r is then 0.
         length: int32 [1], positions in use with the new one.
         r: latent width.
         factors: [2, G, C], the real and imaginary parts by which a head weighs the rebuilt components.
@@ -144,8 +141,8 @@ def append_latent(
             projected if offsets is None else offsets, length,
             H, 1 if factors is None else H // factors.shape[1], 0 if latents is None else latents.shape[1], tiles,
             projected.stride(0), 0 if latents is None else latents.stride(0), 0 if cos is None else cos.stride(0),
-            D=D, C=C, F=0 if cos is None else cos.shape[1] // 2, R=r, BITS=bits, GROUP=LATENT_GROUP, HEADS=heads,
-            BLOCK_C=min(256, power(max(C, 1))), BLOCK_R=max(power(max(r, 1)), LATENT_GROUP), num_warps=4,
+            D=D, C=C, F=0 if cos is None else cos.shape[1] // 2, R=r, BITS=bits, BLOCK=LATENT_BLOCK, HEADS=heads,
+            BLOCK_C=min(256, power(max(C, 1))), BLOCK_R=max(power(max(r, 1)), LATENT_BLOCK), num_warps=4,
         )  # fmt: skip
     return wide, None if k_up is None else absorbed(projected[:, : H * D].view(B, H, D), k_up)
 
@@ -194,15 +191,15 @@ def naive_append_latent(
     """[`append_latent`] in float64 and complex numbers; what it writes has the cache's type."""
     B = projected.shape[0]
     query, new = projected.split([projected.shape[1] - r, r], -1)
-    if latents is not None:
-        at, given = int(length) - 1, (new,)
-        if scales is not None:
-            given = pack_latent(new, latents.shape[2] * 8 // r)
-        for held, part in zip((latents, scales, offsets), given):
-            held[:, at] = part
+    at = int(length) - 1
+    if latents is not None and scales is not None and offsets is not None:
+        latents[:, at], scales[:, at], offsets[:, at] = pack_latent(new, latents.shape[2] * 8 // r)
+    elif latents is not None:
+        latents[:, at] = new
     q = query.double().view(B, H, -1)
     wide = plain = None
     if factors is not None:
+        assert frequency is not None
         assert cos is not None
         assert sin is not None
         rotated = turned(q, cos[positions].double()[:, None], sin[positions].double()[:, None])

@@ -39,27 +39,27 @@ def _prefetch(latents, first, high, N: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon_jit
 def _bytes(words):
-    """The four bytes [..., 4] of words, in float32: under the exponent of 2^23, a byte is its own value more."""
+    """The bytes [N, 4 · n] of words [N, n], in float32: under the exponent of 2^23, a byte is its own value more."""
     a, b, c, d = gl.inline_asm_elementwise(
         "prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;"
         "prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;",
         "=r,=r,=r,=r,r", [words], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
-    x = gl.permute(gl.join(gl.join(a, b), gl.join(c, d)), (0, 1, 2, 4, 3))
+    x = gl.permute(gl.join(gl.join(a, b), gl.join(c, d)), (0, 1, 3, 2))
+    x = gl.reshape(x, [words.shape[0], 4 * words.shape[1]])
     return x.to(gl.float32, bitcast=True) - 8388608.0
 
 
 @gluon_jit
 def _floats(codes, R: gl.constexpr, BITS: gl.constexpr):
-    """Codes [N, R · BITS / 32], four or eight in a number, as float32 [N, R / 32, 32]."""
-    N: gl.constexpr = codes.shape[0]
-    words = gl.reshape(codes, [N, R // 32, BITS])
+    """Codes [N, R · BITS / 32], four or eight in a number, as float32 [N, R]."""
     if BITS == 8:
-        x = gl.reshape(_bytes(words), [N, R // 32, 32])
+        x = _bytes(codes)
     else:
-        low = gl.reshape(_bytes(words & 0x0F0F0F0F), [N, R // 32, 16])
-        high = gl.reshape(_bytes((words >> 4) & 0x0F0F0F0F), [N, R // 32, 16])
-        x = gl.reshape(gl.permute(gl.join(low, high), (0, 1, 3, 2)), [N, R // 32, 32])
+        N: gl.constexpr = codes.shape[0]
+        low = gl.reshape(_bytes(codes & 0x0F0F0F0F), [N, R // 32, 16])
+        high = gl.reshape(_bytes((codes >> 4) & 0x0F0F0F0F), [N, R // 32, 16])
+        x = gl.reshape(gl.permute(gl.join(low, high), (0, 1, 3, 2)), [N, R])
     return x
 
 
@@ -68,9 +68,8 @@ def _fetched(
     latents, scales, offsets, rows, n, row, S, latent_row,
     R: gl.constexpr, BITS: gl.constexpr, HAS_ROWS: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Of the packed latents of positions n: codes [N, R · BITS / 32], scales and offsets [N, R / 32]."""
+    """Of the packed latents of positions n: codes [N, R · BITS / 32], scales and offsets [N]."""
     WIDTH: gl.constexpr = R * BITS // 32
-    G: gl.constexpr = R // 32
     j = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     at = row.to(gl.int64)
     if HAS_ROWS:
@@ -78,17 +77,15 @@ def _fetched(
         codes = gl.load(latents + (at * latent_row)[:, None] + n[:, None] * WIDTH + j[None, :])
     else:
         codes = gl.load(latents + n[:, None] * WIDTH + j[None, :])
-    GL: gl.constexpr = gl.SliceLayout(2, _floats(codes, R, BITS).type.layout)
-    g = gl.arange(0, G, layout=gl.SliceLayout(0, GL))
-    held = gl.convert_layout((at * S + n) * G, gl.SliceLayout(1, GL))[:, None] + g[None, :]
+    held = gl.convert_layout(at * S + n, gl.SliceLayout(1, _floats(codes, R, BITS).type.layout))
     return codes, gl.load(scales + held), gl.load(offsets + held)
 
 
 @gluon_jit
 def _unpack(to, codes, scale, offset, R: gl.constexpr, BITS: gl.constexpr):
     """Write packed latents to shared memory as numbers."""
-    x = _floats(codes, R, BITS) * scale.to(gl.float32)[:, :, None] + offset.to(gl.float32)[:, :, None]
-    to.store(gl.reshape(x.to(to.dtype), [codes.shape[0], R]))
+    x = _floats(codes, R, BITS) * scale.to(gl.float32)[:, None] + offset.to(gl.float32)[:, None]
+    to.store(x.to(to.dtype))
 
 
 @gluon_jit
@@ -118,11 +115,11 @@ def _bring_latents(
             async_copy.mbarrier_arrive(c_full.index(slot), increment_count=False)
         async_copy.wait_group(0)
     else:
-        L: gl.constexpr = gl.BlockedLayout([1, 4], [4096 // (R * BITS), R * BITS // 128], [warps, 1], [1, 0])
-        token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, L))
+        PL: gl.constexpr = gl.BlockedLayout([1, 4], [4096 // (R * BITS), R * BITS // 128], [warps, 1], [1, 0])
+        token = gl.arange(0, PIECE, layout=gl.SliceLayout(1, PL))
         n = gl.minimum(low + token, high - 1)
         codes, scale, offset = _fetched(
-            latents, scales, offsets, rows, n, row, S, latent_row, R, BITS, HAS_ROWS, L
+            latents, scales, offsets, rows, n, row, S, latent_row, R, BITS, HAS_ROWS, PL
         )  # fmt: skip
         for tile in range(0, 2 * blocks):
             block = tile // 2
@@ -133,7 +130,7 @@ def _bring_latents(
             for piece in gl.static_range(N // PIECE):
                 n = gl.minimum(low + tile * N + (piece + 1) * PIECE + token, high - 1)
                 more, its_scale, its_offset = _fetched(
-                    latents, scales, offsets, rows, n, row, S, latent_row, R, BITS, HAS_ROWS, L
+                    latents, scales, offsets, rows, n, row, S, latent_row, R, BITS, HAS_ROWS, PL
                 )  # fmt: skip
                 _unpack(c_smem.index(slot).slice(piece * PIECE, PIECE), codes, scale, offset, R, BITS)
                 codes, scale, offset = more, its_scale, its_offset

@@ -30,7 +30,6 @@ from .kernel_launch_mqa import (
 )
 from .packing_mqa import unpack_latent
 
-GROUP = tl.constexpr(32) if triton is not None else 32  # numbers of a packed latent that share a scale and an offset
 ROOM = 256  # positions that a table of angles has beyond those it was made for: blocks of positions reach past the end
 
 
@@ -60,7 +59,7 @@ def latent_angles(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> t
 
 def unpacked_angles(angles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The cosines and sines [F, positions + 256, 2] that [`latent_angles`] holds, in float32."""
-    if dtype == torch.float32:
+    if angles.is_floating_point():
         return angles
     if dtype == torch.float16:
         return angles[..., None].view(torch.float16).float()
@@ -80,23 +79,20 @@ def _fetched(
             mask=valid[:, None] & (k < R)[None, :], other=0.0,
         )  # fmt: skip
     else:
-        G: tl.constexpr = BLOCK_R // GROUP
-        width: tl.constexpr = GROUP * BITS // 8
-        j = tl.arange(0, G * width)
-        codes = tl.load(
-            latents + at[:, None] * latent_row + n[:, None] * (R * BITS // 8) + j[None, :],
-            mask=valid[:, None] & (j < R * BITS // 8)[None, :], other=0,
+        width: tl.constexpr = R * BITS // 8
+        j = tl.arange(0, BLOCK_R * BITS // 8)
+        x = tl.load(
+            latents + at[:, None] * latent_row + n[:, None] * width + j[None, :],
+            mask=valid[:, None] & (j < width)[None, :], other=0,
         )  # fmt: skip
-        g = tl.arange(0, G)
-        held = (at * S + n)[:, None] * (R // GROUP) + g[None, :]
-        there = valid[:, None] & (g < R // GROUP)[None, :]
-        scale = tl.load(scales + held, mask=there, other=0.0).to(tl.float32)
-        offset = tl.load(offsets + held, mask=there, other=0.0).to(tl.float32)
-        x = tl.reshape(codes, [BLOCK_N, G, width])
         if BITS == 4:
-            x = tl.reshape(tl.permute(tl.join(x & 15, x >> 4), (0, 1, 3, 2)), [BLOCK_N, G, GROUP])
-        x = x.to(tl.float32) * scale[:, :, None] + offset[:, :, None]
-        c = tl.reshape(x.to(DTYPE), [BLOCK_N, BLOCK_R])
+            x = tl.reshape(x, [BLOCK_N, BLOCK_R // 32, 16])
+            x = tl.reshape(tl.permute(tl.join(x & 15, x >> 4), (0, 1, 3, 2)), [BLOCK_N, BLOCK_R])
+        scale = tl.load(scales + at * S + n, mask=valid, other=0.0).to(tl.float32)
+        offset = tl.load(offsets + at * S + n, mask=valid, other=0.0).to(tl.float32)
+        c = (x.to(tl.float32) * scale[:, None] + offset[:, None]).to(DTYPE)
+        if BLOCK_R > R:
+            c = tl.where((tl.arange(0, BLOCK_R) < R)[None, :], c, 0.0).to(DTYPE)
     return c
 
 
@@ -258,8 +254,8 @@ def attend_latent(
     """Attention of one new query per row to a cache of latents of which `length` positions are in use.
 
     Args:
-        latents: [R, S, r], or packed codes uint8 [R, S, r · bits / 8] with `scales` and `offsets` [R, S, r / 32]; the
-            last two dimensions contiguous; B = R · `fold`.
+        latents: [R, S, r], or packed codes uint8 [R, S, r · bits / 8] with `scales` and `offsets` [R, S] of the type
+            of the queries; the last two dimensions contiguous; B = R · `fold`.
         length, scale, capacity, start, rows, fold, window, slopes, bfloat16_from_start, table, counters, splits: as in
             [`attend`].
         wide: [B, H, W], rotated queries for the rebuilt components, real parts first; the last dimension contiguous.
@@ -278,7 +274,7 @@ def attend_latent(
     B, H, _ = queries.shape
     R, S, width = latents.shape
     device, dtype, W = queries.device, queries.dtype, 0 if wide is None else wide.shape[2]
-    r = scales.shape[-1] * 32 if scales is not None else width
+    r = width if scales is None else weight.shape[1] if weight is not None else queries.shape[2]
     bits = 16 if scales is None else width * 8 // r
     span, size = min(capacity, window or capacity), latent_bytes(r, bits, dtype)
     exact, hopper_layout = dtype == torch.float32, None
@@ -373,7 +369,8 @@ def naive_attend_latent(
     queries = wide if wide is not None else plain
     assert queries is not None
     if scales is not None and offsets is not None:
-        latents = unpack_latent(latents, scales, offsets)
+        r = weight.shape[1] if weight is not None else queries.shape[2]
+        latents = unpack_latent(latents, scales, offsets, latents.shape[2] * 8 // r)
     out = []
     for b in range(len(queries)):
         row = b // fold

@@ -70,7 +70,7 @@ def hopper_seconds(r: int, W: int, bits: int, queries: int) -> float:
 
 def latent_bytes(r: int, bits: int, dtype: torch.dtype) -> int:
     """Of one latent in the cache."""
-    return r * dtype.itemsize if bits == 16 else r * bits // 8 + 2 * r // 32 * dtype.itemsize
+    return r * dtype.itemsize if bits == 16 else r * bits // 8 + 2 * dtype.itemsize
 
 
 @cache
