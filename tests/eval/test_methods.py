@@ -13,11 +13,13 @@ from rich.console import Console
 from sources import LLAMA, make_model, save
 from tokenizer import write_tokenizer
 
+from mqa_hf.base.datasheets import Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import calibration_tokens, load_tokenizer
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.eval.by_position import LossByPosition
 from mqa_hf.eval.kernels import KernelTiming
+from mqa_hf.eval.latent_kernels import LatentKernelTiming, Size, record
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
 from mqa_hf.eval.methods_picture import MethodPicture, read
 from mqa_hf.eval.peers.common import mean_loss
@@ -92,6 +94,26 @@ def test_the_kernel_is_timed_on_a_gpu_only():
     assert KernelTiming(batch=[1, 256], context=[512, 32768], kv_heads=[8], largest=1.0).sizes == [
         (8, 1, 512), (8, 1, 32768), (8, 256, 512)
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
+def test_the_kernel_of_latents_is_timed_on_a_gpu_only():
+    with pytest.raises(MQAError, match="the kernel needs a CUDA device"):
+        LatentKernelTiming().run()
+    with pytest.raises(MQAError, match="`components` are pairs of real numbers, got 3"):
+        LatentKernelTiming(components=[0, 3]).run()
+    with pytest.raises(MQAError, match="`latent` must be a multiple of 32 for 8 and 4 `bits`, got 100"):
+        LatentKernelTiming(latent=[100], bits=[8]).run()
+
+
+def test_the_floor_of_a_latent_is_the_larger_of_bytes_and_operations():
+    """Llama-2-7B's shape on a device of 2.4 TB/s and 800 TFLOP/s."""
+    device = Device("a GPU", 8e10, 2.4e12, 8e14)
+    rotary = record(Size(64, 4096, 32, 256, 512, 16), 300e-6, (50e-6, None), device)
+    assert (rotary.bound, round(rotary.floor_ns, 4)) == ("operations", 0.3891)  # 2 · (256 · 512 + 32 · 768) / 8e5
+    assert rotary.floor_share == pytest.approx(0.3891 * 64 * 4096e-9 / 300e-6, rel=1e-3)
+    plain = record(Size(64, 4096, 32, 256, 0, 8), 40e-6, (50e-6, 1e-3), device)
+    assert (plain.bound, round(plain.floor_ns, 4)) == ("bytes", 0.1083)  # 260 / 2400
 
 
 def test_the_loss_by_position_is_that_of_the_model(tmp_path):
