@@ -54,8 +54,11 @@ def overlapping(device: torch.device) -> bool:
 
 @cache
 def hopper(device: torch.device) -> bool:
-    """Whether kernels in Gluon for Hopper can run on a device."""
-    return gluon is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether kernels in Gluon for Hopper can run on a device. They are for Triton 3.6, which PyTorch 2.11 comes
+    with: Gluon is not the same in any two versions.
+    """
+    known = gluon is not None and triton.__version__.startswith("3.6.")
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def processors(device: torch.device) -> int:
