@@ -15,6 +15,8 @@ from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
 from .checkpoint import CheckpointReader, shards
 from .convert import Conversion
 from .families import NATIVE_ONLY
+from .latent_moments import PARTS
+from .latent_sizes import surveyed
 from .memory import AnySource, open_model
 from .passthrough import own_class_plan
 from .plan import Part, Plan, Reading, make_plan, make_reading
@@ -27,8 +29,8 @@ def forecast(job: Conversion) -> dict[str, Any]:
     """What a resolved job would do, by name; sizes in bytes.
 
     Memory is that of what is held at once: the largest part that is read, what is made of it, and the calibration
-    tokens with what is gathered of them. Python and its libraries come on top. With `cache_budget`, sizes are those of
-    equal widths.
+    tokens with what is gathered of them. Python and its libraries come on top. Where sizes are chosen on the way, they
+    are those of equal widths, and of latents whose keys are all rebuilt.
 
     Raises:
         ConversionError: where the conversion is impossible, or the weights of a hub id are not here.
@@ -50,7 +52,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
     return {
         "source": source.name,
         "source_files": len(reader.files) if isinstance(reader, CheckpointReader) else 0,
-        "read_bytes": read * (1 if job.cache_budget is None else 2),
+        "read_bytes": read * (2 if surveyed(job, plan.reading.config) else 1),
         "layers": sum(part.layer is not None for part in plan.parts),
         "output": str(place),
         "output_files": len(shards(plan.tensors, job.max_shard_size).filename_to_tensors),
@@ -80,7 +82,9 @@ def _plan(source: AnySource, job: Conversion) -> Plan:
     if job.target == "native" and source.config.model_type in NATIVE_ONLY:
         return own_class_plan(source, job)
     reading = make_reading(source, job)
-    return make_plan(reading, job, None if job.cache_budget is None else _equal_widths(reading, job.cache_budget))
+    if job.cache_budget is None or job.method == "latent":
+        return make_plan(reading, job)
+    return make_plan(reading, job, _equal_widths(reading, job.cache_budget))
 
 
 def _equal_widths(reading: Reading, budget: str) -> Mapping[str, Widths]:
@@ -129,6 +133,9 @@ def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
             memory += held
         memory += held // 16  # the held-out ones once more
     new = max(heads_of(plan.pooled).values())
-    moments = 8 * (2 * (d + 1) ** 2 + 2 * new * d * d)
+    parts = min(decoder.num_key_value_heads, PARTS) if job.method == "latent" else new
+    moments = 8 * (2 + 2 * parts) * (d + 1) ** 2
+    if job.method == "latent":  # once more for the descent, in float32
+        moments += 4 * 4 * parts * d * d
     batch = 4 * options.batch * (T * d * 4 + H * options.queries * T * 3 + H * T * T)
     return memory + moments + batch, mapped

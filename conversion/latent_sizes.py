@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
 
-from .canonical import CanonicalConfig, heads_of, stack_of
+from .canonical import CanonicalConfig, heads_of, stack_of, stacks_of
 from .convert import ConversionOptions
 from .widths import budget_components, share_out
 
@@ -64,6 +64,12 @@ def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOption
             f"{max(most)} loses nothing"
         )
     return [max(r, step_of(job))] * len(layers), [min(int(job.key_width or n), n) for n in most]
+
+
+def surveyed(job: ConversionOptions, config: CanonicalConfig) -> bool:
+    """Whether sizes are chosen by what a first walk over the layers finds."""
+    rotary = any(stack.position_embedding == "rotary" for stack in stacks_of(config).values())
+    return job.cache_budget is not None or (job.method == "latent" and job.key_width is None and rotary)
 
 
 def step_of(job: ConversionOptions) -> int:
