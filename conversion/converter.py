@@ -27,10 +27,10 @@ from .checkpoint import CheckpointWriter
 from .companions import Beside
 from .convert import Conversion, ConversionOptions, ModelConversion
 from .families import NATIVE_ONLY
-from .latent_sizes import choose_latents, surveyed
+from .latent_sizes import choose_latents
 from .memory import AnySource, Given, ModelSource, ModelWriter, build, open_model
 from .passthrough import own_class_plan
-from .plan import Plan, Reading, make_plan, make_reading
+from .plan import Plan, Reading, make_plan, make_reading, surveyed
 from .pooling import Pooling
 from .record import ConversionRecord
 from .saving import final_config, record_of, warnings_of, write_config
@@ -129,7 +129,7 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
         scratch=scratch,
     )
     widths = None
-    if surveyed(job, reading.config):
+    if surveyed(reading, job):
         looking = Calibration(reading.config, reading.pooled, examples, reading.attentions, options)
         curves = survey(reading, looking)
         if job.method == "latent":
