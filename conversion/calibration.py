@@ -129,7 +129,7 @@ class Calibration:
         for site, attention in self.sites(stack):
             old = getattr(teacher, site)
             if attention not in self.attentions:
-                if pooled.value_bias != stream.config.value_bias:
+                if (pooled.value_bias, pooled.output_bias) != (stream.config.value_bias, stream.config.output_bias):
                     bias = getattr(student, site).o_proj.bias.data = folded_bias(old)
                     result[f"{prefix}{site}.o_proj.bias"] = bias
                 continue

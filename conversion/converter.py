@@ -21,7 +21,7 @@ from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.configuration_mqa import MQAConfig
 
 from .calibration import Calibration
-from .canonical import longest, stacks_of
+from .canonical import longest
 from .card import write_card
 from .checkpoint import CheckpointWriter
 from .companions import Beside
@@ -30,7 +30,7 @@ from .families import NATIVE_ONLY
 from .latent_sizes import choose_latents
 from .memory import AnySource, Given, ModelSource, ModelWriter, build, open_model
 from .passthrough import own_class_plan
-from .plan import Plan, Reading, make_plan, make_reading
+from .plan import Plan, Reading, make_plan, make_reading, surveyed
 from .pooling import Pooling
 from .record import ConversionRecord
 from .saving import final_config, record_of, warnings_of, write_config
@@ -129,9 +129,7 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
         scratch=scratch,
     )
     widths = None
-    rotated = any(stack.position_embedding == "rotary" for stack in stacks_of(reading.config).values())
-    unknown = job.method == "latent" and job.key_width is None and rotated
-    if job.cache_budget is not None or unknown:
+    if surveyed(reading, job):
         looking = Calibration(reading.config, reading.pooled, examples, reading.attentions, options)
         curves = survey(reading, looking)
         if job.method == "latent":

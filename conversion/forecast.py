@@ -15,12 +15,16 @@ from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
 from .checkpoint import CheckpointReader, shards
 from .convert import Conversion
 from .families import NATIVE_ONLY
+from .latent_moments import parts_of
 from .memory import AnySource, open_model
 from .passthrough import own_class_plan
-from .plan import Part, Plan, Reading, make_plan, make_reading
+from .plan import Part, Plan, Reading, make_plan, make_reading, surveyed
 from .source import open_source
 from .states import FitOptions
 from .widths import Widths, budget_components
+
+# Matrices [d, d] in float64 that fitting a latent holds at once: for each part of the heads, and besides. Measured.
+LATENT_MATRICES = (24, 12)
 
 
 def forecast(job: Conversion) -> dict[str, Any]:
@@ -28,7 +32,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
 
     Memory is that of what is held at once: the largest part that is read, what is made of it, and the calibration
     tokens with what is gathered of them. Python and its libraries come on top. With `cache_budget`, sizes are those of
-    equal widths.
+    equal widths. Where a latent's rebuilt keys are chosen by what they lose, weights are those of all keys, at most.
 
     Raises:
         ConversionError: where the conversion is impossible, or the weights of a hub id are not here.
@@ -50,7 +54,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
     return {
         "source": source.name,
         "source_files": len(reader.files) if isinstance(reader, CheckpointReader) else 0,
-        "read_bytes": read * (1 if job.cache_budget is None else 2),
+        "read_bytes": read * (2 if surveyed(plan.reading, job) else 1),
         "layers": sum(part.layer is not None for part in plan.parts),
         "output": str(place),
         "output_files": len(shards(plan.tensors, job.max_shard_size).filename_to_tensors),
@@ -80,7 +84,10 @@ def _plan(source: AnySource, job: Conversion) -> Plan:
     if job.target == "native" and source.config.model_type in NATIVE_ONLY:
         return own_class_plan(source, job)
     reading = make_reading(source, job)
-    return make_plan(reading, job, None if job.cache_budget is None else _equal_widths(reading, job.cache_budget))
+    latent = job.method == "latent"  # whose plan is of equal sizes by itself
+    return make_plan(
+        reading, job, None if latent or not job.cache_budget else _equal_widths(reading, job.cache_budget)
+    )
 
 
 def _equal_widths(reading: Reading, budget: str) -> Mapping[str, Widths]:
@@ -129,6 +136,11 @@ def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
             memory += held
         memory += held // 16  # the held-out ones once more
     new = max(heads_of(plan.pooled).values())
-    moments = 8 * (2 * (d + 1) ** 2 + 2 * new * d * d)
+    if job.method == "latent":
+        heads = max(heads_of(config)[name] for name in plan.reading.attentions)
+        each, besides = LATENT_MATRICES
+        moments = 8 * (each * parts_of(heads) + besides) * d * d
+    else:
+        moments = 8 * (2 * (d + 1) ** 2 + 2 * new * d * d)
     batch = 4 * options.batch * (T * d * 4 + H * options.queries * T * 3 + H * T * T)
     return memory + moments + batch, mapped

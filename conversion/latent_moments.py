@@ -45,13 +45,18 @@ class LatentSeen:
     rank: int
 
 
+def parts_of(heads: int) -> int:
+    """P of so many heads of keys and values."""
+    return next(n for n in range(min(heads, PARTS), 0, -1) if heads % n == 0)
+
+
 def look_for_latent(
     stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, generator: torch.Generator
 ) -> LatentSeen:
     """Gather what the teacher's attention sees where the student's tokens stand; see [`moments.look`]."""
     attention: MQAAttention = getattr(teacher, site)
     d, H, G = stream.config.hidden_size, stream.config.num_attention_heads, old_heads(attention)
-    P = next(n for n in range(min(G, PARTS), 0, -1) if G % n == 0)
+    P = parts_of(G)
     J = stream.config.rotary_dim // 2 if attention.rotary else 0
 
     def zeros(*shape: int) -> torch.Tensor:

@@ -32,12 +32,53 @@ def most_keys(stack: MQAConfig, heads: int, layer: int, attention: str) -> int:
     return heads * stack.rotary_dim if rotated else 0
 
 
+def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None:
+    """Raises ConversionError for attentions that cannot have latents, or not together."""
+    if "encoder" in attentions:
+        raise ConversionError(
+            "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
+        )
+    if len(counts := {heads_of(config)[name] for name in attentions}) > 1:
+        raise ConversionError(
+            f"the attentions have {' and '.join(map(str, sorted(counts)))} key/value heads, and latents stand for as "
+            "many in all of them; choose one by `attention`"
+        )
+
+
+def check_sizes(config: CanonicalConfig, attentions: Sequence[str], job: ConversionOptions) -> None:
+    """Raises ConversionError, before any layer is looked at, for latents that a source cannot have as asked."""
+    check_attentions(config, attentions)
+    for name in attentions:
+        if job.cache_budget is None:
+            chosen_numbers(config, name, job)
+        else:
+            allowed_numbers(config, name, job)
+    if job.key_width is None:
+        return
+    most = max(
+        most_keys(stack, heads_of(config)[name], i, name)
+        for name in attentions
+        for stack in (stack_of(config, name),)
+        for i in range(stack.num_hidden_layers)
+    )
+    if not most:
+        raise ConversionError(
+            f"`key_width` is about rotated keys, and those of {' and '.join(attentions)} attention are not rotated; "
+            "leave it out"
+        )
+    if job.key_width > most:
+        raise ConversionError(
+            f"`key_width` {job.key_width:g} is more than the {most} rotated components that all keys have; {most} "
+            "loses nothing"
+        )
+
+
 def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
     """r of every layer where there is no budget; raises ConversionError where it is of no use or does not fit."""
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     most = most_numbers(stack, heads)
-    step = step_of(job)
-    r = job.latent if job.latent is not None else min(2 * stack.head_dim, most) // step * step
+    step = check_step(most, attention, job)
+    r = job.latent if job.latent is not None else max(min(2 * stack.head_dim, most) // step, 1) * step
     if r > most:
         raise ConversionError(
             f"`latent` {r} is more than the {most} numbers that hold all keys and values of {attention} attention; "
@@ -56,14 +97,9 @@ def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOption
         r = chosen_numbers(config, attention, job)
     else:
         step = step_of(job)
-        r = min(budget_numbers(config, attention, job) // len(layers), most_numbers(stack, heads)) // step * step
+        r = min(allowed_numbers(config, attention, job) // len(layers), most_numbers(stack, heads)) // step * step
     most = [most_keys(stack, heads, i, attention) for i in layers]
-    if job.key_width is not None and job.key_width > max(most) > 0:
-        raise ConversionError(
-            f"`key_width` {job.key_width:g} is more than the {max(most)} rotated components that all keys have; "
-            f"{max(most)} loses nothing"
-        )
-    return [max(r, step_of(job))] * len(layers), [min(int(job.key_width or n), n) for n in most]
+    return [r] * len(layers), [min(int(job.key_width or n), n) for n in most]
 
 
 def step_of(job: ConversionOptions) -> int:
@@ -71,12 +107,33 @@ def step_of(job: ConversionOptions) -> int:
     return LATENT_BLOCK if job.latent_bits < 16 else 1
 
 
-def budget_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
-    """Numbers of latents, all layers together, that a cache budget allows."""
+def check_step(most: int, attention: str, job: ConversionOptions) -> int:
+    """What r is a multiple of; raises ConversionError where that is more than all numbers that there are."""
+    step = step_of(job)
+    if step > most:
+        raise ConversionError(
+            f"with `latent_bits` {job.latent_bits} a latent is a multiple of {step} numbers, and {most} hold all keys "
+            f"and values of {attention} attention; use `latent_bits` 16"
+        )
+    return step
+
+
+def allowed_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
+    """Numbers of latents, all layers together, that a cache budget allows; raises ConversionError where these are too
+    few."""
     assert job.cache_budget is not None
+    stack = stack_of(config, attention)
+    layers, most = stack.num_hidden_layers, most_numbers(stack, heads_of(config)[attention])
     nbytes = 2 * budget_components(job.cache_budget, config, 1, attention)
-    scales = 0 if job.latent_bits == 16 else 4 * stack_of(config, attention).num_hidden_layers
-    return max(int((nbytes - scales) * 8 / job.latent_bits), 0)
+    scales = 0 if job.latent_bits == 16 else 4 * layers
+    allowed = max(int((nbytes - scales) * 8 / job.latent_bits), 0)
+    least = layers * min(max(STEP, check_step(most, attention, job)), most)
+    if allowed < least:
+        raise ConversionError(
+            f"the cache budget allows {allowed} numbers of latents per token; the {layers} layers need at least "
+            f"{least}"
+        )
+    return allowed
 
 
 def choose_latents(
@@ -86,10 +143,7 @@ def choose_latents(
 
     r is what is asked for, or shared out from a budget where it reduces the loss most. W, where it is not asked for,
     is the least whose loss is below that of r. With a budget and a width, W is shared out too, so that all layers
-    together have no more operations than with this W everywhere.
-
-    Raises:
-        ConversionError: where the budget is too small.
+    together have no more operations than with this W everywhere. See [`check_sizes`] for what cannot be.
     """
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     most = most_numbers(stack, heads)
@@ -97,16 +151,8 @@ def choose_latents(
         r = [chosen_numbers(config, attention, job)] * len(curves)
     else:
         step = max(STEP, step_of(job))
-        allowed = budget_numbers(config, attention, job)
-        try:
-            r = share_out(
-                [(c.latent, most // step * step or most) for c in curves], [1.0] * len(curves), allowed, step
-            )
-        except ValueError as error:
-            raise ConversionError(
-                f"the cache budget allows {allowed} numbers of latents per token; the {len(curves)} layers need at "
-                f"least {error}"
-            ) from None
+        allowed = allowed_numbers(config, attention, job)
+        r = share_out([(c.latent, most // step * step or most) for c in curves], [1.0] * len(curves), allowed, step)
     pairs = [most_keys(stack, heads, i, attention) // 2 for i in range(len(curves))]
     if job.key_width is None:
         return r, [2 * fewest(c, n, k) for c, n, k in zip(curves, r, pairs)]
@@ -149,18 +195,10 @@ def latent_config(
         `pooled` with latents, a bias of the output in which that of values is folded, and a place for the frequencies
         that are chosen.
     """
-    if "encoder" in attentions:
-        raise ConversionError(
-            "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
-        )
+    check_attentions(config, attentions)
     fitted = copy.deepcopy(pooled)
     for name in attentions:
         stack, heads = stack_of(fitted, name), heads_of(config)[name]
-        if stack.kv_latent_heads not in (None, heads):
-            raise ConversionError(
-                f"the attentions have {stack.kv_latent_heads} and {heads} key/value heads, and latents stand for as "
-                "many in all of them; choose one by `attention`"
-            )
         r, W = sizes[name]
         stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
         setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))

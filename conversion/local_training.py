@@ -26,7 +26,8 @@ def train(
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Train the student's attention for some steps of Adam, and refit its output projection again.
+    """Train the student's attention for some steps of Adam, and refit its output projection again where
+    that is asked for.
 
     The error of a token counts relative to the size of the stream that it is added to. What was there before is put
     back where it was nearer to the teacher on the held-out tokens.
@@ -53,7 +54,8 @@ def train(
             _loss(stream, teacher, student, site, rows).backward()
         optimizer.step()
         schedule.step()
-    refit(stream, teacher, student, site)
+    if stream.options.refit:
+        refit(stream, teacher, student, site)
     if not compare(stream, teacher, student, site, generator)["attention_error"] <= error:
         new.load_state_dict(before)
 

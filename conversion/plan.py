@@ -30,7 +30,7 @@ from .canonical import (
 from .checkpoint import Reader, TensorInfo
 from .convert import ConversionOptions
 from .families import COPY, FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
-from .latent_sizes import equal_latents, latent_config
+from .latent_sizes import check_sizes, equal_latents, latent_config
 from .matching import Layer, TensorStep, layer_of, match
 from .memory import AnySource
 from .operations import Flatten, SinusoidTable
@@ -156,6 +156,12 @@ def with_writes(
     return tuple(replace(part, writes=tuple(by_part.get(i, ()))) for i, part in enumerate(parts)), tuple(zeros)
 
 
+def surveyed(reading: Reading, job: ConversionOptions) -> bool:
+    """Whether all layers are looked at before the first is converted, to choose sizes by what they lose."""
+    rotated = any(stack.position_embedding == "rotary" for stack in stacks_of(reading.config).values())
+    return job.cache_budget is not None or (job.method == "latent" and job.key_width is None and rotated)
+
+
 def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     """Understand a source; raises ConversionError where it cannot be converted as asked."""
     family = family_of(source.config.model_type)
@@ -170,6 +176,8 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
         raise ConversionError(
             f"`method` {job.method} calibrates on text, and this model hears; use mean, first or random"
         )
+    if job.method == "latent":
+        check_sizes(config, attentions, job)
     config = with_fields(config, tie_word_embeddings=really_tied(source, reader, family, config))
     steps = read_steps(reader.tensors, family, config, equal=lambda *names: same_values(reader, names))
     pooled = with_heads(config, job.kv_heads, attentions)

@@ -40,7 +40,7 @@ def latent_models(
     found: dict[str, Config] = {}
     for count in bits or (16,):
         step = 1 if count == 16 else LATENT_BLOCK
-        default = min(2 * decoder.head_dim, most_numbers(decoder, heads)) // step * step
+        default = max(min(2 * decoder.head_dim, most_numbers(decoder, heads)) // step, 1) * step
         for r in latents or (default,):
             for W in key_widths or (min(heads, 4) * decoder.rotary_dim,):
                 check_latent(decoder, r, W if rotated else 0, count)

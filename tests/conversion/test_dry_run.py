@@ -41,6 +41,7 @@ def sizes(directory):
         {"kv_heads": 2, "dtype": "bfloat16", "max_shard_size": "40KB"},
         {"target": "native"},
         {**FIT, "head_width": 1.5},
+        {**FIT, "method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 2},
     ],
     ids=str,
 )
@@ -54,6 +55,17 @@ def test_it_says_what_is_read_and_written(options, source, tmp_path):
     assert said["layers"] == len(record.layers) == 3
     assert said["kv_bytes_per_token"] == record.kv_bytes_per_token.after
     assert said["disk_bytes"] == said["written_bytes"] < said["free_bytes"]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_budget": "50%"}], ids=str)
+def test_sizes_of_latents_that_are_chosen_on_the_way(options, source, tmp_path):
+    """The layers are read twice, and no more is written than is said."""
+    job = Conversion(source, tmp_path / "output", **{**FIT, "method": "latent", "fit_steps": 2, **options})
+    said = job.dry_run()
+    record = job.run()
+    assert said["read_bytes"] == 2 * sizes(source)[1]
+    assert said["written_bytes"] >= sizes(tmp_path / "output")[1]
+    assert said["kv_bytes_per_token"] == pytest.approx(record.kv_bytes_per_token.after, rel=0.3)
 
 
 def test_an_encoder_decoder_model(tmp_path):
@@ -77,6 +89,34 @@ def test_memory_is_that_of_the_largest_part_and_of_what_a_calibration_holds(sour
     states = 4 * 48 * 2**14  # of as many tokens more, in float32
     assert states <= many - few <= 1.1 * states
     assert few > plain + states
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latent": 32, "key_width": 48},
+        {"latent": 32, "key_width": 16, "latent_bits": 4},
+        {"latent": 24},
+        {"cache_budget": "30%", "latent_bits": 8},
+        {"cache_budget": "40%", "key_width": 16},
+    ],
+    ids=str,
+)
+def test_latents(options, source, tmp_path):
+    """Sizes that are chosen on the way are at most those that are said."""
+    job = Conversion(source, tmp_path / "output", **{**FIT, "method": "latent", "fit_steps": 0, **options})
+    said = job.dry_run()
+    cache = job.run().kv_bytes_per_token
+    _, written = sizes(tmp_path / "output")
+    chosen = "key_width" not in options or "cache_budget" in options
+    assert said["read_bytes"] == (2 if chosen else 1) * sizes(source)[1]
+    if chosen:
+        assert 0.7 * written < said["written_bytes"] < 1.3 * written
+        assert cache.after <= max(said["kv_bytes_per_token"], 0.4 * cache.before)
+        assert said["kv_bytes_per_token"] <= 1.5 * cache.after
+    else:
+        assert (said["written_bytes"], said["kv_bytes_per_token"]) == (written, cache.after)
+    assert said["memory_bytes"] > 8 * 48 * 48 * 6 * 24  # matrices of six heads
 
 
 def test_a_budget_reads_twice_and_is_kept(source, tmp_path):

@@ -9,6 +9,7 @@ from sources import batch, largest_difference
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.conversion.canonical import decoder_of
+from mqa_hf.conversion.convert import Conversion
 from mqa_hf.conversion.latent_sizes import most_keys, most_numbers
 from mqa_hf.conversion.loading import load_model
 
@@ -99,11 +100,60 @@ def test_both_caches_of_an_encoder_decoder_model_are_latents(model_type, tmp_pat
         convert(source, tmp_path / "no", attention=["encoder"], **{**LATENT, **text})
 
 
+@pytest.mark.parametrize("attention", ["decoder", "cross"])
+@pytest.mark.parametrize("model_type", ["t5", "bart"])
+def test_one_cache_alone_is_of_latents(model_type, attention, tmp_path):
+    source, _, text = make_pair_source(model_type, tmp_path)
+    stack = decoder_of(convert(source, method="first").config)
+    r = most_numbers(stack, stack.num_attention_heads)
+    report = convert(source, tmp_path / "ours", latent=r, attention=[attention], **{**LATENT, **text})
+    assert [*report.latents] == [attention]
+    difference, size = seq2seq_difference(load_seq2seq(tmp_path / "ours"), load_seq2seq(source))
+    assert difference <= 2e-3 * size
+
+
+def test_few_bits_of_small_heads(tmp_path):
+    """A latent is as many numbers as a key and a value have, but a whole block."""
+    source, _ = make("llama: multi-head", tmp_path)
+    report = convert(source, tmp_path / "ours", latent_bits=4, **LATENT)
+    assert report.latents["decoder"].width == 32
+
+
+def test_without_refit_output_projections_are_only_trained(tmp_path, monkeypatch):
+    source, _ = make("llama: multi-head", tmp_path)
+    refitted = []
+    for where in ("calibration", "local_training"):
+        monkeypatch.setattr(f"mqa_hf.conversion.{where}.refit", lambda *at: refitted.append(at))
+    convert(source, tmp_path / "ours", refit=False, **LATENT)
+    assert not refitted
+    convert(source, tmp_path / "ours", overwrite=True, **LATENT)
+    assert len(refitted) == 2 * 3
+
+
+def test_widths_of_keys_are_for_keys_that_are_rotated(tmp_path):
+    source, _ = make("gpt2: as published", tmp_path)
+    with pytest.raises(MQAError, match="`key_width` is about rotated keys, and those of decoder attention are not"):
+        convert(source, tmp_path / "no", key_width=4, **LATENT)
+
+
+def test_what_cannot_be_is_said_before_layers_are_looked_at(tmp_path, monkeypatch):
+    source, _ = make("llama: multi-head", tmp_path)
+    monkeypatch.setattr("mqa_hf.conversion.converter.survey", None)
+    for options in ({"latent": 1000}, {"latent_bits": 8, "latent": 33}, {"cache_budget": "1%"}):
+        with pytest.raises(MQAError, match=r"numbers|multiple"):
+            convert(source, tmp_path / "no", **LATENT, **options)
+        with pytest.raises(MQAError, match=r"numbers|multiple"):
+            Conversion(source, tmp_path / "no", **LATENT, **options).dry_run()
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"latent": 1000}, "`latent` 1000 is more than the 48 numbers"),
         ({"latent": 20, "latent_bits": 4}, "`latent` must be a multiple of 32 with `latent_bits` 4; got 20"),
+        ({"latent": 20, "latent_bits": 8}, "`latent` must be a multiple of 32 with `latent_bits` 8; got 20"),
+        ({"cache_budget": "8%"}, "allows 23 numbers of latents per token; the 3 layers need at least 48"),
+        ({"cache_budget": "50%", "key_width": 1000}, "`key_width` 1000 is more than the 48 rotated"),
         ({"latent_bits": 3}, "`latent_bits` must be one of 16, 8, 4"),
         ({"key_width": 1000}, "`key_width` 1000 is more than the"),
         ({"key_width": 3}, "`key_width` of a latent must be an even number"),
