@@ -15,9 +15,9 @@ from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
 from .checkpoint import CheckpointReader, shards
 from .convert import Conversion
 from .families import NATIVE_ONLY
+from .latent_moments import parts_of
 from .memory import AnySource, open_model
 from .passthrough import own_class_plan
-from .latent_moments import parts_of
 from .plan import Part, Plan, Reading, make_plan, make_reading, surveyed
 from .source import open_source
 from .states import FitOptions

@@ -130,7 +130,8 @@ def allowed_numbers(config: CanonicalConfig, attention: str, job: ConversionOpti
     least = layers * min(max(STEP, check_step(most, attention, job)), most)
     if allowed < least:
         raise ConversionError(
-            f"the cache budget allows {allowed} numbers of latents per token; the {layers} layers need at least {least}"
+            f"the cache budget allows {allowed} numbers of latents per token; the {layers} layers need at least "
+            f"{least}"
         )
     return allowed
 
