@@ -328,6 +328,11 @@ class MQAConfig(PreTrainedConfig):
         return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
     @property
+    def rope_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the text."""
+        return (self.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+
+    @property
     def latent(self) -> bool:
         """Whether any attention has a latent in place of keys and values."""
         return any(getattr(self, name) is not None for name in LATENTS)
