@@ -23,7 +23,22 @@ except ImportError:
     triton = gdc_launch_dependents = gdc_wait = None
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+except ImportError:
+    gluon = async_copy = fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = None
+    gl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
+
 jit: Any = triton.jit if triton is not None else lambda function: function
+gluon_jit: Any = gluon.jit if gluon is not None else lambda function: function
 
 
 def available(device: torch.device) -> bool:
@@ -35,6 +50,12 @@ def available(device: torch.device) -> bool:
 def overlapping(device: torch.device) -> bool:
     """Whether kernels may start before the one they wait for has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def hopper(device: torch.device) -> bool:
+    """Whether kernels in Gluon for Hopper can run on a device."""
+    return gluon is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def processors(device: torch.device) -> int:

@@ -13,70 +13,154 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .attention_mqa import grouped
-from .cache_mqa import ExpandedLayer, LatentLayer
+from .cache_mqa import KEYS, ExpandedLayer, LatentLayer
 from .configuration_mqa import of_layer
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
-from .latent_mqa import MQALatentAttention
+from .kernel_latent_append_mqa import append_latent, read_latent
+from .kernel_latent_mqa import attend_latent, latent_angles
+from .kernel_latent_plan_mqa import hopper_sizes, latent_bytes
+from .kernel_launch_mqa import available, hopper, shared_memory
+from .latent_mqa import HeadLinear, MQALatentAttention
 from .packing_mqa import rounded_latent
 from .positions_mqa import rotate
 from .rules_mqa import contiguous_positions, decoder_stack
+from .weights_mqa import plain as is_plain
 
 if TYPE_CHECKING:
     from .step_mqa import DecodeStep
 
+# Of an H100: bytes a second, and operations a second of the kernels made for Hopper, for all devices, and for float32.
+BANDWIDTH, OPERATIONS = 3e12, {"hopper": 4e14, "any": 1e14, "float32": 3e13}
+
+
+class KernelTables:
+    """What kernels read besides weights, where it lies while a graph is in use.
+
+    Attributes:
+        frequencies: int32 [W / 2] of each layer that rotates: the frequency of each complex component.
+        biases: float32 [W] of each layer whose keys a kernel rebuilds.
+        angles: of [`latent_angles`], of all positions.
+    """
+
+    def __init__(self) -> None:
+        self.frequencies: dict[int, torch.Tensor] = {}
+        self.biases: dict[int, torch.Tensor] = {}
+        self.angles: torch.Tensor | None = None
+
+    def prepare(self, step: "DecodeStep", positions: int | None) -> None:
+        """Take in the weights as they are, and the angles of so many positions, where those of more are needed."""
+        rotating: list[Any] = [layer.self_attn for layer in step.layers if rebuilds(layer.self_attn)]
+        for attention in rotating:
+            i = attention.layer_idx
+            if i not in self.frequencies:
+                self.frequencies[i] = attention.rotated[: attention.qk_head_dim // 2].int()
+                self.biases[i] = torch.zeros(attention.qk_head_dim, dtype=torch.float32, device=step.device)
+            if alone_by_kernel(attention):
+                self.biases[i].copy_(attention.k_proj.bias)
+        if rotating and positions is not None and step.request.keys == "rebuilt":
+            assert step.stack.rotary_emb is not None
+            like = torch.empty(0, dtype=torch.float32, device=step.device)
+            cos, sin = step.stack.rotary_emb(like, torch.arange(positions, device=step.device)[None])
+            self.angles = latent_angles(cos[0, 0], sin[0, 0], step.dtype)
+
+
+def rebuilds(attention: Any) -> bool:
+    """Whether keys are rebuilt from latents."""
+    return isinstance(attention, MQALatentAttention) and attention.k_proj is not None
+
+
+def plain_maps(attention: MQALatentAttention) -> bool:
+    """Whether the maps by head are as they were made: no adapter, no copy that is trained in their place."""
+    return all(type(module) is HeadLinear for module in (attention.k_up, attention.v_up) if module is not None)
+
+
+def alone_by_kernel(attention: MQALatentAttention) -> bool:
+    """Whether the kernel attends to latents alone: not where the map to keys has an adapter or quantised weights."""
+    rebuilt = attention.k_proj is None or is_plain(attention.k_proj)
+    return rebuilt and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
+
+
+def kept_by_kernel(attention: MQALatentAttention) -> bool:
+    """Whether the kernels attend to keys that are kept."""
+    width = attention.qk_head_dim + (0 if attention.k_up is None else attention.kv_latent_dim)
+    return plain_maps(attention) and max(width, attention.kv_latent_dim) <= MAX_HEAD_WIDTH
+
 
 def self_attention(step: "DecodeStep", attention: MQALatentAttention, joined: torch.Tensor, i: int) -> torch.Tensor:
     """[B, H·D + r] -> [B, H·Dv]; what is kept of the new token is written to the cache."""
-    held = step.cache.decode_layers[i]
+    held: Any = step.cache.decode_layers[i]
+    keys = isinstance(held, ExpandedLayer)
+    if step.triton and held.dtype == step.dtype and (kept_by_kernel if keys else alone_by_kernel)(attention):
+        mixed = (attend_to_keys if keys else attend_to_latents)(step, attention, held, joined)
+        return read_latent(mixed, attention.v_up.weight)
     query, made = joined.split([joined.shape[1] - attention.kv_latent_dim, attention.kv_latent_dim], -1)
     query = query.view(len(query), -1, 1, attention.head_dim)
-    if isinstance(held, ExpandedLayer):
-        return read(attention, with_keys(step, attention, held, query, rounded_latent(made, attention.bits), i))
-    assert isinstance(held, LatentLayer)
-    return read(attention, alone(step, attention, held, query, made, i))
+    if attention.rotary:
+        query = rotate(query, *step.angles(), attention.head_dim)
+    key, latents = (with_keys if keys else alone)(step, attention, held, made)
+    mask = step.mask(attention.sliding_window, i, query.dtype)
+    return read(attention, grouped(absorbed(attention, query), key, latents, mask, attention.scaling))
 
 
 def with_keys(
-    step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, query: torch.Tensor, latent: torch.Tensor,
-    i: int,
-) -> torch.Tensor:  # fmt: skip
-    """Queries [B, H, 1, D] and rounded latents [B, r] of the new tokens -> what each head mixes, [B, H·r]."""
-    assert attention.k_proj is not None
-    W, part = attention.qk_head_dim, attention.k_up is not None
-    if step.triton and max(attention.kv_latent_dim, held.shape[-1] if part else W) <= MAX_HEAD_WIDTH:
-        # Queries are mapped before they are rotated, which gives the same.
-        joined = [absorbed(attention, query).flatten(1), step.linear(latent, (attention.k_proj,)), latent]
-        keys, values = held.keys if part else held.keys[..., :W], held.keys[..., W:]
-        mapped = append(
-            torch.cat([*joined, latent] if part else joined, -1), query.shape[1], keys, values, step.length,
-            cos=step.cos, sin=step.sin, positions=step.positions, frequency=attention.rotated,
-        )  # fmt: skip
-        return attend(mapped, keys, values, step.length, attention.scaling, **step.seen(attention, i)).flatten(1)
-    key = attention.rebuilt(latent[:, None], step.angles())
-    step.write(held.keys, torch.cat((key, latent[:, None, None]), -1))
-    keys = step.visible(held.keys)
-    query = absorbed(attention, rotate(query, *step.angles(), attention.head_dim)).squeeze(2)
-    mask = step.mask(attention.sliding_window, i, query.dtype)
-    return grouped(query, keys if part else keys[..., :W], keys[..., W:], mask, attention.scaling)
+    step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, made: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and latents [B, 1, S, ...] to attend to, with those of new latents [B, r]."""
+    latent = rounded_latent(made, attention.bits)[:, None]
+    step.write(held.keys, torch.cat((attention.rebuilt(latent, step.angles()), latent[:, None]), -1))
+    both = step.visible(held.keys).to(step.dtype)
+    keys, latents = both.split(held.widths, -1)
+    return keys if attention.k_up is None else both, latents
 
 
 def alone(
-    step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, query: torch.Tensor, made: torch.Tensor,
-    i: int,
-) -> torch.Tensor:  # fmt: skip
-    """The same where the cache keeps latents alone, with latents [B, r] that are not rounded yet."""
+    step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, made: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same where the cache keeps latents alone."""
     for name, new in held.packed(made[:, None, None]).items():
         step.write(getattr(held, name), new)
-    if attention.rotary:
-        query = rotate(query, *step.angles(), attention.head_dim)
-    seen = {name: step.visible(buffer) for name, buffer in held.buffers().items()}
-    keys = latents = held.unpacked(seen, step.dtype)
+    latents = held.unpacked({name: step.visible(buffer) for name, buffer in held.buffers().items()}, step.dtype)
+    if attention.k_proj is None:
+        return latents, latents
+    keys = attention.rebuilt(latents[:, 0], step.key_angles())
+    return keys if attention.k_up is None else torch.cat((keys, latents), -1), latents
+
+
+def attend_to_keys(
+    step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, joined: torch.Tensor
+) -> torch.Tensor:
+    """[B, H·D + r] -> what each head mixes [B, H, r], by kernels that read keys."""
+    assert attention.k_proj is not None
+    r, W, part = attention.kv_latent_dim, attention.qk_head_dim, attention.k_up is not None
+    latent = rounded_latent(joined[:, -r:], attention.bits)
+    # Queries are mapped before they are rotated, which gives the same.
+    query = absorbed(attention, joined[:, :-r].view(len(joined), -1, 1, attention.head_dim))
+    new = [query.flatten(1), step.linear(latent, (attention.k_proj,)), latent]
+    keys, values = held.keys if part else held.keys[..., :W], held.keys[..., W:]
+    query = append(
+        torch.cat([*new, latent] if part else new, -1), query.shape[1], keys, values, step.length,
+        cos=step.cos, sin=step.sin, positions=step.positions, frequency=attention.rotated,
+    )  # fmt: skip
+    return attend(query, keys, values, step.length, attention.scaling, **step.seen(attention, attention.layer_idx))
+
+
+def attend_to_latents(
+    step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, joined: torch.Tensor
+) -> torch.Tensor:
+    """The same by the kernel that rebuilds keys."""
+    codes, packing = rows_of(held)
+    options, asked = step.seen(attention, attention.layer_idx), {}
     if attention.k_proj is not None:
-        keys = attention.rebuilt(latents[:, 0], step.key_angles())
-        keys = keys if attention.k_up is None else torch.cat((keys, latents), -1)
-    mask = step.mask(attention.sliding_window, i, query.dtype)
-    return grouped(absorbed(attention, query).squeeze(2), keys, latents, mask, attention.scaling)
+        tables, i = step.kernel_tables, attention.layer_idx
+        same = {"frequency": tables.frequencies[i], "positions": step.positions}
+        asked = {"factors": attention.query_factors, "cos": step.cos, "sin": step.sin, **same}
+        options.update(weight=attention.k_proj.weight, bias=tables.biases[i], angles=tables.angles, **same)
+    wide, plain = append_latent(
+        joined, attention.config.num_attention_heads, codes, step.length, r=attention.kv_latent_dim,
+        k_up=None if attention.k_up is None else attention.k_up.weight, **packing, **asked,
+    )  # fmt: skip
+    return attend_latent(codes, step.length, attention.scaling, wide=wide, plain=plain, **packing, **options)
 
 
 def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: torch.Tensor, i: int) -> torch.Tensor:
@@ -84,15 +168,33 @@ def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: to
     assert step.cross is not None
     held = step.cross.decode_layers[i]
     assert isinstance(held, LatentLayer)
-    latents = held.unpacked(held.buffers(), step.dtype)
+    if step.triton and alone_by_kernel(attention):
+        assert step.source_length is not None
+        assert attention.k_up is not None
+        codes, packing = rows_of(held)
+        heads = attention.config.num_attention_heads
+        _, plain = append_latent(query, heads, None, step.length, k_up=attention.k_up.weight)
+        mixed = attend_latent(
+            codes, step.source_length, attention.scaling, plain=plain, **packing, capacity=held.capacity,
+            start=step.source_start, fold=step.request.copies, counters=step.counters,
+        )  # fmt: skip
+        return read_latent(mixed, attention.v_up.weight)
     mapped = absorbed(attention, query.view(len(query), -1, 1, attention.head_dim))
+    latents = held.unpacked(held.buffers(), step.dtype)
     folded = mapped.reshape(step.cross.rows, -1, attention.kv_latent_dim)
     return read(attention, grouped(folded, latents, latents, step.source_seen(), attention.scaling))
 
 
+def rows_of(held: LatentLayer) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Buffers as kernels take them, the first and those that belong to it."""
+    codes, *packing = (buffer.squeeze(1) for buffer in held.buffers().values())
+    return codes, dict(zip(("scales", "offsets"), packing))
+
+
 def absorbed(attention: MQALatentAttention, query: torch.Tensor) -> torch.Tensor:
-    """Queries [B, H, 1, D] for rebuilt components and the latent, as many of the two as there are, side by side."""
-    return torch.cat([part for part in attention.absorb(query) if part is not None], -1)
+    """Of queries [B, H, 1, D], those for rebuilt components and the latent, as many of the two as there are, side by
+    side [B, H, ...]."""
+    return torch.cat([part for part in attention.absorb(query) if part is not None], -1).squeeze(2)
 
 
 def read(attention: MQALatentAttention, mixed: torch.Tensor) -> torch.Tensor:
@@ -107,6 +209,7 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
     - A step that rebuilds keys counts their positions back from the newest: where some are skipped, keys are kept.
     - Keys that no kernel rebuilds are written to memory and read again at each step: kept, they save that, if there is
       room for them.
+    - A kernel that rebuilds them reads r · bits / 8 bytes of a token instead of 2(W + r), and computes 2rW more.
     """
     config = decoder_stack(model).config
     if config.kv_latent_dim is None or not any(config.rope_layers):
@@ -118,7 +221,37 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
     widths = [config.qk_head_dim, config.kv_latent_dim]
     numbers = sum(of_layer(width, i) for width in widths for i in range(config.num_hidden_layers))
     size = numbers * rows * capacity * model.lm_head.weight.element_size()
-    return "expanded" if size < room(model) else "rebuilt"
+    if size >= room(model):
+        return "rebuilt"
+    if not (model.decoding.kernels and available(model.lm_head.weight.device)):
+        return "expanded"
+    layers = [layer.self_attn for layer in decoder_stack(model).layers if rebuilds(layer.self_attn)]
+    if not all(map(alone_by_kernel, layers)):
+        return "expanded"
+    if not all(map(kept_by_kernel, layers)):
+        return "rebuilt"
+    times = {keys: sum(seconds(keys, attention, model.lm_head.weight) for attention in layers) for keys in KEYS}
+    return min(times, key=times.__getitem__)
+
+
+def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor) -> float:
+    """About how long a step takes for a token in the cache: for what it reads, or what it computes.
+
+    Args:
+        like: a weight, for its type and device.
+    """
+    r, W, H = attention.kv_latent_dim, attention.qk_head_dim, attention.config.num_attention_heads
+    computed, size, kind = 2 * H * (W + r), (W + r) * like.element_size(), "hopper"
+    if keys == "rebuilt":
+        computed, size = computed + 2 * r * W, latent_bytes(r, attention.bits, like.dtype)
+        part = attention.k_up is not None
+        if not hopper(like.device) or not hopper_sizes(
+            r, W, attention.bits, H, part, like.dtype, shared_memory(like.device)
+        ):
+            kind = "any"
+    if like.dtype == torch.float32:
+        kind = "float32"
+    return max(size / BANDWIDTH, computed / OPERATIONS[kind])
 
 
 def room(model: Any) -> float:

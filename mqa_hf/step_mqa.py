@@ -73,6 +73,7 @@ class DecodeStep:
         self.cos: torch.Tensor | None = None
         self.sin: torch.Tensor | None = None
         self.tables: dict[int, torch.Tensor] = {}
+        self.kernel_tables = latent_step_mqa.KernelTables()
         self.slopes: torch.Tensor | None = None
         if self.config.position_embedding == "alibi":
             slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
@@ -152,6 +153,8 @@ class DecodeStep:
             like = torch.empty(0, dtype=self.dtype, device=self.device)
             cos, sin = self.stack.rotary_emb(like, torch.arange(reach, device=self.device)[None])
             self.cos, self.sin = cos[0, 0].contiguous(), sin[0, 0].contiguous()
+        if self.triton:
+            self.kernel_tables.prepare(self, reach if replaced else None)
         for i, layer in enumerate(self.layers):
             if layer.self_attn.relative_bias is not None:
                 table = distance_bias(self.config, layer.self_attn.relative_bias)
@@ -160,7 +163,13 @@ class DecodeStep:
                 else:
                     self.tables[i] = table
         changed = self.linear.prepare((*self.groups(), (self.model.lm_head,)))
-        return replaced or changed
+        return replaced or changed or not all(map(latent_step_mqa.plain_maps, self.latent_attentions()))
+
+    def latent_attentions(self) -> Iterator[MQALatentAttention]:
+        for layer in self.layers:
+            for attention in (layer.self_attn, getattr(layer, "cross_attn", None)):
+                if isinstance(attention, MQALatentAttention):
+                    yield attention
 
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The projections that have the same input."""

@@ -17,7 +17,7 @@ from mqa_hf.eval.benchmark import ORIGINAL, Benchmark
 from mqa_hf.eval.benchmark_record import BenchmarkRecord
 from mqa_hf.eval.evaluate import Evaluation
 from mqa_hf.eval.evaluation_record import EvaluationRecord
-from mqa_hf.eval.evaluator import cache_size
+from mqa_hf.eval.evaluator import cached
 from mqa_hf.finetune.pretrain import Pretraining
 from mqa_hf.finetune.records import PretrainingRecord, UptrainingRecord
 from mqa_hf.finetune.uptrain import NO_TEACHER, Uptraining
@@ -56,7 +56,8 @@ class Measured:
         """What was measured."""
         found = dict(self.said)
         # Of pairs a token more of the target and one more of the source.
-        size = {"cache_bytes": sum(cache_size(self.checkpoint).values())}
+        kept = cached(self.checkpoint)
+        size = {"cache_bytes": sum(kept.get(f"{name}kv_bytes_per_token", 0) for name in ("", "cross_"))}
         if self.training.name == PretrainingRecord.file:
             made = PretrainingRecord.read(self.training)
             found |= {"tokens": made.tokens, **size, "parameters": made.parameters}

@@ -41,6 +41,7 @@ def sizes(directory):
         {"kv_heads": 2, "dtype": "bfloat16", "max_shard_size": "40KB"},
         {"target": "native"},
         {**FIT, "head_width": 1.5},
+        {**FIT, "method": "latent", "latent": 32, "key_width": 16, "latent_bits": 4, "fit_steps": 2},
     ],
     ids=str,
 )
@@ -54,6 +55,17 @@ def test_it_says_what_is_read_and_written(options, source, tmp_path):
     assert said["layers"] == len(record.layers) == 3
     assert said["kv_bytes_per_token"] == record.kv_bytes_per_token.after
     assert said["disk_bytes"] == said["written_bytes"] < said["free_bytes"]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_budget": "50%"}], ids=str)
+def test_sizes_of_latents_that_are_chosen_on_the_way(options, source, tmp_path):
+    """The layers are read twice, and no more is written than is said."""
+    job = Conversion(source, tmp_path / "output", **{**FIT, "method": "latent", "fit_steps": 2, **options})
+    said = job.dry_run()
+    record = job.run()
+    assert said["read_bytes"] == 2 * sizes(source)[1]
+    assert said["written_bytes"] >= sizes(tmp_path / "output")[1]
+    assert said["kv_bytes_per_token"] == pytest.approx(record.kv_bytes_per_token.after, rel=0.3)
 
 
 def test_an_encoder_decoder_model(tmp_path):

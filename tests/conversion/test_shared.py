@@ -100,7 +100,10 @@ def test_the_default_text_is_there_without_a_network():
         ({"head_width": 0}, "`head_width` must be a number above 0"),
         ({"window": 4}, "`window` and `method` shared"),
         ({"device": "warp"}, "`device` warp: "),
-        ({"method": "mean", "head_width": 2}, "widths and `cache_budget` are for `method` shared, not mean"),
+        (
+            {"method": "mean", "head_width": 2},
+            "widths and `cache_budget` are for `method` shared and latent, not mean",
+        ),
         ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt: there is no such file"),
         ({"calibration_tokens": 10}, "`calibration_tokens` 10 are less than two sequences of 32 tokens"),
     ],

@@ -6,13 +6,15 @@ import pickle
 import pytest
 import torch
 from isolated import run_without_the_package
-from latents import MODELS, ROTATED, WINDOWS, make, make_seq2seq, prompts, with_heads
+from latents import MODELS, ROPE, ROTATED, WINDOWS, make, make_seq2seq, prompts, with_heads
 
-from mqa_hf import latent_step_mqa, request_mqa, step_mqa
+from mqa_hf import kernel_latent_mqa, latent_step_mqa, request_mqa, step_mqa
 from mqa_hf.base.code import runtime_files
 from mqa_hf.cache_mqa import KEYS, DecodeCache
 from mqa_hf.kernel_append_mqa import naive_append
 from mqa_hf.kernel_attend_mqa import naive_attend
+from mqa_hf.kernel_latent_append_mqa import naive_append_latent
+from mqa_hf.kernel_latent_mqa import naive_attend_latent
 from mqa_hf.weights_mqa import Projections
 
 where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -60,11 +62,53 @@ def test_the_step_that_calls_kernels_gives_the_same(name, keys, beams, monkeypat
     for module in (step_mqa, latent_step_mqa):
         monkeypatch.setattr(module, "append", naive_append)
         monkeypatch.setattr(module, "attend", naive_attend)
+    monkeypatch.setattr(latent_step_mqa, "append_latent", naive_append_latent)
+    monkeypatch.setattr(latent_step_mqa, "attend_latent", naive_attend_latent)
+    exact = kernel_latent_mqa.latent_angles  # which knows no float64, and need not: angles are computed in float32
+    monkeypatch.setattr(latent_step_mqa, "latent_angles", lambda cos, sin, dtype: exact(cos, sin, torch.float32))
+    monkeypatch.setattr(kernel_latent_mqa, "unpacked_angles", lambda angles, dtype: angles)
     monkeypatch.setattr(step_mqa, "available", lambda device: True)
     monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
     monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
-    ours, theirs = both(make(MODELS[name], bits=8), keys, **prompts(), max_new_tokens=12, num_beams=beams)
+    model, arguments = make(MODELS[name], bits=8), {**prompts(), "max_new_tokens": 12, "num_beams": beams}
+    ours, theirs = both(model, keys, **arguments)
     assert ours.tolist() == theirs.tolist()
+    engine = model.decoding.engine
+    tables = engine.decode_step.kernel_tables
+    before = [tables.angles, *tables.biases.values(), *tables.frequencies.values()]
+    assert (len(before) > 1) == (name in ROTATED)
+    assert model.generate(**arguments, do_sample=False).tolist() == theirs.tolist()
+    assert model.decoding.engine is engine  # a graph would read everything where it was
+    after = [tables.angles, *tables.biases.values(), *tables.frequencies.values()]
+    assert all(a is b for a, b in zip(before, after))
+
+
+def test_kernels_are_read_where_that_takes_less_time(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(latent_step_mqa, "available", lambda device: True)
+    monkeypatch.setattr(latent_step_mqa, "hopper", lambda device: True)
+    monkeypatch.setattr(latent_step_mqa, "shared_memory", lambda device: 227 * 1024)
+
+    def chosen(dtype=torch.bfloat16, **fields):
+        base = {"num_hidden_layers": 1, "num_attention_heads": 32, "kv_latent_heads": 32, "hidden_size": 128}
+        frequencies = [[c % 32 for c in range(fields["qk_head_dim"] // 2)]]
+        rotary = {"head_dim": 64, "rope_parameters": ROPE, "rope_frequencies": frequencies}
+        return make({**base, **rotary, **fields}, dtype=dtype)
+
+    def kept(model):
+        return latent_step_mqa.keys_to_keep(model, {}, 1, 64)
+
+    assert kept(chosen(qk_head_dim=512, kv_latent_dim=256)) == "expanded"  # bound by 2rW operations
+    assert kept(chosen(qk_head_dim=128, kv_latent_dim=128)) == "rebuilt"  # 256 bytes in place of 512
+    assert kept(chosen(qk_head_dim=128, kv_latent_dim=96)) == "expanded"  # a width that is not made for Hopper
+    assert kept(chosen(qk_head_dim=128, kv_latent_dim=128, dtype=torch.float32)) == "expanded"
+    assert kept(chosen(qk_head_dim=1024, kv_latent_dim=256)) == "rebuilt"  # no kernel attends to keys so wide
+    model = chosen(qk_head_dim=128, kv_latent_dim=128)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["k_proj"]))
+    assert kept(model) == "expanded"
+    model = chosen(qk_head_dim=128, kv_latent_dim=128)
+    model.decoding.kernels = False
+    assert kept(model) == "expanded"
 
 
 @pytest.mark.parametrize(("name", "keys"), WAYS)

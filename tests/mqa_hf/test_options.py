@@ -20,7 +20,7 @@ from mqa_hf.finetune.uptrain import Uptraining
         ("head_width", "wide", "a number above 0; got 'wide'"),
         ("seed", 2**64, "at least 0 and below 2**64"),
         ("seed", 10**400, "`seed` must be"),
-        ("method", "median", "one of mean, first, random, shared; got 'median'"),
+        ("method", "median", "one of mean, first, random, shared, latent; got 'median'"),
         ("attention", [], "a list, each one of decoder, cross, encoder"),
         ("attention", "decoder,selfish", "got 'selfish'"),
         ("overwrite", "yes", "`overwrite` must be true or false"),
