@@ -355,10 +355,12 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
     def show(self, record: "ConversionRecord", console: "Console") -> None:
         """Say in a line what became of the heads and the cache."""
         cache, cross = record.kv_bytes_per_token, record.cross_kv_bytes_per_token
+        latents = record.latents
         heads = ", ".join(
-            f"{n.before} -> {n.after} key/value heads" + (f" ({name})" if len(record.attentions) > 1 else "")
+            (f"{n.before} key/value heads -> {latents[name].in_words()}" if name in latents else
+             f"{n.before} -> {n.after} key/value heads") + (f" ({name})" if len(record.attentions) > 1 else "")
             for name, n in record.attentions.items()
-        )
+        )  # fmt: skip
         source_tokens = f", {cross.before:,} -> {cross.after:,} per source token" if cross.before else ""
         console.print(
             f"{self.output}: {heads}; {cache.before:,} -> {cache.after:,} cache bytes per token{source_tokens}",

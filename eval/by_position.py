@@ -41,8 +41,9 @@ class LossByPosition(Job[dict[str, list[float]]]):
 
         check_device(self.device)
         for checkpoint in self.checkpoints:
-            most = load_config(checkpoint).get_text_config(decoder=True).max_position_embeddings
-            if self.length > most:
+            config = load_config(checkpoint).get_text_config(decoder=True)
+            most = getattr(config, "max_position_embeddings", None)  # some have no limit
+            if most is not None and self.length > most:
                 raise MQAError(f"`length` {self.length:,} is more than the {most:,} positions of {checkpoint}")
         return self
 

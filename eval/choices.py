@@ -90,7 +90,8 @@ def make_plan(job: Planning) -> DecodingPlan:
     kv_heads = job.kv_heads
     if kv_heads is None:
         some = job.asks_heads or not job.asks_latents
-        kv_heads = [n for n in KV_HEADS if some and attention.num_key_value_heads % n == 0]
+        counts = [attention.num_key_value_heads, attention.cross_num_key_value_heads or 0]
+        kv_heads = [n for n in KV_HEADS if some and not any(count % n for count in counts)]
     if isinstance(config, OwnShape):
         models = own_models(config, kv_heads)
     else:

@@ -246,7 +246,8 @@ class DecodeCache(Cache):
         copy: whether a prompt that stands for several rows is written to each of them.
         keys: of a model with latents, `"rebuilt"` keeps latents alone, at `kv_latent_bits`; `"expanded"` keeps the
             rotated keys that are rebuilt from them, too, and both at `dtype`. Without rotary positions there are none,
-            and latents are kept alone.
+            and latents are kept alone; where rotary frequencies depend on the length of the text, keys are kept with
+            those of their time, as in the caches of transformers.
 
     Attributes:
         positions: int32 [rows, capacity], the position of each token; `None` where no keys are rebuilt from the cache.
@@ -286,7 +287,7 @@ class DecodeCache(Cache):
             if r is None:
                 sizes = rows, heads, capacity, width, value_width
                 layers.append(KeyValueLayer(sizes, *place))
-            elif rotated and keys == "expanded":
+            elif rotated and (keys == "expanded" or config.rope_by_length):
                 layers.append(ExpandedLayer((rows, capacity, width, r), *place))
             else:
                 layers.append(LatentLayer((rows, capacity, r), config.kv_latent_bits, *place))

@@ -276,6 +276,8 @@ class MQAConfig(PreTrainedConfig):
     def _check_latents(self):
         if self.kv_latent_bits not in (16, 8, 4):
             raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
+        if self.latent and (not isinstance(self.kv_latent_heads, int) or self.kv_latent_heads < 1):
+            raise ValueError(f"kv_latent_heads must be a positive whole number, got {self.kv_latent_heads!r}")
         for name, heads in zip(LATENTS, ("num_key_value_heads", "cross_num_key_value_heads")):
             if getattr(self, name) is None:
                 continue
@@ -284,9 +286,9 @@ class MQAConfig(PreTrainedConfig):
                     f"with {name} all query heads share one latent; {heads} must be 1, not {getattr(self, heads)}"
                 )
             for r in (of_layer(getattr(self, name), i) for i in range(self.num_hidden_layers)):
-                if r < 1 or (self.kv_latent_bits < 16 and r % LATENT_BLOCK):
+                if type(r) is not int or r < 1 or (self.kv_latent_bits < 16 and r % LATENT_BLOCK):
                     multiple = f" and a multiple of {LATENT_BLOCK}" if self.kv_latent_bits < 16 else ""
-                    raise ValueError(f"{name} must be positive{multiple}, got {r}")
+                    raise ValueError(f"{name} must be a positive whole number{multiple}, got {r!r}")
 
     def _check_widths(self, layer: int):
         rotated = self.position_embedding == "rotary" and self.rope_layers[layer]
@@ -324,6 +326,11 @@ class MQAConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Components of a head that are rotated where positions are rotary: the first of every `head_dim`."""
         return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+
+    @property
+    def rope_by_length(self) -> bool:
+        """Whether rotary frequencies depend on the length of the text."""
+        return (self.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
 
     @property
     def latent(self) -> bool:

@@ -198,7 +198,7 @@ def unsupported(
     alone = given and isinstance(cache, DecodeCache) and cache.positions is not None
     if alone and not contiguous_positions(model, arguments, cache):
         return "positions of a text skip some, and the cache that is given keeps latents alone"
-    if (stack.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope"):
+    if stack.rope_by_length:
         return "rotary frequencies depend on the length"
     for processor in processors:
         if rule_of(processor) is None:

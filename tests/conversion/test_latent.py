@@ -1,8 +1,11 @@
 """`--method latent`: one latent for all heads through the whole conversion."""
 
+from io import StringIO
+
 import pytest
 import torch
 from calibrated_sources import CHOSEN, SEQ2SEQ, SMALL, load, load_seq2seq, make, make_pair_source
+from rich.console import Console
 from seq2seq_sources import seq2seq_difference
 from sources import batch, largest_difference
 
@@ -115,8 +118,14 @@ def test_one_cache_alone_is_of_latents(model_type, attention, tmp_path):
 def test_few_bits_of_small_heads(tmp_path):
     """A latent is as many numbers as a key and a value have, but a whole block."""
     source, _ = make("llama: multi-head", tmp_path)
-    report = convert(source, tmp_path / "ours", latent_bits=4, **LATENT)
+    job = Conversion(source, tmp_path / "ours", latent_bits=4, key_width=16, **LATENT)
+    report = job.run()
     assert report.latents["decoder"].width == 32
+    console = Console(file=StringIO())
+    job.show(report, console)
+    said = console.file.getvalue()
+    made = "one latent of 32 numbers at 4 bits, 16 rebuilt key components"
+    assert f"6 key/value heads -> {made}; 576 -> 60 cache" in " ".join(said.split())
 
 
 def test_without_refit_output_projections_are_only_trained(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from native_sources import make_native
 from rich.console import Console
-from sources import LLAMA, make_model, save
+from sources import BLOOM, LLAMA, make_model, save
 from tokenizer import write_tokenizer
 
 from mqa_hf.base.datasheets import Device
@@ -134,3 +134,5 @@ def test_the_loss_by_position_is_that_of_the_model(tmp_path):
     ]
     with pytest.raises(MQAError, match="`length` 100,000 is more than the"):
         LossByPosition([source], text=str(text), length=100_000).run()
+    unlimited = save(make_model("bloom", BLOOM), tmp_path / "bloom")
+    assert LossByPosition([unlimited], text=str(text), length=100_000).resolve().length == 100_000

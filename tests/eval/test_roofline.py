@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from native_sources import BASE, CONFIGS, make_native
+from seq2seq_sources import SEQ2SEQ_CASES, make_seq2seq
 from sources import LLAMA, make_model, need, save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, plan
+from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, convert, plan
 from mqa_hf.base.datasheets import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import SHAPES
@@ -271,6 +272,7 @@ def test_latents_stand_beside_heads_unless_either_is_asked_for(tmp_path: Path):
             {"latents": [32], "key_widths": [8], "latent_bits": [8, 4]},
             [f"latent 32 at {bits} bits, keys 8 {keys}" for bits in (8, 4) for keys in ("rebuilt", "expanded")],
         ),
+        ({"latent_bits": [4]}, [f"latent 32 at 4 bits, keys 32 {keys}" for keys in ("rebuilt", "expanded")]),
     ):
         assert [c.kv_heads for c in plan(source, **options).choices] == ["original (6)", *names]
     one = save(make_model("llama", {**LLAMA, "num_key_value_heads": 1}), tmp_path / "one")
@@ -292,12 +294,19 @@ def test_a_checkpoint_with_latents_is_planned_as_it_is(tmp_path: Path):
         plan(tmp_path / "latent", latents=[32])
 
 
+def test_heads_that_are_planned_divide_those_of_both_caches(tmp_path: Path):
+    """Cross-attention has a latent, or one head, and the decoder's own attention all its heads."""
+    name, config = "t5", next(config for name, _, config in SEQ2SEQ_CASES if name == "t5")
+    source = save(make_seq2seq(name, config), tmp_path / "source")
+    convert(source, tmp_path / "one", attention=["cross"])
+    assert [c.kv_heads for c in plan(tmp_path / "one").choices] == ["original (6)", "1", "1, width x2"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"latents": [49]}, "`latents` 49 is more than the 48 numbers that hold all keys and values of a token"),
         ({"latents": [40], "latent_bits": [8]}, "`latents` must be multiples of 32 with `latent_bits` 8; got 40"),
-        ({"latent_bits": [4]}, "`latents` must be multiples of 32 with `latent_bits` 4; got 0"),
         ({"latent_bits": [5]}, "`latent_bits` must be a list, each one of 16, 8, 4"),
         ({"key_widths": [7]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 7"),
         ({"key_widths": [50]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 50"),

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from latents import MODELS, ROTATED, make, make_seq2seq, prompts, with_heads
+from latents import MODELS, ROTATED, STACK, make, make_seq2seq, prompts, with_heads
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.cache_utils import QuantizedCache
 
+from mqa_hf import MQAConfig
 from mqa_hf.cache_mqa import DecodeCache
 
 
@@ -199,6 +200,31 @@ def test_a_cache_is_reordered_copied_and_emptied():
     assert cache.get_seq_length() == 0
     found = model(ids, position_ids=positions, past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_latent_heads": 0}, "kv_latent_heads must be a positive whole number, got 0"),
+        ({"kv_latent_heads": -3}, "kv_latent_heads must be a positive whole number, got -3"),
+        ({"kv_latent_heads": 2.0}, "kv_latent_heads must be a positive whole number, got 2.0"),
+        ({"kv_latent_heads": 5}, "must be divisible by kv_latent_heads"),
+        ({"kv_latent_dim": 0}, "kv_latent_dim must be a positive whole number, got 0"),
+        ({"kv_latent_dim": [32, None, 32]}, "kv_latent_dim must be a positive whole number, got None"),
+        ({"kv_latent_dim": "32"}, "kv_latent_dim must be a positive whole number, got '32'"),
+        ({"kv_latent_dim": [32, 32]}, "kv_latent_dim has 2 entries for 3 layers"),
+        ({"kv_latent_dim": 40, "kv_latent_bits": 4}, "a multiple of 32, got 40"),
+        ({"kv_latent_bits": 5}, "kv_latent_bits must be 16, 8 or 4, got 5"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be 1, not 2"),
+        ({"cross_kv_latent_dim": 16}, "cross_num_key_value_heads must be 1, not None"),
+        ({"qk_head_dim": 8}, "qk_head_dim of layer 0 must be twice its 6 pairs"),
+        ({"rope_frequencies": None}, "rope_frequencies must say which pairs"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        MQAConfig(**{**STACK, **MODELS["rotary"], **fields})
 
 
 def test_what_a_cache_of_latents_refuses():

@@ -383,3 +383,29 @@ def test_it_loads_as_remote_code_where_the_package_is_not_importable(tmp_path):
     ids = prompts()["input_ids"]
     found = run_without_the_package(PROBE, tmp_path / "model", ids.tolist(), scratch=tmp_path)
     assert found["rebuilt"] == found["expanded"] == model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 10,
+            "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+@pytest.mark.parametrize("bits", [16, 8])
+def test_keys_keep_the_frequencies_of_their_time(rope, bits):
+    """Where these depend on the length, which the text passes, every cache gives the tokens of transformers' own."""
+    fields = {**MODELS["rotary"], "rope_parameters": {"rope_theta": 100.0, **rope}, "max_position_embeddings": 12}
+
+    def tokens(**options):
+        return make(fields, bits=bits).generate(**prompts(), max_new_tokens=20, do_sample=False, **options)
+
+    expected = tokens()
+    for keys in ("rebuilt", "expanded"):
+        cache = DecodeCache(make(fields).config, 3, 4, torch.float64, "cpu", keys=keys)
+        assert cache.keys == "expanded"
+        assert torch.equal(tokens(past_key_values=cache), expected)
