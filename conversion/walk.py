@@ -1,5 +1,7 @@
 """Reading, pooling or fitting, and writing, one layer after the other."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ from rich.progress import (
 )
 
 from mqa_hf.base.console import NORMAL, progress_bar, verbosity
+from mqa_hf.base.errors import ConversionError
 
 from .calibration import Calibration
 from .checkpoint import Writer
@@ -49,7 +52,8 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
             else:
                 stack, number = part.layer
                 bar.update(task, description=f"layer {len(records) + 1}/{count}")
-                canonical, errors = maker.convert(part.layer, canonical)
+                with decomposable(part.layer):
+                    canonical, errors = maker.convert(part.layer, canonical)
                 if errors and isinstance(maker, Calibration) and verbosity() >= NORMAL:
                     said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in errors.items())
                     bar.console.print(f"{stack} layer {number}: {said}".strip(), highlight=False, soft_wrap=True)
@@ -72,10 +76,25 @@ def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
             if part.layer is None:
                 calibration.outside(canonical)
             else:
-                for name, found in calibration.survey(part.layer, canonical).items():
-                    curves.setdefault(name, []).append(found)
+                with decomposable(part.layer):
+                    found = calibration.survey(part.layer, canonical)
+                for name, its in found.items():
+                    curves.setdefault(name, []).append(its)
             bar.advance(task)
     return curves
+
+
+@contextmanager
+def decomposable(layer: Layer) -> Iterator[None]:
+    """Raises ConversionError in place of what LAPACK says of matrices that it cannot decompose."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        stack, number = layer
+        raise ConversionError(
+            f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: what its tokens give is too "
+            "large or too small for 64-bit numbers; look at the size of its weights, or use a `method` without calibration"
+        ) from error
 
 
 def _progress(*columns: ProgressColumn) -> Progress:

@@ -185,3 +185,13 @@ def test_one_seed_gives_one_checkpoint(tmp_path):
     source, _ = make("llama: grouped", tmp_path)
     one, same = (convert(source, seed=1, latent_bits=4, latent=32, **LATENT).state_dict() for _ in range(2))
     torch.testing.assert_close(one, same, rtol=0, atol=0)
+
+
+def test_weights_of_absurd_size_are_one_message(tmp_path):
+    source, theirs = make("llama: multi-head", tmp_path)
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.v_proj.weight.mul_(1e30)
+    theirs.save_pretrained(source)
+    with pytest.raises(MQAError, match="nothing can be fitted in layer 1"):
+        convert(source, tmp_path / "no", **LATENT)
+    assert not (tmp_path / "no").exists()
