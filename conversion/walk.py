@@ -93,7 +93,8 @@ def decomposable(layer: Layer) -> Iterator[None]:
         stack, number = layer
         raise ConversionError(
             f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: what its tokens give is too "
-            "large or too small for 64-bit numbers; look at the size of its weights, or use a `method` without calibration"
+            "large or too small for 64-bit numbers; look at the size of its weights, or use a `method` that looks at "
+            "no text"
         ) from error
 
 
