@@ -39,13 +39,16 @@ class Loss:
     @property
     def total(self) -> torch.Tensor:
         """[2 P]: each term without any latent."""
-        return (self.metrics * self.moments).sum((-1, -2))
+        return torch.stack([(A * C).sum() for A, C in zip(self.metrics, self.moments)])
 
     def left(self, Z: torch.Tensor) -> torch.Tensor:
         """[2 P]: each term with a latent Z [r, d]."""
-        cross = self.moments @ Z.mT
-        kept = cross @ pseudo_inverse(Z @ cross) @ cross.mT
-        return (self.metrics * (self.moments - kept)).sum((-1, -2)).clamp(min=0)
+        found = []
+        for A, C in zip(self.metrics, self.moments):
+            cross = C @ Z.mT
+            kept = pseudo_inverse(Z @ cross) @ (cross.mT @ A @ cross)
+            found.append((A * C).sum() - kept.trace())
+        return torch.stack(found).clamp(min=0)
 
 
 def pseudo_inverse(matrix: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,10 @@ def value_metric(w_o: torch.Tensor, heads: int) -> torch.Tensor:
 
 def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
     """Σ_a W_a' M_a W_a [P, d, d] over the heads of each part, of metrics [G, D, D] and projections [G, D, d]."""
-    return (weight.mT @ metric @ weight).unflatten(0, (parts, -1)).sum(1)
+    found = []
+    for M, W in zip(metric.chunk(parts), weight.chunk(parts)):
+        found.append(W.flatten(0, 1).mT @ (M @ W).flatten(0, 1))
+    return torch.stack(found)
 
 
 def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +117,7 @@ def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     Returns:
         Z [rank, d] and the energies s² [d], largest first.
     """
-    met = (loss.metrics * moment).sum((-1, -2))
+    met = torch.stack([(A * moment).sum() for A in loss.metrics])
     rho = torch.where(met > 0, loss.total / met.clamp(min=1e-300), torch.zeros_like(met))
     half, back = roots(moment)
     inner = half.mT @ torch.einsum("p,pde->de", rho, loss.metrics) @ half
@@ -132,9 +138,11 @@ def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30
     There is no closed form for several inputs; L-BFGS from [`encoder`], in float32 and where C is the identity.
     """
     half, back = roots(moment)
-    metrics, moments = half.mT @ loss.metrics @ half, back @ loss.moments @ back.mT
-    kept = (moments @ metrics @ moments / loss.total.sum().clamp(min=1e-300)).float()
-    met = moments.float()
+    total, terms = loss.total.sum().clamp(min=1e-300), []
+    for A, C in zip(loss.metrics, loss.moments):
+        C = back @ C @ back.mT
+        terms.append((C.float(), (C @ (half.mT @ A @ half) @ C / total).float()))
+    met, kept = (torch.stack(matrices) for matrices in zip(*terms))
     Y = (Z @ half).float().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([Y], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 

@@ -59,21 +59,26 @@ class Projections:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the keys and values of each part meet, as covariances [P, d, d] about means [P, d]; constants that all keys
-    or all values have are kept as they are."""
+    """What the keys of each part meet, and then what the values do, as covariances [2 P, d, d] about means [2 P, d];
+    constants that all keys or all values have are kept as they are."""
 
-    keys: torch.Tensor
-    key_mean: torch.Tensor
-    values: torch.Tensor
-    value_mean: torch.Tensor
+    moments: torch.Tensor
+    means: torch.Tensor
 
     @classmethod
     def of(cls, seen: LatentSeen) -> "Inputs":
-        parts = []
-        for moments in ((1 - FELT) * seen.keys + FELT * seen.felt, seen.mixed):
-            mean = moments[:, :-1, -1]
-            parts += [moments[:, :-1, :-1] - mean[:, :, None] * mean[:, None], mean]
-        return cls(*parts)
+        P, d = len(seen.mixed), len(seen.keys) - 1
+        moments, means = seen.keys.new_empty(2 * P, d, d), seen.keys.new_empty(2 * P, d)
+        for p in range(P):
+            for i, one in ((p, (1 - FELT) * seen.keys + FELT * seen.felt[p]), (P + p, seen.mixed[p])):
+                means[i] = one[:-1, -1]
+                moments[i] = one[:-1, :-1] - torch.outer(means[i], means[i])
+        return cls(moments, means)
+
+    @property
+    def center(self) -> torch.Tensor:
+        """[d, d]: the covariance that a latent is white on, that of all keys."""
+        return self.moments[: len(self.moments) // 2].mean(0)
 
 
 def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
@@ -101,12 +106,12 @@ def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor
     return (cos, sin), share / share.sum(), scaling
 
 
-def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> Loss:
+def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen, inputs: Inputs) -> Loss:
     """What the output loses with a latent."""
-    w, inputs, P = Projections.of(attention), Inputs.of(seen), len(seen.mixed)
+    w, P = Projections.of(attention), len(seen.mixed)
     keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), w.w_k[..., :-1], P)
     values = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
-    return Loss(torch.cat((KEY_WEIGHT * keys, values)), torch.cat((inputs.keys, inputs.values)))
+    return Loss(torch.cat((KEY_WEIGHT * keys, values)), inputs.moments)
 
 
 def energy_by_frequency(attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
@@ -135,14 +140,15 @@ def fit_latent(
         generator: of the queries that are looked at, and of a rotation.
     """
     attention, new = getattr(teacher, site), getattr(student, site)
-    w, inputs, loss = Projections.of(attention), Inputs.of(seen), loss_of(stream, attention, seen)
+    w, inputs = Projections.of(attention), Inputs.of(seen)
+    loss = loss_of(stream, attention, seen, inputs)
     rank, P = new.kv_latent_dim, len(seen.mixed)
-    Z, _ = latent_fitting.encoder(loss, inputs.keys.mean(0), rank)
+    Z, _ = latent_fitting.encoder(loss, inputs.center, rank)
     if rank < len(loss.metrics[0]):
-        Z = latent_fitting.descended(loss, inputs.keys.mean(0), Z)
+        Z = latent_fitting.descended(loss, inputs.center, Z)
     center = seen.keys[:-1, -1]
-    K, keys_offset = decoded(w.w_k[..., :-1], inputs.keys, inputs.key_mean, Z, center)
-    V, values_offset = decoded(w.w_v, inputs.values, inputs.value_mean, Z, center)
+    K, keys_offset = decoded(w.w_k[..., :-1], inputs.moments[:P], inputs.means[:P], Z, center)
+    V, values_offset = decoded(w.w_v, inputs.moments[P:], inputs.means[P:], Z, center)
     constant = w.w_k[..., -1] + keys_offset
     groups = len(w.w_o) // len(w.w_v)
     if new.bits < 16:
@@ -231,8 +237,9 @@ def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator
     attention: MQAAttention = getattr(teacher, site)
     seen = look_for_latent(stream, teacher, teacher, site, generator)
     relative = relative_to_output(stream, teacher, site)
-    loss = loss_of(stream, attention, seen)
-    _, s2 = latent_fitting.encoder(loss, Inputs.of(seen).keys.mean(0), 1)
+    inputs = Inputs.of(seen)
+    loss = loss_of(stream, attention, seen, inputs)
+    _, s2 = latent_fitting.encoder(loss, inputs.center, 1)
     keys = torch.zeros(1)
     if seen.spread is not None:
         gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen))
