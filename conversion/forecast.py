@@ -24,7 +24,7 @@ from .states import FitOptions
 from .widths import Widths, budget_components
 
 # Matrices [d, d] in float64 that fitting a latent holds at once: for each part of the heads, and besides. Measured.
-LATENT_MATRICES = (24, 12)
+LATENT_MATRICES = (10, 20)
 
 
 def forecast(job: Conversion) -> dict[str, Any]:

@@ -99,10 +99,10 @@ def value_metric(w_o: torch.Tensor, heads: int) -> torch.Tensor:
 
 def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
     """Σ_a W_a' M_a W_a [P, d, d] over the heads of each part, of metrics [G, D, D] and projections [G, D, d]."""
-    found = []
-    for M, W in zip(metric.chunk(parts), weight.chunk(parts)):
-        found.append(W.flatten(0, 1).mT @ (M @ W).flatten(0, 1))
-    return torch.stack(found)
+    found = weight.new_empty(parts, weight.shape[-1], weight.shape[-1])
+    for i, (M, W) in enumerate(zip(metric.chunk(parts), weight.chunk(parts))):
+        found[i] = W.flatten(0, 1).mT @ (M @ W).flatten(0, 1)
+    return found
 
 
 def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +120,10 @@ def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, 
     met = torch.stack([(A * moment).sum() for A in loss.metrics])
     rho = torch.where(met > 0, loss.total / met.clamp(min=1e-300), torch.zeros_like(met))
     half, back = roots(moment)
-    inner = half.mT @ torch.einsum("p,pde->de", rho, loss.metrics) @ half
+    whole = torch.zeros_like(moment)
+    for weight, A in zip(rho, loss.metrics):
+        whole += weight * A
+    inner = half.mT @ whole @ half
     s2, v = torch.linalg.eigh((inner + inner.mT) / 2)
     return v.flip(1)[:, :rank].mT @ back, s2.flip(0).clamp(min=0)
 
@@ -138,11 +141,11 @@ def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30
     There is no closed form for several inputs; L-BFGS from [`encoder`], in float32 and where C is the identity.
     """
     half, back = roots(moment)
-    total, terms = loss.total.sum().clamp(min=1e-300), []
-    for A, C in zip(loss.metrics, loss.moments):
+    total = loss.total.sum().clamp(min=1e-300)
+    met, kept = (torch.empty(loss.moments.shape, device=Z.device) for _ in range(2))
+    for i, (A, C) in enumerate(zip(loss.metrics, loss.moments)):
         C = back @ C @ back.mT
-        terms.append((C.float(), (C @ (half.mT @ A @ half) @ C / total).float()))
-    met, kept = (torch.stack(matrices) for matrices in zip(*terms))
+        met[i], kept[i] = C, C @ (half.mT @ A @ half) @ C / total
     Y = (Z @ half).float().clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([Y], max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
 

@@ -109,9 +109,10 @@ def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor
 def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen, inputs: Inputs) -> Loss:
     """What the output loses with a latent."""
     w, P = Projections.of(attention), len(seen.mixed)
-    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), w.w_k[..., :-1], P)
-    values = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
-    return Loss(torch.cat((KEY_WEIGHT * keys, values)), inputs.moments)
+    metrics = torch.empty_like(inputs.moments)
+    metrics[:P] = latent_fitting.pulled_back(KEY_WEIGHT * key_metric(stream, attention, seen), w.w_k[..., :-1], P)
+    metrics[P:] = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
+    return Loss(metrics, inputs.moments)
 
 
 def energy_by_frequency(attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
