@@ -91,10 +91,17 @@ def _one_attention(
 def share_of_stream(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
     """The size of an attention's output relative to that of the stream it is added to and ends in, on held-out tokens:
     what a relative error of the output means for the layers above."""
+    return output_sizes(stream, layer, site)[0]
+
+
+def output_sizes(stream: Stream, layer: MQADecoderLayer, site: str) -> tuple[float, float]:
+    """That share, and E‖y‖² of the output on the same tokens; zeros where there is nothing."""
     output = ended = 0.0
+    count = 0
     for rows in stream.batches(held_out=True):
         kept = stream.valid(rows)
         y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
         output += float(y.double().square().sum())
         ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
-    return (output / ended) ** 0.5 if ended else 0.0
+        count += len(y)
+    return (output / ended) ** 0.5 if ended else 0.0, output / count if count else 0.0

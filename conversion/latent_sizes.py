@@ -156,8 +156,6 @@ def choose_latents(
     pairs = [most_keys(stack, heads, i, attention) // 2 for i in range(len(curves))]
     if job.key_width is None:
         return r, [2 * fewest(c, n, k) for c, n, k in zip(curves, r, pairs)]
-    if job.cache_budget is None:
-        return equal_latents(config, attention, job)
     each = int(job.key_width) // 2
     rotated = [i for i, k in enumerate(pairs) if k]
     costs = [float(r[i]) for i in rotated]

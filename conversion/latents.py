@@ -11,7 +11,8 @@ import torch
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 
 from . import fitting, latent_fitting
-from .heads import FittedHeads, augmented, heads_output
+from .budget import output_sizes
+from .heads import FittedHeads, augmented
 from .latent_fitting import Loss
 from .latent_moments import LatentSeen, look_for_latent, spread_of
 from .moments import old_heads
@@ -81,9 +82,9 @@ class Inputs:
         return self.moments[: len(self.moments) // 2].mean(0)
 
 
-def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
+def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
     """M [G, D, D]: what an error of each head's keys does to the output."""
-    moments = latent_fitting.query_moments(Projections.of(attention).w_q, seen.queries)
+    moments = latent_fitting.query_moments(w.w_q, seen.queries)
     G, scale = old_heads(attention), attention.scaling
     if not attention.rotary:
         return latent_fitting.key_metric(moments, seen.effects, G, scale)
@@ -106,19 +107,19 @@ def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor
     return (cos, sin), share / share.sum(), scaling
 
 
-def loss_of(stream: Stream, attention: MQAAttention, seen: LatentSeen, inputs: Inputs) -> Loss:
-    """What the output loses with a latent."""
-    w, P = Projections.of(attention), len(seen.mixed)
+def loss_of(w: Projections, M: torch.Tensor, inputs: Inputs) -> Loss:
+    """What the output loses with a latent, M of [`key_metric`]."""
+    P = len(inputs.moments) // 2
     metrics = torch.empty_like(inputs.moments)
-    metrics[:P] = latent_fitting.pulled_back(KEY_WEIGHT * key_metric(stream, attention, seen), w.w_k[..., :-1], P)
+    metrics[:P] = latent_fitting.pulled_back(KEY_WEIGHT * M, w.w_k[..., :-1], P)
     metrics[P:] = latent_fitting.pulled_back(latent_fitting.value_metric(w.w_o, len(w.w_v)), w.w_v, P)
     return Loss(metrics, inputs.moments)
 
 
-def energy_by_frequency(attention: MQAAttention, seen: LatentSeen) -> torch.Tensor:
+def energy_by_frequency(attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
     """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: what an error of a rotated key does to the output, by frequency."""
     J, G = attention.config.rotary_dim // 2, old_heads(attention)
-    moments = latent_fitting.query_moments(Projections.of(attention).w_q[:, : 2 * J], seen.queries)
+    moments = latent_fitting.query_moments(w.w_q[:, : 2 * J], seen.queries)
     power = moments.diagonal(dim1=1, dim2=2).unflatten(1, (2, J)).sum(1)  # [H, J]
     return (seen.effects[:, None] * power).unflatten(0, (G, -1)).sum(1).T
 
@@ -142,7 +143,8 @@ def fit_latent(
     """
     attention, new = getattr(teacher, site), getattr(student, site)
     w, inputs = Projections.of(attention), Inputs.of(seen)
-    loss = loss_of(stream, attention, seen, inputs)
+    M = key_metric(stream, attention, seen, w)
+    loss = loss_of(w, M, inputs)
     rank, P = new.kv_latent_dim, len(seen.mixed)
     Z, _ = latent_fitting.encoder(loss, inputs.center, rank)
     if rank < len(loss.metrics[0]):
@@ -153,7 +155,7 @@ def fit_latent(
     constant = w.w_k[..., -1] + keys_offset
     groups = len(w.w_o) // len(w.w_v)
     if new.bits < 16:
-        T = latent_fitting.for_rounding(importance(stream, attention, seen, K, V), generator)
+        T = latent_fitting.for_rounding(importance(w, M, seen, K, V), generator)
         back = torch.linalg.inv(T)
         Z, K, V = T @ Z, K @ back, V @ back
     fitted = {
@@ -173,7 +175,7 @@ def fit_latent(
     if R:
         keys = torch.cat((K[:, :R], constant[:, :R, None]), dim=-1)  # [G, R, r + 1]
         spread = spread_of(stream, student, site, keys, Z, center, generator)
-        energy = energy_by_frequency(attention, seen)
+        energy = energy_by_frequency(attention, seen, w)
         rows, factors, frequencies = rebuilt_keys(keys, spread, energy, new.qk_head_dim)
         fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
     left, total = loss.left(Z), loss.total
@@ -200,13 +202,11 @@ def decoded(
     return maps.view(*shape, -1), offset.view(shape)
 
 
-def importance(
-    stream: Stream, attention: MQAAttention, seen: LatentSeen, K: torch.Tensor, V: torch.Tensor
-) -> torch.Tensor:
-    """[r, r]: what an error of single latents costs, by keys K [G, D, r] and by values V [G, Dv, r]."""
-    w_o = Projections.of(attention).w_o
-    N = latent_fitting.value_metric(seen.sharpness.sqrt()[:, None, None] * w_o, len(V))
-    keys = latent_fitting.pulled_back(key_metric(stream, attention, seen), K, 1)
+def importance(w: Projections, M: torch.Tensor, seen: LatentSeen, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """[r, r]: what an error of single latents costs, by keys K [G, D, r] and by values V [G, Dv, r]; M of
+    [`key_metric`]."""
+    N = latent_fitting.value_metric(seen.sharpness.sqrt()[:, None, None] * w.w_o, len(V))
+    keys = latent_fitting.pulled_back(M, K, 1)
     return (keys + latent_fitting.pulled_back(N, V, 1))[0]
 
 
@@ -237,13 +237,14 @@ def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator
     """What each size of one attention's latent would lose; the tokens stand before the layer."""
     attention: MQAAttention = getattr(teacher, site)
     seen = look_for_latent(stream, teacher, teacher, site, generator)
-    relative = relative_to_output(stream, teacher, site)
-    inputs = Inputs.of(seen)
-    loss = loss_of(stream, attention, seen, inputs)
+    share, energy = output_sizes(stream, teacher, site)
+    relative = share / energy if energy else 0.0
+    w, inputs = Projections.of(attention), Inputs.of(seen)
+    loss = loss_of(w, key_metric(stream, attention, seen, w), inputs)
     _, s2 = latent_fitting.encoder(loss, inputs.center, 1)
     keys = torch.zeros(1)
     if seen.spread is not None:
-        gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen))
+        gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen, w))
         # An error of a complex component meets queries of any phase: half of its square.
         energies = torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
         keys = left_out(energies * (KEY_WEIGHT * attention.scaling**2 / 2))
@@ -253,17 +254,3 @@ def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator
 def left_out(energies: torch.Tensor) -> torch.Tensor:
     """[n + 1]: what remains of energies, largest first, without the first 0, 1, ... of them."""
     return torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1))).cpu()
-
-
-def relative_to_output(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
-    """What a squared error of an attention's output means for the layers above: 1 / E‖y‖², times the output's size
-    relative to that of the stream it ends in, on held-out tokens."""
-    output = ended = 0.0
-    count = 0
-    for rows in stream.batches(held_out=True):
-        kept = stream.valid(rows)
-        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
-        output += float(y.double().square().sum())
-        ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
-        count += len(y)
-    return (output / ended) ** 0.5 * count / output if output and ended else 0.0

@@ -10,7 +10,7 @@ import torch
 
 from mqa_hf.layer_mqa import MQADecoderLayer
 
-from .heads import compare, refit
+from .heads import compare, heads_output, refit
 from .states import Stream
 
 ROWS = 4  # sequences of a step
@@ -64,16 +64,8 @@ def _loss(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, si
     """The squared error of the attention's output relative to it, both relative to the stream."""
     with torch.no_grad():
         h, source, mask = stream.at(student, site, rows)
-        expected = output(stream, getattr(teacher, site), h, source, mask)
+        expected = heads_output(stream, getattr(teacher, site), h, source, mask)[1]
         size = stream.states[rows].to(stream.device).square().sum(-1, keepdim=True)
         weight = stream.valid(rows)[..., None] / size.clamp(min=1e-12)
-    found = output(stream, getattr(student, site), h, source, mask)
+    found = heads_output(stream, getattr(student, site), h, source, mask)[1]
     return (weight * (found - expected).square()).sum() / (weight * expected.square()).sum().clamp(min=1e-30)
-
-
-def output(
-    stream: Stream, attention: torch.nn.Module, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """What an attention gives [B, T, d]."""
-    cross = source if getattr(attention, "cross", False) else None
-    return attention(h, position_embeddings=stream.angles, attention_mask=mask, encoder_hidden_states=cross)[0]
