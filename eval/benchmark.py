@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import NUMBER_TYPES, Job, Option, function
 
+from .plan import LatentSizes
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -31,7 +33,7 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Benchmark(Job[list["BenchmarkRecord"]]):
+class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
     """Time decoding: the original, grouped, multi-query and with latents, this package's loop beside transformers'.
 
     Returns:
@@ -56,18 +58,6 @@ class Benchmark(Job[list["BenchmarkRecord"]]):
             min=1,
             comma=True,
         ),
-    ] = None
-    key_widths: Annotated[
-        Sequence[int] | None,
-        Option(
-            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated.",
-            min=2,
-            comma=True,
-        ),
-    ] = None
-    latent_bits: Annotated[
-        Sequence[int] | None,
-        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
     ] = None
     keys: Annotated[
         Sequence[str],

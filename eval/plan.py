@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from mqa_hf.base.datasheets import DEVICES
-from mqa_hf.base.options import NUMBER_TYPES, Job, Option, function
+from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +18,27 @@ ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}  # bytes of 
 
 
 @dataclass(frozen=True)
-class Planning(Job["DecodingPlan"]):
+class LatentSizes(Options):
+    """Of the latents that are compared or timed, what each is beside its numbers."""
+
+    _: KW_ONLY
+    key_widths: Annotated[
+        Sequence[int] | None,
+        Option(
+            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated; a "
+            "conversion chooses them by what they lose.",
+            min=2,
+            comma=True,
+        ),
+    ] = None
+    latent_bits: Annotated[
+        Sequence[int] | None,
+        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Planning(LatentSizes, Job["DecodingPlan"]):
     """Say how fast decoding can be with fewer key/value heads or a latent, before anything is converted.
 
     Returns:
@@ -59,19 +79,6 @@ class Planning(Job["DecodingPlan"]):
             min=1,
             comma=True,
         ),
-    ] = None
-    key_widths: Annotated[
-        Sequence[int] | None,
-        Option(
-            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated; a "
-            "conversion chooses them by what they lose.",
-            min=2,
-            comma=True,
-        ),
-    ] = None
-    latent_bits: Annotated[
-        Sequence[int] | None,
-        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
     ] = None
     target: Annotated[
         str | None,
