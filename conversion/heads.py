@@ -144,13 +144,14 @@ def folded_bias(attention: MQAAttention) -> torch.Tensor:
 def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> Attention:
     """The new attention: fitted projections, the bias of the old values in that of the output, beside what `fitted`
     has for it."""
+    device = old.k_proj.weight.device
     new = make_attention(config, number, cross=old.cross).float().eval()
-    state = {name: t.float() for name, t in fitted.items()}
+    state = {name: t.to(device, torch.float32) for name, t in fitted.items()}
     state |= {f"relative_bias.{n}": t for n, t in (old.relative_bias or nn.Identity()).state_dict().items()}
     if new.o_proj.bias is not None:
         state["o_proj.bias"] = folded_bias(old) + state.get("o_proj.bias", 0.0)
     new.load_state_dict(state)
-    return new.to(old.k_proj.weight.device)
+    return new.to(device)
 
 
 def heads_output(

@@ -70,6 +70,9 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))
     share = str(r / (2 * heads * head_dim))
     rows.append((f"latents of {r} on average", {"method": "latent", "cache_budget": share}))
+    if 0.1 * 4 * heads * head_dim >= LATENT_BLOCK // 2 + 4:  # the bytes of the smallest
+        tenth = {"method": "latent", "cache_budget": "0.1", "latent_bits": 4}
+        rows.append(("latents of a tenth of the cache, 4 bits", tenth))
     return rows
 
 

@@ -1,5 +1,6 @@
 """A schedule as the arguments of transformers' Trainer."""
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ from .options import Run
 NAMES = {field.name for field in fields(TrainingArguments)}
 # Its name in transformers before and after 5.20 or so.
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in NAMES)
+
+
+def warmup_steps(share: float, steps: int) -> int:
+    """Of a training: its share, but at least 10 steps or a fifth of a short one.
+
+    Adam's first steps move each weight by the whole rate, which a student that begins near its teacher does not survive.
+    """
+    return max(math.ceil(share * steps), min(10, steps // 5)) if share else 0
 
 
 def training_arguments(run: Run, steps: int, directory: Path) -> TrainingArguments:
@@ -40,7 +49,7 @@ def training_arguments(run: Run, steps: int, directory: Path) -> TrainingArgumen
         learning_rate=run.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=run.warmup,
+        warmup_steps=warmup_steps(run.warmup, steps),
         weight_decay=run.weight_decay,
         adam_beta2=0.95,
         bf16=bf16,

@@ -27,7 +27,7 @@ from mqa_hf.base.errors import ConversionWarning
 from mqa_hf.conversion.convert import convert
 from mqa_hf.conversion.inspect import inspect
 
-from .uptrain import NO_TEACHER, Uptraining, default_learning_rate, width_of
+from .uptrain import NO_TEACHER, Uptraining, default_learning_rate, sizes_of
 
 ORIGINAL = "original, LM"
 # By name: how the source is converted, the loss (lm: no teacher), and the share of the tokens for attention alone.
@@ -108,7 +108,7 @@ def main(
     lines, student = output / "results.jsonl", output / "student"
     results = [json.loads(line) for line in lines.read_text().splitlines()] if lines.is_file() else []
     heads = inspect(source)["num_key_value_heads"]
-    own_rate = default_learning_rate(train, width_of(source))
+    own_rate = default_learning_rate(train, *sizes_of(source))
     rates = [float(r) for r in learning_rates.split(",")] if learning_rates else [own_rate]
     console = Console(width=140, markup=False, highlight=False)
     for name in runs.split(";") if runs else RUNS:

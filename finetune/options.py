@@ -96,7 +96,9 @@ class Schedule(Options, panel=HOW):
             above=0,
         ),
     ] = None
-    warmup: Annotated[float, Option("Share of the steps.", min=0, below=1)] = 0.02
+    warmup: Annotated[
+        float, Option("Share of the steps; at least 10 steps, or a fifth of a short training.", min=0, below=1)
+    ] = 0.02
     weight_decay: Annotated[float, Option("Of matrices.", min=0)] = 0.1
     bf16: Annotated[
         bool | None,

@@ -32,6 +32,7 @@ NO_TEACHER = "none"
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
 NARROW = 512
+LATENT = 0.15  # times these, of students with latents, which begin near their teacher
 RANK = 32  # of adapters, unless told otherwise
 
 
@@ -202,7 +203,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             teacher_revision=revision,
             loss=loss,
             dropout=parse_losses(loss).keys() == {"lm"} if self.dropout is None else self.dropout,
-            learning_rate=default_learning_rate(self.train, width_of(student)) if rate is None else rate,
+            learning_rate=default_learning_rate(self.train, *sizes_of(student)) if rate is None else rate,
         )
 
     def run(self) -> "UptrainingRecord":
@@ -237,13 +238,13 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             warn(as_flags(f"{said}`learning_rate` ({rate:g}), or train on more `tokens`", type(self)))
 
 
-def default_learning_rate(train: str, hidden_size: int) -> float:
+def default_learning_rate(train: str, hidden_size: int, latent: bool = False) -> float:
     """The peak of the learning rate: falls with the width of the model, as pretraining rates do."""
-    return float(f"{LEARNING_RATES[train] / max(hidden_size, NARROW):.2g}")
+    return float(f"{LEARNING_RATES[train] * (LATENT if latent else 1.0) / max(hidden_size, NARROW):.2g}")
 
 
-def width_of(student: Path) -> int:
-    """The hidden size of a checkpoint, of the decoder where there are two stacks."""
+def sizes_of(student: Path) -> tuple[int, bool]:
+    """The hidden size of a checkpoint, of the decoder where there are two stacks, and whether it has latents."""
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
@@ -251,7 +252,7 @@ def width_of(student: Path) -> int:
     width = getattr(stack, "hidden_size", None)
     if not isinstance(width, int):
         raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
-    return width
+    return width, getattr(stack, "kv_latent_dim", None) is not None
 
 
 def parse_losses(text: str) -> dict[str, float]:

@@ -64,9 +64,9 @@ def _append_latent_kernel(
             j, i = tl.arange(0, BLOCK_R // BLOCK), tl.arange(0, half)
             inside = (j < R // BLOCK)[:, None]
             x = new + j[:, None] * BLOCK + i[None, :]
-            first = tl.load(new).to(tl.float32)  # stands for what is not there
-            low = tl.where(inside, tl.load(x, mask=inside, other=0.0).to(tl.float32), first)
-            high = tl.where(inside, tl.load(x + half, mask=inside, other=0.0).to(tl.float32), first)
+            stand_in = tl.load(new).to(tl.float32)  # for what is past the end
+            low = tl.where(inside, tl.load(x, mask=inside, other=0.0).to(tl.float32), stand_in)
+            high = tl.where(inside, tl.load(x + half, mask=inside, other=0.0).to(tl.float32), stand_in)
             kind = scales.dtype.element_ty
             most: tl.constexpr = 2**BITS - 1
             offset = tl.min(tl.min(tl.minimum(low, high), 1), 0).to(kind)

@@ -33,6 +33,7 @@ from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 from mqa_hf.finetune import checkpoints, trainer, uptrainer
+from mqa_hf.finetune.arguments import warmup_steps
 from mqa_hf.finetune.checkpoints import last_checkpoint
 from mqa_hf.finetune.data import training_rows
 from mqa_hf.finetune.options import Part
@@ -617,6 +618,9 @@ def test_names_and_defaults():
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
     assert default_learning_rate("all", 512) == default_learning_rate("all", 64) == pytest.approx(6.8e-4)
+    assert default_learning_rate("all", 512, latent=True) == pytest.approx(1e-4)
+    assert [warmup_steps(0.02, steps) for steps in (3, 19, 100, 2000)] == [1, 3, 10, 40]
+    assert warmup_steps(0.0, 2000) == 0
 
 
 @pytest.mark.parametrize(
