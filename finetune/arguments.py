@@ -21,7 +21,7 @@ CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpoin
 def warmup_steps(share: float, steps: int) -> int:
     """Of a training: its share, but at least 10 steps or a fifth of a short one.
 
-    Adam's first steps move each weight by the whole rate, which a student that begins near its teacher does not survive.
+    Adam's first steps move each weight by the whole rate, which a student near its teacher does not survive.
     """
     return max(math.ceil(share * steps), min(10, steps // 5)) if share else 0
 
