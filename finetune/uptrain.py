@@ -32,7 +32,7 @@ NO_TEACHER = "none"
 # Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
 NARROW = 512
-LATENT = 0.15  # times these, of students with latents, which begin near their teacher
+LATENT = 0.25  # times these, of students with latents, which begin near their teacher
 RANK = 32  # of adapters, unless told otherwise
 
 

@@ -71,7 +71,7 @@ def _append_latent_kernel(
             most: tl.constexpr = 2**BITS - 1
             offset = tl.min(tl.min(tl.minimum(low, high), 1), 0).to(kind)
             largest = tl.max(tl.max(tl.maximum(low, high), 1), 0)
-            scale = tl.maximum(tl.div_rn(largest - offset.to(tl.float32), most * 1.0), 1e-7).to(kind)
+            scale = tl.maximum((largest - offset.to(tl.float32)) * (1.0 / most), 1e-7).to(kind)
             tl.store(scales + row * S + token, scale)
             tl.store(offsets + row * S + token, offset)
             step = tl.zeros([BLOCK_R // BLOCK, half], tl.float32) + scale.to(tl.float32)

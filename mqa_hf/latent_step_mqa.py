@@ -30,8 +30,10 @@ from .weights_mqa import plain as is_plain
 if TYPE_CHECKING:
     from .step_mqa import DecodeStep
 
-# Of an H100: bytes a second, and operations a second of the kernels made for Hopper, for all devices, and for float32.
-BANDWIDTH, OPERATIONS = 3e12, {"hopper": 4e14, "any": 1e14, "float32": 3e13}
+# Of an H100: bytes a second, operations a second of the kernels made for Hopper, for all devices, and for float32, and
+# the seconds that a layer takes to write the keys of a step, and to round its latent where fewer bits are stored.
+BANDWIDTH, OPERATIONS = 3e12, {"hopper": 3.6e14, "any": 1e14, "float32": 3e13}
+KEEPING, ROUNDING = 2e-5, 4e-5
 
 
 class KernelTables:
@@ -230,12 +232,14 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
         return "expanded"
     if not all(map(kept_by_kernel, layers)):
         return "rebuilt"
-    times = {keys: sum(seconds(keys, attention, model.lm_head.weight) for attention in layers) for keys in KEYS}
+    like, tokens = model.lm_head.weight, rows * capacity
+    times = {keys: sum(seconds(keys, attention, like, tokens) for attention in layers) for keys in KEYS}
     return min(times, key=times.__getitem__)
 
 
-def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor) -> float:
-    """About how long a step takes for a token in the cache: for what it reads, or what it computes.
+def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens: int) -> float:
+    """About how long a step takes in a layer for so many `tokens` in the cache: for what it reads, or what it computes,
+    and for what is kept of the new ones.
 
     Args:
         like: a weight, for its type and device.
@@ -251,7 +255,8 @@ def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor) -> flo
             kind = "any"
     if like.dtype == torch.float32:
         kind = "float32"
-    return max(size / BANDWIDTH, computed / OPERATIONS[kind])
+    kept = keys == "expanded" and KEEPING + ROUNDING * (attention.bits < 16)
+    return tokens * max(size / BANDWIDTH, computed / OPERATIONS[kind]) + kept
 
 
 def room(model: Any) -> float:

@@ -20,7 +20,8 @@ def pack_latent(x: torch.Tensor, bits: int) -> Packed:
     numbers = x.float()
     least, most = numbers.amin(-1), numbers.amax(-1)
     offsets = least.to(x.dtype)
-    scales = ((most - offsets.float()) / (2**bits - 1)).clamp(min=1e-7).to(x.dtype)
+    # Not divided by the number of steps: on a GPU, PyTorch takes the reciprocal of a number, and on a CPU it does not.
+    scales = ((most - offsets.float()) * (1 / (2**bits - 1))).clamp(min=1e-7).to(x.dtype)
     codes = ((numbers - offsets.float()[..., None]) / scales.float()[..., None]).round().clamp(0, 2**bits - 1)
     codes = codes.to(torch.uint8)
     if bits == 4:

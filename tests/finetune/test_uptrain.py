@@ -618,7 +618,7 @@ def test_names_and_defaults():
     assert Part.parse("a=b.jsonl") == Part("a=b.jsonl")
     assert default_learning_rate("all", 4096) == pytest.approx(8.5e-5)
     assert default_learning_rate("all", 512) == default_learning_rate("all", 64) == pytest.approx(6.8e-4)
-    assert default_learning_rate("all", 512, latent=True) == pytest.approx(1e-4)
+    assert default_learning_rate("all", 512, latent=True) == pytest.approx(1.7e-4)
     assert [warmup_steps(0.02, steps) for steps in (3, 19, 100, 2000)] == [1, 3, 10, 40]
     assert warmup_steps(0.0, 2000) == 0
 

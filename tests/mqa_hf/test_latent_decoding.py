@@ -95,10 +95,12 @@ def test_kernels_are_read_where_that_takes_less_time(monkeypatch):
         rotary = {"head_dim": 64, "rope_parameters": ROPE, "rope_frequencies": frequencies}
         return make({**base, **rotary, **fields}, dtype=dtype)
 
-    def kept(model):
-        return latent_step_mqa.keys_to_keep(model, {}, 1, 64)
+    def kept(model, rows=64):
+        return latent_step_mqa.keys_to_keep(model, {}, rows, 4096)
 
     assert kept(chosen(qk_head_dim=512, kv_latent_dim=256)) == "expanded"  # bound by 2rW operations
+    assert kept(chosen(qk_head_dim=512, kv_latent_dim=256), rows=1) == "rebuilt"  # keys to write take longer
+    assert kept(chosen(qk_head_dim=512, kv_latent_dim=128, kv_latent_bits=4)) == "rebuilt"
     assert kept(chosen(qk_head_dim=128, kv_latent_dim=128)) == "rebuilt"  # 256 bytes in place of 512
     assert kept(chosen(qk_head_dim=128, kv_latent_dim=96)) == "expanded"  # a width that is not made for Hopper
     assert kept(chosen(qk_head_dim=128, kv_latent_dim=128, dtype=torch.float32)) == "expanded"
