@@ -65,14 +65,15 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
         for r in (n * head_dim for n in sizes):
             if r <= most and (bits == 16 or r % LATENT_BLOCK == 0):
-                rows.append((f"latent of {r}, {bits} bits", {"method": "latent", "latent": r, "latent_bits": bits}))
+                name = "latent" if bits == 16 else f"latent at {bits} bits"
+                rows.append((f"{name}, {r} numbers", {"method": "latent", "latent": r, "latent_bits": bits}))
     r = min(2 * head_dim, most)
-    rows.append((f"latent of {r}, closed form alone", {"method": "latent", "latent": r, "fit_steps": 0}))
+    rows.append((f"latent without training, {r} numbers", {"method": "latent", "latent": r, "fit_steps": 0}))
     share = str(r / (2 * heads * head_dim))
-    rows.append((f"latents of {r} on average", {"method": "latent", "cache_budget": share}))
+    rows.append((f"latent, {r} numbers on average", {"method": "latent", "cache_budget": share}))
     if 0.1 * 4 * heads * head_dim >= LATENT_BLOCK // 2 + 4:  # the bytes of the smallest
         tenth = {"method": "latent", "cache_budget": "0.1", "latent_bits": 4}
-        rows.append(("latents of a tenth of the cache, 4 bits", tenth))
+        rows.append(("latent at 4 bits, a tenth of the cache", tenth))
     return rows
 
 

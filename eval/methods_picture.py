@@ -102,7 +102,8 @@ def draw(records: Sequence[MethodRecord], path: Path) -> None:
             best = [(x, min(y for other, y in points if other == x)) for x in dict.fromkeys(x for x, _ in points)]
             style = {"marker": marker, "color": f"C{color}", "ms": 4}
             axes.plot(*zip(*points), ls="", **style)
-            (handles[method],) = axes.plot(*zip(*best), ls="--" if these[0].peer else "-", lw=1.2, **style)
+            line = {"ls": "--", "lw": 1.0} if these[0].peer else {"ls": "-", "lw": 2.0}
+            (handles[method],) = axes.plot(*zip(*best), **line, **style)
         axes.axvline(original.cache_bytes, color="black", lw=0.6)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")

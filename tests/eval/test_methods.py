@@ -43,7 +43,7 @@ def test_every_method_is_measured(tmp_path):
     assert peers == {"by", "KIVI", "Palu", "CARE", "MHA2MLA", "TransMLA"}
     rows = {record.conversion: record for record in records[1:] if not record.peer}
     assert len(rows) == 2 * 6 + 3 + 3 + 2
-    assert rows["latent of 24, 16 bits"].cache_bytes == rows["mean, 1 head(s)"].cache_bytes
+    assert rows["latent, 24 numbers"].cache_bytes == rows["mean, 1 head(s)"].cache_bytes
     assert rows["shared + refit, 1 head 2 wide"].cache_bytes == rows["mean, 2 head(s)"].cache_bytes
     assert rows["shared + refit, cache of 2 heads"].cache_bytes <= rows["mean, 2 head(s)"].cache_bytes
     drawn = (tmp_path / "methods.png").read_bytes()
