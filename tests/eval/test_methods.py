@@ -49,8 +49,15 @@ def test_every_method_is_measured(tmp_path):
     assert rows["shared + refit, 1 head 2 wide"].cache_bytes == rows["mean, 2 head(s)"].cache_bytes
     assert rows["shared + refit, cache of 2 heads"].cache_bytes <= rows["mean, 2 head(s)"].cache_bytes
     drawn = (tmp_path / "methods.png").read_bytes()
-    MethodPicture(tmp_path / "results.jsonl", tmp_path / "again.png").run()
+    MethodPicture([tmp_path / "results.jsonl"], picture=tmp_path / "again.png").run()
     assert drawn == (tmp_path / "again.png").read_bytes()
+    both = [tmp_path / "results.jsonl"] * 2
+    MethodPicture(both, picture=tmp_path / "two.png", texts=["text"], without="first|random").run()
+    assert (tmp_path / "two.png").read_bytes() != drawn
+    with pytest.raises(MQAError, match="no results on `texts` prose"):
+        MethodPicture(both, picture=tmp_path / "two.png", texts=["prose"]).run()
+    with pytest.raises(MQAError, match="is no regular expression"):
+        MethodPicture(both, picture=tmp_path / "two.png", without="(").run()
     job = MethodComparison(source, calibration=str(text), validation=[str(text)], sequence_length=32, peers=True)
     console = Console(width=120, record=True, file=io.StringIO())
     job.show(records, console)
@@ -84,7 +91,7 @@ def test_a_file_of_something_else_is_not_drawn(tmp_path):
     for text, said in (("", "its first line is not the original's"), ("[]", "line 1 is no object"), ("{", "line 1")):
         lines.write_text(text)
         with pytest.raises(MQAError, match=said):
-            MethodPicture(lines, tmp_path / "picture.png").run()
+            MethodPicture([lines], picture=tmp_path / "picture.png").run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
