@@ -238,8 +238,8 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
 
 
 def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens: int) -> float:
-    """About how long a step takes in a layer for so many `tokens` in the cache: for what it reads, or what it computes,
-    and for what is kept of the new ones.
+    """About how long a layer takes in a step with so many `tokens` in the cache: to read them or to compute with them,
+    and to keep the new ones.
 
     Args:
         like: a weight, for its type and device.

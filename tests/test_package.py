@@ -1,12 +1,15 @@
 """The distribution: what an installation contains and what it does not."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 try:
     import tomllib
@@ -47,6 +50,37 @@ def test_the_wheel_is_complete_and_takes_no_other_names(tmp_path):
             if path.suffix in (".py", ".jinja", ".yaml") or path.name == "py.typed" or path in demo:
                 place = path.relative_to(ROOT / folder if folder == "mqa_hf" else ROOT)
                 assert f"mqa_hf/{place}" in names
+
+
+def test_the_citation_and_the_changelog_have_the_version(project):
+    version = project["project"]["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(rf"^## {re.escape(version)}\b", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_release_installs_in_a_clean_environment(tmp_path, project):
+    """The wheel that is built from the sdist converts, away from the repository; dependencies come from an index."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    version = project["project"]["version"]
+    assert {path.name for path in (tmp_path / "dist").iterdir()} == {
+        f"mqa_hf-{version}.tar.gz",
+        f"mqa_hf-{version}-py3-none-any.whl",
+    }
+    with tarfile.open(tmp_path / "dist" / f"mqa_hf-{version}.tar.gz") as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "eval/shakespeare/config.json"} <= names
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    here = {"cwd": tmp_path, "check": True, "capture_output": True, "text": True}
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    constraints = ["--constraint", ROOT / "constraints.txt"]
+    subprocess.run([tmp_path / "venv/bin/pip", "install", "--quiet", *constraints, wheel], **here)
+    command = tmp_path / "venv/bin/mqa-hf"
+    assert subprocess.run([command, "--version"], **here).stdout.split()[1] == version
+    (model,) = (tmp_path / "venv").rglob("shakespeare/config.json")
+    subprocess.run([command, "convert", model.parent, "converted"], **here)
+    assert (tmp_path / "converted" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["inspect", "--help"]])
