@@ -61,6 +61,7 @@ def rows_of_axes(rows: int, width: float, height: float) -> tuple[Any, list[Any]
     found = list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
     for axes in found:
         axes.grid(alpha=0.25, which="major", color=INK, lw=0.5)
+        axes.set_axisbelow(True)
         for side in axes.spines.values():
             side.set_color(INK)
             side.set_linewidth(0.6)
@@ -89,11 +90,13 @@ def legend_above(figure: Any) -> None:
         for label, handle in zip(labels, found):
             handles.setdefault(label, handle)
     widest = 0.5 + 0.085 * max(map(len, handles))  # inches
+    columns = max(1, int(figure.get_figwidth() / widest))
+    figure.set_figheight(figure.get_figheight() + 0.17 * math.ceil(len(handles) / columns))
     figure.legend(
         list(handles.values()),
         list(handles),
         loc="outside upper left",
-        ncols=max(1, int(figure.get_figwidth() / widest)),
+        ncols=columns,
         frameon=False,
         fontsize=9,
         labelcolor=INK,
@@ -149,7 +152,8 @@ def trade(results: Results, costs: dict[str, float], what: str, said: Callable[[
         plain_ticks(axes.yaxis)
     axes.xaxis.set_major_formatter("{x:,g}")
     label_axes(axes, what, quality.title)
-    if not label_points(axes, [(short(name), point) for name, point in points.items()], TEXT):
+    line = [(x, quality.sign * y) for x, y in best]
+    if not label_points(axes, [(short(name), point) for name, point in points.items()], line, TEXT):
         legend_above(figure)
     on_front = [name for name, x in costs.items() if (x, quality.sign * quality.values[name][0]) in best]
     return Chart(figure, trade_finding(results, costs, said) + f" On the Pareto front: {', '.join(on_front)}.")
