@@ -124,7 +124,7 @@ class MethodComparison(Job[list[MethodRecord]]):
                 record.append(job.output)
             say(f"{record.conversion}: {', '.join(f'{loss:.3f}' for loss in record.loss)} nats")
         if job.picture is not None:
-            draw(found, job.picture)
+            draw([found], job.picture)
         return found
 
     def rows(self, description: dict[str, Any]) -> Iterator[MethodRecord]:

@@ -1,12 +1,13 @@
-"""What `methods.py` has measured: a record for each row of its table, and a picture of all of them:
+"""The results of `methods.py`: a record for each row of its table, and a picture of one or several tables:
 
-python -m mqa_hf.eval.methods_picture results.jsonl methods.png
+python -m mqa_hf.eval.methods_picture results.jsonl --picture methods.png
 """
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,11 +23,11 @@ LEAST = 1e-3  # nats, below which differences are drawn as if they were that
 
 
 class MethodRecord(Record):
-    """A conversion or a peer, the cache bytes of a token, what it took, and the loss on each validation text.
+    """A conversion or a peer: its cache bytes per token, time, memory, and loss on each validation text.
 
     Attributes:
-        conversion: "METHOD, setting"; of the first row "original".
-        peer: whether it is no conversion of this package.
+        conversion: "METHOD, setting"; "original" in the first row.
+        peer: whether it is something else than a conversion of this package.
     """
 
     file = "results.jsonl"
@@ -87,53 +88,100 @@ def check_new(output: Path | None, picture: Path | None) -> None:
         raise MQAError(f"`picture` {picture} must end in .png or .svg")
 
 
-def draw(records: Sequence[MethodRecord], path: Path) -> None:
-    """Loss above the original's over the cache, a panel for each text: points, and a line through the best of each
-    method."""
-    original, others = records[0], [r for r in records if r.conversion != "original"]
-    methods = list(dict.fromkeys(r.method for r in others))
-    figure, places = panels(len(original.loss), 5.2, 5)
+@dataclass(frozen=True)
+class Panel:
+    """One model on one text.
+
+    Attributes:
+        original, others: rows of its table.
+        text: index of the text.
+    """
+
+    original: MethodRecord
+    others: list[MethodRecord]
+    text: int
+
+    def points(self, method: str) -> list[tuple[float, float]]:
+        """Cache bytes and loss above the original's of each row of a method, sorted."""
+        base, n = self.original.loss[self.text], self.text
+        return sorted((r.cache_bytes, max(r.loss[n] - base, LEAST)) for r in self.others if r.method == method)
+
+    @property
+    def title(self) -> str:
+        text = self.original.texts[self.text] if self.original.texts else ""
+        return f"{self.original.source}, {text}: {self.original.loss[self.text]:.3f} nats"
+
+
+def draw(
+    tables: Sequence[Sequence[MethodRecord]], path: Path, texts: Sequence[str] = (), without: str | None = None
+) -> None:
+    """Loss above the original's over cache bytes, a panel for each table and text: a point for each row, and a line
+    through the best of each method.
+
+    Args:
+        tables: rows, the original's first.
+        texts: names of the texts to show; all if empty.
+        without: regular expression of methods to leave out.
+    """
+    shown = []
+    for original, *others in tables:
+        others = [r for r in others if not (without and re.fullmatch(without, r.method))]
+        wanted = [i for i in range(len(original.loss)) if not texts or original.texts[i] in texts]
+        shown += [Panel(original, others, i) for i in wanted]
+    if not shown:
+        raise MQAError(f"no results on `texts` {', '.join(texts)}")
+    methods = {r.method: r.peer for panel in shown for r in panel.others}
+    styles = dict(zip(methods, itertools.cycle(itertools.product("osv^D", range(10)))))
+    figure, places = panels(len(shown), 5.2, 5)
     handles: dict[str, Any] = {}
-    for n, axes in enumerate(places):
-        styles = itertools.cycle(itertools.product("osv^D", range(10)))
-        for method, (marker, color) in zip(methods, styles):
-            these = [r for r in others if r.method == method]
-            points = sorted((r.cache_bytes, max(r.loss[n] - original.loss[n], LEAST)) for r in these)
+    for panel, axes in zip(shown, places):
+        for method in {r.method: None for r in panel.others}:
+            marker, color = styles[method]
+            points, style = panel.points(method), {"marker": marker, "color": f"C{color}", "ms": 4}
             best = [(x, min(y for other, y in points if other == x)) for x in dict.fromkeys(x for x, _ in points)]
-            style = {"marker": marker, "color": f"C{color}", "ms": 4}
             axes.plot(*zip(*points), ls="", **style)
-            line = {"ls": "--", "lw": 1.0} if these[0].peer else {"ls": "-", "lw": 2.0}
+            line = {"ls": "--", "lw": 1.0} if methods[method] else {"ls": "-", "lw": 2.0}
             (handles[method],) = axes.plot(*zip(*best), **line, **style)
-        axes.axvline(original.cache_bytes, color="black", lw=0.6)
+        whole = axes.axvline(panel.original.cache_bytes, color="black", lw=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        name = original.texts[n] if original.texts else ""
-        title, y = f"{original.source}, {name}: {original.loss[n]:.3f} nats", "loss above the original's, nats"
-        describe(axes, "cache, bytes per token", f"{y} (at least {LEAST:g})", title, legend=False)
-    figure.legend(handles.values(), handles, **NOTE, loc="outside lower center", ncols=5)
+        y = f"loss above the original's, nats (at least {LEAST:g})"
+        describe(axes, "cache, bytes per token", y, panel.title, legend=False)
+    in_order = sorted(handles, key=list(methods).index)
+    lines, names = [*(handles[m] for m in in_order), whole], [*in_order, "the original's cache, 16 bits"]
+    figure.legend(lines, names, **NOTE, loc="outside lower center", ncols=min(5, 3 * len(shown)))
     save(figure, path)
 
 
 @dataclass(frozen=True)
 class MethodPicture(Job[None]):
-    """Draw what the comparison of methods has measured."""
+    """Draw the results of the comparison of methods."""
 
     name = "methods-picture"
 
-    results: Annotated[Path, Option("JSON lines, as `mqa_hf.eval.methods --output` writes them.")]
+    results: Annotated[Sequence[Path], Option("JSON lines, as `mqa_hf.eval.methods --output` writes them.")]
+    _: KW_ONLY
     picture: Annotated[Path, Option("PNG or SVG to write.")]
+    texts: Annotated[Sequence[str], Option("Texts to show. Default: all.", comma=True)] = ()
+    without: Annotated[str | None, Option("Regular expression of methods to leave out.")] = None
 
     def resolve(self) -> "MethodPicture":
+        """Itself; raises MQAError for a picture that cannot be drawn."""
         check_new(None, self.picture)
+        try:
+            re.compile(self.without or "")
+        except re.error as error:
+            raise MQAError(f"`without` {self.without!r} is no regular expression: {error}") from error
         return self
 
     def run(self) -> None:
-        draw(read(self.results), self.resolve().picture)
+        job = self.resolve()
+        draw([read(path) for path in job.results], job.picture, job.texts, job.without)
 
     def show(self, result: None, console: Console) -> None:
-        console.print(f"{self.picture} is drawn")
+        console.print(f"wrote {self.picture}")
 
 
 if __name__ == "__main__":

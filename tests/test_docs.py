@@ -114,11 +114,27 @@ def test_the_commands_of_a_page_run(workspace, name):
             continue
         output = "converted" if command == "evaluate" else f"output-{number}"
         names = {"ORIGINAL": "original", "DIRECTORY_OR_ID": "original", "CONVERTED": "converted", "OUTPUT": output}
+        if name == "../README.md":
+            names = {"SOURCE": "original", "CONVERTED": "fitted", "LATENT": "latent", "TRAINED": "trained"}
         if {"--calibration-columns", "--attention"} & set(words):
             names["DIRECTORY_OR_ID"] = "translator"
         if command == "benchmark":
             names["llama-2-7b"] = "original"
-        run([command, *(names.get(word, word) for word in words), *SIZES.get(command, "").split()])
+        sizes = [*SIZES.get(command, "").split(), *(["--latent", "32"] if "latent" in words else [])]
+        run([command, *(names.get(word, word) for word in words), *sizes])
+
+
+def test_the_python_of_the_readme_runs(workspace):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (DOCS.parent / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for old, new in {
+        '"SOURCE"': '"original"',
+        'calibration="text.jsonl"': 'calibration="text.jsonl", calibration_tokens=1024, sequence_length=32',
+        ", trust_remote_code=True": "",  # the package is imported here
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, {})
+    assert Path("CONVERTED/config.json").is_file()
 
 
 def test_the_page_of_families_is_that_of_the_table():

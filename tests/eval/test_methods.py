@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from mqa_hf.eval.latent_kernels import LatentKernelTiming, Size, record
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
 from mqa_hf.eval.methods_picture import MethodPicture, read
 from mqa_hf.eval.peers.common import mean_loss
+from mqa_hf.eval.vllm_times import VLLMTiming
 
 
 def test_every_method_is_measured(tmp_path):
@@ -47,8 +49,15 @@ def test_every_method_is_measured(tmp_path):
     assert rows["shared + refit, 1 head 2 wide"].cache_bytes == rows["mean, 2 head(s)"].cache_bytes
     assert rows["shared + refit, cache of 2 heads"].cache_bytes <= rows["mean, 2 head(s)"].cache_bytes
     drawn = (tmp_path / "methods.png").read_bytes()
-    MethodPicture(tmp_path / "results.jsonl", tmp_path / "again.png").run()
+    MethodPicture([tmp_path / "results.jsonl"], picture=tmp_path / "again.png").run()
     assert drawn == (tmp_path / "again.png").read_bytes()
+    both = [tmp_path / "results.jsonl"] * 2
+    MethodPicture(both, picture=tmp_path / "two.png", texts=["text"], without="first|random").run()
+    assert (tmp_path / "two.png").read_bytes() != drawn
+    with pytest.raises(MQAError, match="no results on `texts` prose"):
+        MethodPicture(both, picture=tmp_path / "two.png", texts=["prose"]).run()
+    with pytest.raises(MQAError, match="is no regular expression"):
+        MethodPicture(both, picture=tmp_path / "two.png", without="(").run()
     job = MethodComparison(source, calibration=str(text), validation=[str(text)], sequence_length=32, peers=True)
     console = Console(width=120, record=True, file=io.StringIO())
     job.show(records, console)
@@ -82,7 +91,7 @@ def test_a_file_of_something_else_is_not_drawn(tmp_path):
     for text, said in (("", "its first line is not the original's"), ("[]", "line 1 is no object"), ("{", "line 1")):
         lines.write_text(text)
         with pytest.raises(MQAError, match=said):
-            MethodPicture(lines, tmp_path / "picture.png").run()
+            MethodPicture([lines], picture=tmp_path / "picture.png").run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
@@ -97,6 +106,23 @@ def test_the_kernel_is_timed_on_a_gpu_only():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs here")
+def test_what_vllm_cannot_time_is_said(tmp_path):
+    with pytest.raises(MQAError, match="is no decoder-only model"):
+        VLLMTiming("t5-large").resolve()
+    with pytest.raises(MQAError, match="`kv_heads` 5 must divide the 32"):
+        VLLMTiming("llama-2-7b", kv_heads=5).resolve()
+    with pytest.raises(MQAError, match="`cells` takes pairs"):
+        VLLMTiming("llama-2-7b", cells=["1"]).resolve()
+    with pytest.raises(MQAError, match="no class that vLLM knows"):
+        VLLMTiming("pythia-6.9b", kv_heads=1).resolve()
+    if find_spec("vllm") is None:
+        with pytest.raises(MQAError, match="this needs vLLM"):
+            VLLMTiming("llama-2-7b").run()
+        return
+    [record] = VLLMTiming(save(make_model("llama", LLAMA), tmp_path / "llama"), cells=["1x8"], tokens=2).run()
+    assert record.time_per_token_ms > 0
+
+
 def test_the_kernel_of_latents_is_timed_on_a_gpu_only():
     with pytest.raises(MQAError, match="the kernel needs a CUDA device"):
         LatentKernelTiming().run()

@@ -1,4 +1,4 @@
-"""Print the page of supported families, made from the table and from the configurations that the tests cover:
+"""Print the page of supported families, made from the family table and the tested configurations:
 
 python tests/helpers/family_page.py > docs/families.md
 """
@@ -26,16 +26,17 @@ from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
 
 HEAD = """# Families
 
-Made from the family table by `python tests/helpers/family_page.py`; a test holds this page to it.
+`python tests/helpers/family_page.py` makes this page from the family table; a test checks that it is current.
 
-Converted with all its heads, each family gives the logits of its own class in float32, for every configuration that is
-listed; pooled with the mean, those of its own class with its heads overwritten by their mean. Largest differences:
-[exactness.md](exactness.md). What a family needs is refused otherwise, by name. Quantised checkpoints are refused, and
-so is any switch of `config.json` that the table does not know (`--ignore-switch NAME` where it has no effect).
+Converted with all its heads, each family gives the logits of its own class in float32, for every listed configuration.
+Pooled with the mean, it gives those of its own class with its heads overwritten by their mean.
+[exactness.md](exactness.md) has the largest differences. The column *needs* lists required values; other values are
+refused, by name. Quantised checkpoints are refused, and so is any unknown switch in `config.json`
+(`--ignore-switch NAME` accepts one without effect).
 """
-OWN_CLASS = """The canonical model has no form for these; `--target native` pools their key and value projections and
-copies the rest. Each is tested as the families are: the mean rule, and its own heads byte for byte."""
-OTHERS = "Every other causal or sequence-to-sequence model type of transformers 5.17 to 5.24, and why."
+OWN_CLASS = """The canonical model cannot express these. `--target native` pools their key and value projections and
+copies the rest. Each is tested like the families: the mean rule, and its own heads byte for byte."""
+OTHERS = "All other causal or sequence-to-sequence model types of transformers 5.17 to 5.24, with the reason."
 COLUMNS = (
     "family",
     "official checkpoints, for example",
@@ -64,7 +65,7 @@ def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
         if family.native is not None and native == "none" and isinstance(config, MQAConfig):
             pooled = copy.deepcopy(config)
             pooled.num_key_value_heads = 1
-            with suppress(MQAError):  # this configuration has no native home
+            with suppress(MQAError):  # no class of transformers fits this configuration
                 target = family.native(source, pooled).model_type
                 native = "same class" if target == name else f"`{target}`"
     return (
@@ -77,7 +78,7 @@ def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
 
 
 def grouped(reasons: dict[str, str]) -> str:
-    """A line for each reason, with the model types it holds for."""
+    """A line for each reason, with its model types."""
     types: dict[str, list[str]] = {}
     for model_type, reason in sorted(reasons.items()):
         types.setdefault(reason, []).append(model_type)

@@ -1,9 +1,9 @@
-"""Print, for every family and configuration that the tests cover, the largest logit differences in float32:
+"""Print the largest logit differences in float32 for every tested family and configuration:
 
     python tests/helpers/family_table.py
 
-`exact`: converted with all heads, against the source. `mean`: pooled to one head, against the source's class with its
-heads overwritten by their mean.
+`exact`: converted with all heads, compared with the source. `mean`: pooled to one head, compared with the source's
+class with its heads overwritten by their mean.
 """
 
 import os
@@ -46,8 +46,8 @@ def measure(model_type, what, model, auto, difference, overwrite, options) -> No
         heads = inspect(source)["num_key_value_heads"]
         differences = []
         for kv_heads in (heads, 1):
-            # The attention that is right in every version: transformers 5.17's UMT5 loses its bias with sdpa, and
-            # Falcon's eager attention adds ALiBi twice.
+            # Correct in every version: transformers 5.17's UMT5 loses its bias with sdpa, and Falcon's eager
+            # attention adds ALiBi twice.
             implementation = "eager" if options else None
             theirs = auto.from_pretrained(source, attn_implementation=implementation).eval()
             if kv_heads != heads:
