@@ -16,7 +16,10 @@ from .evaluation_record import CheckpointResult, EvaluationRecord
 
 NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
 OWN_ENGINE = "mqa-hf"
+FEW = 20  # documents; intervals over fewer are often too narrow
 Cell = tuple[int, int]  # batch and context
+# Of what was written: a metric, what it is called, how a value is said, and 1 where less is better, else -1.
+QUALITIES = (("bleu", "BLEU", "BLEU {:.1f}", -1), ("word_error_rate", "word errors", "{:.1%} word errors", 1))
 
 
 class ConversionSummary(Record):
@@ -55,6 +58,31 @@ class Timing:
     def compared(self) -> bool:
         """Whether it says how long a step of a checkpoint takes."""
         return self.record.error is None and self.name is not None and self.record.engine == OWN_ENGINE
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The number that checkpoints are compared by.
+
+    Attributes:
+        values: by checkpoint, the number and the ends of its interval.
+        title: what it is.
+        sign: 1 where less is better, else -1.
+        form: of a value in a sentence.
+    """
+
+    values: dict[str, tuple[float, float, float]]
+    title: str
+    sign: int
+    form: str
+
+    @property
+    def logarithmic(self) -> bool:
+        """Whether it is drawn on a logarithmic axis, as losses are."""
+        return self.title.startswith("held-out")
+
+    def said(self, name: str) -> str:
+        return self.form.format(self.values[name][0])
 
 
 @dataclass(frozen=True)
@@ -103,16 +131,14 @@ class Results:
         found = {name: measured.get(self.timed_as.get(name, name)) for name in self.names}
         return {name: time for name, time in found.items() if time is not None}
 
-    def quality(self) -> tuple[dict[str, tuple[float, float, float]], str, int]:
-        """The number that checkpoints are compared by, with its interval; what it is; 1 where less is better, else -1.
-
-        BLEU with beams where there are translations, word errors where there are transcripts, else the loss.
-        """
+    def quality(self) -> Quality:
+        """BLEU with beams where there are translations, word errors where there are transcripts, else the loss."""
         first = self.checkpoints[0]
-        kind, name, title, sign = "next_token", "loss", "held-out loss, nats a token", 1
-        for metric, said, better in (("bleu", "BLEU", -1), ("word_error_rate", "word errors", 1)):
+        kind, name, form, better = "next_token", "loss", "{:.3f} nats per token", 1
+        title = "held-out loss, nats per token"
+        for metric, said, as_text, sign in QUALITIES:
             if getattr(first.beam, metric, None) is not None:
-                kind, name, sign = "beam", metric, better
+                kind, name, form, better = "beam", metric, as_text, sign
                 title = f"{said}, beam {self.evaluation.settings.beams}"
         found = {}
         for checkpoint in self.checkpoints:
@@ -122,7 +148,31 @@ class Results:
                 raise MQAError(f"{checkpoint.name} has no {title}, which {first.name} has; evaluate them together")
             low, high = getattr(numbers, f"{name}_interval") or (value, value)
             found[checkpoint.name] = (value, min(low, value), max(high, value))
-        return found, title, sign
+        return Quality(found, title, better, form)
+
+    def warnings(self) -> list[str]:
+        """Sentences about confidence intervals that rest on few documents or texts, or that are missing."""
+        said = []
+        next_token = [c.next_token for c in self.checkpoints]
+        documents, over = min(found.documents for found in next_token), next_token[0].intervals_over
+        if any(found.loss_interval is None for found in next_token):
+            said.append(f"There are no confidence intervals for the losses, since they rest on {counted(documents)}.")
+        elif documents < FEW:
+            said.append(f"The confidence intervals of the losses rest on only {counted(documents)}.")
+            if over != "documents":
+                said.append(f"They are computed over {over}, and {over} of one document are not independent.")
+        texts = {
+            "generated texts": [c.writing.texts for c in self.checkpoints if c.writing],
+            "scored texts": [part.texts for c in self.checkpoints for part in (c.greedy, c.beam) if part],
+        }
+        for what, counts in texts.items():
+            if 0 < min(counts, default=0) < FEW:
+                said.append(f"The confidence intervals of {what} rest on only {counted(min(counts), 'text')}.")
+        return said
+
+
+def counted(number: int, what: str = "document") -> str:
+    return f"{number:,} {what}" + "s" * (number != 1)
 
 
 def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Results:

@@ -19,7 +19,8 @@ from mqa_hf.base.files import read_json, write_whole
 from .evaluation_record import CheckpointResult
 from .report import PAGE
 from .report_charts import PICTURES, draw_pictures
-from .report_data import Results
+from .report_data import FEW, Results
+from .report_series import COLOURS
 from .report_table import Table, table_of
 
 CONTENT = "report.json"
@@ -92,16 +93,16 @@ def content_of(results: Results) -> dict[str, Any]:
 
 
 def commands_of(results: Results) -> dict[str, str]:
-    """The commands that made the results, by what they made."""
-    commands: dict[str, str | None] = {"evaluation": results.evaluation.command}
+    """The commands that made the results, by what they do."""
+    commands: dict[str, str | None] = {"Evaluate": results.evaluation.command}
     for name in results.names:
         converted = results.conversions[name].command if name in results.conversions else None
         if converted not in commands.values():  # a trained checkpoint has that of its student
-            commands[name if name not in results.trainings else f"{name}, conversion"] = converted
+            commands[f"Convert {name}"] = converted
         if name in results.trainings:
-            commands[name] = results.trainings[name].command
+            commands[f"Uptrain {name}"] = results.trainings[name].command
     timed = dict.fromkeys(t.record.command for t in results.timings if t.record.command)
-    commands |= {"benchmark" + f" {i}" * bool(i): command for i, command in enumerate(timed)}
+    commands |= {f"Benchmark {i}" if len(timed) > 1 else "Benchmark": line for i, line in enumerate(timed, 1)}
     return {name: command for name, command in commands.items() if command}
 
 
@@ -111,16 +112,20 @@ def render(results: Results, table: Table, output: Path, title: str | None) -> s
     template = environment.from_string(files("mqa_hf.eval").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     others = dict.fromkeys(results.timed_as.values())
     return template.render(
-        title=title or f"{results.names[0]} and what was made of it",
-        head=table.head,
-        rows=table.rows,
+        title=title or f"{results.names[0]} and its converted checkpoints",
+        table=table,
+        series=COLOURS,
         pictures=draw_pictures(results, output),
         evaluation=results.evaluation,
         settings=results.evaluation.settings,
+        next_token=results.checkpoints[0].next_token,
+        warnings=results.warnings(),
+        few=FEW,
+        translated=results.checkpoints[0].greedy is not None,
         samples=[(found.name, found.samples) for found in results.checkpoints],
         commands=commands_of(results),
         device=", ".join(sorted({timing.record.device for timing in results.timings})),
-        timed_as=[(" and ".join(n for n, o in results.timed_as.items() if o == other), other) for other in others],
+        timed_as=[([n for n, o in results.timed_as.items() if o == other], other) for other in others],
         copied=table.tabbed(),
         # No tag, nor a comment, which a browser would read a script within to the end of the page.
         data=json.dumps(content_of(results), indent=1, ensure_ascii=False).replace("<", "\\u003c"),
@@ -159,7 +164,8 @@ def add_to_card(path: Path, found: CheckpointResult, results: Results, table: Ta
     over = found.next_token.intervals_over
     lines += [
         "",
-        f"Held-out text: {text}; in brackets, 95% intervals over {over}, and costs beside the original's.",
+        f"Held-out text: {text}. In brackets: 95% intervals over {over}, and costs compared with the original's.",
+        *results.warnings(),
         "",
     ]
     for picture in CARD_PICTURES:

@@ -1,24 +1,30 @@
-"""The table of a report: a row for each checkpoint, quality first, then costs beside the original's."""
+"""The table of a report: a row for each checkpoint, quality first, then costs, compared with the original's."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from .evaluation_record import CheckpointResult
-from .report_charts import colour_of
 from .report_data import Results
+from .report_series import Series, series_of
 
 DECIDING = 2  # columns of quality before those of cost; the others come after
+WIDEST = 7  # columns of a table on the page: as many as fit on paper
 # Heading, part of a checkpoint's results, name in it, form
 NEXT_TOKEN = (
-    ("loss, nats a token", "next_token", "loss", ".3f"),
-    ("above the original", "next_token", "loss_above_original", "+.3f"),
+    ("loss, nats per token", "next_token", "loss", ".3f"),
+    ("loss above the original's", "next_token", "loss_above_original", "+.3f"),
     ("perplexity", "next_token", "perplexity", ".2f"),
-    ("bits a byte", "next_token", "bits_per_byte", ".3f"),
-    ("KL to the original", "next_token", "kl", ".3f"),
+    ("bits per byte", "next_token", "bits_per_byte", ".3f"),
+    ("KL to the original, nats", "next_token", "kl", ".3f"),
     ("same first choice", "next_token", "same_first_choice", ".1%"),
 )
-TRANSLATED = (("bleu", "BLEU", ".1f"), ("bleu_above_original", "above the original", "+.1f"), ("chrf", "chrF", ".1f"))
+TRANSLATED = (
+    ("bleu", "BLEU", ".1f"),
+    ("bleu_above_original", "BLEU above the original's", "+.1f"),
+    ("chrf", "chrF", ".1f"),
+)
 TRANSCRIBED = (("word_error_rate", "word errors", ".1%"),)
 CONTINUED = (
     ("tokens before it differs", "writing", "agreeing_tokens", ".1f"),
@@ -28,28 +34,68 @@ CONTINUED = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of the table: a number, and what stands below it: its interval, or how much less than the original's."""
+    """A cell of the table.
+
+    Attributes:
+        value: the number as text.
+        interval: what stands below it: its interval, or how it compares with the original's.
+        number: what the cell is sorted by; `None` where there is nothing to compare.
+    """
 
     value: str = ""
     interval: str = ""
+    number: float | None = None
 
     def __str__(self) -> str:
         return f"{self.value} ({self.interval})" if self.interval else self.value
+
+    @property
+    def sorted_by(self) -> str:
+        """The number as JavaScript reads it; "" for none, which is sorted last."""
+        if self.number is None or math.isnan(self.number):
+            return ""
+        return repr(self.number) if math.isfinite(self.number) else f"{'-' * (self.number < 0)}Infinity"
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
-    colour: str
+    series: Series
     cells: list[Entry]
 
 
 @dataclass(frozen=True)
+class Part:
+    """Columns of the table that are shown together, with a heading of their own."""
+
+    title: str
+    columns: range
+
+
+@dataclass(frozen=True)
 class Table:
-    """The headings of all columns but that of names, and the rows."""
+    """The headings of all columns but that of names, the rows, and where groups of columns begin.
+
+    Attributes:
+        head: the headings.
+        rows: one for each checkpoint.
+        groups: headings of groups of columns, and how many each has.
+    """
 
     head: list[str]
     rows: list[Row]
+    groups: list[tuple[str, int]]
+
+    def parts(self) -> list[Part]:
+        """Each group, divided where it is too wide for paper."""
+        found, begin = [], 0
+        for title, count in self.groups:
+            pieces = math.ceil(count / WIDEST)
+            ends = [begin + count * i // pieces for i in range(pieces + 1)] if count else []
+            for piece, (first, last) in enumerate(itertools.pairwise(ends), 1):
+                found.append(Part(title if pieces == 1 else f"{title}, {piece} of {pieces}", range(first, last)))
+            begin += count
+        return found
 
     def tabbed(self) -> str:
         """As text with tabs, to copy into a spreadsheet."""
@@ -93,8 +139,14 @@ def table_of(results: Results) -> Table:
     times = {cell: results.step_times(cell) for cell in dict.fromkeys(cells[:1] + cells[-1:])}
     head = [title for title, *_ in columns]
     head[DECIDING:DECIDING] = [
-        "cache, bytes a token",
-        *(f"ms a step, batch {batch}, context {context:,}" for batch, context in times),
+        "cache, bytes per token",
+        *(f"ms per step, batch {batch:,}, context {context:,}" for batch, context in times),
+    ]
+    main = min(DECIDING, len(columns)) + 1 + len(times)
+    groups = [
+        ("Quality and cost", main),
+        ("More measures of quality", len(head) - main),
+        ("lm-eval tasks", len(tasks)),
     ]
     head += [f"{task}, {metric.removesuffix(',none')}" for task, metric in tasks]
     rows = []
@@ -113,15 +165,15 @@ def table_of(results: Results) -> Table:
         ]
         scores = found.tasks.results if found.tasks else {}
         entries += [entry(scores.get(task, {}).get(metric), None, ".3f") for task, metric in tasks]
-        rows.append(Row(found.name, colour_of(results, found.name), entries))
-    return Table(head, rows)
+        rows.append(Row(found.name, series_of(results, found.name), entries))
+    return Table(head, rows, groups)
 
 
 def cache_entry(found: CheckpointResult, first: CheckpointResult) -> Entry:
-    """Bytes of a token in the cache, beside the original's, and the latent that it is."""
-    size = beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "less", "more")
+    """Cache bytes per token, compared with the original's, and the latent that it is."""
+    size = beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "smaller", "larger")
     said = [*filter(None, (size.interval, found.latent.name if found.latent else ""))]
-    return Entry(size.value, "; ".join(said))
+    return Entry(size.value, "; ".join(said), size.number)
 
 
 def measured(found: CheckpointResult, part: str, name: str, form: str) -> Entry:
@@ -135,14 +187,14 @@ def entry(value: float | None, interval: Any, form: str) -> Entry:
     if value is None or not isinstance(value, int | float):
         return Entry()
     ends = [format(x, form) for x in interval or () if math.isfinite(x)]
-    return Entry(format(value, form), " to ".join(ends) if len(ends) == 2 else "")
+    return Entry(format(value, form), " to ".join(ends) if len(ends) == 2 else "", float(value))
 
 
 def beside_original(value: float | None, original: float | None, form: str, less: str, more: str) -> Entry:
-    """A cost, and how many times `less` or `more` than the original's it is."""
+    """A cost, and how many times `less` or `more` it is than the original's: "2.7× faster"."""
     if value is None:
         return Entry()
     share = 1.0 if original is None or not value else original / value
     times, said = (share, less) if share >= 1 else (1 / share, more)
-    small = f"{times:.0f} × {said}" if times >= 10 else f"{times:.2g} × {said}"
-    return Entry(format(value, form), small if times > 1.05 else "")
+    small = f"{times:.0f}× {said}" if times >= 10 else f"{times:.2g}× {said}"
+    return Entry(format(value, form), small if times > 1.05 else "", float(value))

@@ -66,8 +66,8 @@ def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path, monkeypatch):
     assert [c["name"] for c in found] == ["original", "mean", "shared", "wide", "trained"]
     assert [c["kv_bytes_per_token"] for c in found] == [4096, 512, 512, 1024, 512]
     page = (tmp_path / "demo" / "report" / "index.html").read_text()
-    assert all(f">{c['name']}</td>" in page for c in found)
-    assert "mean and trained: those of shared, which has the same shape" in page  # timed once for all
+    assert all(f"</span> {c['name']}</th>" in page for c in found)
+    assert "Times of mean and trained are those of shared, which has the same shape." in page  # timed once for all
     for c in found:
         assert f"{c['name']} writes" in result.output
     assert str((tmp_path / "demo" / "report" / "index.html").resolve()) in result.output

@@ -72,13 +72,14 @@ def test_the_page_holds_the_numbers_and_nothing_from_elsewhere(measured, tmp_pat
     found = json.loads((measured / "evaluation" / "evaluation.json").read_text())["checkpoints"]
     for checkpoint in found:
         for name, form in (("loss", ".3f"), ("kl", ".3f"), ("perplexity", ".2f")):
-            assert f"<td>{format(checkpoint['next_token'][name], form)}" in page
+            value = checkpoint["next_token"][name]
+            assert f'<td data-value="{float(value)!r}">{format(value, form)}' in page
         low, high = checkpoint["next_token"]["loss_interval"]
         assert f"<small>{low:.3f} to {high:.3f}</small>" in page
     times = [json.loads(line) for line in (measured / "times.jsonl").read_text().splitlines()]
-    assert {f"<td>{r['time_per_token_ms']:.2f}<" in page for r in times if (r["batch"], r["context"]) == (1, 16)} == {
-        True
-    }
+    shown = [r["time_per_token_ms"] for r in times if (r["batch"], r["context"]) == (1, 16)]
+    assert shown
+    assert all(f'<td data-value="{time!r}">{time:.2f}<' in page for time in shown)
     assert not re.search(r"(src|href)=\"(?!#)", page.replace("xlink:", ""))
     assert "&lt;b&gt;mean" in page
     assert "<b>mean" not in page.replace("&lt;b&gt;mean", "").split('<script type="application/json"')[0]
@@ -148,7 +149,7 @@ def test_a_checkpoint_with_latents_is_evaluated_timed_and_shown(measured, tmp_pa
     labels = ["original", "latents, rebuilt keys", "latents, expanded keys"]
     assert [timing.label for timing in results.timings] == labels
     page = report(tmp_path / "evaluation", benchmark=[times], output=tmp_path / "report").read_text()
-    assert "6.4 × less; latent 32 at 4 bits, keys 16" in page
+    assert "6.4× smaller; latent 32 at 4 bits, keys 16" in page
 
 
 def test_checkpoints_of_the_hub_are_known_by_their_ids(measured, tmp_path):
@@ -294,9 +295,15 @@ def test_translations_are_compared_by_bleu_of_which_more_is_better():
         {"name": name, "beam": {"bleu": bleu, "bleu_interval": [bleu - 1, bleu + 2]}}
         for name, bleu in (("original", 30.0), ("mean", 10.0), ("shared", 28.0), ("wide", 27.0))
     )
-    values, title, sign = found.quality()
-    assert (values["mean"], title, sign) == ((10.0, 9.0, 12.0), "BLEU, beam 4", -1)
-    (axes,) = trade(found, {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}, "bytes").axes
+    quality = found.quality()
+    assert (quality.values["mean"], quality.title, quality.sign) == ((10.0, 9.0, 12.0), "BLEU, beam 4", -1)
+    costs = {"original": 8.0, "mean": 1.0, "shared": 2.0, "wide": 3.0}
+    chart = trade(found, costs, "bytes", "{:.0f} bytes".format)
+    assert chart.finding == (
+        "original: BLEU 30.0 at 8 bytes. The best of the 3 checkpoints that cost less is shared: BLEU 28.0 at 2 "
+        "bytes, 4.0 times less. On the Pareto front: original, mean, shared."
+    )
+    (axes,) = chart.figure.axes
     line = axes.lines[0]
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 8], [10, 28, 30])  # not the wide one
 
@@ -311,13 +318,18 @@ def test_layers_of_each_stack_are_lines_of_their_own():
         "mean": {"layers": encoder + decoder},
         "all": {"layers": [{**layer, **part} for layer in encoder + decoder]},
     }
-    (axes,) = layer_errors(results([{"name": "mean"}, {"name": "all"}], **known)).axes
-    drawn = {line.get_label(): len(line.get_xdata()) for line in axes.lines}
-    names = ("keys", "values", "keys, cross-attention", "values, cross-attention")
-    assert drawn == {f"{name}: {title}": 2 for name in ("mean", "all") for title in names} | {
-        "all: keys, encoder": 3,
-        "all: values, encoder": 3,
+    chart = layer_errors(results([{"name": "mean"}, {"name": "all"}], **known))
+    drawn = {
+        (axes.get_title(loc="left"), line.get_label()): len(line.get_xdata())
+        for axes in chart.figure.axes
+        for line in axes.lines
     }
+    titles = ("keys", "values", "keys, cross-attention", "values, cross-attention")
+    assert drawn == {(f"Error of {title}", name): 2 for name in ("mean", "all") for title in titles} | {
+        ("Error of keys, encoder", "all"): 3,
+        ("Error of values, encoder", "all"): 3,
+    }
+    assert "Mean error of keys, encoder: 0.50 (all)." in chart.finding
 
 
 def test_what_is_no_report_is_left_alone(measured, tmp_path):
@@ -360,4 +372,6 @@ def test_an_evaluation_of_an_older_layout_is_shown(measured, tmp_path):
     said["checkpoints"][0]["next_token"]["bits_per_byte"] = float("inf")
     (tmp_path / "evaluation.json").write_text(json.dumps(said))
     page = report(tmp_path, output=tmp_path / "report").read_text()
-    assert f"<td>{said['checkpoints'][1]['next_token']['kl']:.3f}</td>" in page
+    kl = said["checkpoints"][1]["next_token"]["kl"]
+    assert f'<td data-value="{kl!r}">{kl:.3f}</td>' in page
+    assert '<td data-value="Infinity">inf</td>' in page
