@@ -167,7 +167,8 @@ def measured_device(device: str | torch.device = "cuda") -> Device:
     bandwidth = 2 * size / fastest(lambda: torch.mul(a, 1.5, out=b), device)
     rate = 2 * side**3 / fastest(lambda: x @ y, device)
     if not on_gpu:
-        return Device(f"{processor()}, {torch.get_num_threads()} threads", 0.0, bandwidth, rate)
+        threads = torch.get_num_threads()
+        return Device(f"{processor()}, {threads} thread{'s' if threads > 1 else ''}", 0.0, bandwidth, rate)
     return Device(
         torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory, bandwidth, rate
     )
