@@ -71,9 +71,7 @@ class Demo(Job[Path]):
 
     output: Annotated[Path, Option("Directory for all results.")] = Path("demo")
     _: KW_ONLY
-    overwrite: Annotated[
-        bool, Option("Rerun changed steps and the steps that need them.", recorded="never")
-    ] = False
+    overwrite: Annotated[bool, Option("Rerun changed steps and the steps that need them.", recorded="never")] = False
     open: Annotated[bool, Option("Open the report in a browser.", recorded="never")] = False
 
     def run(self) -> Path:

@@ -64,9 +64,7 @@ class Text(Options, panel="Held-out text"):
     ] = None
     columns: Annotated[
         Sequence[str],
-        Option(
-            "Column with the text (default: text) or chats; two for encoder-decoder models: en,de.", comma=True
-        ),
+        Option("Column with the text (default: text) or chats; two for encoder-decoder models: en,de.", comma=True),
     ] = ()
     tokens: Annotated[int, Option("Maximum number of tokens to predict.", min=1)] = 131_072
     seed: Annotated[int, Option("Seed for choosing documents.", min=0, below=2**64)] = 0

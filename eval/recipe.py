@@ -53,9 +53,7 @@ class Recipe(Job[Path]):
 
     file: Annotated[Path, Option("YAML file with source, output, convert and further steps.")]
     _: KW_ONLY
-    overwrite: Annotated[
-        bool, Option("Rerun changed steps and the steps after them.", recorded="never")
-    ] = False
+    overwrite: Annotated[bool, Option("Rerun changed steps and the steps after them.", recorded="never")] = False
 
     def run(self) -> Path:
         output, steps = read_recipe(self.file)
@@ -117,9 +115,7 @@ def check_keys(path: Path, recipe: Any) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise MQAError(f"{path}: version must be a whole number such as {VERSION}; got {version!r}")
     if version > VERSION:
-        raise MQAError(
-            f"{path} has version {version}, and this mqa-hf reads up to {VERSION}; update mqa-hf to run it"
-        )
+        raise MQAError(f"{path} has version {version}, and this mqa-hf reads up to {VERSION}; update mqa-hf to run it")
     for name in ("source", "output"):
         if not isinstance(recipe[name], str) or not recipe[name]:
             raise MQAError(f"{path}: {name} must be a string, in quotes if need be; got {recipe[name]!r}")

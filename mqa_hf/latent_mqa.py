@@ -3,10 +3,10 @@
 B batch, T tokens, S tokens attended to, H query heads, G heads that the latent replaces, D head width of which R
 components are rotated, Dv value head width, d hidden size, r latent width, W key width, C = W / 2
 
-A latent c = Z x + z [r] is computed before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each
-with a rotary frequency f, shared by all query heads. Head a combines them with factors, k_aj = Σ_{i: f_i = j} b_ai κ_i,
-which commute with the rotation. Unrotated components and values are linear maps of c per head. Attention is computed in
-one of two ways, with the same result:
+A latent c = Z x + z [r] is computed before rotation. Keys are rebuilt from it as C complex components κ = U c + b,
+each with a rotary frequency f, shared by all query heads. Head a combines them with factors that commute with the
+rotation, k_aj = Σ_{i: f_i = j} b_ai κ_i. Unrotated components and values are linear maps of c per head. Attention is
+computed in one of two ways, with the same result:
 
 - per head: rebuild keys and values of the G heads. This takes the fewest operations if many tokens attend at once;
 - absorbed: map each query to the W components and to the latent, and attend to (R_t κ, c) as one key, c as its value.

@@ -598,8 +598,8 @@ def test_numbers_that_are_none_survive_the_file(places, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"text": None, "columns": ["text"]}, "`columns` are of `text`, which is missing"),
-        ({"limit": 3}, "are about `tasks`, which are missing"),
+        ({"text": None, "columns": ["text"]}, "`columns` needs `text`"),
+        ({"limit": 3}, "`include_path` and `limit` need `tasks`"),
         ({"window": 8, "stride": 9}, "`window` must be at least as long as `stride`; got 8 and 9"),
         ({"tokens": float("nan")}, "`tokens` must be a whole number at least 1; got nan"),
         ({"columns": ["en", "de"]}, "`columns` en,de: a decoder-only model reads one column"),
@@ -621,4 +621,4 @@ def test_ctrl_c_says_how_to_go_on(places, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*words, "--text", str(places / "text.jsonl"), "--window", "16"])
     assert result.exit_code == 130
     said = " ".join(result.stderr.split())
-    assert f"The results so far are kept in {tmp_path / 'out'}; the same command goes on." in said
+    assert f"Results so far are kept in {tmp_path / 'out'}; run the same command to continue." in said

@@ -248,14 +248,14 @@ def test_a_plan_of_latents_says_where_they_buy_room_and_not_time():
     assert rebuilt.speedup > 1
     assert rebuilt.expected_ms > original.expected_ms == original.floor_ms
     head, line = few.notes
-    assert head == "Where attention to a latent computes at 40% of the matrix rate, as kernels do:"
+    assert head == "Expected time of a decode step, with attention to a latent at 40% of the matrix rate:"
     rows = f"({rebuilt.largest_batch:,} rows rather than {original.largest_batch:,})"
     assert line == (
         f"- latent 256, keys 512: {rebuilt.expected_ms:.2f} ms with rebuilt keys or {expanded.expected_ms:.2f} ms "
-        f"with expanded keys, and {original.expected_ms:.2f} ms of the original; with rebuilt keys it buys room "
-        f"{rows}, not time"
+        f"with expanded keys, compared with {original.expected_ms:.2f} ms for the original; with rebuilt keys "
+        f"it saves memory {rows}, not time"
     )
-    assert "room" not in more.notes[1]
+    assert "saves memory" not in more.notes[1]
 
 
 def test_latents_stand_beside_heads_unless_either_is_asked_for(tmp_path: Path):
@@ -305,12 +305,12 @@ def test_heads_that_are_planned_divide_those_of_both_caches(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latents": [49]}, "`latents` 49 is more than the 48 numbers that hold all keys and values of a token"),
+        ({"latents": [49]}, "`latents` must be at most 48, the width of all keys and values of a token; got 49"),
         ({"latents": [40], "latent_bits": [8]}, "`latents` must be multiples of 32 with `latent_bits` 8; got 40"),
         ({"latent_bits": [5]}, "`latent_bits` must be a list, each one of 16, 8, 4"),
         ({"key_widths": [7]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 7"),
         ({"key_widths": [50]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 50"),
-        ({"latents": [16], "target": "native"}, "latents are for `target` mqa: transformers' classes have heads"),
+        ({"latents": [16], "target": "native"}, "latents need `target` mqa: transformers' classes have key/value"),
     ],
     ids=str,
 )
@@ -321,7 +321,7 @@ def test_latents_that_cannot_be_are_said(tmp_path: Path, options, message):
 
 
 def test_a_width_of_keys_is_refused_where_none_are_rebuilt():
-    with pytest.raises(MQAError, match="`key_widths` are of rotary positions"):
+    with pytest.raises(MQAError, match="`key_widths` needs rotary positions"):
         plan("gpt2", key_widths=[16])
 
 
