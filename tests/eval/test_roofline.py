@@ -126,7 +126,7 @@ def test_a_checkpoint_without_keys_and_values_has_no_plan(tmp_path: Path):
     source = save(make_model("llama", LLAMA), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
-    with pytest.raises(MQAError, match="has no layer with keys and values"):
+    with pytest.raises(MQAError, match="has no layers with keys and values"):
         plan(source)
     for nothing in (5, None, "a" * 5000):
         with pytest.raises(MQAError):
@@ -379,8 +379,8 @@ def test_the_command_plans_what_convert_takes(tmp_path: Path):
         assert [r["kv_heads"][:4] for r in json.loads(result.output)["choices"]] == ["orig", "1"]
     for arguments, message in (
         ([qwen3, "--target", "mqa"], "converted in its own class only: .*; use --target native"),
-        ([qwen3, "--widths", "2"], "--widths is for --target mqa"),
-        ([llama, "--target", "native", "--widths", "1,2"], "--widths is for --target mqa"),
+        ([qwen3, "--widths", "2"], "--widths needs --target mqa"),
+        ([llama, "--target", "native", "--widths", "1,2"], "--widths needs --target mqa"),
         ([qwen3, "--kv-heads", "3"], "--kv-heads 3 does not divide the source's 4"),
         ([bloom, "--target", "native"], "no class of transformers holds a bloom"),
         ([llama, "--target", "vllm"], "--target must be one of mqa, native"),

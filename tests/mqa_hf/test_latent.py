@@ -237,7 +237,7 @@ def test_configurations_that_cannot_be(fields, message):
 
 def test_what_a_cache_of_latents_refuses():
     config, one = make().config, {"rows": 1, "capacity": 4, "device": "cpu"}
-    with pytest.raises(ValueError, match="cannot be cached in float8.*kv_latent_bits=16"):
+    with pytest.raises(ValueError, match=r"cannot be cached in float8.*kv_latent_bits=16"):
         DecodeCache(config, dtype=torch.float8_e4m3fn, **one)
     with pytest.raises(ValueError, match="keys must be one of rebuilt, expanded, got 'kept'"):
         DecodeCache(config, dtype=torch.float64, keys="kept", **one)
