@@ -1,15 +1,15 @@
-"""What one attention of a layer has to read and compute, counted from a configuration.
+"""What one attention of a layer reads and computes, counted from a configuration.
 
-    d hidden size, H query heads, G key/value heads, D and Dv widths of a key and a value head, r width of a latent,
-    W key components that are rebuilt from it, P components of a key head that are not rotated and read from it
+    d hidden size, H query heads, G key/value heads, D and Dv widths of a key and a value head, r latent width,
+    W key width, P components of a key head that are not rotated and computed from the latent
 
-Of a cached token and each row, in multiplications with as many additions:
+For each cached token and row, in multiplications, with as many additions:
 
     heads                 | G (D + Dv) numbers        | H (D + Dv)
     latent, rebuilt keys  | r numbers at `bits`       | r W + H (W + r), and H r where P > 0
     latent, expanded keys | W + r numbers             | H (W + r), and H r where P > 0
 
-Where nothing is rotated W is 0, and there is one way to keep a latent.
+Without rotation W is 0, and there is only one way to cache a latent.
 """
 
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from typing import Literal
 
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 
-Keys = Literal["rebuilt", "expanded"]  # in each step from a latent, or once and stored beside it
+Keys = Literal["rebuilt", "expanded"]  # at each step, or once and cached beside the latent
 
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """Sizes of an attention by the letters above; r is 0 where there are heads.
+    """Sizes of an attention, named as above; r is 0 for heads.
 
     Attributes:
-        cross: whether it attends to an encoder's output, of which keys and values are computed once and not in a step.
+        cross: whether it attends to an encoder's output, whose keys and values are computed once and not in a step.
         rebuilt: W.
         plain: P.
-        bits: of a stored number of the latent.
+        bits: per stored number of the latent.
     """
 
     d: int
@@ -44,7 +44,7 @@ class AttentionSizes:
 
     @property
     def projections(self) -> int:
-        """Weights that make keys and values, or the latent."""
+        """Weights that compute keys and values, or the latent."""
         return self.d * (self.r or self.G * (self.D + self.Dv))
 
     @property
@@ -57,11 +57,11 @@ class AttentionSizes:
 
     @property
     def repeated(self) -> int:
-        """Products with maps of a latent beyond one a weight, where query heads share the map of a key/value head."""
+        """Multiplications beyond one per weight, where query heads share the latent's map of a key/value head."""
         return (self.H - self.G) * (self.plain + self.Dv) * self.r if self.r else 0
 
     def products(self, keys: Keys) -> int:
-        """Multiplications of a row with a cached token."""
+        """Multiplications per row and cached token."""
         if not self.r:
             return self.H * (self.D + self.Dv)
         absorbed = self.H * self.r if self.plain else 0
@@ -69,7 +69,7 @@ class AttentionSizes:
         return rebuilding + self.H * (self.rebuilt + self.r) + absorbed
 
     def bytes(self, keys: Keys, itemsize: int) -> int:
-        """Of a cached token, where numbers of the model take `itemsize`. Of latents nothing is kept in float8."""
+        """Bytes of a cached token, with `itemsize` bytes per number of the model. Latents are never kept in float8."""
         if not self.r:
             return self.G * (self.D + self.Dv) * itemsize
         itemsize = max(itemsize, 2)
@@ -98,7 +98,7 @@ def own_attention(config: MQAConfig, layer: int) -> AttentionSizes:
 
 
 def cross_attention(config: MQAConfig, layer: int) -> AttentionSizes | None:
-    """That to an encoder's output, where there is one."""
+    """The cross-attention of a layer, if there is one."""
     G, d, H = config.cross_num_key_value_heads, config.hidden_size, config.num_attention_heads
     if not G:
         return None
@@ -115,7 +115,7 @@ def cross_attention(config: MQAConfig, layer: int) -> AttentionSizes | None:
 
 
 def kv_bytes(config: MQAConfig, keys: Keys = "rebuilt", itemsize: int = 2) -> tuple[int, int]:
-    """Bytes of a cached token in all layers, none sliding, and of a token of an encoder's output."""
+    """Bytes of a cached token in all layers, as if none were sliding, and of a token of an encoder's output."""
     layers = range(config.num_hidden_layers)
     cross = [found for i in layers if (found := cross_attention(config, i)) is not None]
     own = sum(own_attention(config, i).bytes(keys, itemsize) for i in layers)
@@ -123,6 +123,6 @@ def kv_bytes(config: MQAConfig, keys: Keys = "rebuilt", itemsize: int = 2) -> tu
 
 
 def rebuilds(config: MQAConfig) -> bool:
-    """Whether keys are rebuilt from a latent, so that there are two ways to keep them."""
+    """Whether keys are rebuilt from a latent, which can then be cached in two ways."""
     layers = range(config.num_hidden_layers)
     return config.kv_latent_dim is not None and any(of_layer(config.qk_head_dim, i) for i in layers)

@@ -1,4 +1,4 @@
-"""`mqa-hf benchmark`: how fast decoding is, through the door that people use."""
+"""`mqa-hf benchmark`: measure decoding speed through `generate()`."""
 
 import os
 import re
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 ENGINES = ("mqa-hf", "dynamic", "static")
 ORIGINAL = "original"
 AUTO = "auto"
-LIMIT = 2**31  # of sizes
-WARMUP = 8  # tokens that are written before those that are timed
+LIMIT = 2**31  # sizes must be below
+WARMUP = 8  # tokens generated before the timed ones
 
 
 class Cell(NamedTuple):
-    """What is timed of a model: `batch` rows with `context` positions in the cache, or read by an encoder."""
+    """One timed workload: `batch` rows with `context` positions in the cache or as the encoder's input."""
 
     batch: int
     context: int
@@ -34,27 +34,27 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
-    """Time decoding: the original, grouped, multi-query and with latents, this package's loop beside transformers'.
+    """Time decoding with the original's heads, fewer heads or latents, in this package's loop and in transformers'.
 
     Returns:
-        A record of each cell; names of its fields say their units.
+        One record per cell; field names carry their units.
 
     Raises:
-        MQAError: for a shape that is neither a name nor a checkpoint, and for what cannot be timed of it.
+        MQAError: if a shape is neither a known name nor a checkpoint, or cannot be timed as asked.
     """
 
     name = "benchmark"
 
-    shapes: Annotated[Sequence[str | os.PathLike[str]], Option("Published shapes by name, directories or hub ids.")]
+    shapes: Annotated[Sequence[str | os.PathLike[str]], Option("Names of published shapes, directories or Hub ids.")]
     _: KW_ONLY
     kv_heads: Annotated[
-        Sequence[str | int], Option("Key/value heads to time; `original`: the source's own.", comma=True)
+        Sequence[str | int], Option("Numbers of key/value heads to time; `original` is the source's.", comma=True)
     ] = (ORIGINAL, "1")
     latents: Annotated[
         Sequence[int] | None,
         Option(
-            "Numbers of a latent to time, one for all heads. Default: none; with `key_widths` or `latent_bits` those "
-            "of a key and a value of one head.",
+            "Latent widths to time. Default: no latents; with `key_widths` or `latent_bits`, the width of one head's "
+            "key and value together.",
             min=1,
             comma=True,
         ),
@@ -62,8 +62,8 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
     keys: Annotated[
         Sequence[str],
         Option(
-            "How this package's loop has the keys of a latent: rebuilt in each step; expanded: kept beside it; auto: "
-            "the faster way that fits.",
+            "Keys of latents in this package's loop: rebuilt at each step, expanded (cached beside the latents), or "
+            "auto (the faster of the two that fits in memory).",
             choices=(AUTO, "rebuilt", "expanded"),
             comma=True,
         ),
@@ -71,8 +71,8 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
     engines: Annotated[
         Sequence[str] | None,
         Option(
-            "mqa-hf; dynamic and static are transformers' loops. Default: mqa-hf,dynamic; dynamic for types that run "
-            "in their own class only.",
+            "mqa-hf, or transformers' loop with a dynamic or static cache. Default: mqa-hf,dynamic; dynamic alone for "
+            "model types that run only in their own class.",
             choices=ENGINES,
             comma=True,
         ),
@@ -80,37 +80,37 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
     batch: Annotated[Sequence[int], Option("Rows decoded at once.", min=1, below=LIMIT, comma=True)] = (1,)
     context: Annotated[
         Sequence[int],
-        Option("Positions in the cache, or tokens of the source.", min=1, below=LIMIT, comma=True),
+        Option("Positions in the cache, or source tokens.", min=1, below=LIMIT, comma=True),
     ] = (512,)
-    cells: Annotated[Sequence[str] | None, Option("In place of both: pairs such as 1x512,16x4096.", comma=True)] = None
-    beams: Annotated[Sequence[int], Option("Beams, of encoder-decoder shapes.", min=1, below=LIMIT, comma=True)] = (1,)
-    tokens: Annotated[int, Option("Tokens that are timed.", min=2, below=LIMIT)] = 48
+    cells: Annotated[Sequence[str] | None, Option("Pairs instead of both, such as 1x512,16x4096.", comma=True)] = None
+    beams: Annotated[Sequence[int], Option("Beams (encoder-decoder).", min=1, below=LIMIT, comma=True)] = (1,)
+    tokens: Annotated[int, Option("Tokens to time.", min=2, below=LIMIT)] = 48
     dtype: Annotated[str | None, Option("Default: bfloat16 on a GPU, float32 on a CPU.", choices=NUMBER_TYPES)] = None
-    device: Annotated[str | None, Option("Default: cuda where there is one.")] = None
-    window: Annotated[int | None, Option("Positions that self-attention sees. Default: all.", min=2, below=LIMIT)] = (
-        None
-    )
-    largest_batch: Annotated[bool, Option("Time the largest batch that fits at each context, too.")] = False
+    device: Annotated[str | None, Option("Default: cuda if available, else cpu.")] = None
+    window: Annotated[
+        int | None, Option("Sliding window of self-attention, in positions. Default: none.", min=2, below=LIMIT)
+    ] = None
+    largest_batch: Annotated[bool, Option("Also time the largest batch that fits at each context.")] = False
     prefill_limit: Annotated[
-        int, Option("Largest batch times context of which the first token is timed; 0: of none.", min=0)
+        int, Option("Time the prefill up to this product of batch and context; 0: never.", min=0)
     ] = 32768
-    rounds: Annotated[int | None, Option("Turns that the models take. Default: 3 on a CPU, 1 on a GPU.", min=1)] = None
-    output: Annotated[Path | str | None, Option("File that gets one JSON line per cell.")] = None
-    plots: Annotated[Path | str | None, Option("Directory for pictures.")] = None
+    rounds: Annotated[int | None, Option("Rounds over all models. Default: 3 on a CPU, 1 on a GPU.", min=1)] = None
+    output: Annotated[Path | str | None, Option("File to append one JSON line per cell to.")] = None
+    plots: Annotated[Path | str | None, Option("Directory for plots.")] = None
 
     @property
     def head_counts(self) -> list[int | None]:
-        """Key/value heads to time; `None`: as many as the source has."""
+        """Numbers of key/value heads to time; `None` is the source's."""
         found: list[int | None] = []
         for text in map(str, self.kv_heads):
             if text != ORIGINAL and not re.fullmatch("[1-9][0-9]{0,8}", text, re.ASCII):
-                raise MQAError(f"`kv_heads` takes positive whole numbers and {ORIGINAL}, got {text!r}")
+                raise MQAError(f"`kv_heads` takes positive whole numbers or {ORIGINAL}, got {text!r}")
             found.append(None if text == ORIGINAL else int(text))
         return list(dict.fromkeys(found))
 
     @property
     def asks_latents(self) -> bool:
-        """Whether latents are asked for, beside those of the shapes."""
+        """Whether latents are requested besides those of the shapes."""
         return any(given is not None for given in (self.latents, self.key_widths, self.latent_bits))
 
     @property
@@ -126,7 +126,7 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
         return sorted({cell.context for cell in self.workload})
 
     def resolve(self) -> "Benchmark":
-        """With device, number type and rounds; raises MQAError for what cannot be timed here."""
+        """Fill in device, number type and rounds; raise MQAError for what cannot be timed here."""
         import torch
 
         from mqa_hf.base.devices import check_device
@@ -137,7 +137,7 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
 
         for name in ("shapes", "kv_heads", "keys", "engines", "batch", "context", "cells", "beams"):
             if getattr(self, name) == ():
-                raise MQAError(f"`{name}` is empty; there is nothing to time")
+                raise MQAError(f"`{name}` is empty; give at least one value")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise MQAError(f"`device` {device}: PyTorch sees no CUDA device; use `device` cpu")
@@ -150,10 +150,10 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
             dtype=self.dtype or ("float32" if cpu else "bfloat16"),
             rounds=self.rounds or (3 if cpu else 1),
         )
-        unique_names([str(shape) for shape in job.shapes])  # what tables call them
+        unique_names([str(shape) for shape in job.shapes])  # the names in tables
         output = None if self.output is None else Path(self.output)
         if output is not None and (output.is_dir() or not output.parent.is_dir()):
-            raise MQAError(f"`output` {output} cannot be written: it is a directory, or lies in none")
+            raise MQAError(f"`output` {output} must be a file in an existing directory")
         if output is not None:
             BenchmarkRecord.check_appendable(output)
         if self.plots is not None and not can_draw():
@@ -170,15 +170,15 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
     def show(self, result: list["BenchmarkRecord"], console: "Console") -> None:
         from .timing_table import timing_table
 
-        console.width = max(console.width, 250)  # the table takes what it needs
+        console.width = max(console.width, 250)  # wide enough for the table
         console.print(timing_table(result, self.window))
 
     def interrupted(self) -> str:
-        return "" if self.output is None else f"{self.output} has a line of each cell that was timed"
+        return "" if self.output is None else f"{self.output} has one line for each cell timed so far"
 
 
 def pair(text: str) -> tuple[int, int]:
-    """Batch and context of a cell; raises MQAError where the text is none."""
+    """Parse batch and context, such as 1x512; raise MQAError for anything else."""
     found = re.fullmatch("([0-9]{1,10})x([0-9]{1,10})", text, re.ASCII)
     sizes = tuple(map(int, found.groups())) if found else ()
     if len(sizes) != 2 or not all(0 < size < LIMIT for size in sizes):

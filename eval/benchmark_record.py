@@ -1,4 +1,4 @@
-"""What `mqa-hf benchmark` has measured: a file of lines, each one record as JSON."""
+"""Results of `mqa-hf benchmark`: a file with one JSON record per line."""
 
 import json
 from pathlib import Path
@@ -14,24 +14,24 @@ Size = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class BenchmarkRecord(Record):
-    """One cell: a model, an engine, a batch and a context, and how long a step took or why there is none.
+    """One cell: a model, an engine, a batch and a context, with the time of a step or an error.
 
     Attributes:
-        shape: as it was given.
-        original: whether the model has as many key/value heads as the shape.
+        shape: as given.
+        original: whether the model has the shape's number of key/value heads.
         model, engine, kv_heads, batch, context, beams: what was timed; `context` positions are in the cache.
-        latent: of a model that has one in place of heads; `kv_heads` is then missing.
-        keys: whether its keys were rebuilt in each step, or kept; missing where none are rebuilt.
-        source: of an encoder-decoder model, tokens that were read; `context` then counts those in the mean step.
+        latent: the latent, if the model has one; `kv_heads` is then missing.
+        keys: whether its keys were rebuilt at each step or cached; missing if none are rebuilt.
+        source: source tokens of an encoder-decoder model; `context` then counts the cached tokens of the mean step.
         largest_batch: whether the batch is the largest that fits.
-        error: why nothing was measured. All times are then missing.
-        time_per_token_ms: of a step of all rows, the median; with the tenths that are below and above.
-        bytes_per_step, floor_ms: what the step reads, and the least time for that.
-        floor_share, bandwidth_share: the least time, and the time of a copy of these bytes, as shares of the median.
-        warmup_sec: what the first steps took longer.
-        encoder_sec, total_sec: of an encoder-decoder model, the encoder alone, and all tokens with it.
-        copy_bandwidth, matmul_rate: of the device, as measured: bytes, and operations, per second.
-        command: that measured it.
+        error: why nothing was measured; all times are then missing.
+        time_per_token_ms: median time of a step of all rows, with the 10th and 90th percentiles.
+        bytes_per_step, floor_ms: bytes that a step reads, and its minimum time.
+        floor_share, bandwidth_share: the minimum time, and the time to copy these bytes, as shares of the median.
+        warmup_sec: extra time of the first steps.
+        encoder_sec, total_sec: for an encoder-decoder model, the encoder alone, and all tokens including it.
+        copy_bandwidth, matmul_rate: measured on the device: bytes and operations per second.
+        command: the command that measured it.
     """
 
     file = "benchmark.jsonl"
@@ -82,7 +82,7 @@ class BenchmarkRecord(Record):
         return self
 
     def append(self, path: Path) -> None:
-        """Add it to a file; raises MQAError where that cannot be written."""
+        """Append the record to a file; raise MQAError if it cannot be written."""
         line = json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
         try:
             with path.open("a", encoding="utf-8") as lines:
@@ -92,7 +92,7 @@ class BenchmarkRecord(Record):
 
     @classmethod
     def check_appendable(cls, path: Path) -> None:
-        """Raises MQAError where a file has something else in it, by its first line."""
+        """Raise MQAError if a file's first line is not a record."""
         if not path.is_file():
             return
         try:
@@ -101,28 +101,28 @@ class BenchmarkRecord(Record):
             if first:
                 cls.of_line(path, number, first)
         except (OSError, ValueError, MQAError) as error:
-            raise MQAError(f"`output` would be appended to a file of something else; give another: {error}") from error
+            raise MQAError(f"`output` must be a new file or one with records; give another: {error}") from error
 
     @classmethod
     def of_line(cls, path: Path, number: int, line: str) -> "BenchmarkRecord":
-        """The record in a line of a file; raises MQAError where it is none."""
-        where = f"{path} holds no results of mqa-hf benchmark: line {number}"
+        """Read the record in a line of a file; raise MQAError if it is invalid."""
+        where = f"{path} is not a result file of mqa-hf benchmark: line {number}"
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise MQAError(f"{where}: {error}") from error
         if not isinstance(content, dict):
-            raise MQAError(f"{where} is no object with fields")
+            raise MQAError(f"{where} is not an object with fields")
         return cls.of(content, f"{path}, line {number},")
 
     @classmethod
     def read_lines(cls, path: Path) -> list["BenchmarkRecord"]:
-        """All records of a file.
+        """Read all records of a file.
 
         Raises:
-            MQAError: with the line and its fields, where one is no such record, and for a file without any.
+            MQAError: if a line is not a record, naming its fields, or the file is empty.
         """
-        what = f"{path} holds no results of mqa-hf benchmark"
+        what = f"{path} is not a result file of mqa-hf benchmark"
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The loss of checkpoints by position, in texts longer than those that heads were fitted on:
+"""The loss of checkpoints by position, in texts longer than the calibration text's rows:
 
 python -m mqa_hf.eval.by_position ORIGINAL CONVERTED --text validation.jsonl.xz --length 8192 --device cuda
 """
@@ -13,7 +13,7 @@ from mqa_hf.base.options import Job, Option
 if TYPE_CHECKING:
     from rich.console import Console
 
-FIRST = 512  # positions of the first part; each of the others is as long as all before it
+FIRST = 512  # positions of the first part; each further part is as long as all parts before it
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class LossByPosition(Job[dict[str, list[float]]]):
 
     name = "by-position"
 
-    checkpoints: Annotated[Sequence[Path], Option("Directories, that of the original first.")]
+    checkpoints: Annotated[Sequence[Path], Option("Directories, the original first.")]
     _: KW_ONLY
-    text: Annotated[str, Option("Text to measure on.")]
-    length: Annotated[int, Option("Tokens of a row.", min=2)] = 8192
+    text: Annotated[str, Option("Held-out text.")]
+    length: Annotated[int, Option("Tokens per row.", min=2)] = 8192
     tokens: Annotated[int, Option("Tokens to measure on.", min=2)] = 262_144
     device: Annotated[str, Option("A PyTorch device.")] = "cpu"
 
     def resolve(self) -> "LossByPosition":
-        """Itself; raises MQAError for a device that is not there, and for rows longer than a model's positions."""
+        """Return the job; raise MQAError for an unavailable device, or rows longer than a model's positions."""
         from mqa_hf.base.devices import check_device
         from mqa_hf.base.errors import MQAError
         from mqa_hf.conversion.source import load_config
@@ -44,7 +44,9 @@ class LossByPosition(Job[dict[str, list[float]]]):
             config = load_config(checkpoint).get_text_config(decoder=True)
             most = getattr(config, "max_position_embeddings", None)  # some have no limit
             if most is not None and self.length > most:
-                raise MQAError(f"`length` {self.length:,} is more than the {most:,} positions of {checkpoint}")
+                raise MQAError(
+                    f"`length` must be at most {most:,}, the positions of {checkpoint}, got {self.length:,}"
+                )
         return self
 
     def run(self) -> dict[str, list[float]]:
@@ -71,15 +73,15 @@ class LossByPosition(Job[dict[str, list[float]]]):
         return found
 
     def parts(self) -> list[tuple[int, int]]:
-        """The positions that are taken together."""
-        ends, last = [FIRST], self.length - 1  # the last token says nothing of a next one
+        """Ranges of positions whose losses are averaged."""
+        ends, last = [FIRST], self.length - 1  # the last token has no next token
         while ends[-1] < last:
             ends.append(2 * ends[-1])
         ends[-1] = last
         return list(zip([0, *ends], ends))
 
     def show(self, result: dict[str, list[float]], console: "Console") -> None:
-        """A table: the losses of the first, and by how much the others' are above them."""
+        """Print a table of the first checkpoint's losses, and the differences of the others from it."""
         from rich.table import Table
 
         table = Table(title=f"loss in nats by position, rows of {self.length:,} tokens", title_justify="left")

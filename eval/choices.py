@@ -1,4 +1,4 @@
-"""The choices of heads, widths and latents that there are for a model, and what a decoding step of each costs."""
+"""Choices of heads, widths and latents for a model, and the cost of a decode step with each."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -21,25 +21,24 @@ from .plan import MEASURED, Planning
 from .roofline import StepCost, largest_batch, measured_device, prefill_ratio, step_cost, weights_of
 from .shapes import Config, OwnShape, Weights, read_shape
 
-KV_HEADS = (1, 2, 4, 8)  # that are compared where none are asked for
+KV_HEADS = (1, 2, 4, 8)  # compared by default
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
-# The share of a data sheet's matrix rate that attention to latents reaches: 34 to 49% on an H200 (docs/speed.md).
+# Fraction of the data sheet's matrix rate that attention to latents reaches: 34 to 49% on an H200 (docs/speed.md).
 ATTAINED = 0.4
 
 
 class Choice(BaseModel):
-    """What a decoding step costs with some heads of some width, or a latent; [`StepCost`] has the first four numbers.
+    """The cost of a decode step with some key/value heads or a latent; weight and cache costs are of [`StepCost`].
 
     Attributes:
-        kv_heads: what is chosen, in words.
-        latent: the latent in words; `None` where there are heads.
-        keys: whether keys are rebuilt from it in each step, or stored beside it; `None` where there are none to
-            rebuild.
-        cache_limit: what takes longer of the cache, to read it or to compute with it.
-        expected_ms: the same time where attention to latents computes at [`ATTAINED`] of the matrix rate.
-        speedup: over the original, at the same batch; `largest_batch_speedup` at the largest that fits each. Of the
-            least times.
-        largest_batch: rows that fit into the device's memory; 0 where that is not known.
+        kv_heads: the choice, in words.
+        latent: the latent, in words; `None` with heads.
+        keys: whether keys are rebuilt from the latent at each step or cached beside it; `None` if no keys are rebuilt.
+        cache_limit: whether reading the cache (`"bytes"`) or computing with it (`"operations"`) takes longer.
+        expected_ms: `floor_ms` with attention to latents at [`ATTAINED`] of the matrix rate.
+        speedup: over the original at the same batch, from `floor_ms`; `largest_batch_speedup` at the largest batch
+            that fits each.
+        largest_batch: rows that fit into the device's memory; 0 if its size is unknown.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,7 +65,7 @@ class Choice(BaseModel):
 
 
 class DecodingPlan(BaseModel):
-    """The device, the choices that there are, the original first, and what to know of latents among them."""
+    """The device, the choices with the original first, and notes on the latents among them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -76,16 +75,16 @@ class DecodingPlan(BaseModel):
 
 
 def make_plan(job: Planning) -> DecodingPlan:
-    """Do the job."""
+    """Make the plan that the job asks for."""
     original, config = read_shape(str(job.shape))
     if job.target == "mqa":
-        family_of(original.model_type)  # an error where it has its own class only
+        family_of(original.model_type)  # raises if the type keeps its own class
     native = job.target == "native" or isinstance(config, OwnShape)
     widths = job.widths if job.widths is not None else (1,) if native else (1, 2)
     if native and set(widths) != {1}:
-        raise MQAError("`widths` is for `target` mqa: the heads of transformers' classes have the source's width")
+        raise MQAError("`widths` needs `target` mqa: heads in transformers' classes keep the source's width")
     if native and job.asks_latents:
-        raise MQAError("latents are for `target` mqa: transformers' classes have heads")
+        raise MQAError("latents need `target` mqa: transformers' classes have key/value heads")
     attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
     kv_heads = job.kv_heads
     if kv_heads is None:
@@ -112,16 +111,16 @@ def make_plan(job: Planning) -> DecodingPlan:
 
 
 def planned_latents(config: Config, job: Planning) -> dict[str, tuple[MQAConfig, Weights]]:
-    """Decoders with latents and their weights by name."""
+    """Make decoders with the requested latents, and their weights, by name."""
     every = latent_models(config, job.latents, job.key_widths, job.latent_bits)
     return {name: (decoder_of(c), weights_of(decoder_of(c))) for name, c in every.items()}
 
 
 def usual_latent(config: Config, job: Planning) -> dict[str, tuple[MQAConfig, Weights]]:
-    """The one that stands beside heads where nothing is asked for; none where it would save nothing."""
+    """Make the latent that is compared by default; none if it would save nothing."""
     try:
         found = planned_latents(config, job)
-    except MQAError:  # heads that were fitted, or latents already
+    except MQAError:  # fitted heads, or already latents
         return {}
     most = decoder_of(config).kv_bytes_per_token
     return {name: model for name, model in found.items() if model[0].kv_bytes_per_token < most}
@@ -130,7 +129,7 @@ def usual_latent(config: Config, job: Planning) -> dict[str, tuple[MQAConfig, We
 def canonical_models(
     config: Config, kv_heads: Sequence[int], widths: Sequence[int]
 ) -> dict[str, tuple[MQAConfig, Weights]]:
-    """Decoders and their weights by name: the original, then every number of heads at every width."""
+    """Make decoders and their weights by name: the original, then every number of heads at every width."""
     decoder = decoder_of(config)
     original = decoder.num_key_value_heads
     found = {f"original ({original_words(decoder)})": decoder}
@@ -139,7 +138,7 @@ def canonical_models(
             raise MQAError(f"`kv_heads` {heads} must divide the {original} key/value heads of the source")
         for width in widths:
             if heads * width >= original:
-                continue  # as large as the original
+                continue  # no smaller than the original
             changed = decoder_of(with_heads(config, heads, choose_attentions(config, None))).to_dict()
             for name in WIDTHS:
                 value = changed[name]
@@ -149,7 +148,7 @@ def canonical_models(
 
 
 def own_models(shape: OwnShape, kv_heads: Sequence[int]) -> dict[str, tuple[MQAConfig, Weights]]:
-    """The same of a model in its own class: as it is, then with every number of heads."""
+    """Same for a model in its own class: the original, then every number of heads."""
     original = shape.config.num_key_value_heads
     fewer = {f"{heads}": shape.with_heads(heads) for heads in kv_heads if heads != original}
     models = {f"original ({original})": shape, **fewer}
@@ -157,7 +156,7 @@ def own_models(shape: OwnShape, kv_heads: Sequence[int]) -> dict[str, tuple[MQAC
 
 
 def original_words(decoder: MQAConfig) -> str:
-    """How many heads it has, or which latent."""
+    """Name the number of heads, or the latent."""
     known = latents_of(decoder).values()
     return ", ".join(latent.in_words() for latent in known) or str(decoder.num_key_value_heads)
 
@@ -170,9 +169,9 @@ def compare(
     source: int = 0,
     itemsize: int = 2,
 ) -> list[Choice]:
-    """What a step of each model costs; the first one is what the others are compared with.
+    """Compute the cost of a decode step of each model, compared with the first.
 
-    A model whose keys are rebuilt from latents is there twice: as it is, and with the keys stored beside.
+    A model whose keys are rebuilt from latents appears twice: with rebuilt keys and with expanded (cached) keys.
     """
     found: list[Choice] = []
     for name, (decoder, weights) in models.items():
@@ -216,26 +215,26 @@ def compare(
 
 
 def expected(cost: StepCost, device: Device) -> float:
-    """Seconds of a step whose attention to the cache computes at [`ATTAINED`] of the matrix rate."""
+    """Seconds of a step with attention to the cache at [`ATTAINED`] of the matrix rate."""
     weights, (reading, computing) = cost.parts(device)
     return max(weights) + max(reading, computing / ATTAINED)
 
 
 def notes_of(choices: Sequence[Choice]) -> Iterator[str]:
-    """Of each latent, how fast it will be beside the original, and where it brings room but no time."""
+    """Say how fast each latent will be compared with the original, and where it saves memory but no time."""
     first = choices[0]
     names = dict.fromkeys(choice.latent for choice in choices if choice.latent not in (None, first.latent))
     if names:
-        yield f"Where attention to a latent computes at {ATTAINED:.0%} of the matrix rate, as kernels do:"
+        yield f"Expected time of a decode step, with attention to a latent at {ATTAINED:.0%} of the matrix rate:"
     for name in names:
         ways = [choice for choice in choices if choice.latent == name]
         times = [f"{c.expected_ms:.2f} ms" + (f" with {c.keys} keys" if c.keys else "") for c in ways]
-        said = f"- {name}: {' or '.join(times)}, and {first.expected_ms:.2f} ms of the original"
+        said = f"- {name}: {' or '.join(times)}, compared with {first.expected_ms:.2f} ms for the original"
         slow = [c for c in ways if c.expected_ms > first.expected_ms]
         if slow:
             which = f"with {slow[0].keys} keys it" if len(slow) < len(ways) else "it"
             room = (
                 f" ({slow[0].largest_batch:,} rows rather than {first.largest_batch:,})" if first.largest_batch else ""
             )
-            said += f"; {which} buys room{room}, not time"
+            said += f"; {which} saves memory{room}, not time"
         yield said

@@ -1,9 +1,8 @@
-"""What is timed: models with random weights and caches with random numbers, since speed depends on neither.
+"""The models that are timed, with random weights and random cache contents, because speed depends on neither.
 
 Engines are `mqa-hf` (this package's loop), `dynamic` (transformers' loop with its growing cache) and `static`
-(transformers' loop with a static cache, compiled), the last two with the class of transformers that can hold the
-model, or with ours where there is none. Types that are converted in their own class only are timed in that class, with
-transformers' loops.
+(transformers' loop with a static cache, compiled). The last two run a class of transformers that can hold the model,
+or else this package's class. Model types that keep their own class are timed in it, with transformers' loops.
 """
 
 from collections.abc import Sequence
@@ -38,14 +37,14 @@ class Contender:
     """A model to time.
 
     Attributes:
-        shape: as it was given.
-        original: whether it has as many key/value heads as the shape.
+        shape: as given.
+        original: whether it has the shape's number of key/value heads.
         engine: one of [`ENGINES`].
-        kv_heads: key/value heads; 1 where there is a latent.
-        config: of this package; of a model in its own class only its attention.
-        run_config: of the class that the engine runs.
-        weights: of a model in its own class.
-        keys: how this package's loop keeps those of a latent, as `model.decoding.keys`.
+        kv_heads: key/value heads; 1 with a latent.
+        config: this package's configuration; for a model in its own class, only its attention.
+        run_config: the configuration of the class that the engine runs.
+        weights: weights of a model in its own class.
+        keys: keys of latents in this package's loop, as `model.decoding.keys`.
     """
 
     shape: str
@@ -59,12 +58,12 @@ class Contender:
 
     @property
     def latent(self) -> Latent | None:
-        """Of the decoder's self-attention, or of its cross-attention alone."""
+        """Latent of the decoder's self-attention, or of its cross-attention if only that has one."""
         return next(iter(latents_of(self.config).values()), None)
 
     @property
     def rebuilds(self) -> bool:
-        """Whether there are keys of a latent to rebuild."""
+        """Whether keys are rebuilt from a latent."""
         return rebuilds(decoder_of(self.config))
 
     @property
@@ -74,28 +73,28 @@ class Contender:
         return f"{type(self.run_config).__name__.removesuffix('Config')}, {cached}{keys}, {self.engine}"
 
     def cost(self, batch: int, context: int, source: int = 0, itemsize: int = 2, keys: Keys | None = None) -> StepCost:
-        """What a step reads and computes; `keys`: how those of a latent were kept."""
+        """What a step reads and computes, with keys of latents kept as in `keys`."""
         config, way = self.cached(keys)
         return step_cost(config, batch, context, source, itemsize, self.weights, way)
 
     def largest_batch(self, context: int, memory: float, itemsize: int) -> int:
-        """Rows whose cache fits into the memory, in the way that takes least of it."""
+        """Rows whose cache fits into memory, with the smallest way to keep keys."""
         config, way = self.cached(None)
         return largest_batch(config, context, memory, 0, itemsize, self.weights, way)
 
     def cached(self, keys: Keys | None) -> tuple[MQAConfig, Keys]:
-        """The decoder, with latents as the engine stores them, and how it keeps their keys."""
+        """The decoder with latents as the engine stores them, and how the engine keeps their keys."""
         config = decoder_of(self.config)
-        if self.engine != "mqa-hf":  # caches of transformers hold numbers of the model's type, and all keys
+        if self.engine != "mqa-hf":  # transformers' caches hold the model's type, and all keys
             return with_fields(config, kv_latent_bits=16), "expanded"
         return config, keys or ("expanded" if self.keys == "expanded" else "rebuilt")
 
 
 def contenders_of(job: Benchmark) -> list[Contender]:
-    """All models of a benchmark.
+    """Make all models of a benchmark.
 
     Raises:
-        MQAError: where a shape is none, or cannot be timed as asked.
+        MQAError: if a shape is invalid, or cannot be timed as asked.
     """
     found: list[Contender] = []
     ways = tuple(dict.fromkeys(job.keys))
@@ -114,29 +113,29 @@ def contenders_of(job: Benchmark) -> list[Contender]:
             every = latent_models(config, job.latents, job.key_widths, job.latent_bits)
             engines = job.engines or ["mqa-hf", "dynamic"]
             ours += [Contender(shape, False, engine, 1, c, c) for c in every.values() for engine in engines]
-        # With a window all run our class; transformers' would not have it.
+        # With a window all engines run this package's class; transformers' would ignore it.
         ours = ours if job.window is None else [replace(c, run_config=c.config) for c in ours]
         for c in ours:
             found += [replace(c, keys=way) for way in ways] if c.rebuilds and c.engine == "mqa-hf" else [c]
     if ways != (AUTO,) and not any(c.rebuilds and c.engine == "mqa-hf" for c in found):
-        raise MQAError("`keys` is about latents from which this package's loop rebuilds keys; there are none here")
+        raise MQAError("`keys` needs latents whose keys this package's loop rebuilds; leave it out")
     return found
 
 
 def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
-    """Raises MQAError for what cannot be timed of a shape."""
+    """Raise MQAError for what cannot be timed of a shape."""
     several = isinstance(config, MQASeq2SeqConfig)
     if max(job.beams) > 1 and not several:
-        raise MQAError(f"`beams` is for encoder-decoder shapes; tokens of a beam search are not streamed ({shape})")
+        raise MQAError(f"`beams` needs encoder-decoder shapes, because beam search does not stream tokens ({shape})")
     if job.largest_batch and (several or torch.device(job.device or "cpu").type == "cpu"):
-        raise MQAError(f"`largest_batch` is for decoder-only shapes on a GPU ({shape}, {job.device})")
+        raise MQAError(f"`largest_batch` needs decoder-only shapes on a GPU ({shape}, {job.device})")
     if job.asks_latents and isinstance(config, OwnShape):
-        raise MQAError(f"latents are for models in this package's class; {shape} runs in its own")
+        raise MQAError(f"latents need a model in this package's class; {shape} keeps its own")
     if job.window is not None and isinstance(config, OwnShape):
-        raise MQAError(f"`window` is for models in this package's class; {shape} runs in its own")
+        raise MQAError(f"`window` needs a model in this package's class; {shape} keeps its own")
     if isinstance(config, MQASeq2SeqConfig):
         if config.num_mel_bins is not None:
-            raise MQAError(f"{shape} reads speech, which is not timed; `mqa-hf plan` says what it can gain")
+            raise MQAError(f"{shape} is a speech model, which cannot be timed; use `mqa-hf plan`")
         check_positions(shape, config.encoder, job.contexts[-1], f"`context` {job.contexts[-1]}")
         check_positions(shape, config.decoder, job.tokens, f"`tokens` {job.tokens}")
     elif isinstance(config, MQAConfig):
@@ -146,7 +145,7 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
 
 
 def check_positions(shape: str, config: MQAConfig, needed: int, said: str) -> None:
-    """Raises MQAError where a stack has not as many learned positions as are needed."""
+    """Raise MQAError if a stack has too few learned positions."""
     if config.position_embedding == "learned" and needed > config.max_position_embeddings:
         raise MQAError(f"{shape} has {config.max_position_embeddings:,} positions; {said} need {needed:,}")
 
@@ -158,7 +157,7 @@ def contenders(
     kv_heads: Sequence[int | None],
     engines: Sequence[str],
 ) -> list[Contender]:
-    """Every number of heads (`None`: as many as the source has) with every engine."""
+    """Every number of heads (`None`: the source's) with every engine."""
     original = decoder_of(config).num_key_value_heads
     found = []
     for heads in dict.fromkeys(n or original for n in kv_heads):
@@ -170,7 +169,7 @@ def contenders(
             theirs = source
         elif not isinstance(ours, MQASeq2SeqConfig) and source.model_type != ours.model_type:
             native = family_of(source.model_type).native
-            with suppress(MQAError):  # the class has no place for this model with fewer heads
+            with suppress(MQAError):  # the class does not support this model with fewer heads
                 theirs = native(source, ours) if native is not None else ours
         for engine in engines:
             found.append(
@@ -182,11 +181,11 @@ def contenders(
 def own_contenders(
     shape: str, own: OwnShape, kv_heads: Sequence[int | None], engines: Sequence[str]
 ) -> list[Contender]:
-    """The same for a model in its own class, which transformers' loops run."""
+    """Same for a model in its own class, which transformers' loops run."""
     if "mqa-hf" in engines:
         raise MQAError(
-            f"{shape}: {own.run_config.model_type} runs in its own class, with transformers' loops only ({own.why}); "
-            "use `engines` dynamic, static or both"
+            f"{shape}: {own.run_config.model_type} keeps its own class and runs only in transformers' loops "
+            f"({own.why}); use `engines` dynamic, static or both"
         )
     original = own.config.num_key_value_heads
     found = []
@@ -226,7 +225,7 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
         layers: Any = cache.layers
         for layer in layers:
             for name, states in layer.buffers().items():
-                for row in states:  # float8 has no random numbers of its own, and a whole copy may not fit
+                for row in states:  # float8 cannot be filled with random numbers, and a whole copy may not fit
                     fill(row, name, dtype)
         cache.set_length(context)
         cache.note_steps(0, torch.zeros(batch, dtype=torch.int32, device=device))
@@ -242,7 +241,7 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
 
 
 def fill(row: torch.Tensor, name: str, dtype: torch.dtype) -> None:
-    """Random numbers in a buffer of a cache; latents in 8 or 4 bits have a scale that keeps them small."""
+    """Fill a cache buffer with random numbers; latents in 8 or 4 bits get a scale that keeps them small."""
     if row.dtype == torch.uint8:
         row.random_(256)
     elif name == "scales":
@@ -252,7 +251,7 @@ def fill(row: torch.Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def cached_widths(config: MQAConfig, layer: int) -> tuple[int, int]:
-    """Of what caches of transformers hold as keys and values of a layer."""
+    """Widths that transformers' caches hold as keys and values of a layer."""
     if config.kv_latent_dim is None:
         return of_layer(config.qk_head_dim, layer), of_layer(config.v_head_dim, layer)
     rebuilt, latent = of_layer(config.qk_head_dim, layer), of_layer(config.kv_latent_dim, layer)

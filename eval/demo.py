@@ -1,10 +1,11 @@
-"""`mqa-hf demo`: the whole job on a small model that comes with the package.
+"""`mqa-hf demo`: run the whole workflow on a small model that ships with the package.
 
     mqa-hf demo [OUTPUT]
 
-converts a small language model of Shakespeare and Milton by the mean, by a fitted head and by one of twice the width,
-trains the fitted one a little, measures quality and speed beside the original, and leaves a report. No network and no
-GPU are needed. Each step is a command that can be typed by hand, and is shown; what is done is not done again.
+converts a small language model of Shakespeare and Milton with the mean of the heads, with a fitted head and with a
+fitted head of twice the width, trains the fitted one briefly, compares quality and speed with the original, and writes
+a report. It needs no network and no GPU. Each step is a command, shown so that you can run it yourself; finished steps
+are not run again.
 """
 
 import shutil
@@ -29,11 +30,11 @@ from .report import PAGE, Report
 if TYPE_CHECKING:
     from rich.console import Console
 
-MODEL = "shakespeare"  # folder beside this file
+MODEL = "shakespeare"  # folder next to this file
 TEXTS = ("train.jsonl.xz", "held-out.jsonl.xz")
 DONE = "demo.json"
 EXTRAS = ("accelerate", "datasets", "evaluate", "matplotlib", "rouge_score", "sacrebleu")
-# Sizes that keep the whole at about three minutes on two cores.
+# Sizes for a total of about three minutes on two cores.
 FITTED: Mapping[str, Any] = {"calibration_tokens": 32_768, "sequence_length": 256}
 TRAINED: Mapping[str, Any] = {
     "tokens": 196_608,
@@ -57,22 +58,20 @@ TIMED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Demo(Job[Path]):
-    """Do the whole job on a small model that comes with the package: convert, train, measure, show.
+    """Convert, train, evaluate and benchmark a small model that ships with the package.
 
     Returns:
-        The page of the report.
+        The report page.
 
     Raises:
-        MQAError: where `output` holds something else or cannot be written.
+        MQAError: if `output` holds something else or cannot be written.
     """
 
     name = "demo"
 
-    output: Annotated[Path, Option("Directory for everything.")] = Path("demo")
+    output: Annotated[Path, Option("Directory for all results.")] = Path("demo")
     _: KW_ONLY
-    overwrite: Annotated[
-        bool, Option("Run steps that have changed, and those that need them, again.", recorded="never")
-    ] = False
+    overwrite: Annotated[bool, Option("Rerun changed steps and the steps that need them.", recorded="never")] = False
     open: Annotated[bool, Option("Open the report in a browser.", recorded="never")] = False
 
     def run(self) -> Path:
@@ -89,7 +88,7 @@ class Demo(Job[Path]):
         return page
 
     def show(self, page: Path, console: "Console") -> None:
-        """What each model writes after the same words, and where the report is."""
+        """Print each model's continuation of the same prompt, and the path of the report."""
         from .evaluation_record import EvaluationRecord
 
         found = EvaluationRecord.read(self.output / "evaluation").checkpoints
@@ -102,7 +101,7 @@ class Demo(Job[Path]):
         return {name: step.job.command() for name, step in steps(self.output).items()}
 
     def interrupted(self) -> str:
-        return "Steps that are done are kept, and so is what the last one has done so far; the same command goes on."
+        return "Finished steps and the progress of the current one are kept; run the same command to continue."
 
 
 def steps(output: Path) -> dict[str, Step]:
@@ -150,14 +149,14 @@ def steps(output: Path) -> dict[str, Step]:
 
 
 def put_beside(output: Path) -> None:
-    """Copy the model and its texts to where the steps look for them.
+    """Copy the model and its texts to `output`.
 
     Raises:
-        MQAError: where they cannot be written, or something else is there.
+        MQAError: if they cannot be written, or `output` holds something else.
     """
     try:
         if output.exists() and not (output / DONE).is_file() and (not output.is_dir() or any(output.iterdir())):
-            raise MQAError(f"{output} is there and holds no demo; give another directory")
+            raise MQAError(f"{output} exists and is not a demo; give another directory")
         output.mkdir(parents=True, exist_ok=True)
         if not (output / DONE).is_file():
             (output / DONE).write_text("{}\n")

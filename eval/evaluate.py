@@ -22,62 +22,60 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Running(Options, panel="Running"):
-    """How models run."""
+    """How the models run."""
 
     _: KW_ONLY
-    batch_tokens: Annotated[int, Option("Tokens read at once.", min=1)] = 8_192
+    batch_tokens: Annotated[int, Option("Tokens per forward pass.", min=1)] = 8_192
     dtype: Annotated[
         str | None,
-        Option("Of the weights. Default: the checkpoint's; float32 on a CPU.", choices=NUMBER_TYPES),
+        Option("Type of the weights. Default: the checkpoint's; float32 on a CPU.", choices=NUMBER_TYPES),
     ] = None
 
 
 @dataclass(frozen=True)
 class Tasks(Options, panel="lm-eval"):
-    """Tasks of EleutherAI's language model evaluation harness."""
+    """Tasks of EleutherAI's lm-evaluation-harness."""
 
     _: KW_ONLY
     tasks: Annotated[Sequence[str], Option("Tasks of lm-eval.", comma=True)] = ()
-    include_path: Annotated[Path | None, Option("Directory with tasks of one's own.")] = None
-    limit: Annotated[int | None, Option("Examples of each task.", min=1)] = None
+    include_path: Annotated[Path | None, Option("Directory with your own tasks.")] = None
+    limit: Annotated[int | None, Option("Examples per task. Default: all.", min=1)] = None
 
 
 @dataclass(frozen=True)
-class Prompts(Options, panel="What it writes"):
-    """What models write freely."""
+class Prompts(Options, panel="Generation"):
+    """What the models generate."""
 
     _: KW_ONLY
-    prompts: Annotated[int, Option("Texts that are continued or translated; 0: none.", min=0)] = 64
-    prompt_tokens: Annotated[int, Option("Of a text's beginning.", min=1)] = 64
-    new_tokens: Annotated[int, Option("Most tokens to write.", min=1)] = 128
-    beams: Annotated[int, Option("Of beam search (encoder-decoder).", min=1)] = 4
+    prompts: Annotated[int, Option("Texts to continue or translate; 0: none.", min=0)] = 64
+    prompt_tokens: Annotated[int, Option("Tokens of each text used as its prompt.", min=1)] = 64
+    new_tokens: Annotated[int, Option("Maximum number of tokens to generate.", min=1)] = 128
+    beams: Annotated[int, Option("Beams of beam search (encoder-decoder).", min=1)] = 4
 
 
 @dataclass(frozen=True)
 class Text(Options, panel="Held-out text"):
-    """What models predict."""
+    """The text that the models predict."""
 
     _: KW_ONLY
     text: Annotated[
         str | None,
-        Option("Held-out text: file, JSON lines, parquet, or an id of the Hub's datasets. Default: Python's manual."),
+        Option("Held-out text: text file, JSON lines, parquet, or a dataset id. Default: Python's manual."),
     ] = None
     columns: Annotated[
         Sequence[str],
-        Option(
-            "Column of the text (default: text) or of chats, or two for encoder-decoder models: en,de.", comma=True
-        ),
+        Option("Column with the text (default: text) or chats; two for encoder-decoder models: en,de.", comma=True),
     ] = ()
-    tokens: Annotated[int, Option("Tokens to predict, at most.", min=1)] = 131_072
-    seed: Annotated[int, Option("Of the choice of documents.", min=0, below=2**64)] = 0
+    tokens: Annotated[int, Option("Maximum number of tokens to predict.", min=1)] = 131_072
+    seed: Annotated[int, Option("Seed for choosing documents.", min=0, below=2**64)] = 0
     window: Annotated[
-        int | None, Option("Tokens that a model reads at once. Default: its positions, 2,048 at most.", min=1)
+        int | None, Option("Window in tokens. Default: the model's context length, at most 2,048.", min=1)
     ] = None
     stride: Annotated[
         int | None,
         Option(
-            "Tokens from window to window; each token is predicted once, with more than `window` less `stride` before "
-            "it where there are so many. Default: half of `window`.",
+            "Tokens from one window to the next. Each token is predicted once, with more than `window` - `stride` "
+            "tokens before it if there are that many. Default: half of `window`.",
             min=1,
         ),
     ] = None
@@ -88,38 +86,38 @@ class Results(Options, panel="Output"):
     """Where results go."""
 
     _: KW_ONLY
-    output: Annotated[Path | str, Option("Directory for results; what is there is not measured again.")] = Path(
+    output: Annotated[Path | str, Option("Directory for results; existing measurements are kept.")] = Path(
         "evaluation"
     )
 
 
 @dataclass(frozen=True)
 class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]):
-    """Say how much worse a checkpoint is than its original: likelihood, distributions, what it writes, tasks.
+    """Measure how much worse a checkpoint is than its original: loss, KL divergence, generated text, tasks.
 
-    Language models: the likelihood of held-out text in sliding windows, the distance of each token's distribution from
-    the original's, and what is written freely after the beginnings of the texts. Encoder-decoder models: the same
-    likelihoods of the targets, and the texts that are written, greedily and with beams.
+    For language models: the likelihood of held-out text in sliding windows, the divergence of each token's
+    distribution from the original's, and continuations of the texts' beginnings. For encoder-decoder models: the same
+    likelihoods on the targets, and the texts generated greedily and with beam search.
 
     Returns:
         The content of `evaluation.json`, an `EvaluationRecord`.
 
     Raises:
-        MQAError: for what cannot be measured: no checkpoint, another tokenizer, too little text, logits that are no
-            numbers.
+        MQAError: if an argument is not a checkpoint, tokenizers differ, there is too little text, or logits are not
+            finite.
     """
 
     name = "evaluate"
 
-    original: Annotated[str | os.PathLike[str], Option("Directory or hub id of the original.")]
-    checkpoints: Annotated[Sequence[str], Option("What was made of it: directories or hub ids.")] = ()
+    original: Annotated[str | os.PathLike[str], Option("Directory or Hub id of the original.")]
+    checkpoints: Annotated[Sequence[str], Option("Checkpoints made from it: directories or Hub ids.")] = ()
 
     def resolve(self) -> "Evaluation":
-        """Itself; raises MQAError for options that contradict each other."""
+        """Return the job; raise MQAError for options that contradict each other."""
         contradictions = (
             (
                 self.text is None and bool(self.columns),
-                "`columns` are of `text`, which is missing",
+                "`columns` needs `text`",
             ),
             (
                 self.window is not None and self.stride is not None and self.stride > self.window,
@@ -127,7 +125,7 @@ class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]
             ),
             (
                 not self.tasks and (self.include_path is not None or self.limit is not None),
-                "`include_path` and `limit` are about `tasks`, which are missing",
+                "`include_path` and `limit` need `tasks`",
             ),
         )
         refuse(contradictions)
@@ -142,10 +140,10 @@ class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]
         return carry_out(job)
 
     def interrupted(self) -> str:
-        return f"The results so far are kept in {self.output}; the same command goes on."
+        return f"Results so far are kept in {self.output}; run the same command to continue."
 
     def show(self, result: "EvaluationRecord", console: "Console") -> None:
-        """The main numbers as a table, with their intervals."""
+        """Print the main numbers and their intervals as a table."""
         from rich.console import Console
 
         wide = Console(file=console.file, width=max(250, console.width), markup=False, highlight=False)
@@ -155,19 +153,19 @@ class Evaluation(Running, Tasks, Prompts, Text, Results, Job["EvaluationRecord"]
 
 
 def table_of(result: "EvaluationRecord") -> Any:
-    """A row for each checkpoint."""
+    """Make a table with a row for each checkpoint."""
     from rich.table import Table
 
     first, beams = result.checkpoints[0], result.settings.beams
     speech = first.greedy is not None and first.greedy.word_error_rate is not None
-    columns = ["", "loss,\nnats", "above the original", "perplexity", "KL", "same first\nchoice"]
+    columns = ["", "loss,\nnats", "above original", "perplexity", "KL", "same first\nchoice"]
     if speech:
         columns += ["word errors, greedy", f"beam {beams}"]
     elif first.greedy is not None:
         columns += ["BLEU, greedy", f"BLEU, beam {beams}", "chrF"]
     else:
         columns += ["tokens before\nit differs", "repetition"]
-    columns.append("cache,\nbytes a token")
+    columns.append("cache,\nbytes/token")
     over = first.next_token.intervals_over
     table = Table(title_justify="left", title=f"held-out text; 95% intervals over {over}")
     for column in columns:
@@ -198,7 +196,7 @@ def table_of(result: "EvaluationRecord") -> Any:
 
 
 def spread(found: Any, name: str, form: str) -> str:
-    """A number of a record and its interval."""
+    """Format a number of a record with its interval."""
     interval = getattr(found, f"{name}_interval")
     said = format(getattr(found, name), form)
     if interval is None or not all(map(math.isfinite, interval)):

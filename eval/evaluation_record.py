@@ -1,7 +1,7 @@
-"""What an evaluation has found, as its files have it: `evaluation.json`, and beside it what was measured of each text.
+"""The result files of an evaluation: `evaluation.json` and the measurements of each text.
 
-Numbers are per token in nats unless their name says otherwise; `NAME_interval` holds 95% of the bootstrap samples of
-NAME, `None` where there is a single document or text.
+Numbers are in nats per token unless their name says otherwise. `NAME_interval` contains 95% of the bootstrap samples
+of NAME; it is `None` for a single document or text.
 """
 
 import math
@@ -29,7 +29,7 @@ Bytes = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Part(BaseModel):
-    """A part of a result file. What was never set is left out."""
+    """A part of a result file. Fields that were never set are left out."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -39,7 +39,7 @@ class Part(BaseModel):
 
 
 class NextToken(Part):
-    """Likelihood of the held-out text, and how far each distribution is from the original's."""
+    """Likelihood of the held-out text, and divergence of each distribution from the original's."""
 
     loss: Number
     loss_interval: Interval
@@ -75,7 +75,7 @@ class ContextLoss(BaseModel):
 
 
 class Continuation(Part):
-    """What is written after the beginnings of texts, beside what the original writes."""
+    """Continuations of the beginnings of texts, compared with the original's."""
 
     agreeing_tokens: Number
     agreeing_tokens_interval: Interval = None
@@ -89,7 +89,7 @@ class Continuation(Part):
 
 
 class Written(Part):
-    """Translations or transcripts beside references: BLEU, chrF and ROUGE from 0 to 100, or the word error rate."""
+    """Translations or transcripts compared with references: BLEU, chrF and ROUGE from 0 to 100, or word error rate."""
 
     bleu: Number | None = None
     bleu_interval: Interval = None
@@ -111,14 +111,14 @@ class Written(Part):
 
 
 class Sample(Part):
-    """A beginning and what was written after it, or a source and what was written of it."""
+    """A prompt or source, and the generated text."""
 
     prompt: str
     text: str
 
 
 class TaskResults(Part):
-    """Numbers of lm-eval by task and metric, and the versions of the tasks."""
+    """Results of lm-eval by task and metric, and the versions of the tasks."""
 
     results: dict[str, dict[str, Any]] = {}
     versions: dict[str, Any] = {}
@@ -126,16 +126,16 @@ class TaskResults(Part):
 
 
 class CheckpointResult(Part):
-    """All that was measured of a checkpoint.
+    """All measurements of a checkpoint.
 
     Attributes:
-        name: in tables.
+        name: name in tables.
         checkpoint: its directory.
-        given: as it was named: a directory or a hub id.
-        kv_bytes_per_token, cross_kv_bytes_per_token: cache at 16 bits, latents at theirs; `None` where the class of
-            the model is unknown.
-        latent: what a token has in place of keys and values.
-        greedy, beam: of encoder-decoder models, without beams and with.
+        given: the directory or Hub id as given.
+        kv_bytes_per_token, cross_kv_bytes_per_token: cache bytes at 16 bits, latents at their own bits; `None` if the
+            class of the model is unknown.
+        latent: the latent that replaces keys and values.
+        greedy, beam: for encoder-decoder models, without and with beam search.
     """
 
     name: str
@@ -154,7 +154,7 @@ class CheckpointResult(Part):
 
 
 class Settings(Part):
-    """The options, and how many windows and prompts they gave."""
+    """The options, and the resulting numbers of windows and prompts."""
 
     text: str | None
     columns: list[str] = []
@@ -175,14 +175,14 @@ class Settings(Part):
 
 
 class EvaluationRecord(Record):
-    """What `mqa-hf evaluate` has found, the original first.
+    """Results of `mqa-hf evaluate`.
 
     Attributes:
-        settings: the options, and what they gave.
-        command: that made it.
-        versions: of this package and those that it measured with.
+        settings: the options, and the resulting numbers of windows and prompts.
+        command: the command that made it.
+        versions: of this package and the libraries it measured with.
         checkpoints: the original first.
-        note: what to know before numbers are compared; "" where nothing.
+        note: how vocabularies differ, or "".
     """
 
     file = "evaluation.json"
@@ -198,13 +198,13 @@ class WindowRecord(BaseModel):
     """Sums over the predicted tokens of a window.
 
     Attributes:
-        id: of the window.
-        document: that it is of.
+        id: index of the window.
+        document: index of its document.
         nats: negative log-likelihood.
         divergence: KL(original ‖ checkpoint).
-        same: tokens at which both have the same first choice.
-        tokens, bytes: that were predicted.
-        context: nats and tokens by the power of two that the number of tokens before them reaches.
+        same: tokens for which both have the same first choice.
+        tokens, bytes: predicted.
+        context: nats and tokens, by the largest power of two that is at most the number of tokens before them.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -220,7 +220,7 @@ class WindowRecord(BaseModel):
 
 
 class WritingRecord(BaseModel):
-    """Tokens that follow a prompt, and the texts of encoder-decoder models, without beams and with."""
+    """Tokens generated after a prompt; for encoder-decoder models, the texts without and with beam search."""
 
     id: Natural
     tokens: list[Natural]
@@ -229,20 +229,20 @@ class WritingRecord(BaseModel):
 
 
 def read_lines(directory: Path, step: str, kind: type[BaseModel], count: int) -> list[Any]:
-    """What all processes have written of a step, in order; a line that was cut off is passed over.
+    """Read the records that all processes have written for a step, in order; truncated lines are skipped.
 
     Args:
-        directory: of the checkpoint's measurements.
-        step: that the files are named after.
-        kind: of the records.
-        count: of records when the step is done, with numbers below it.
+        directory: the checkpoint's measurements.
+        step: the step, which file names begin with.
+        kind: class of the records.
+        count: number of records of a finished step; ids are below it.
 
     Raises:
-        MQAError: for a line that is whole and holds something else.
+        MQAError: if a complete line is not a record.
     """
     found: dict[int, Any] = {}
     for path in directory.glob(f"{step}-*.jsonl"):
-        # What is written has line separators of Unicode in it, and may end within a character.
+        # Generated text may contain Unicode line separators, and a file may end within a character.
         for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), 1):
             try:
                 record: Any = kind.model_validate_json(line)
@@ -251,6 +251,6 @@ def read_lines(directory: Path, step: str, kind: type[BaseModel], count: int) ->
                     continue
                 record = None
             if record is None or record.id >= count:
-                raise MQAError(f"{path}, line {number}, holds no measurement; remove {directory} to measure again")
+                raise MQAError(f"{path}, line {number}, is not a measurement; remove {directory} to measure again")
             found[record.id] = record
     return [found[i] for i in sorted(found)]

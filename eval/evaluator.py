@@ -1,12 +1,12 @@
-"""Measurements of checkpoints beside their original, kept in OUTPUT as they come.
+"""Measure checkpoints and their original; measurements are stored in OUTPUT as they are made.
 
-    OUTPUT/evaluation.json            what was found, once all is measured
-    OUTPUT/NAME/key.json              of which files and by which options the measurements of a checkpoint are
-    OUTPUT/NAME/tokens-0.jsonl        a line for each window, by the first process
-    OUTPUT/NAME/writing-0.jsonl       a line for each prompt
-    OUTPUT/NAME/tasks.json            what lm-eval has found
+    OUTPUT/evaluation.json            the results, written at the end
+    OUTPUT/NAME/key.json              the files and options that a checkpoint's measurements depend on
+    OUTPUT/NAME/tokens-0.jsonl        one line per window, by the first process
+    OUTPUT/NAME/writing-0.jsonl       one line per prompt
+    OUTPUT/NAME/tasks.json            the results of lm-eval
 
-An interrupted run goes on where it was, and a finished measurement is not made again.
+An interrupted run continues where it stopped, and finished measurements are not repeated.
 """
 
 import json
@@ -55,19 +55,19 @@ from .writing import Writer
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
-FEW = 10  # documents; with fewer, intervals are over windows
-# Options that decide what is measured of a checkpoint; another value of one makes the measurements others.
+FEW = 10  # with fewer documents, intervals are over windows
+# Options that determine the measurements of a checkpoint; if one changes, they are repeated.
 DECISIVE = (
     *("text", "columns", "tokens", "window", "stride", "prompts", "prompt_tokens", "new_tokens", "beams"),
     *("dtype", "seed"),
 )
 KEY, TASKS = "key.json", "tasks.json"
 OWN_FILES = re.compile(r"key\.json|tasks\.json|(tokens|writing)-\d+\.jsonl|\.(key|tasks)\.json\.partial")
-SAMPLES = 3  # texts that are kept for reading
+SAMPLES = 3  # generated texts to store
 
 
 def carry_out(job: "Evaluation") -> EvaluationRecord:
-    """Measure what is not measured yet, and write what was found."""
+    """Measure what is still missing, and write the results."""
     logging.disable_progress_bar()
     given = [str(job.original), *job.checkpoints]
     names = unique_names(given)
@@ -76,7 +76,7 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
         paths = [locate(said, weights=True)[0] for said in given]
     for said, path in zip(given, paths):
         if not any(next(path.glob(pattern), None) for pattern in (*SAFETENSORS, *PICKLES)):
-            raise MQAError(f"{said} has no weights: neither *.safetensors nor *.bin")
+            raise MQAError(f"{said} has no weights (*.safetensors or *.bin); give a complete checkpoint")
     configs = [load_config(path) for path in paths]
     check_kinds(given, configs)
     vocabulary = common_vocabulary(names, paths, configs)
@@ -105,31 +105,31 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
 
 
 def check_output(output: Path, names: Sequence[str]) -> None:
-    """Raises MQAError where results cannot lie in `output`, or something else would make room for them."""
+    """Raise MQAError if results cannot be written to `output`, or would replace something else."""
     if output.exists() and not output.is_dir():
         raise MQAError(f"{output} is a file; give a directory as `output`")
     if (output / "config.json").exists():
         raise MQAError(f"{output} is a checkpoint (it has a config.json); give another directory as `output`")
     found = output / EvaluationRecord.file
     if found.exists() and not {"settings", "checkpoints"} <= read_json(found).keys():
-        raise MQAError(f"{found} is no result of mqa-hf evaluate; give another `output`")
+        raise MQAError(f"{found} is not a result of mqa-hf evaluate; give another `output`")
     for place in (output / name for name in names):
         if place.exists() and not place.is_dir():
-            raise MQAError(f"{place} is a file, and measurements would lie in it; give another `output`")
+            raise MQAError(f"{place} is a file where a directory is needed; give another `output`")
         inside = [path.name for path in place.iterdir()] if place.exists() else []
         foreign = [name for name in inside if not OWN_FILES.fullmatch(name)]
         if foreign:
             raise MQAError(
-                f"{place} has other files in it than measurements ({listing(foreign, 3)}); give another `output`"
+                f"{place} has files that are not measurements ({listing(foreign, 3)}); give another `output`"
             )
 
 
 def check_kinds(given: Sequence[str], configs: Sequence[Any]) -> None:
-    """Raises MQAError where checkpoints do not read the same as the original, the first."""
+    """Raise MQAError if checkpoints are not of the same kind as the original, the first."""
     kinds = [kind_of(config) for config in configs]
     for said, kind in zip(given, kinds):
         if kind != kinds[0]:
-            raise MQAError(f"{said} is {kind}, and {given[0]} is {kinds[0]}; give `checkpoints` made of `original`")
+            raise MQAError(f"{said} is {kind}, and {given[0]} is {kinds[0]}; give `checkpoints` made from `original`")
 
 
 def kind_of(config: Any) -> str:
@@ -143,11 +143,11 @@ class Measurements:
     """Measurements of checkpoints on the same text.
 
     Attributes:
-        job: what was asked for.
+        job: the evaluation.
         first: name of the original.
-        original: its directory.
-        held_out: what is predicted and written.
-        vocabulary: the words of the checkpoints.
+        original: directory of the original.
+        held_out: windows to predict and prompts.
+        vocabulary: vocabularies of the checkpoints.
     """
 
     job: "Evaluation"
@@ -157,7 +157,7 @@ class Measurements:
     vocabulary: Vocabulary
 
     def of(self, name: str, path: Path, given: str) -> CheckpointResult:
-        """All measurements of a checkpoint; those that are in the output are read."""
+        """Make all measurements of a checkpoint; those already in the output are read."""
         state, place, held_out = processes(), Path(self.job.output) / name, self.held_out
         key = self.key(path)
         with state.main_process_first():
@@ -167,7 +167,7 @@ class Measurements:
         models: dict[Path, Any] = {}
         for step, count in (("tokens", len(held_out.windows)), ("writing", len(held_out.prompts))):
             done = {record.id for record in self.kept(place, step)}
-            state.wait_for_everyone()  # all share out the same rest, before one of them writes
+            state.wait_for_everyone()  # all processes divide the same remainder, before one of them writes
             todo = [i for i in range(count) if i not in done]
             mine = todo[state.process_index :: state.num_processes]
             if mine:
@@ -184,13 +184,13 @@ class Measurements:
         return result
 
     def kept(self, place: Path, step: str) -> list[Any]:
-        """What has been measured in a step: [`WindowRecord`] of windows, [`WritingRecord`] of prompts."""
+        """Read the measurements of a step: [`WindowRecord`] per window, [`WritingRecord`] per prompt."""
         if step == "tokens":
             return read_lines(place, step, WindowRecord, len(self.held_out.windows))
         return read_lines(place, step, WritingRecord, len(self.held_out.prompts))
 
     def key(self, path: Path) -> Any:
-        """What tells these measurements of a checkpoint from others, as JSON has it."""
+        """Everything that a checkpoint's measurements depend on, as in JSON."""
         job = self.job
         key: dict[str, Any] = {
             "checkpoint": str(path.resolve()),
@@ -220,7 +220,7 @@ class Measurements:
         return write(models[path], chosen)
 
     def tasks(self, path: Path, kept: Path) -> TaskResults:
-        """Results of lm-eval, or those that are kept."""
+        """Results of lm-eval, stored or new."""
         from .harness import run_tasks
 
         job, state = self.job, processes()
@@ -237,7 +237,7 @@ class Measurements:
         return TaskResults(**{name: before[name] for name in TaskResults.model_fields if name in before})
 
     def summary(self, name: str, path: Path, given: str) -> CheckpointResult:
-        """The numbers of a checkpoint, from its measurements and the original's."""
+        """Summarise a checkpoint's measurements, compared with the original's."""
         output = Path(self.job.output)
         place, first = output / name, output / self.first
         ours, theirs = (self.kept(directory, "tokens") for directory in (place, first))
@@ -262,7 +262,7 @@ class Measurements:
         return CheckpointResult(**found, given=given)
 
     def writing_summary(self, place: Path, first: Path) -> dict[str, Any]:
-        """What was written, beside what the original has written, and beside references where there are some."""
+        """Summarise generated text, compared with the original's and with references, if any."""
         held_out, tokenizer = self.held_out, self.vocabulary.tokenizer
         ours, theirs = (self.kept(directory, "writing") for directory in (place, first))
         tokens = {"predictions": [r.tokens for r in ours], "references": [r.tokens for r in theirs]}
@@ -286,12 +286,12 @@ class Measurements:
 
 
 def append(path: Path, title: str, records: Iterable[BaseModel], count: int) -> None:
-    """Append records to a file as they come."""
+    """Append records to a file as they are made."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with progress_bar(*columns) as progress:
         task = progress.add_task(title, total=count)
         with path.open("a", encoding="utf-8") as file:
-            file.write("\n" if path.stat().st_size else "")  # after a line that was cut off
+            file.write("\n" if path.stat().st_size else "")  # after a truncated line
             for record in records:
                 file.write(record.model_dump_json(exclude_none=True) + "\n")
                 file.flush()
@@ -299,10 +299,10 @@ def append(path: Path, title: str, records: Iterable[BaseModel], count: int) -> 
 
 
 def cached(path: Path) -> dict[str, Any]:
-    """Bytes of cache that a token takes, and its latent where there is one, as `mqa-hf inspect` says."""
+    """Cache bytes per token, and the latent if there is one, from `mqa-hf inspect`."""
     try:
         said = Inspection(path).run()
-    except MQAError:  # a model of a class that this package does not know
+    except MQAError:  # a class that this package does not support
         return {}
     found = {n: said[n]["now"] for n in ("kv_bytes_per_token", "cross_kv_bytes_per_token") if n in said}
     latents = [*said.get("latents", {}).values()]
@@ -310,7 +310,7 @@ def cached(path: Path) -> dict[str, Any]:
 
 
 def json_or_none(path: Path) -> Any:
-    """What a JSON file holds; `None` where there is none, or it was cut off."""
+    """Content of a JSON file; `None` if it is missing or truncated."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

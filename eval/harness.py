@@ -1,6 +1,6 @@
 """Tasks of lm-eval (EleutherAI's language model evaluation harness) on checkpoints, for `mqa-hf evaluate --tasks`.
 
-The same through lm-eval's own door, where this package need not be installed:
+The same with lm-eval's command line, without this package:
 
     lm_eval --model hf --model_args pretrained=CONVERTED,trust_remote_code=True --tasks hellaswag
 """
@@ -15,31 +15,31 @@ from mqa_hf.conversion.loading import load_model
 def run_tasks(
     path: Path, tasks: tuple[str, ...], include: Path | None, limit: int | None, dtype: str, device: str
 ) -> dict[str, Any]:
-    """The results of tasks, by task and metric, with their standard errors.
+    """Run tasks, and return their results by task and metric, with standard errors.
 
     Args:
         path: directory of the checkpoint.
-        tasks: names.
-        include: directory with tasks of one's own.
-        limit: examples of each.
-        dtype: of the weights; "auto": the checkpoint's.
-        device: of PyTorch.
+        tasks: names of the tasks.
+        include: directory with your own tasks.
+        limit: examples per task.
+        dtype: type of the weights; "auto" is the checkpoint's.
+        device: PyTorch device.
 
     Raises:
-        MQAError: where lm-eval is not installed, or knows no such task.
+        MQAError: if lm-eval is not installed, or does not have a task.
     """
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise MQAError("`tasks` need lm-eval: pip install 'mqa-hf[lm-eval]'") from error
+        raise MQAError("`tasks` needs lm-eval: pip install 'mqa-hf[lm-eval]'") from error
     if include is not None and not include.is_dir():
-        raise MQAError(f"`include_path` {include} is no directory")
+        raise MQAError(f"`include_path` {include} is not a directory")
     manager = TaskManager(include_path=None if include is None else str(include))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        raise MQAError(f"lm-eval knows no task {', '.join(unknown)}; `include_path` adds a directory of tasks")
-    load_model(path, dtype=dtype)  # what lacks tensors is an error; lm-eval would load it
+        raise MQAError(f"lm-eval has no task {', '.join(unknown)}; use `include_path` to add a directory of tasks")
+    load_model(path, dtype=dtype)  # raises if tensors are missing; lm-eval would load such a checkpoint
     arguments = {"pretrained": str(path), "dtype": dtype}
     found: Any = lm_eval.simple_evaluate(
         model="hf",

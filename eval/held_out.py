@@ -1,4 +1,4 @@
-"""What models predict and write: held-out text in windows, pairs of texts, recordings with their transcripts."""
+"""Data that models predict and continue: held-out text in windows, pairs of texts, recordings with transcripts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,18 +17,18 @@ from .vocabulary import vocabulary_size
 if TYPE_CHECKING:
     from .evaluate import Evaluation
 
-LOOKED_AT = 20  # documents for each prompt that is wanted, where most are shorter than a prompt
+LOOKED_AT = 20  # documents to search per requested prompt, because many are shorter than a prompt
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a document that a model reads, and the tokens in it that are predicted.
+    """A window of a document, and the tokens in it that are predicted.
 
     Attributes:
-        document: which one.
-        ids: [L] tokens read, of an encoder-decoder model by the encoder.
-        labels: [L] the token to be predicted at each position (of the decoder), or `IGNORED`.
-        bytes: of the text of the predicted tokens, in UTF-8.
+        document: index of the document.
+        ids: [L] tokens read, for encoder-decoder models by the encoder.
+        labels: [L] the token to predict at each position (of the decoder), or `IGNORED`.
+        bytes: UTF-8 bytes of the predicted tokens' text.
     """
 
     document: int
@@ -39,15 +39,15 @@ class Window:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is predicted, and what is written.
+    """Windows to predict, and prompts to continue.
 
     Attributes:
-        windows: to predict.
+        windows: windows to predict.
         collate: windows -> the model's inputs and labels [B, T].
-        prompts: beginnings to continue, sources to translate; of speech nothing.
+        prompts: beginnings to continue, or sources to translate; empty for speech.
         ask: indices of prompts -> the inputs of `generate()`.
-        references: what should be written; of a language model nothing.
-        metric: of texts beside references.
+        references: reference texts; none for language models.
+        metric: compares texts with references.
     """
 
     windows: list[Window]
@@ -58,7 +58,7 @@ class HeldOut:
     metric: Any = None
 
     def ids(self) -> set[int]:
-        """The words that are read or predicted."""
+        """All token ids that are read or predicted."""
         read = {token for window in self.windows for token in (*window.ids, *window.labels)} - {IGNORED}
         return read.union(*self.prompts)
 
@@ -76,10 +76,10 @@ def collate_windows(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
 
 
 def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
-    """Windows over documents drawn by the seed, until they have `tokens`; their beginnings as prompts.
+    """Make windows over documents drawn with the seed, until they have `tokens`, and prompts from their beginnings.
 
-    A document is preceded by the tokenizer's bos, or eos where there is none, so that its first token is predicted
-    too.
+    A document is preceded by the tokenizer's bos, or by eos if there is none, so that its first token is also
+    predicted.
     """
     texts = documents(job.text, one_column(job.columns, "`columns`"), "`text`", tokenizer)
     longest = getattr(config, "max_position_embeddings", None) or 2048
@@ -88,7 +88,7 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
     if stride > window:
         raise MQAError(f"`window` must be at least as long as `stride`; got {window} and {stride}")
     if getattr(config, "position_embedding", "learned") == "learned" and window > longest:
-        raise MQAError(f"`window` {window} is more than the {longest} positions of the model")
+        raise MQAError(f"`window` must be at most {longest}, the positions of the model; got {window}")
     prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     windows: list[Window] = []
     prompts: list[list[int]] = []
@@ -101,12 +101,12 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
         if len(ids) > job.prompt_tokens and len(prompts) < job.prompts:
             prompts.append(ids[: job.prompt_tokens])
         ids = ids[: left + 1]
-        end = 1  # what is predicted before it is done
+        end = 1  # tokens before it are already predicted
         for begin in range(0, len(ids) - 1, stride):
             last = min(begin + window + 1, len(ids))
             if last <= end:
                 break
-            begin = max(0, min(begin, last - 1 - window))  # the last one reads as much as the others
+            begin = max(0, min(begin, last - 1 - window))  # the last window is as long as the others
             labels = [IGNORED] * (end - begin - 1) + ids[end:last]
             said = tokenizer.decode(ids[end:last], skip_special_tokens=True)
             windows.append(Window(number, ids[begin : last - 1], labels, len(said.encode())))
@@ -115,10 +115,10 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
         if left < 1 and (len(prompts) == job.prompts or number > LOOKED_AT * job.prompts):
             break
     if not windows:
-        raise MQAError(f"{job.text}: no document has two tokens; give `text` with something to predict")
+        raise MQAError(f"{job.text}: no document has two tokens; give a longer `text`")
     check_ids(windows, vocabulary_size(config))
 
-    def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all are as long
+    def ask(chosen: Sequence[int]) -> dict[str, torch.Tensor]:  # all have the same length
         ids = torch.tensor([prompts[i] for i in chosen])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -126,7 +126,7 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
 
 
 def held_out_pairs(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
-    """Pairs of texts, in the order drawn by the seed, until the targets have `tokens`."""
+    """Make pairs of texts, shuffled with the seed, until the targets have `tokens`."""
     two = pairs(job.text, job.columns, "`text`")
     if two is None:
         raise MQAError("encoder-decoder models need pairs: `text` with two `columns`, such as en,de")
@@ -149,7 +149,7 @@ def held_out_pairs(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
         if left < 1:
             break
     if not windows:
-        raise MQAError(f"{job.text}: there is no pair of texts")
+        raise MQAError(f"{job.text} has no pairs of texts")
     check_ids(windows, vocabulary_size(config))
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     inner = CollatePairs(pad, config.decoder_start_token_id, start_is_last=starts_with_last(config))
@@ -165,9 +165,9 @@ def held_out_pairs(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
 
 
 def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
-    """Recordings and their transcripts, in the order drawn by the seed, until the transcripts have `tokens`.
+    """Load recordings and transcripts, shuffled with the seed, until the transcripts have `tokens`.
 
-    Columns: "audio", a file or what `datasets` decodes, and "text", unless two others are named.
+    Columns are "audio" (a file, or audio decoded by `datasets`) and "text", unless two others are named.
     """
     from transformers import AutoProcessor
 
@@ -176,13 +176,13 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
     try:
         processor: Any = AutoProcessor.from_pretrained(path)
         rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
-    except Exception as error:  # whatever transformers raises for files that are none
-        raise MQAError(f"{path} has no processor of speech that can be loaded: {error}") from error
+    except Exception as error:  # transformers raises anything for invalid files
+        raise MQAError(f"{path} has no speech processor that can be loaded: {error}") from error
     if len(job.columns) not in (0, 2):
         raise MQAError(f"speech models need two `columns`, such as audio,text; got {', '.join(job.columns)}")
     rows, (sound, said) = load(job.text, "`text`"), job.columns or ("audio", "text")
     if not {sound, said} <= set(rows.column_names):
-        raise MQAError(f"{job.text} has no columns {sound} and {said}; its columns: {rows.column_names}")
+        raise MQAError(f"{job.text} has no columns {sound} and {said}; its columns are {rows.column_names}")
     recordings: list[Any] = []
     references: list[str] = []
     windows: list[Window] = []
@@ -190,17 +190,17 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
     for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed)).tolist():
         try:
             audio, text = rows[index][sound], rows[index][said]
-        except Exception as error:  # whatever `datasets` raises for what it cannot decode
+        except Exception as error:  # `datasets` raises anything for audio that it cannot decode
             raise MQAError(f"`text` {job.text}: row {index} cannot be read: {error}") from error
         if not isinstance(text, str):
-            raise MQAError(f"`text` {job.text}: row {index} has no transcript in {said}, but {text!r}")
+            raise MQAError(f"`text` {job.text}: row {index} needs a transcript in {said}, got {text!r}")
         audio = hear(Path(job.text).parent / audio if isinstance(audio, str) else audio, rate)
         if len(audio) > longest:
             raise MQAError(
-                f"{job.text}: a recording of {len(audio) / rate:.1f} s, longer than the {longest / rate:.1f} s that "
-                "the model hears at once"
+                f"{job.text}: a recording of {len(audio) / rate:.1f} s is longer than the model's input of "
+                f"{longest / rate:.1f} s; split it"
             )
-        labels = processor.tokenizer(text).input_ids[1:]  # the first is what the decoder begins with
+        labels = processor.tokenizer(text).input_ids[1:]  # the first is the decoder's start token
         windows.append(Window(len(windows), [0] * len(labels), labels[: max(left, 1)], len(text.encode())))
         recordings.append(audio)
         references.append(text)
@@ -208,7 +208,7 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
         if left < 1:
             break
     if not windows:
-        raise MQAError(f"{job.text}: there is no recording")
+        raise MQAError(f"{job.text} has no recordings")
     check_ids(windows, vocabulary_size(config))
     targets = CollatePairs(config.pad_token_id, config.decoder_start_token_id)
 
@@ -225,7 +225,7 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
 
 
 def hear(recording: Any, rate: int) -> Any:
-    """Samples [N] at `rate`, of a file or of what `datasets` has decoded."""
+    """Samples [N] at `rate`, from a file or from audio decoded by `datasets`."""
     if isinstance(recording, Path):
         try:
             import soundfile
@@ -234,13 +234,13 @@ def hear(recording: Any, rate: int) -> Any:
         try:
             channels, had = soundfile.read(recording, dtype="float32", always_2d=True)
         except (OSError, RuntimeError) as error:
-            raise MQAError(f"{recording} is no recording that can be read: {error}") from error
+            raise MQAError(f"recording {recording} cannot be read: {error}") from error
         samples = channels.mean(1)
     else:
         try:
             samples, had = recording["array"], recording["sampling_rate"]
         except (KeyError, TypeError) as error:
-            raise MQAError(f"{str(recording)[:80]} is no recording; give the name of a file, or its bytes") from error
+            raise MQAError(f"{str(recording)[:80]} is not a recording; give a file name or its bytes") from error
     if had == rate:
         return samples
     import soxr
@@ -251,4 +251,4 @@ def hear(recording: Any, rate: int) -> Any:
 def check_ids(windows: Sequence[Window], size: int | None) -> None:
     most = max(max(*window.ids, *window.labels) for window in windows)
     if size is not None and most >= size:
-        raise MQAError(f"the tokenizer gives ids up to {most}; the model has {size}")
+        raise MQAError(f"the tokenizer has ids up to {most}, but the model's vocabulary has {size} tokens")

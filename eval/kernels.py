@@ -1,9 +1,9 @@
-"""The decoding attention kernel on its own, beside the copy bandwidth of the device and PyTorch's attention.
+"""Benchmark of the decode attention kernel alone, with the device's copy bandwidth and PyTorch's attention.
 
     python -m mqa_hf.eval.kernels
 
-Keys and values are read once; nothing else counts. Many caches take turns, so that none is found in the device's own
-cache, and calls are replayed from a CUDA graph, as in decoding.
+Bandwidth counts only keys and values, read once. Calls alternate between many caches, so that none is found in the L2
+cache, and are replayed from a CUDA graph, as in decoding.
 """
 
 import itertools
@@ -29,7 +29,7 @@ from .roofline import measured_device
 
 
 class KernelRecord(BaseModel):
-    """One layer of bfloat16: what is read, and the time of the kernel and of PyTorch's attention."""
+    """One layer in bfloat16: bytes read, and the times of the kernel and of PyTorch's attention."""
 
     batch: int
     context: int
@@ -45,7 +45,7 @@ class KernelRecord(BaseModel):
 
 
 def replayed(calls: list[Callable[[], object]], times: int = 15) -> float:
-    """Median seconds of a call, over replays of one graph of them all."""
+    """Median seconds of a call, over replays of one graph with all calls."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -65,7 +65,7 @@ def replayed(calls: list[Callable[[], object]], times: int = 15) -> float:
 
 
 def measure(batch: int, context: int, heads: int, kv_heads: int, width: int, bandwidth: float) -> KernelRecord:
-    """Seconds and bytes per second of the kernel and of PyTorch's attention, for one layer of bfloat16."""
+    """Seconds and bytes per second of the kernel and of PyTorch's attention, for one layer in bfloat16."""
     size = 2 * batch * kv_heads * context * width * 2
     copies = max(2, min(32, int(4e8 // size)))
     query = torch.randn(batch, heads, width, device="cuda", dtype=torch.bfloat16)
@@ -108,24 +108,24 @@ class KernelTiming(Job[list[KernelRecord]]):
     heads: Annotated[int, Option("Query heads.", min=1)] = 32
     kv_heads: Annotated[Sequence[int], Option("Key/value heads.", min=1, comma=True)] = (1, 8)
     width: Annotated[int, Option("Width of a head.", min=1)] = 128
-    largest: Annotated[float, Option("Skip what reads more gigabytes than this.", above=0)] = 10.0
+    largest: Annotated[float, Option("Skip cells that read more gigabytes than this.", above=0)] = 10.0
     output: Annotated[Path | None, Option("File for JSON lines.")] = None
 
     @property
     def sizes(self) -> list[tuple[int, int, int]]:
-        """Key/value heads, rows and positions that are timed."""
+        """Key/value heads, rows and positions to time."""
         every = itertools.product(self.kv_heads, self.batch, self.context)
         return [(g, b, n) for g, b, n in every if 4e-9 * g * b * n * self.width <= self.largest]
 
     def resolve(self) -> "KernelTiming":
-        """Itself; raises MQAError where the kernel cannot run."""
+        """Return the job; raise MQAError if the kernel cannot run."""
         uneven = [n for n in self.kv_heads if self.heads % n]
         if uneven:
             raise MQAError(f"`kv_heads` {uneven[0]} must divide the {self.heads} query `heads`")
         if not torch.cuda.is_available() or not available(torch.device("cuda")):
-            raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
+            raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or higher, and Triton")
         if not self.sizes:
-            raise MQAError(f"all that is asked for reads more than `largest` {self.largest:g} gigabytes")
+            raise MQAError(f"every cell reads more than `largest` {self.largest:g} gigabytes; raise it")
         return self
 
     def run(self) -> list[KernelRecord]:

@@ -1,6 +1,6 @@
-"""Latents to plan and to time: a configuration for each size that is asked for.
+"""Latents to plan and to time: one configuration per requested size.
 
-r numbers of a latent, W key components that are rebuilt from it, G key/value heads, R rotated components of a head
+r latent width, W key width (components rebuilt from the latent), G key/value heads, R rotated components of a head
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ def latent_models(
     key_widths: Sequence[int] | None,
     bits: Sequence[int] | None,
 ) -> dict[str, Config]:
-    """The configuration of each latent, by what it is.
+    """Make the configuration of each latent, by the latent's name.
 
     Args:
-        config: with all the source's heads.
-        latents: r. Default: as many numbers as a key and a value of one head have.
-        key_widths: W. Default: four times R, or what all heads have if that is less.
-        bits: of a stored number of the latent. Default: 16.
+        config: with all heads of the source.
+        latents: r. Default: the width of one head's key and value together.
+        key_widths: W. Default: 4R, or GR if that is less.
+        bits: per stored number of the latent. Default: 16.
 
     Raises:
         MQAError: for sizes that a latent of this model cannot have.
@@ -36,7 +36,7 @@ def latent_models(
     check_own_heads(config)
     heads, rotated = decoder.num_key_value_heads, any(decoder.rope_layers)
     if key_widths is not None and not rotated:
-        raise MQAError("`key_widths` are of rotary positions; here keys are not rebuilt, a latent is key and value")
+        raise MQAError("`key_widths` needs rotary positions: without them no keys are rebuilt; leave it out")
     found: dict[str, Config] = {}
     for count in bits or (16,):
         step = 1 if count == 16 else LATENT_BLOCK
@@ -50,11 +50,11 @@ def latent_models(
 
 
 def check_latent(decoder: MQAConfig, r: int, W: int, bits: int) -> None:
-    """Raises MQAError for sizes that are none."""
+    """Raise MQAError for invalid sizes."""
     heads = decoder.num_key_value_heads
     most, keys = most_numbers(decoder, heads), heads * decoder.rotary_dim
     if r > most:
-        raise MQAError(f"`latents` {r} is more than the {most} numbers that hold all keys and values of a token")
+        raise MQAError(f"`latents` must be at most {most}, the width of all keys and values of a token; got {r}")
     if r < 1 or (bits < 16 and r % LATENT_BLOCK):
         raise MQAError(f"`latents` must be multiples of {LATENT_BLOCK} with `latent_bits` {bits}; got {r}")
     if W % 2 or keys < W:
@@ -62,7 +62,7 @@ def check_latent(decoder: MQAConfig, r: int, W: int, bits: int) -> None:
 
 
 def with_latent(config: Config, r: int, W: int, bits: int) -> Config:
-    """The same model with latents in place of the keys and values that its decoder caches."""
+    """Replace the keys and values that the decoder caches by latents."""
     attentions, decoder = choose_attentions(config, None), decoder_of(config)
     layers = range(decoder.num_hidden_layers)
     sizes: dict[str, tuple[list[int], list[int]]] = {}

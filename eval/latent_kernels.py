@@ -1,10 +1,10 @@
-"""The decoding attention kernel of latents on its own, beside what it can be at best and the kernel of plain heads.
+"""Benchmark of the decode attention kernel for latents alone, with its minimum time and the kernel for plain heads.
 
     python -m mqa_hf.eval.latent_kernels
 
-A latent is read once, its keys are rebuilt on the chip. The floor is the larger of two times: of the bytes at the
-bandwidth of a large copy, and of the operations at the rate of a large matrix product, both measured. As in
-`kernels.py`, many caches take turns, and calls are replayed from a CUDA graph.
+A latent is read once, and its keys are rebuilt in the kernel. The floor is the larger of two times: the bytes at the
+bandwidth of a large copy, and the operations at the rate of a large matrix product, both measured. As in `kernels.py`,
+calls alternate between many caches and are replayed from a CUDA graph.
 """
 
 import itertools
@@ -38,7 +38,7 @@ FREQUENCIES = 64
 
 
 class LatentKernelRecord(BaseModel):
-    """One layer of bfloat16: nanoseconds for a token of the cache of the kernel, at best, and of plain heads."""
+    """One layer in bfloat16: nanoseconds per cached token of the kernel, its floor, and plain heads."""
 
     batch: int
     context: int
@@ -59,7 +59,7 @@ class LatentKernelRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Size:
-    """What is timed: rows, positions, query heads, latent width, rebuilt components and bits."""
+    """The timed sizes: rows, positions, query heads, latent width, rebuilt components and bits."""
 
     batch: int
     context: int
@@ -74,14 +74,14 @@ class Size:
 
     @property
     def operations(self) -> int:
-        """Components are rebuilt once, and meet each query; so does the latent, and as its own key where there are
-        none."""
+        """Operations: components are rebuilt once and multiplied with each query; the latent is multiplied as value,
+        and as key if nothing is rebuilt."""
         r, W, H = self.latent, self.components, self.heads
         return 2 * self.batch * self.context * (r * W + H * (W + r) + (0 if W else H * r))
 
 
 def latent_seconds(size: Size) -> float:
-    """Of the kernel, on caches of normal numbers."""
+    """Seconds of the kernel, on caches of normally distributed numbers."""
     r, W, S = size.latent, size.components, size.context
     length = torch.tensor([S], dtype=torch.int32, device="cuda")
     options: dict[str, Any] = {"capacity": S}
@@ -109,7 +109,7 @@ def latent_seconds(size: Size) -> float:
 
 
 def heads_seconds(size: Size, kv_heads: int, width: int) -> float:
-    """Of the kernel of plain heads."""
+    """Seconds of the kernel for plain heads."""
     query = torch.randn(size.batch, size.heads, width, device="cuda", dtype=torch.bfloat16)
     length = torch.tensor([size.context], dtype=torch.int32, device="cuda")
     shape, copies = (size.batch, kv_heads, size.context, width), 2 if kv_heads > 1 else 8
@@ -120,7 +120,7 @@ def heads_seconds(size: Size, kv_heads: int, width: int) -> float:
 
 @dataclass(frozen=True)
 class LatentKernelTiming(Job[list[LatentKernelRecord]]):
-    """Time the attention kernel of latents over widths and rebuilt components."""
+    """Time the attention kernel for latents over widths and rebuilt components."""
 
     name = "latent-kernels"
 
@@ -129,9 +129,9 @@ class LatentKernelTiming(Job[list[LatentKernelRecord]]):
     context: Annotated[Sequence[int], Option("Positions in use.", min=1, comma=True)] = (4096,)
     latent: Annotated[Sequence[int], Option("Widths of the latent.", min=1, comma=True)] = (256, 128)
     components: Annotated[Sequence[int], Option("Rebuilt components.", min=0, comma=True)] = (0, 512, 1024, 2048)
-    bits: Annotated[Sequence[int], Option("Bits of a number.", choices=(16, 8, 4), comma=True)] = (16,)
+    bits: Annotated[Sequence[int], Option("Bits per number.", choices=(16, 8, 4), comma=True)] = (16,)
     heads: Annotated[int, Option("Query heads.", min=1)] = 32
-    width: Annotated[int, Option("Width of the plain heads that are timed beside.", min=1)] = 128
+    width: Annotated[int, Option("Width of the plain heads to compare with.", min=1)] = 128
     largest: Annotated[float, Option("Skip plain heads that read more gigabytes than this.", above=0)] = 10.0
     output: Annotated[Path | None, Option("File for JSON lines.")] = None
 
@@ -141,13 +141,13 @@ class LatentKernelTiming(Job[list[LatentKernelRecord]]):
         return [Size(b, n, self.heads, r, W, bits) for b, n, r, W, bits in every]
 
     def resolve(self) -> "LatentKernelTiming":
-        """Itself; raises MQAError where the kernel cannot run."""
+        """Return the job; raise MQAError if the kernel cannot run."""
         if odd := [W for W in self.components if W % 2]:
-            raise MQAError(f"`components` are pairs of real numbers, got {odd[0]}")
+            raise MQAError(f"`components` must be even, got {odd[0]}")
         if min(self.bits) < 16 and (uneven := [r for r in self.latent if r % LATENT_BLOCK]):
             raise MQAError(f"`latent` must be a multiple of {LATENT_BLOCK} for 8 and 4 `bits`, got {uneven[0]}")
         if not torch.cuda.is_available() or not available(torch.device("cuda")):
-            raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or more, and Triton")
+            raise MQAError("the kernel needs a CUDA device of compute capability 8.0 or higher, and Triton")
         return self
 
     def run(self) -> list[LatentKernelRecord]:
@@ -189,7 +189,7 @@ class LatentKernelTiming(Job[list[LatentKernelRecord]]):
 def record(
     size: Size, seconds: float, plain: tuple[float, float | None], device: Device
 ) -> LatentKernelRecord:  # fmt: skip
-    """What follows from the seconds of the kernel, and of plain heads, one and all."""
+    """Make the record from the seconds of the kernel, and of plain heads, one and all."""
     tokens = size.batch * size.context
     reading, computing = size.bytes / device.bandwidth, size.operations / device.rate
     floor = max(reading, computing)

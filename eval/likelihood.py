@@ -1,4 +1,4 @@
-"""Likelihoods of held-out text, and how far the distributions of a checkpoint are from the original's."""
+"""Likelihoods of held-out text, and the divergence of a checkpoint's distributions from the original's."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from mqa_hf.finetune.data import IGNORED
 from .evaluation_record import ContextLoss, WindowRecord
 from .held_out import HeldOut
 
-POSITIONS = 1024  # of logits that are compared at once, in float32
+POSITIONS = 1024  # compared at once, in float32
 
 
 @torch.no_grad()
@@ -25,15 +25,15 @@ def predict(
     path: Path,
     apart: Sequence[int] = (),
 ) -> Iterator[WindowRecord]:
-    """Likelihoods of windows, and how far they are from the original's.
+    """Compute the likelihoods of windows, and their divergence from the original's.
 
     Args:
-        ours, theirs: models of a checkpoint and of its original, which may be the same.
-        held_out: has the windows.
-        chosen: windows that are wanted.
-        batch_tokens: read at once.
-        path: of the checkpoint, for messages.
-        apart: ids of words that only one of the models has.
+        ours, theirs: the checkpoint's model and its original, which may be the same.
+        held_out: provides the windows.
+        chosen: indices of the windows.
+        batch_tokens: tokens per batch.
+        path: the checkpoint, for messages.
+        apart: token ids that only one of the models has.
     """
     windows = held_out.windows
     for batch in by_length(chosen, lambda i: len(windows[i].ids), batch_tokens):
@@ -47,9 +47,9 @@ def predict(
             if not measured.isfinite().all():
                 wrong = "its" if not measured[0].isfinite().all() else "the original's"
                 raise MQAError(
-                    f"{path}: {wrong} logits are no numbers in document {windows[index].document}, "
+                    f"{path}: {wrong} logits are not finite in document {windows[index].document}, "
                     f"{int((~measured.isfinite()).any(0).sum())} of {len(places)} tokens (dtype {ours.dtype}); try "
-                    "`dtype` float32, and look at the checkpoint"
+                    "`dtype` float32, or check the weights"
                 )
             nats, divergence, same = measured
             reached = (places + 1).float().log2().floor().long()
@@ -70,7 +70,7 @@ def predict(
 
 
 def by_length(chosen: Sequence[int], length: Callable[[int], int], most: int) -> Iterator[list[int]]:
-    """Batches of like length, the longest first, at most so many tokens in each."""
+    """Batches of similar length, the longest first, each of at most `batch_tokens` tokens."""
     batch: list[int] = []
     for i in sorted(chosen, key=lambda i: (-length(i), i)):
         if batch and (len(batch) + 1) * length(batch[0]) > most:
@@ -88,16 +88,16 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def compare(
     ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, places: torch.Tensor, apart: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Of each place: nats of its label, KL(theirs ‖ ours) in nats, and whether both have the same first choice.
+    """For each position: nats of its label, KL(theirs ‖ ours) in nats, and whether both have the same first choice.
 
-    Each model's loss is over all of its own words. Where one has more (a padded embedding, an added word), the other
-    two numbers are of the distributions over the words that both have.
+    Each model's loss is over its own vocabulary. If one has more tokens (a padded embedding, an added token), the
+    other two numbers are over the tokens that both have.
 
     Args:
         ours, theirs: logits [T, V] and [T, V'].
         labels: [T].
-        places: [n] of T.
-        apart: ids of words that only one of them has.
+        places: [n], positions in T.
+        apart: token ids that only one of them has.
 
     Returns:
         [3, n] in float64.
@@ -127,7 +127,7 @@ def by_document(groups: Sequence[int], values: Sequence[float]) -> dict[int, flo
 
 
 def by_context(records: Sequence[WindowRecord]) -> list[ContextLoss]:
-    """Loss by how many tokens stand before the predicted one, in powers of two."""
+    """Loss by the number of tokens before the predicted one, in powers of two."""
     sums: dict[int, tuple[float, int]] = {}
     for record in records:
         for bucket, (nats, count) in record.context.items():

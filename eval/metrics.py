@@ -1,10 +1,10 @@
-"""The numbers of `mqa-hf evaluate`, as metrics of the `evaluate` library: they need no network.
+"""The metrics of `mqa-hf evaluate`, for the `evaluate` library. They need no network.
 
     from mqa_hf.eval.metrics import Translations
     Translations().compute(predictions=["a cat"], references=["the cat"])
 
-Intervals hold 95% of 1,000 bootstrap samples over documents. Differences from the original are paired: both are
-measured on the same sample of documents (Koehn 2004).
+Intervals contain 95% of 1,000 bootstrap samples over documents. Differences from the original are paired: both models
+are measured on the same sample of documents (Koehn 2004).
 """
 
 import json
@@ -20,7 +20,7 @@ Interval = tuple[float, float] | None
 
 
 def weights(documents: int) -> np.ndarray:
-    """[SAMPLES, D]: how often each document is drawn in each bootstrap sample; the same numbers each time."""
+    """How often each document is drawn in each bootstrap sample, [SAMPLES, D]; the same for every call."""
     return np.random.default_rng(0).multinomial(documents, np.full(documents, 1 / documents), SAMPLES)
 
 
@@ -29,7 +29,7 @@ def ratio(above: Any, below: Any, less: Any = None) -> tuple[float, Interval]:
 
     Args:
         above, below: [D].
-        less: [D], taken away from `above`: a paired difference.
+        less: [D], subtracted from `above`, for a paired difference.
     """
     above, below = np.asarray(above, float), np.asarray(below, float)
     if less is not None:
@@ -45,7 +45,7 @@ def ratio(above: Any, below: Any, less: Any = None) -> tuple[float, Interval]:
 
 
 def repetition(tokens: Sequence[int], n: int = 4) -> tuple[int, int]:
-    """How many n-grams stood before in the same text, and how many there are."""
+    """Number of n-grams that repeat an earlier one of the same text, and number of all n-grams."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return len(grams) - len(set(grams)), len(grams)
 
@@ -69,8 +69,8 @@ class NextTokens(evaluate.Metric):
             nats: [D] negative log-likelihood of each document.
             original: [D] the original's.
             divergence: [D] KL(original ‖ checkpoint), in nats.
-            same: [D] tokens at which both have the same first choice.
-            tokens, bytes: [D] that were predicted.
+            same: [D] tokens for which both have the same first choice.
+            tokens, bytes: [D] predicted.
         """
         loss, loss_interval = ratio(nats, tokens)
         bits, bits_interval = ratio(np.asarray(nats) / np.log(2), bytes)
@@ -89,7 +89,7 @@ class NextTokens(evaluate.Metric):
 
 
 class Continuations(evaluate.Metric):
-    """Tokens that a checkpoint writes, beside the original's: agreement, repetition, length."""
+    """Generated tokens compared with the original's: agreement, repetition, length."""
 
     def _info(self) -> evaluate.MetricInfo:
         tokens = datasets.Sequence(datasets.Value("int64"))
@@ -116,7 +116,7 @@ class Continuations(evaluate.Metric):
 
 
 class Translations(evaluate.Metric):
-    """Texts beside references: BLEU and chrF by sacrebleu, ROUGE (F1) by rouge_score, all from 0 to 100."""
+    """Texts compared with references: BLEU and chrF by sacrebleu, ROUGE (F1) by rouge_score, all from 0 to 100."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -131,7 +131,7 @@ class Translations(evaluate.Metric):
         for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
             try:
                 score: Any = metric.corpus_score(predictions, [references], n_bootstrap=SAMPLES if several else 1)
-            except TypeError:  # sacrebleu has no interval where nothing at all is right in a sample
+            except TypeError:  # sacrebleu has no interval if a sample has no match at all
                 score = metric.corpus_score(predictions, [references])
             said = json.loads(score.format(width=6, is_json=True, signature=str(metric.get_signature())))
             middle, half = said.get("confidence_mean"), said.get("confidence_var")
@@ -147,12 +147,12 @@ class Translations(evaluate.Metric):
 
 
 def bleu_above(ours: Sequence[str], theirs: Sequence[str], references: Sequence[str]) -> tuple[float, Interval]:
-    """How much higher the BLEU of `ours` is, and the interval of the paired difference; `None` for a single text."""
+    """Difference in BLEU from `theirs` and the interval of the paired difference; `None` for a single text."""
     from sacrebleu.metrics import BLEU
 
     metric: Any = BLEU()
 
-    def counts(texts: Sequence[str]) -> np.ndarray:  # [D, 10]: n-grams that are right, n-grams, lengths of both
+    def counts(texts: Sequence[str]) -> np.ndarray:  # [D, 10]: matching n-grams, n-grams, lengths of both
         scores = [metric.corpus_score([text], [[reference]]) for text, reference in zip(texts, references)]
         return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
 

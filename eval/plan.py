@@ -1,4 +1,4 @@
-"""`mqa-hf plan`: how fast decoding can be with fewer key/value heads or a latent, before anything is converted."""
+"""`mqa-hf plan`: estimate decoding speed with fewer key/value heads or a latent, without converting anything."""
 
 import os
 from collections.abc import Sequence
@@ -14,51 +14,51 @@ if TYPE_CHECKING:
     from .choices import DecodingPlan
 
 MEASURED = "measured"
-ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}  # bytes of a number
+ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}  # bytes per number
 
 
 @dataclass(frozen=True)
 class LatentSizes(Options):
-    """Of the latents that are compared or timed, what each is beside its numbers."""
+    """Key widths and bits of the latents that are compared or timed."""
 
     _: KW_ONLY
     key_widths: Annotated[
         Sequence[int] | None,
         Option(
-            "Numbers of keys that are rebuilt from a latent. Default: four times those of a head that are rotated; a "
-            "conversion chooses them by what they lose.",
+            "Key widths: components rebuilt from a latent. Default: four times a head's rotated components; a "
+            "conversion chooses the width by its loss.",
             min=2,
             comma=True,
         ),
     ] = None
     latent_bits: Annotated[
         Sequence[int] | None,
-        Option("Bits of a stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
+        Option("Bits per stored number of a latent. Default: 16.", choices=(16, 8, 4), comma=True),
     ] = None
 
 
 @dataclass(frozen=True)
 class Planning(LatentSizes, Job["DecodingPlan"]):
-    """Say how fast decoding can be with fewer key/value heads or a latent, before anything is converted.
+    """Estimate decoding speed with fewer key/value heads or a latent, without converting anything.
 
     Returns:
-        `device`, and `choices`: the original, then every number of heads at every width and every latent, each with
-        bytes, operations and the least time of a step. Names of the fields say their units. `notes`: what to expect
-        of the latents.
+        `device`; `choices`: the original, then every number of heads at every width, then every latent, each with the
+        bytes, operations and minimum time of a decode step (field names carry their units); `notes`: the speed to
+        expect of the latents.
 
     Raises:
-        MQAError: where the shape is neither a name nor a checkpoint, or a choice cannot be made of it.
+        MQAError: if the shape is neither a known name nor a checkpoint, or does not allow a choice.
     """
 
     name = "plan"
 
-    shape: Annotated[str | os.PathLike[str], Option("A published shape by name, a directory or a hub id.")]
+    shape: Annotated[str | os.PathLike[str], Option("Name of a published shape, a directory or a Hub id.")]
     _: KW_ONLY
     kv_heads: Annotated[
         Sequence[int] | None,
         Option(
-            "Key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide them, where "
-            "no latents are asked for.",
+            "Numbers of key/value heads to compare with the original's. Default: those of 1, 2, 4 and 8 that divide "
+            "it; none if latents are given.",
             min=1,
             comma=True,
         ),
@@ -66,7 +66,7 @@ class Planning(LatentSizes, Job["DecodingPlan"]):
     widths: Annotated[
         Sequence[int] | None,
         Option(
-            "Widths of a new head in units of an old one. Default: 1,2; of native targets 1.",
+            "Widths of a new head, in widths of an old one. Default: 1,2; 1 for `target` native.",
             min=1,
             comma=True,
         ),
@@ -74,8 +74,8 @@ class Planning(LatentSizes, Job["DecodingPlan"]):
     latents: Annotated[
         Sequence[int] | None,
         Option(
-            "Numbers of a latent to compare, one for all heads. Default: as many as a key and a value of one head "
-            "have, where no heads are asked for.",
+            "Latent widths to compare. Default: the width of one head's key and value together; none if heads are "
+            "given.",
             min=1,
             comma=True,
         ),
@@ -83,36 +83,36 @@ class Planning(LatentSizes, Job["DecodingPlan"]):
     target: Annotated[
         str | None,
         Option(
-            "mqa or native, as of convert. Default: mqa; native where the type is converted in its own class only.",
+            "mqa or native, as in `convert`. Default: mqa; native for model types that keep their own class.",
             choices=("mqa", "native"),
         ),
     ] = None
     batch: Annotated[int, Option("Rows decoded at once.", min=1, below=2**31)] = 1
     context: Annotated[int, Option("Positions in the cache.", min=1, below=2**31)] = 4096
-    source: Annotated[int, Option("Positions of the encoder's output, where there is one.", min=0, below=2**31)] = 512
+    source: Annotated[int, Option("Source tokens of encoder-decoder models.", min=0, below=2**31)] = 512
     device: Annotated[
         str,
         Option(
-            "h100, a100-80gb, l4, ..., or measured: the one that is here.",
+            "h100, a100-80gb, l4, ..., or measured: this machine's.",
             choices=(MEASURED, *DEVICES),
             metavar="NAME",
         ),
     ] = "h100"
-    dtype: Annotated[str, Option("Of weights and cache.", choices=(*NUMBER_TYPES, "float8"))] = "bfloat16"
+    dtype: Annotated[str, Option("Type of weights and cache.", choices=(*NUMBER_TYPES, "float8"))] = "bfloat16"
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number."""
+        """Bytes per number."""
         return ITEMSIZE[self.dtype]
 
     @property
     def asks_heads(self) -> bool:
-        """Whether heads are asked for."""
+        """Whether heads are requested."""
         return self.kv_heads is not None or self.widths is not None
 
     @property
     def asks_latents(self) -> bool:
-        """Whether latents are asked for."""
+        """Whether latents are requested."""
         return any(given is not None for given in (self.latents, self.key_widths, self.latent_bits))
 
     def run(self) -> "DecodingPlan":
@@ -121,7 +121,7 @@ class Planning(LatentSizes, Job["DecodingPlan"]):
         return make_plan(self)
 
     def show(self, result: "DecodingPlan", console: "Console") -> None:
-        """A table, and what it means for training."""
+        """Print a table, and whether prefill and training are limited by arithmetic or memory."""
         from rich.table import Table
 
         device, first = result.device, result.choices[0]
@@ -145,14 +145,14 @@ class Planning(LatentSizes, Job["DecodingPlan"]):
                 f"{r.largest_batch_tokens_per_sec:,.0f}" if r.largest_batch else "-",
                 f"{r.largest_batch_speedup:.2f}" if r.largest_batch else "-",
             )  # fmt: skip
-        console.width = 200  # what the table takes
+        console.width = 200  # the width of the table
         console.print(table)
         for note in result.notes:
             console.print(note, soft_wrap=True)
         console.print(
-            f"Reading a prompt, or training, takes {first.prefill_bytes_per_operation:.4f} bytes per operation; the "
-            f"device does {device.rate / device.bandwidth:.0f} operations in the time of a byte, so below "
-            f"{device.bandwidth / device.rate:.4f} arithmetic is the limit, above it memory.",
+            f"Prefill and training read {first.prefill_bytes_per_operation:.4f} bytes per operation. The device does "
+            f"{device.rate / device.bandwidth:.0f} operations in the time of one byte: below "
+            f"{device.bandwidth / device.rate:.4f} bytes per operation arithmetic is the limit, above it memory.",
             soft_wrap=True,
         )
 

@@ -12,8 +12,8 @@
     evaluate:
       text: validation.jsonl
 
-Under each step stand the options of its command. The results are `output/converted`, `output/trained` and
-`output/evaluation`. A step whose result is whole is not run again; one that was interrupted goes on.
+Each step takes the options of its command. The results are `output/converted`, `output/trained` and
+`output/evaluation`. A finished step is not run again; an interrupted one continues.
 """
 
 import difflib
@@ -32,30 +32,28 @@ from mqa_hf.finetune.uptrain import Uptraining
 from .evaluate import Evaluation
 
 STEPS: dict[str, type[Job]] = {job.name: job for job in (Conversion, Uptraining, Evaluation)}
-VERSION = 1  # of the layout of recipes
+VERSION = 1  # of the recipe format
 KNOWN = ("version", "source", "output", *STEPS)
-DONE = "recipe.json"  # the commands that made what is there
+DONE = "recipe.json"  # the commands that produced the results
 
 
 @dataclass(frozen=True)
 class Recipe(Job[Path]):
-    """Convert, train and evaluate by a file; steps that are done are not run again.
+    """Convert, train and evaluate as a file describes; finished steps are not run again.
 
     Returns:
-        The directory of all results.
+        The directory with all results.
 
     Raises:
-        MQAError: for what is wrong with the file, before the first step runs; where a step has changed and `overwrite`
-            is false; and whatever the steps raise.
+        MQAError: before the first step, if the file is invalid or a step has changed and `overwrite` is false; and
+            whatever the steps raise.
     """
 
     name = "recipe"
 
-    file: Annotated[Path, Option("YAML with source, output, convert, and what else is to be done.")]
+    file: Annotated[Path, Option("YAML file with source, output, convert and further steps.")]
     _: KW_ONLY
-    overwrite: Annotated[
-        bool, Option("Run steps that have changed, and those after them, again.", recorded="never")
-    ] = False
+    overwrite: Annotated[bool, Option("Rerun changed steps and the steps after them.", recorded="never")] = False
 
     def run(self) -> Path:
         output, steps = read_recipe(self.file)
@@ -68,14 +66,14 @@ class Recipe(Job[Path]):
         return {name: step.job.command() for name, step in steps.items()}
 
     def interrupted(self) -> str:
-        return "Steps that are done are kept, and so is what the last one has done so far; the same command goes on."
+        return "Finished steps and the progress of the current one are kept; run the same command to continue."
 
 
 def read_recipe(path: Path) -> tuple[Path, dict[str, Step]]:
-    """The output directory and the steps that a file describes, each checked as far as that can be before it runs.
+    """Read the output directory and the steps from a file, and check each step as far as possible before it runs.
 
     Raises:
-        MQAError: naming the step and the option that are wrong.
+        MQAError: naming the invalid step and option.
     """
     recipe = read_yaml(path)
     check_keys(path, recipe)
@@ -83,7 +81,7 @@ def read_recipe(path: Path) -> tuple[Path, dict[str, Step]]:
     check_places(path, Path(source), output)
     converted, trained = output / "converted", output / "trained"
     results = [converted, *([trained] if "uptrain" in recipe else [])]
-    # What the recipe itself says of each step; its result, and whether that takes long.
+    # Options set by the recipe itself; the result; whether the step takes long.
     plan: dict[str, tuple[dict[str, Any], Path, bool]] = {
         "convert": ({"source": source, "output": converted}, converted / REPORT_FILE, True),
         "uptrain": ({"student": converted, "output": trained}, trained / TRAINING_FILE, True),
@@ -105,7 +103,7 @@ def read_recipe(path: Path) -> tuple[Path, dict[str, Step]]:
 
 
 def check_keys(path: Path, recipe: Any) -> None:
-    """Raises MQAError where a file is no recipe, whatever the options of its steps."""
+    """Raise MQAError if a file is not a recipe, whatever the options of its steps."""
     if not isinstance(recipe, dict) or not {"source", "output", "convert"} <= set(recipe):
         raise MQAError(f"{path} needs source, output and convert")
     for name in recipe:
@@ -117,40 +115,41 @@ def check_keys(path: Path, recipe: Any) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise MQAError(f"{path}: version must be a whole number such as {VERSION}; got {version!r}")
     if version > VERSION:
-        raise MQAError(
-            f"{path} has layout {version}, and this mqa-hf knows {VERSION} at most; update mqa-hf to run it"
-        )
+        raise MQAError(f"{path} has version {version}, and this mqa-hf reads up to {VERSION}; update mqa-hf to run it")
     for name in ("source", "output"):
         if not isinstance(recipe[name], str) or not recipe[name]:
-            raise MQAError(f"{path}: {name} must be a text, in quotes if need be; got {recipe[name]!r}")
+            raise MQAError(f"{path}: {name} must be a string, in quotes if need be; got {recipe[name]!r}")
     for name in STEPS:
         if not isinstance(recipe.get(name), dict | None):
-            raise MQAError(f"{path}: {name} must hold options, one a line")
+            raise MQAError(f"{path}: {name} must hold options, one per line")
 
 
 def check_places(path: Path, source: Path, output: Path) -> None:
-    """Raises MQAError where results cannot lie in `output`, or would lie in the source or beside its files."""
+    """Raise MQAError if `output` cannot be a directory, or if it and the source contain each other."""
     try:
         here, there = output.resolve(), source.resolve()
-        known = source.is_dir()  # else an id of the Hub, which a directory of that name would hide
+        known = source.is_dir()  # else a Hub id, which a directory of that name would hide
         if here == there or there in here.parents or (known and here in there.parents):
-            raise MQAError(f"{path}: source {source} and output {output} are the same or lie in each other")
+            raise MQAError(
+                f"{path}: source {source} and output {output} must not be the same or contain each other; give "
+                "another output"
+            )
         for place in (here, *here.parents):
             if place.exists() and not place.is_dir():
                 raise MQAError(f"{path}: output {output}: {place} is a file; give a directory")
-    except (OSError, RuntimeError, ValueError) as error:  # the latter two for loops of links and impossible names
+    except (OSError, RuntimeError, ValueError) as error:  # the last two for link loops and invalid names
         raise MQAError(f"{path}: output {str(output)!r} cannot be written: {error}") from error
 
 
 def job_of(kind: type[Job], given: Mapping[Any, Any], own: Mapping[str, Any]) -> Job:
-    """A step's job with the options `given`, and `own`, those that are the recipe's to say.
+    """Make a step's job from the options `given` and from `own`, those that the recipe sets.
 
     Raises:
-        MQAError: for options that are none, have no value, or contradict each other.
+        MQAError: for options that are unknown, have no value or contradict each other.
     """
     for name, value in given.items():
         if str(name).replace("-", "_") in own:
-            raise MQAError(f"`{name}` is said by the recipe's source and output; leave it out")
+            raise MQAError(f"`{name}` is set by the recipe's source and output; leave it out")
         if value is None:
             raise MQAError(f"`{name}` takes a value, not null; leave it out for its default")
     job = kind.of({**given, **own})

@@ -1,18 +1,18 @@
-"""What a decoding step has to read and compute, and how fast it can be at best: `mqa-hf plan`.
+"""What a decode step reads and computes, and its minimum time: `mqa-hf plan`.
 
     b rows, n positions in the cache, d hidden size, h query heads, G key/value heads
 
-The analysis is that of Shazeer 2019 (arXiv 1911.02150, sections 2.4.1 and 3.1). Training, or reading a prompt, handles
-all n positions at once: the weights are read once for b·n tokens, and the ratio of memory accesses to arithmetic
-operations is Θ(1/k + 1/(b·n)), with k the head width: small. Incremental decoding reads all weights and all keys and
-values for one token per row: Θ(n/d + 1/b) with multi-head attention, which is near 1 where n is near d or b near 1,
-and Θ(1/d + n/(d·h) + 1/b) with one key/value head. Here the constants are counted instead, from a configuration:
+The analysis is that of Shazeer 2019 (arXiv 1911.02150, sections 2.4.1 and 3.1). Training and prefill handle all n
+positions at once: the weights are read once for b·n tokens, and the ratio of memory accesses to arithmetic operations
+is small, Θ(1/k + 1/(b·n)) with head width k. Decoding reads all weights and all keys and values for one token per row:
+Θ(n/d + 1/b) with multi-head attention, which is near 1 if n is near d or b near 1, and Θ(1/d + n/(d·h) + 1/b) with one
+key/value head. Here the constants are counted from a configuration:
 
     bytes = weights + b · (keys and values of n positions)        operations = 2 · b · (weights + 2 · h · n · widths)
     time ≥ max(weights / bandwidth, operations / rate) + max((keys and values) / bandwidth, operations / rate)
 
-Of a mixture of experts, a step reads those that b tokens choose, here independently of each other. What a latent in
-place of keys and values takes stands in `attention_sizes.py`.
+For a mixture of experts, a step reads the experts that b tokens choose, assumed independent. `attention_sizes.py`
+counts latents.
 """
 
 import platform
@@ -33,11 +33,11 @@ from .shapes import Weights
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one decoding step of a batch reads and computes.
+    """What one decode step of a batch reads and computes.
 
     Attributes:
-        weight_bytes: of the matrices that are read, the head's included, the embedding's not.
-        cache_bytes: keys and values, or latents, that are read, those of an encoder's output included.
+        weight_bytes: bytes of the matrices read, the language-model head included, the embedding excluded.
+        cache_bytes: bytes of keys and values, or latents, read, those of an encoder's output included.
         weight_operations, cache_operations: multiplications and additions with each.
     """
 
@@ -51,24 +51,24 @@ class StepCost:
         return (self.weight_bytes + self.cache_bytes) / (self.weight_operations + self.cache_operations)
 
     def seconds(self, device: Device) -> float:
-        """The least time that the step can take."""
+        """The minimum time of the step."""
         return sum(max(part) for part in self.parts(device))
 
     def parts(self, device: Device) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Seconds to read, and to compute with, weights and then cache."""
+        """Seconds to read and to compute, for the weights and for the cache."""
         return (
             (self.weight_bytes / device.bandwidth, self.weight_operations / device.rate),
             (self.cache_bytes / device.bandwidth, self.cache_operations / device.rate),
         )
 
     def cache_limit(self, device: Device) -> Literal["bytes", "operations"]:
-        """What takes longer of the cache: to read it or to compute with it."""
+        """Whether reading the cache or computing with it takes longer."""
         _, (reading, computing) = self.parts(device)
         return "bytes" if reading >= computing else "operations"
 
 
 def step_weights(config: MQAConfig) -> int:
-    """Weights that a step multiplies with; keys and values of an encoder's output are computed once, not in a step."""
+    """Weights that a step multiplies with, without those for keys and values of an encoder's output, computed once."""
     d, f = config.hidden_size, config.intermediate_size
     total = (
         config.embedding_size * config.vocab_size + (3 if config.gated_mlp else 2) * d * f * config.num_hidden_layers
@@ -83,7 +83,7 @@ def step_weights(config: MQAConfig) -> int:
 
 
 def weights_of(config: MQAConfig) -> Weights:
-    """Of a decoder, to within biases and norms."""
+    """Weights of a decoder, without biases and norms."""
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.embedding_size
     positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
     every = (cross_attention(config, i) for i in range(config.num_hidden_layers))
@@ -103,13 +103,13 @@ def step_cost(
     """Bytes and operations of a step.
 
     Args:
-        config: of the decoder.
-        batch: rows, beams counted.
+        config: configuration of the decoder.
+        batch: rows, including beams.
         context: positions in the cache.
-        source: positions of the encoder's output, for a decoder with one.
-        itemsize: bytes of a number.
-        weights: of a model of which `config` says the attention only.
-        keys: whether those of a latent are rebuilt in each step, or stored beside it.
+        source: positions of the encoder's output, if any.
+        itemsize: bytes per number.
+        weights: weights of a model of which `config` describes only the attention.
+        keys: whether keys of a latent are rebuilt at each step or cached.
     """
     weights = weights or weights_of(config)
     cached = computed = repeated = 0
@@ -131,11 +131,11 @@ def step_cost(
 def prefill_ratio(
     config: MQAConfig, batch: int, length: int, itemsize: int = 2, weights: Weights | None = None
 ) -> float:
-    """Bytes per operation where `length` positions of `batch` rows are computed at once, as in training."""
+    """Bytes per operation if `length` positions of `batch` rows are computed at once, as in training."""
     weights, tokens = weights or weights_of(config), batch * length
     layers = [own_attention(config, i) for i in range(config.num_hidden_layers)]
     kept = sum(4 * x.d + (x.H + x.G) * (x.D + x.Dv) + x.r + x.rebuilt for x in layers)
-    # By head, whatever is stored; causal: half of 2 · length.
+    # Per head, whatever is cached; causal: half of 2 · length.
     operations = 2.0 * tokens * weights.of_a_token + tokens * length * sum(x.H * (x.D + x.Dv) for x in layers)
     return itemsize * (weights.read(tokens) + tokens * kept) / operations
 
@@ -157,7 +157,7 @@ def largest_batch(
 
 
 def measured_device(device: str | torch.device = "cuda") -> Device:
-    """The device that is here: bandwidth of a large copy, counting bytes read and written, and of a matrix product."""
+    """Measure this machine's device: bandwidth of a large copy (bytes read and written), rate of a matrix product."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     size, side, dtype = (1 << 31, 8192, torch.bfloat16) if on_gpu else (1 << 27, 1024, torch.float32)
@@ -175,16 +175,16 @@ def measured_device(device: str | torch.device = "cuda") -> Device:
 
 
 def processor() -> str:
-    """What the CPU calls itself."""
+    """Name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that says nothing
+    except (OSError, StopIteration):  # not Linux, or no name given
         return platform.processor() or platform.machine()
 
 
 def fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several calls, over half a second, in which a GPU comes up to its clock."""
+    """Seconds of the fastest call within half a second, in which a GPU reaches its clock rate."""
     seconds: list[float] = []
     until = time.perf_counter() + 0.5
     while len(seconds) < 5 or time.perf_counter() < until:

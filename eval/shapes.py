@@ -1,4 +1,4 @@
-"""What plans and timings know of a model: its attention and how many weights it has, from a name or a checkpoint."""
+"""Shapes for plans and timings: the attention of a model and its number of weights, from a name or a checkpoint."""
 
 import copy
 import math
@@ -21,20 +21,20 @@ from mqa_hf.conversion.passthrough import own_class
 from mqa_hf.conversion.source import Source, read_source
 
 Config = MQAConfig | MQASeq2SeqConfig
-# What configurations call the experts of a layer, and those that a token goes to.
+# Configuration fields for the experts of a layer, and for those that a token is routed to.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights a model has.
+    """Number of weights of a model.
 
     Attributes:
-        always: that every step multiplies with, the head's included.
-        experts: of all the experts that tokens choose among.
-        chosen: the share of these that a token goes to.
-        looked_up: the embeddings' that are no head.
+        always: weights that every step multiplies with, the language-model head included.
+        experts: weights of all routed experts.
+        chosen: fraction of the experts that a token is routed to.
+        looked_up: weights of embeddings that are not the head.
     """
 
     always: int
@@ -51,19 +51,19 @@ class Weights:
         return self.always + self.chosen * self.experts
 
     def read(self, tokens: int) -> float:
-        """Those that a step with so many tokens reads, which choose their experts independently of each other."""
+        """Weights that a step reads if its tokens choose their experts independently."""
         return self.always + (1 - (1 - self.chosen) ** tokens) * self.experts
 
 
 @dataclass(frozen=True)
 class OwnShape:
-    """A model that runs in its own class of transformers (`families/native_only.py`), with some number of heads.
+    """A model that keeps its own class of transformers (`families/native_only.py`), with some number of heads.
 
     Attributes:
         source: the checkpoint.
         run_config: the configuration of its class with these heads.
-        config: the attention of the layers that have keys and values, with their windows; nothing else of the model.
-        weights: of the model. States of layers without keys and values are counted nowhere.
+        config: only the attention of the layers with keys and values, and their windows.
+        weights: weights of the model. States of layers without keys and values are not counted.
     """
 
     source: Source
@@ -73,7 +73,7 @@ class OwnShape:
 
     @property
     def why(self) -> str:
-        """Why this package's class and loop cannot have it, as a clause."""
+        """Why this package's class and loop do not support it, as a clause."""
         return NATIVE_ONLY[self.run_config.model_type].why
 
     def with_heads(self, kv_heads: int) -> "OwnShape":
@@ -81,7 +81,7 @@ class OwnShape:
 
 
 def own_shape(source: Source, kv_heads: int) -> OwnShape:
-    """A source in its own class with fewer key/value heads; raises MQAError where that cannot be."""
+    """Give a source in its own class fewer key/value heads; raise MQAError if that is not possible."""
     own = own_class(source, kv_heads)
     config = copy.deepcopy(own.pooled)
     windows = list(attention_layers(source.config).values())
@@ -97,33 +97,33 @@ def own_shape(source: Source, kv_heads: int) -> OwnShape:
 
 
 def chosen_share(config: PreTrainedConfig) -> float:
-    """The share of a layer's experts that a token goes to."""
+    """Fraction of a layer's experts that a token is routed to."""
     said = getattr(config, "ffn_config", config)
     counts = [
         next((n for n in (getattr(said, name, None) for name in names) if isinstance(n, int)), None)
         for names in (CHOSEN, EXPERTS)
     ]
     if counts[0] is None or not counts[1]:
-        raise MQAError(f"{config.model_type}: config.json does not say how many experts a token goes to")
+        raise MQAError(f"{config.model_type}: config.json does not give the number of experts per token")
     return min(1.0, counts[0] / counts[1])
 
 
 def attention_layers(config: PreTrainedConfig) -> dict[int, int | None]:
-    """The layers of a class of transformers that have a cache of keys and values, and the window of each."""
+    """The layers with a cache of keys and values in a class of transformers, and the window of each."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return {i: getattr(x, "sliding_window", None) for i, x in enumerate(layers) if isinstance(x, DynamicLayer)}
 
 
 def read_shape(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
-    """A shape by its name, or that of a checkpoint: the source's configuration and the canonical one.
+    """Read a shape by name or from a checkpoint: the source's configuration and the canonical one.
 
     Raises:
-        MQAError: neither a name of [`SHAPES`] nor a checkpoint that is understood.
+        MQAError: if it is neither a name in [`SHAPES`] nor a supported checkpoint.
     """
     source, config = _read(name)
     attention = config.config if isinstance(config, OwnShape) else decoder_of(config)
     if not attention.kv_bytes_per_token:
-        raise MQAError(f"{name} has no layer with keys and values; there is nothing to compare")
+        raise MQAError(f"{name} has no layers with keys and values to compare; give another shape")
     return source, config
 
 

@@ -1,7 +1,7 @@
-"""How long decoding takes, timed around `generate()`: a streamer notes when each token arrives.
+"""Time decoding through `generate()`: a streamer records when each token arrives.
 
-The cache is filled with random numbers instead of reading a prompt, which would take longer than all the rest. Beside
-the time stands what the step had to read, and the time that the device needs for that at least (`roofline.py`).
+The cache is filled with random numbers instead of reading a prompt, which would take longer than everything else.
+Records also hold what a step reads, and its minimum time on the device (`roofline.py`).
 """
 
 import gc
@@ -36,7 +36,7 @@ from .timing_plots import draw_times
 
 
 class TokenClock(BaseStreamer):
-    """Notes when tokens arrive; the first call is the prompt."""
+    """Records when tokens arrive; the first call is the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -50,12 +50,12 @@ class TokenClock(BaseStreamer):
 
 @dataclass
 class Times:
-    """What was measured of a cell, in seconds and bytes.
+    """Measurements of a cell, in seconds and bytes.
 
     Attributes:
-        step_sec: of each step.
-        warmup_sec: what the first steps took longer.
-        total_sec, encoder_sec: of an encoder-decoder model, all tokens with the encoder, and the encoder alone.
+        step_sec: time of each step.
+        warmup_sec: extra time of the first steps.
+        total_sec, encoder_sec: for an encoder-decoder model, all tokens including the encoder, and the encoder alone.
         keys: how this package's loop kept the keys of a latent.
     """
 
@@ -71,13 +71,13 @@ class Times:
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clear_memory(device: torch.device) -> None:
-    """Free what nothing uses, and count the peak anew."""
+    """Free unused memory, and reset its peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -105,7 +105,7 @@ def time_tokens(contender: Contender, model: Any, batch: int, context: int, toke
         do_sample=False,
         streamer=clock,
     )
-    arrived = [began, *clock.times[1:]]  # the prompt itself is the first piece
+    arrived = [began, *clock.times[1:]]  # the first call is the prompt itself
     steps = [after - before for before, after in pairwise(arrived)]
     counted = steps[WARMUP:]
     found = Times(
@@ -122,7 +122,7 @@ def time_tokens(contender: Contender, model: Any, batch: int, context: int, toke
 
 
 def time_to_first_token(model: Any, vocab: int, batch: int, context: int) -> float:
-    """Seconds from a prompt of `context` tokens to the first new one, the better of two."""
+    """Seconds from a prompt of `context` tokens to the first new one, the shorter of two runs."""
     prompt = torch.randint(1, vocab, (batch, context), device=model.device)
     seconds = []
     for _ in range(2):
@@ -137,7 +137,7 @@ def time_to_first_token(model: Any, vocab: int, batch: int, context: int) -> flo
 
 
 def time_seq2seq(model: Any, vocab: int, batch: int, source: int, tokens: int, beams: int, repeats: int = 3) -> Times:
-    """Time decoding of `tokens` tokens with a source of `source`: what the last three quarters take longer."""
+    """Time decoding of `tokens` tokens with a source of `source`: the extra time of the last three quarters."""
     clear_memory(model.device)
     prompt = torch.randint(1, vocab, (batch, source), device=model.device)
     few = max(1, tokens // 4)
@@ -181,11 +181,11 @@ def kept_keys(cache: Any) -> Keys | None:
 
 
 class CellTimer:
-    """Times cells of a benchmark, holding as few models as can be.
+    """Times cells of a benchmark, with as few models in memory as possible.
 
     Args:
-        job: resolved.
-        command: noted in each record.
+        job: the resolved benchmark.
+        command: stored in each record.
     """
 
     def __init__(self, job: Benchmark, command: str):
@@ -223,7 +223,7 @@ class CellTimer:
 
     @torch.no_grad()
     def cell(self, contender: Contender, cell: Cell) -> BenchmarkRecord:
-        """The record of a cell; where memory runs out it says so."""
+        """Time a cell; if memory runs out, the record holds the error."""
         try:
             return self.timed(contender, cell)
         except Exception as error:
@@ -246,7 +246,7 @@ class CellTimer:
                 times = time_tokens(contender, model, batch, context, tokens)
                 if batch * context <= self.job.prefill_limit:
                     times.time_to_first_token_sec = time_to_first_token(model, vocab, batch, context)
-        except Exception as error:  # whatever a class of transformers raises that cannot be run so
+        except Exception as error:  # a class of transformers that cannot run this raises anything
             if contender.run_config is contender.config or out_of_memory(error):
                 raise
             given = f"a source of {context} tokens" if several else f"a cache of {context} positions"
@@ -255,12 +255,12 @@ class CellTimer:
                 f"{contender.engine}: {error}"
             ) from error
         if several:
-            # The mean step has five eighths of the tokens in its cache: a quarter of them are not counted.
+            # The mean step has five eighths of the tokens in its cache, because the first quarter is not counted.
             return self.record(contender, Cell(batch, tokens * 5 // 8, beams), times, context)
         return self.record(contender, cell, times)
 
     def record(self, contender: Contender, cell: Cell, times: Times, source: int | None = None) -> BenchmarkRecord:
-        """What was measured, with what follows from the times and the shape."""
+        """Make the record of a cell from its times and the shape."""
         measured = asdict(times)
         steps = measured.pop("step_sec")
         median = statistics.median(steps)
@@ -289,11 +289,11 @@ class CellTimer:
         return BenchmarkRecord(**identity(contender, cell), error=why, **self.facts)
 
     def largest(self, contender: Contender, context: int) -> BenchmarkRecord:
-        """The cell with the largest batch that fits."""
+        """Time the largest batch that fits."""
         capacity = context + WARMUP + self.job.tokens + 1
         memory, itemsize = self.limits.memory, self.dtype.itemsize
         batch = contender.largest_batch(capacity, memory, itemsize)
-        found = self.failed(contender, Cell(0, context), "it does not fit at all")
+        found = self.failed(contender, Cell(0, context), "one row does not fit into memory")
         while batch > 0:
             found = self.cell(contender, Cell(batch, context))
             if found.error is None:
@@ -303,14 +303,14 @@ class CellTimer:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out; on a CPU PyTorch has no class of its own for that."""
+    """Whether memory ran out; on a CPU, PyTorch has no exception class for that."""
     said = str(error)
     on_cpu = isinstance(error, RuntimeError) and ("can't allocate memory" in said or "calculation overflowed" in said)
     return isinstance(error, torch.OutOfMemoryError) or on_cpu
 
 
 def identity(contender: Contender, cell: Cell) -> dict[str, Any]:
-    """What a record is of."""
+    """Fields that identify a record."""
     return {
         "shape": contender.shape,
         "original": contender.original,
@@ -323,9 +323,9 @@ def identity(contender: Contender, cell: Cell) -> dict[str, Any]:
 
 
 def timed_cells(timer: CellTimer, contenders: Sequence[Contender], job: Benchmark) -> Iterator[BenchmarkRecord]:
-    """All cells, one record each, then the largest batch at each context where that is asked for.
+    """Time all cells, one record each, then the largest batch at each context if requested.
 
-    With several rounds the contenders take turns, and of each the run with the middle time is kept.
+    With several rounds the contenders alternate, and each keeps the run with the median time.
     """
     cells, rounds = job.workload, job.rounds or 1
     contexts = job.contexts if job.largest_batch else []
@@ -362,7 +362,7 @@ def timed_cells(timer: CellTimer, contenders: Sequence[Contender], job: Benchmar
 
 
 def measure(job: Benchmark, command: str) -> list[BenchmarkRecord]:
-    """Do the job, which is resolved: all shapes, heads and engines in one run and, with several rounds, in turns."""
+    """Run a resolved benchmark: all shapes, heads and engines, alternating over several rounds."""
     contenders = contenders_of(job)
     timer, found = CellTimer(job, command), []
     for record in timed_cells(timer, contenders, job):

@@ -1,4 +1,4 @@
-"""What was timed, as pictures."""
+"""Benchmark results as plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from mqa_hf.base.figures import describe, panels, save
 from .benchmark_record import BenchmarkRecord
 from .timing_table import model_names
 
-QUANTITIES = (  # over, for each, quantity, what it is
+QUANTITIES = (  # x axis, one plot for each, y axis, its label
     ("context", "batch", "time_per_token_ms", "ms per token"),
     ("batch", "context", "tokens_per_sec", "tokens per second"),
 )
 
 
 def draw_times(records: Sequence[BenchmarkRecord], directory: Path) -> list[Path]:
-    """Time per token over the context for each batch, and tokens per second over the batch for each context."""
+    """Plot time per token over the context for each batch, and tokens per second over the batch for each context."""
     names = zip(records, model_names(records))
     timed = [(r, name) for r, name in names if r.error is None and not r.largest_batch]
     shapes = ", ".join(dict.fromkeys(Path(r.shape).name for r, _ in timed))

@@ -1,4 +1,4 @@
-"""What was timed, as a table."""
+"""Benchmark results as a table."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ NOTHING = "-"
 
 
 def model_names(records: Sequence[BenchmarkRecord]) -> list[str]:
-    """What each record is of, as far as it differs from others: the shape, the model, or both."""
+    """Name each record by what differs from the others: the shape, the model, or both."""
     shapes, pairs = {r.shape for r in records}, {(r.shape, r.model) for r in records}
     if len(shapes) == 1:
         return [r.model for r in records]
@@ -55,7 +55,7 @@ def row_of(record: BenchmarkRecord, name: str) -> dict[str, str]:
 
 
 def title_of(record: BenchmarkRecord, shapes: Sequence[str], window: int | None) -> str:
-    """What is so for all records of a benchmark."""
+    """Title: what all records of a benchmark have in common."""
     limits = (
         f"copy {shown(record.copy_bandwidth, '.2f', 1e12)} TB/s, matrix product "
         f"{shown(record.matmul_rate, '.1f', 1e12)} TFLOP/s"
@@ -65,7 +65,7 @@ def title_of(record: BenchmarkRecord, shapes: Sequence[str], window: int | None)
 
 
 def timing_table(records: Sequence[BenchmarkRecord], window: int | None = None) -> Table:
-    """A row for each record; columns that no record has anything for are left out."""
+    """Make a table with one row per record; empty columns are left out."""
     rows = [row_of(record, name) for record, name in zip(records, model_names(records))]
     shapes = list(dict.fromkeys(r.shape for r in records))
     table = Table(title=title_of(records[0], shapes, window), title_justify="left")

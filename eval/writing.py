@@ -1,4 +1,4 @@
-"""What models write: after the beginnings of texts, or of what an encoder has read."""
+"""Generated text: continuations of the beginnings of texts, or translations of an encoder's input."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from .likelihood import by_length
 
 @dataclass(frozen=True)
 class Writer:
-    """How texts are written.
+    """Generates texts.
 
     Attributes:
-        held_out: has the prompts.
-        tokenizer: has the padding.
-        new_tokens: to write, at most.
+        held_out: provides the prompts.
+        tokenizer: provides the padding token.
+        new_tokens: maximum number of tokens to generate.
         beams: of beam search, for encoder-decoder models.
-        batch_tokens: read and written at once.
+        batch_tokens: tokens per batch, prompts and new tokens together.
     """
 
     held_out: HeldOut
@@ -31,7 +31,7 @@ class Writer:
 
     @torch.no_grad()
     def tokens(self, model: Any, chosen: Sequence[int], beams: int) -> Iterator[tuple[int, list[int]]]:
-        """Tokens that follow the chosen prompts, up to eos, with the number of each prompt."""
+        """Generate tokens after the chosen prompts, up to eos, with the index of each prompt."""
         prompts = self.held_out.prompts
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ends = model.generation_config.eos_token_id
@@ -47,12 +47,12 @@ class Writer:
                 yield i, row[:end]
 
     def continuations(self, model: Any, chosen: Sequence[int]) -> Iterator[WritingRecord]:
-        """What a language model writes after the beginnings of texts."""
+        """Continue the beginnings of texts with a language model."""
         for i, tokens in self.tokens(model, chosen, 1):
             yield WritingRecord(id=i, tokens=tokens)
 
     def translations(self, model: Any, chosen: Sequence[int]) -> Iterator[WritingRecord]:
-        """What an encoder-decoder model writes, greedily and with beams."""
+        """Generate with an encoder-decoder model, greedily and with beam search."""
         searched = dict(self.tokens(model, chosen, self.beams))
         for i, tokens in self.tokens(model, chosen, 1):
             greedy, beam = (self.tokenizer.decode(row, skip_special_tokens=True) for row in (tokens, searched[i]))

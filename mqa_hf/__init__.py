@@ -1,12 +1,12 @@
-"""mqa-hf: pretrained multi-head checkpoints as multi-query ones, in Hugging Face transformers.
+"""mqa-hf: convert pretrained multi-head checkpoints to multi-query attention in Hugging Face transformers.
 
     from mqa_hf import convert
 
     convert("HuggingFaceTB/SmolLM2-135M-Instruct", "converted", method="shared")
 
-Importing this package registers its classes with transformers' Auto classes; a converted checkpoint also carries the
-files that it needs and loads without the package by `trust_remote_code=True`. PyTorch and transformers are imported
-only with what needs them.
+Importing this package registers its classes with transformers' Auto classes. A converted checkpoint also carries the
+files that it needs and loads without the package with `trust_remote_code=True`. PyTorch and transformers are imported
+only when they are needed.
 """
 
 from contextlib import suppress
@@ -57,7 +57,7 @@ __all__ = [
 
 __version__ = version("mqa-hf")
 
-# Where each name is, so that it is imported when it is first asked for.
+# The module of each name, which is imported on first access.
 _LIGHT = {
     "base.errors": ("ConversionError", "ConversionWarning", "MQAError"),
     "conversion.convert": ("convert",),
@@ -101,7 +101,7 @@ def _register_configs() -> None:
 
     for config in (MQAConfig, MQASeq2SeqConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
-        config.register_for_auto_class()  # so that `save_pretrained` writes these files beside the weights
+        config.register_for_auto_class()  # `save_pretrained` then copies these files
 
 
 def _register_models() -> None:
@@ -123,10 +123,10 @@ def _register_models() -> None:
 
 
 def _register_lazily() -> None:
-    """Register configurations, and models with the first configuration that is made.
+    """Register configurations now, and models when the first configuration is created.
 
-    The module that transformers' Auto classes of models are in is itself imported by those that our models need, so
-    that its import is too early for them. Whoever loads a model has made its configuration before.
+    Our models need modules that import the module of transformers' Auto model classes, so registering them on its
+    import would be too early. A configuration is always created before its model is loaded.
     """
     from .configuration_mqa import MQAConfig
     from .configuration_mqa_seq2seq import MQASeq2SeqConfig
@@ -145,8 +145,8 @@ def _register_lazily() -> None:
 
 
 def _register_early() -> None:
-    """Register models with the Auto classes' own import, for configurations that were made before it or unpickled."""
-    with suppress(ImportError):  # where something that our models need is just importing them; see above
+    """Register models when the Auto classes are imported, for configurations created earlier or unpickled."""
+    with suppress(ImportError):  # if a module that our models need is importing them; see above
         _register_models()
 
 

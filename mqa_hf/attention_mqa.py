@@ -1,15 +1,15 @@
-"""Attention that never repeats keys and values: query heads are folded onto the K/V head that they share.
+"""Attention without repeated keys and values: query heads are folded onto the key/value head that they share.
 
     B batch, T query tokens, S key tokens, H query heads, G key/value heads, g = H / G, D and Dv head widths
 
-transformers' grouped attention repeats K and V to H heads in the cases where PyTorch's kernels need it, which costs
-the memory traffic that fewer K/V heads were to save (Shazeer 2019, arXiv 1911.02150, section 3). Here
+transformers' grouped attention repeats K and V to H heads where PyTorch's kernels need it, which costs the memory
+traffic that fewer key/value heads should save (Shazeer 2019, arXiv 1911.02150, section 3). Here
 
-- a decoding step (T = 1) treats the g query heads of a group as g queries of one head: [B, G, g, D] against
-  [B, G, S, D], with no copy of anything;
+- a decode step (T = 1) treats the g query heads of a group as g queries of one head: [B, G, g, D] against
+  [B, G, S, D], without copies;
 - a longer input runs on views of K and V that are expanded along the head axis (stride 0).
 
-Registered under the name "mqa" for attention and for its mask, so that `attn_implementation="mqa"` finds both.
+Attention and mask are registered under the name "mqa", for `attn_implementation="mqa"`.
 """
 
 import torch
@@ -40,16 +40,16 @@ def mqa_attention_forward(
     """Scaled dot-product attention over shared key/value heads.
 
     Args:
-        module: the attention layer; its `is_causal` holds where the argument is `None`.
+        module: the attention layer; its `is_causal` is used if the argument is `None`.
         query: [B, H, T, D].
         key: [B, G, S, D], S ≥ T.
         value: [B, G, S, Dv].
         attention_mask: boolean (true: attend) or additive, [B or 1, 1 or H, T, S]; `None` is causal for T > 1, all
             of S for T = 1.
-        output_attentions: also return the weights, which costs T·S memory a head.
+        output_attentions: also return the weights, which takes T·S memory per head.
 
     Returns:
-        The output [B, T, H, Dv], and the weights [B, H, T, S] where asked for.
+        The output [B, T, H, Dv], and the weights [B, H, T, S] if requested.
     """
     if output_attentions:
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
@@ -66,7 +66,7 @@ def mqa_attention_forward(
         return out.reshape(B, 1, H, out.shape[-1]), None
 
     causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
-    if causal and key.shape[2] > T:  # the prefill of a static cache: what lies beyond T is still empty
+    if causal and key.shape[2] > T:  # prefill of a static cache: positions beyond T are empty
         key, value = key[:, :, :T], value[:, :, :T]
     if g == 1 or (query.is_cuda and attention_mask is None and D == value.shape[-1] <= 256):
         out = nn.functional.scaled_dot_product_attention(
@@ -104,7 +104,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain matrix products, softmax in float32 at least; shapes as in [`mqa_attention_forward`].
+    """Same, in plain matrix products with a softmax in at least float32; shapes as in [`mqa_attention_forward`].
 
     Returns:
         The output [B, T, H, Dv] and the weights [B, H, T, S].
@@ -112,7 +112,7 @@ def eager_attention_forward(
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
     if attention_mask is None and T > 1 and module.is_causal:
-        # Aligned to the upper left, as PyTorch's `is_causal` is: a static cache may be longer than what it holds.
+        # Aligned to the upper left, like PyTorch's `is_causal`: a static cache may be longer than its contents.
         attention_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()[None, None]
     scaling = D**-0.5 if scaling is None else scaling
 
@@ -132,7 +132,7 @@ def eager_attention_forward(
 def grouped(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], the queries of a group as those of one head."""
+    """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], with the queries of a group as one head's."""
     B, H, D = query.shape
     G = keys.shape[1]
     if mask is not None and mask.shape[1] > 1:
@@ -144,5 +144,5 @@ def grouped(
 
 
 AttentionInterface.register(ATTENTION_NAME, mqa_attention_forward)
-# Without a mask function of the same name transformers passes no mask at all, and padding would be attended to.
+# Without a mask function of the same name, transformers passes no mask, and padding would be attended to.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

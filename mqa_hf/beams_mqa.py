@@ -1,6 +1,6 @@
-"""Beam search with the arithmetic of transformers' `_beam_search`, and no shape that changes.
+"""Beam search with the arithmetic of transformers' `_beam_search` and constant shapes.
 
-P prompts, k beams of each, n candidates to continue them, V vocabulary, W columns of the buffer of tokens
+P prompts, k beams per prompt, n candidate continuations per prompt, V vocabulary, W columns of the token buffer
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from .request_mqa import Request
 from .rules_mqa import LogitsRule, among, mentions
 from .sampling_mqa import Text, draw
 
-LEAST = -1.0e9  # the score of what is not to be chosen
-# Whether the continuations that a beam search samples are ordered by their likelihood (transformers 5.24).
+LEAST = -1.0e9  # the score of candidates that must not be chosen
+# Whether sampled continuations are sorted by their likelihood (transformers 5.24).
 SORTS_SAMPLES = mentions(GenerationMixin, "_get_top_k_continuations", "sort")
 
 
@@ -23,15 +23,15 @@ def gather_beams(beams: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class BeamSearch(Text):
-    """k running beams of each prompt, which are the rows of `tokens`, and the k best that have ended.
+    """k running beams per prompt, which are the rows of `tokens`, and the k best finished beams.
 
     Args:
-        reorder: told which beam of its prompt each beam [P, k] continues.
+        reorder: called with [P, k], which beam of its prompt each beam continues.
 
     Attributes:
         scores: [P, k], the summed log-probabilities of the running beams.
-        done_tokens, done_scores, done_lengths: [P, k, W], [P, k], [P, k], of the beams that have ended.
-        done: [P, k], whether there is one.
+        done_tokens, done_scores, done_lengths: [P, k, W], [P, k], [P, k], of the finished beams.
+        done: [P, k], whether the slot holds a finished beam.
         open: [P, 1], whether a running beam may still become one of the k best.
     """
 
@@ -55,12 +55,12 @@ class BeamSearch(Text):
         self.done_lengths = torch.zeros(P, k, dtype=torch.long, device=device)
         self.done = torch.zeros(P, k, dtype=torch.bool, device=device)
         self.open = torch.ones(P, 1, dtype=torch.bool, device=device)
-        self.penalties = torch.ones(width + 1, device=device)  # by how much the score of n new tokens is divided
-        self.longest = torch.ones(1, device=device)  # the same, of as many as there can be
+        self.penalties = torch.ones(width + 1, device=device)  # divisor of the score of n new tokens
+        self.longest = torch.ones(1, device=device)  # same, for the longest text
 
     @property
     def hypotheses(self) -> torch.Tensor:
-        """[P, k, W], the tokens of the running beams."""
+        """Tokens of the running beams, [P, k, W]."""
         return self.tokens.view(*self.scores.shape, -1)
 
     def penalty(self, new: int) -> float:
@@ -71,7 +71,7 @@ class BeamSearch(Text):
         T = prompt.shape[1]
         self.limit.fill_(limit)
         self.prompt.fill_(T)
-        self.scores.fill_(LEAST)[:, 0] = 0  # all beams are the same at first: only one of them counts
+        self.scores.fill_(LEAST)[:, 0] = 0  # all beams start equal, so only one of them counts
         self.done_tokens.copy_(self.hypotheses)
         self.done_scores.fill_(LEAST)
         self.done_lengths.fill_(T)
@@ -96,8 +96,8 @@ class BeamSearch(Text):
         self.judge(hits)
 
     def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[P·k, V] logits -> the n best continuations of each prompt, or n that are drawn: their scores, the beams
-        that they continue and their tokens, each [P, n].
+        """Logits [P·k, V] -> the n best (or n sampled) continuations of each prompt: their scores, the beams that they
+        continue, and their tokens, each [P, n].
         """
         P, k = self.scores.shape
         V = logits.shape[-1]
@@ -117,8 +117,8 @@ class BeamSearch(Text):
         return scores, chosen // V, chosen % V
 
     def finish(self, scores: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor, hits: torch.Tensor) -> None:
-        """Keep the k best of what had ended before and of the candidates [P, n] that end now, until the search is
-        over. Only the first k candidates may end.
+        """Keep the k best of the finished beams and of the candidates [P, n] that end now, until the search is over.
+        Only the first k candidates may end.
         """
         k = self.scores.shape[1]
         ends = hits & (torch.arange(hits.shape[1], device=hits.device) < k)
@@ -145,7 +145,7 @@ class BeamSearch(Text):
             held.copy_(torch.where(over, held, now))
 
     def proceed(self, scores: torch.Tensor, parents: torch.Tensor, tokens: torch.Tensor, hits: torch.Tensor) -> None:
-        """Let the k best candidates [P, n] that do not end be the running beams."""
+        """Make the k best candidates [P, n] that do not end the running beams."""
         running = scores + hits.float() * LEAST
         kept = running.topk(self.scores.shape[1]).indices
         parents, tokens = parents.gather(1, kept), tokens.gather(1, kept)
@@ -156,7 +156,7 @@ class BeamSearch(Text):
         self.cursor += 1
 
     def judge(self, hits: torch.Tensor) -> None:
-        """See whether the search is over: no running beam can become one of the best, or all candidates have ended."""
+        """End the search if no running beam can become one of the k best, or all candidates have ended."""
         early = self.options.early_stopping
         never = early == "never" and self.options.length_penalty > 0.0
         possible = self.scores[:, :1] / (self.longest if never else self.penalties[self.cursor - self.prompt])

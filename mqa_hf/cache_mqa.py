@@ -1,11 +1,11 @@
 """The cache of the fast decoding loop: buffers that are written in place.
 
-    B rows, G key/value heads, S positions that there is room for, D query/key head width, Dv value head width,
-    r latent width, W rebuilt components of keys
+    B rows, G key/value heads, S allocated positions, D query/key head width, Dv value head width, r latent width,
+    W key width
 
-transformers' dynamic cache copies everything it holds at each step, and its static cache is read whole whatever is in
-use. This one keeps keys [B, G, S, D] and values [B, G, S, Dv] with a count of the positions in use, and grows. Of
-models with latents it keeps these, [B, 1, S, r], alone or with the keys that were rebuilt from them.
+transformers' dynamic cache copies all its contents at each step, and its static cache is always read in full. This one
+holds keys [B, G, S, D] and values [B, G, S, Dv] with the number of positions in use, and grows. For models with
+latents it holds the latents [B, 1, S, r], alone or with the keys rebuilt from them.
 """
 
 from abc import abstractmethod
@@ -19,25 +19,25 @@ from .packing_mqa import pack_latent, unpack_latent
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = 448.0
-KEYS = ("rebuilt", "expanded")  # the ways to have the keys of latents
+KEYS = ("rebuilt", "expanded")  # keys of latents: rebuilt at each step, or cached
 
 
 def to_float8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., D] -> the same in float8 and the scale of each vector [...], by which it is to be multiplied."""
+    """[..., D] -> the same in float8, and the scale [...] to multiply each vector by."""
     scale = states.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / FLOAT8_MAX
     return (states / scale).to(FLOAT8), scale.squeeze(-1)
 
 
 def from_float8(states: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What [`to_float8`] was given, rounded."""
+    """Invert [`to_float8`], up to rounding."""
     return (states.float() * scale[..., None]).to(dtype)
 
 
 class DecodeLayer(CacheLayerMixin):
-    """What one layer keeps, in buffers [rows, G, S, ...] that are written in place.
+    """The cache of one layer, in buffers [rows, G, S, ...] that are written in place.
 
-    Rows that are written may be fewer than those of the buffers: each is then written to `copies` rows in sequence, or
-    to the first of them only (`copy` false).
+    If fewer rows are written than the buffers have, each is written to several consecutive rows, or only to the first
+    of them (`copy` false).
     """
 
     is_sliding = False
@@ -50,12 +50,12 @@ class DecodeLayer(CacheLayerMixin):
 
     @abstractmethod
     def buffers(self) -> dict[str, torch.Tensor]:
-        """By the names of the attributes that hold them."""
+        """Buffers by attribute name."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the numbers that are kept, or of the scales of those that are packed."""
+        """Type of the stored numbers, or of the scales of packed ones."""
 
     @property
     def shape(self) -> torch.Size:
@@ -70,13 +70,13 @@ class DecodeLayer(CacheLayerMixin):
         return sum(buffer.nbytes for buffer in self.buffers().values())
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do: the sizes are known from the configuration."""
+        """Do nothing: sizes come from the configuration."""
 
     def extend(self, new: dict[str, torch.Tensor]) -> int:
-        """Write what [B, G, T, ...] comes next to the buffers of the same names.
+        """Append new tensors [B, G, T, ...] to the buffers of the same names.
 
         Returns:
-            How many rows of the buffers each of the B rows has.
+            The number of buffer rows per row of the input.
         """
         rows, _, T = next(iter(new.values())).shape[:3]
         first, end = self.length, self.length + T
@@ -113,7 +113,7 @@ class DecodeLayer(CacheLayerMixin):
 
 
 class KeyValueLayer(DecodeLayer):
-    """Keys [rows, G, S, D] and values [rows, G, S, Dv], in float8 with a scale of each."""
+    """Keys [rows, G, S, D] and values [rows, G, S, Dv]; in float8, with one scale per vector."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -121,7 +121,7 @@ class KeyValueLayer(DecodeLayer):
     def __init__(self, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, copy: bool):
         super().__init__(copy)
         rows, heads, capacity, width, value_width = shape
-        # Zeros, because a mask hides what is not in use only as long as it is a number.
+        # Zeros, because a mask does not hide NaN in unused positions.
         self.keys = torch.zeros(rows, heads, capacity, width, dtype=dtype, device=device)
         self.values = torch.zeros(rows, heads, capacity, value_width, dtype=dtype, device=device)
         scales = (rows, heads, capacity) if dtype == FLOAT8 else (0,)
@@ -150,7 +150,7 @@ class KeyValueLayer(DecodeLayer):
         return (key_states, value_states) if first == 0 else self.contents(key_states.dtype, every)
 
     def contents(self, dtype: torch.dtype, every: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values in use [rows, G, length, ...] of every so-manieth row."""
+        """Keys and values in use, [rows, G, length, ...], of every `every`-th row."""
         return (
             self.read(self.keys, self.key_scales, every, dtype),
             self.read(self.values, self.value_scales, every, dtype),
@@ -164,8 +164,8 @@ class KeyValueLayer(DecodeLayer):
 
 
 class ExpandedLayer(KeyValueLayer):
-    """Rotated keys [rows, 1, S, W] that were rebuilt from latents and the latents [rows, 1, S, r], side by side in
-    `keys`: so they are the keys of heads of which a part is not rotated."""
+    """Rotated keys [rows, 1, S, W] rebuilt from latents and the latents [rows, 1, S, r], side by side in `keys`, like
+    keys of a partly rotated head."""
 
     def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, copy: bool):
         rows, capacity, width, latent = shape
@@ -185,8 +185,8 @@ class ExpandedLayer(KeyValueLayer):
 
 
 class LatentLayer(DecodeLayer):
-    """Latents and nothing else: `codes` are the latents themselves [rows, 1, S, r], or with 8 or 4 bits what
-    `packing_mqa.py` makes of them [rows, 1, S, r · bits / 8], with `scales` and `offsets` [rows, 1, S].
+    """Latents alone. With 16 bits `codes` are the latents [rows, 1, S, r]; with 8 or 4 bits they are packed by
+    `packing_mqa.py` to [rows, 1, S, r · bits / 8], with `scales` and `offsets` [rows, 1, S].
     """
 
     def __init__(self, shape: tuple[int, int, int], bits: int, dtype: torch.dtype, device: torch.device, copy: bool):
@@ -208,26 +208,26 @@ class LatentLayer(DecodeLayer):
         return self.scales.dtype
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        raise ValueError("this cache keeps latents, and keys and values are given; make it from the model's config")
+        raise ValueError("this cache holds latents, got keys and values; make it from the model's config")
 
     def packed(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is to be written to each buffer for latents [..., r]."""
+        """What to write to each buffer for latents [..., r]."""
         if self.bits == 16:
             return {"codes": latents}
         return dict(zip(("codes", "scales", "offsets"), pack_latent(latents.to(self.dtype), self.bits)))
 
     def unpacked(self, held: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        """The latents [..., r] of what the buffers hold."""
+        """The latents [..., r] from the contents of the buffers."""
         return (held["codes"] if self.bits == 16 else unpack_latent(**held, bits=self.bits)).to(dtype)
 
     def update_latents(self, made: torch.Tensor) -> torch.Tensor:
-        """Extend by new latents [B, T, r] -> all latents [B, 1, S, r], rounded; the first ones as they are."""
+        """Append latents [B, T, r] -> all latents [B, 1, S, r], rounded; those of the first call are not rounded."""
         first = self.length
         every = self.extend(self.packed(made[:, None]))
         return made[:, None] if first == 0 else self.latents(made.dtype, every)
 
     def latents(self, dtype: torch.dtype | None = None, every: int = 1) -> torch.Tensor:
-        """Those in use [rows, 1, length, r] of every so-manieth row."""
+        """Latents in use, [rows, 1, length, r], of every `every`-th row."""
         held = {name: buffer[::every, :, : self.length] for name, buffer in self.buffers().items()}
         return self.unpacked(held, dtype or self.dtype)
 
@@ -235,25 +235,25 @@ class LatentLayer(DecodeLayer):
 class DecodeCache(Cache):
     """A cache for `generate(past_key_values=...)` that decoding extends in place, without a copy per step.
 
-    It can be given again with a longer text, whose beginning it then holds already.
+    Pass it again with a longer text to continue; the part it already holds is not computed again.
 
     Args:
-        config: of the decoder.
+        config: configuration of the decoder.
         rows: rows of the batch.
-        capacity: positions to allocate; more are allocated when they are needed.
-        dtype, device: of the model; `torch.float8_e4m3fn` stores a scale for each key and value beside.
-        cross: for the keys and values of an encoder's output.
-        copy: whether a prompt that stands for several rows is written to each of them.
-        keys: of a model with latents, `"rebuilt"` keeps latents alone, at `kv_latent_bits`; `"expanded"` keeps the
-            rotated keys that are rebuilt from them, too, and both at `dtype`. Without rotary positions there are none,
-            and latents are kept alone; where rotary frequencies depend on the length of the text, keys are kept with
-            those of their time, as in the caches of transformers.
+        capacity: positions to allocate; the cache grows when more are needed.
+        dtype, device: of the model. `torch.float8_e4m3fn` also stores a scale for each key and value.
+        cross: whether it holds the keys and values of an encoder's output.
+        copy: whether a prompt shared by several rows is written to each of them.
+        keys: for models with latents: `"rebuilt"` holds only latents, at `kv_latent_bits`; `"expanded"` also holds the
+            rotated keys rebuilt from them, both at `dtype`. Without rotary positions only latents are held. If rotary
+            frequencies depend on the length of the text, keys are held as they were first rotated, as in
+            transformers' caches.
 
     Attributes:
-        positions: int32 [rows, capacity], the position of each token; `None` where no keys are rebuilt from the cache.
+        positions: int32 [rows, capacity], the position of each token; `None` if no keys are rebuilt from the cache.
 
     Raises:
-        ValueError: for latents in float8, or another `keys`.
+        ValueError: for latents in float8, or an unknown `keys`.
     """
 
     def __init__(
@@ -272,15 +272,15 @@ class DecodeCache(Cache):
         latents = config.cross_kv_latent_dim if cross else config.kv_latent_dim
         if latents is not None and dtype == FLOAT8:
             raise ValueError(
-                f"a latent is kept in the bits that it was fitted for, kv_latent_bits={config.kv_latent_bits}, not in "
-                "float8; leave cache_dtype at None"
+                f"latents cannot be cached in float8: they are stored as fitted, kv_latent_bits="
+                f"{config.kv_latent_bits}; leave cache_dtype at None"
             )
         names = ("cross_qk_head_dim", "cross_v_head_dim") if cross else ("qk_head_dim", "v_head_dim")
         heads = config.cross_num_key_value_heads if cross else config.num_key_value_heads
         place = dtype, torch.device(device), copy
         self.positions: torch.Tensor | None = None
         sizes: Any
-        layers: list[Any] = []  # transformers names other types of layers here
+        layers: list[Any] = []  # transformers' annotation names other types
         for i in range(config.num_hidden_layers):
             width, value_width = (of_layer(getattr(config, name), i) for name in names)
             r, rotated = of_layer(latents, i), not cross and config.rope_layers[i]
@@ -297,7 +297,7 @@ class DecodeCache(Cache):
 
     @property
     def decode_layers(self) -> list[DecodeLayer]:
-        """`layers` by their type, which transformers does not know."""
+        """`layers`, typed as [`DecodeLayer`]."""
         layers: Any = self.layers
         return layers
 
@@ -315,7 +315,7 @@ class DecodeCache(Cache):
 
     @property
     def keys(self) -> str:
-        """As the argument; `"rebuilt"` where there is nothing to rebuild."""
+        """As the argument; `"rebuilt"` if there is nothing to rebuild."""
         return KEYS[any(isinstance(layer, ExpandedLayer) for layer in self.decode_layers)]
 
     @property
@@ -325,7 +325,7 @@ class DecodeCache(Cache):
         return held + sum(layer.nbytes for layer in self.decode_layers)
 
     def set_length(self, length: int) -> None:
-        """Say how many positions are in use."""
+        """Set the number of positions in use."""
         for layer in self.decode_layers:
             layer.length = length
 
@@ -342,7 +342,7 @@ class DecodeCache(Cache):
             self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
 
     def note(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Note the positions [B, T] of tokens that the layers are about to write -> those of all tokens, [B, S]."""
+        """Store the positions [B, T] of the tokens that layers write next -> positions of all tokens, [B, S]."""
         assert self.positions is not None
         first = self.get_seq_length()
         end = first + position_ids.shape[1]
@@ -354,7 +354,7 @@ class DecodeCache(Cache):
         return self.positions[::every, :end]
 
     def note_steps(self, first: int, offsets: torch.Tensor) -> None:
-        """Note that each token n from `first` on stands at position `offsets` [rows] + n."""
+        """Set the position of each token n from `first` on to `offsets` [rows] + n."""
         if self.positions is not None:
             n = torch.arange(first, self.get_seq_length(), device=offsets.device)
             self.positions[:, first : first + len(n)] = offsets[:, None] + n

@@ -1,13 +1,13 @@
-"""What this code knows of transformers, in one place.
+"""Compatibility with versions of transformers.
 
-A checkpoint outlives the environment that made it: its code runs wherever it is loaded, on versions of transformers
-that did not exist when it was written. So nothing that is not understood may pass in silence:
+A checkpoint carries this code, which may run with versions of transformers that did not exist when it was written.
+Anything unknown is therefore reported:
 
-- a transformers that is too old is an error, one that is newer than any tested a warning and, on the first call of
-  `generate()`, a self-check;
-- an argument of `forward` that nobody reads is an error ([`refuse_unread`]);
-- private names that the fast loop relies on are looked up once; where one is gone or has another signature,
-  transformers' own loop is taken (`rules_mqa.py`).
+- a transformers that is too old raises an error; one newer than the tested versions gives a warning and, on the first
+  call of `generate()`, a self-check;
+- an argument of `forward` that nothing reads raises an error ([`refuse_unread`]);
+- private names that the fast loop relies on are looked up once; if one is missing or has another signature,
+  transformers' loop is used (`rules_mqa.py`).
 """
 
 import inspect
@@ -20,12 +20,12 @@ import torch
 import transformers
 from transformers.utils import logging
 
-# By one name: a checkpoint's code is loaded twice, for its configuration and for its model, and is to warn once.
+# A fixed name: a checkpoint's code is loaded twice, for configuration and model, and should warn only once.
 logger = logging.get_logger("mqa_hf.compat_mqa")
 
-OLDEST, NEWEST = (5, 17), (5, 24)  # the versions of transformers that the tests run on, and those between
+OLDEST, NEWEST = (5, 17), (5, 24)  # tested versions of transformers, and those between
 
-# Arguments of `forward` that attention functions, the loss or transformers' decorators read, or that change nothing.
+# Arguments of `forward` that attention functions, the loss or transformers' decorators read, or that have no effect.
 KNOWN_ARGUMENTS = frozenset(
     {
         # read by transformers around `forward`
@@ -35,7 +35,7 @@ KNOWN_ARGUMENTS = frozenset(
         # read by attention functions: packed rows, paged caches, vLLM's layers
         "attention_instances", "block_table", "cu_seq_lens_k", "cu_seq_lens_q", "is_causal", "max_length_k",
         "max_length_q", "max_seqlen_k", "max_seqlen_q", "read_index", "write_index",
-        # read by nothing here, and without a meaning for these models
+        # read by nothing here, and without effect for these models
         "cache_position", "logits_indices", "logits_processor_args", "logits_to_keep", "output_router_logits",
         "seq_idx",
     }
@@ -53,22 +53,21 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 def check_version(installed: str) -> bool:
-    """Whether this version of transformers is a tested one; warns where it is newer.
+    """Whether this version of transformers is tested; warns if it is newer.
 
     Raises:
-        ImportError: where it is too old.
+        ImportError: if it is too old.
     """
     version = version_of(installed)
     if version < OLDEST:
         raise ImportError(
-            f"This model needs transformers {dotted(OLDEST)} or newer, and {installed} is installed; upgrade with: "
+            f"This model needs transformers {dotted(OLDEST)} or newer, found {installed}; upgrade with: "
             f"pip install -U 'transformers>={dotted(OLDEST)}'"
         )
     if version > NEWEST:
         logger.warning_once(
-            f"transformers {installed} is newer than the versions that this model's code was tested with "
-            f"({dotted(OLDEST)} to {dotted(NEWEST)}). The first call of generate() checks that it computes what it "
-            "should."
+            f"transformers {installed} is newer than the versions that this model was tested with ({dotted(OLDEST)} "
+            f"to {dotted(NEWEST)}); the first call of generate() checks that its results are correct"
         )
     return version <= NEWEST
 
@@ -78,7 +77,7 @@ TESTED = check_version(transformers.__version__)
 
 @remembered
 def cache_name() -> str:
-    """The name by which transformers hands the cache to models and layers: `cache` from 5.24 on, before it
+    """The argument by which transformers passes the cache to models and layers: `cache` from 5.24 on, before that
     `past_key_values`.
     """
     from transformers import GenerationMixin
@@ -88,55 +87,55 @@ def cache_name() -> str:
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """The cache, which may be given by either name."""
+    """The cache, given under either name."""
     if past_key_values is not None and cache is not None:
-        raise ValueError("the cache is given twice, as `cache` and as `past_key_values`; pass one of them")
+        raise ValueError("got both `cache` and `past_key_values`; pass one of them")
     return cache if past_key_values is None else past_key_values
 
 
 def refuse_unread(where: str, arguments: dict[str, Any], attention: Callable) -> None:
-    """Raise TypeError for arguments that are set and that neither this code, transformers nor `attention` reads.
+    """Raise TypeError for arguments that are set but read by neither this code, transformers nor `attention`.
 
-    An argument that is swallowed makes the result wrong without a word: a cache under a new name, for one.
+    An ignored argument, such as a cache under a new name, would silently make the result wrong.
     """
     unread = [name for name, value in arguments.items() if value is not None and name not in KNOWN_ARGUMENTS]
-    if unread:  # an attention function of another package may read arguments of its own
+    if unread:  # attention functions of other packages may read further arguments
         read = inspect.signature(attention).parameters
         unread = [name for name in unread if name not in read]
     if unread:
         raise TypeError(
-            f"{where} got arguments that nothing here reads: {', '.join(sorted(unread))}. If they come from "
-            f"transformers {transformers.__version__}, install one between {dotted(OLDEST)} and {dotted(NEWEST)}"
+            f"{where} got unknown arguments: {', '.join(sorted(unread))}. If they come from transformers "
+            f"{transformers.__version__}, install a version from {dotted(OLDEST)} to {dotted(NEWEST)}"
         )
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[bool, float]:
-    """Whether logits agree but for rounding, and by how much they differ relative to the largest of them."""
+    """Whether logits agree up to rounding, and their largest difference relative to the largest logit."""
     difference = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1e-6))
     return difference <= (1e-3 if theirs.dtype in (torch.float32, torch.float64) else 5e-2), difference
 
 
 @torch.no_grad()
 def self_check(model: Any) -> None:
-    """Compare the logits of a few tokens with and without a cache, as transformers' own loop runs the model.
+    """Compare the logits of a few tokens with and without a cache, in transformers' loop.
 
     Raises:
-        RuntimeError: where they differ, or where what a checkpoint does not hold was not set after loading.
+        RuntimeError: if they differ, or if a buffer that checkpoints do not hold was not set after loading.
     """
     from transformers import GenerationConfig, GenerationMixin
 
-    advice = f"install one between {dotted(OLDEST)} and {dotted(NEWEST)}"
+    advice = f"install a version from {dotted(OLDEST)} to {dotted(NEWEST)}"
     gone = [name for name in model.relies_on if not hasattr(GenerationMixin, name)]
     if gone:
-        raise RuntimeError(f"transformers {transformers.__version__} has no {', '.join(gone)} any more; {advice}")
+        raise RuntimeError(f"transformers {transformers.__version__} no longer has {', '.join(gone)}; {advice}")
     wrong = [name for name, module in model.named_modules() if not getattr(module, "as_computed", lambda: True)()]
     if wrong:
         raise RuntimeError(
-            f"transformers {transformers.__version__} has loaded this model without setting up "
+            f"transformers {transformers.__version__} loaded this model without setting up "
             f"{', '.join(wrong[:4])}; {advice}"
         )
     places = {parameter.device for parameter in model.parameters()} - {torch.device("meta")}
-    device = next(iter(places), torch.device("cpu"))  # hooks of an offloaded model move what it is given
+    device = next(iter(places), torch.device("cpu"))  # hooks of an offloaded model move the inputs
     tokens = torch.tensor([[1, 2]], device=device)
     source: dict[str, Any] = {} if model.config.is_encoder_decoder else {"input_ids": tokens}
     if getattr(model.config, "num_mel_bins", None):
@@ -162,7 +161,6 @@ def self_check(model: Any) -> None:
     agree, difference = close(torch.stack(found.logits, 1), whole)
     if not agree:
         raise RuntimeError(
-            f"transformers {transformers.__version__} is newer than the versions that this model's code was tested "
-            f"with, and does not run it right: logits with and without a cache differ by {difference:.2g} of the "
-            f"largest; {advice}"
+            f"transformers {transformers.__version__} is newer than the tested versions and does not run this model "
+            f"correctly: logits with and without a cache differ by {difference:.2g} of the largest; {advice}"
         )

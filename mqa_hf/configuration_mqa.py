@@ -1,12 +1,12 @@
-"""Configuration of a canonical stack of layers: the decoder-only model, and either side of the encoder-decoder one.
+"""Configuration of a canonical stack of layers: a decoder-only model, or the encoder or decoder of a seq2seq model.
 
-One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and their relatives: what cannot be settled in
-the weights at conversion (how positions enter, where norms stand, which biases exist) is a field here.
+One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and their relatives. Differences that
+conversion cannot fold into the weights (position embeddings, order of norms, biases) are fields here.
 """
 
 from typing import Any
 
-from .compat_mqa import TESTED  # noqa: F401  (before all else: a transformers that is too old says so there)
+from .compat_mqa import TESTED  # noqa: F401  (first: it raises if transformers is too old)
 
 # isort: split
 
@@ -22,12 +22,12 @@ AUTO_MAP = {
 }
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
-LATENT_BLOCK = 32  # what the width of a latent is a multiple of where it is stored in 8 or 4 bits
+LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
 RESIDUALS = ("sequential", "post_norm", "parallel", "parallel_shared_norm")
 
 
 def of_layer(value: Any, layer: int) -> Any:
-    """What holds for a layer of a field that is given once for all layers or as a list of one each."""
+    """Value of a field for one layer; fields are one value for all layers or a list with one per layer."""
     return value[layer] if isinstance(value, (list, tuple)) else value
 
 
@@ -40,60 +40,59 @@ class MQAConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`): Rows of the embedding.
         hidden_size (`int`): Width `d` of the residual stream.
-        embedding_size (`int`, *optional*): Width of the token embedding and of the input of `lm_head`, projected to
-            and from `hidden_size` by `project_in` and `project_out` where it differs (OPT-350m). Default:
-            `hidden_size`.
+        embedding_size (`int`, *optional*): Width of the token embedding and of the input of `lm_head`. If it differs
+            from `hidden_size`, `project_in` and `project_out` map between the two (OPT-350m). Default: `hidden_size`.
         intermediate_size (`int`): Width of the feed-forward layer.
         num_hidden_layers (`int`): Number of layers.
         num_attention_heads (`int`): Number of query heads `H`.
         num_key_value_heads (`int`): Number of key/value heads `G`; a divisor of `H`. 1 is multi-query attention
             (Shazeer 2019, arXiv 1911.02150), `H` is multi-head attention.
-        head_dim (`int`, *optional*): Head width of the source model. It sets the rotary frequencies and the default
+        head_dim (`int`, *optional*): Head width of the source. It sets the rotary frequencies and the default
             `attention_scale`. Default: `hidden_size // num_attention_heads`.
-        qk_head_dim (`int` or `list[int]`, *optional*): Width of a query and of a stored key head, one for all layers
-            or one each. Default: `head_dim`.
+        qk_head_dim (`int` or `list[int]`, *optional*): Width of a query head and of a stored key head, for all layers
+            or per layer. Default: `head_dim`.
         v_head_dim (`int` or `list[int]`, *optional*): Width of a stored value head, likewise. Default: `head_dim`.
-        cross_qk_head_dim, cross_v_head_dim (`int` or `list[int]`, *optional*): The same of cross-attention.
-        kv_latent_dim (`int` or `list[int]`, *optional*): Width `r` of the latent that a token has in place of keys and
-            values, one for all layers or one each. `kv_latent_heads` heads of values, `v_head_dim` wide, are read from
-            it, and `qk_head_dim` rotated components of keys are rebuilt, which all query heads share. A query is
-            `head_dim` wide. Default: no latent.
-        cross_kv_latent_dim (`int` or `list[int]`, *optional*): The same of cross-attention, which rebuilds nothing.
-        kv_latent_heads (`int`, *optional*): Key/value heads that a latent stands for, a divisor of `H`. Default: `H`.
-        kv_latent_bits (`int`): 16, 8 or 4: bits of a stored number of the latent. With 8 and 4, each
-            latent has a scale and an offset in the type of the model, and is rounded likewise where no cache is.
+        cross_qk_head_dim, cross_v_head_dim (`int` or `list[int]`, *optional*): Same, for cross-attention.
+        kv_latent_dim (`int` or `list[int]`, *optional*): Width `r` of the latent that replaces the keys and values of
+            a token, for all layers or per layer. `kv_latent_heads` value heads of width `v_head_dim` are computed
+            from it, and `qk_head_dim` rotated key components, shared by all query heads, are rebuilt from it. A query
+            head has width `head_dim`. Default: no latent.
+        cross_kv_latent_dim (`int` or `list[int]`, *optional*): Same, for cross-attention, which rebuilds no keys.
+        kv_latent_heads (`int`, *optional*): Key/value heads that the latent replaces, a divisor of `H`. Default: `H`.
+        kv_latent_bits (`int`): Bits per stored number of the latent: 16, 8 or 4. With 8 and 4, each latent has a
+            scale and an offset in the model's type, and is rounded the same way without a cache.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
         position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
             `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
             `"none"`.
         rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
-        rope_frequencies (`list[list[int]]`, *optional*): Per layer, which of the model's `rotary_dim / 2` frequencies
-            each rotated pair of components has: with n entries, component j < n is paired with j + n, and those after
-            2n are not rotated. Default: all frequencies in their order, repeated every `head_dim` components.
+        rope_frequencies (`list[list[int]]`, *optional*): Per layer, the index of each rotated pair's frequency among
+            the model's `rotary_dim / 2`. With n entries, component j < n is paired with j + n, and components from 2n
+            on are not rotated. Default: all frequencies in order, repeated every `head_dim` components.
         rope_layers (`list[bool]`, *optional*): Per layer, whether queries and keys are rotated. Default: all are.
-        rope_recompute (`bool`): Whether generation computes the cache anew when a text outgrows the
-            `original_max_position_embeddings` of `"longrope"`, from where on all keys are rotated by other frequencies
+        rope_recompute (`bool`): Whether generation recomputes the cache when a text outgrows the
+            `original_max_position_embeddings` of `"longrope"`, beyond which all keys are rotated by other frequencies
             (Phi-3).
         max_position_embeddings (`int`): Context length; the rows of a learned position embedding.
-        positions_from_mask (`bool`): Count learned or sinusoidal positions from the first attended token of the 2D
-            attention mask (OPT) instead of from the first column (GPT-2) where the caller gives no `position_ids`;
-            with ALiBi the positions of keys (BLOOM).
+        positions_from_mask (`bool`): Without `position_ids`, count learned or sinusoidal positions from the first
+            attended token of the 2D attention mask (OPT) instead of from the first column (GPT-2); with ALiBi, the
+            positions of keys (BLOOM).
         position_offset (`int`): Sinusoidal position of the first token.
         sinusoidal_endpoint (`bool`): Whether the lowest of the `n` sinusoidal frequencies is 1/10000 (M2M-100) instead
             of 1/10000 to the power of (n - 1)/n (Marian, the paper).
-        alibi_slopes (`list[float]`, *optional*): Of each query head; used with `"alibi"`.
+        alibi_slopes (`list[float]`, *optional*): Slope of each query head; used with `"alibi"`.
         alibi_bfloat16 (`bool`): Whether slopes and their products with key positions are rounded to bfloat16 before
             `attention_scale` is applied, as Falcon's class does.
-        relative_buckets, relative_max_distance (`int`): Of the `"relative"` bias.
-        relative_per_layer (`bool`): Whether each layer has a relative bias of its own (UMT5) instead of all sharing
-            that of the first (T5).
+        relative_buckets, relative_max_distance (`int`): Buckets and largest distance of the `"relative"` bias.
+        relative_per_layer (`bool`): Whether each layer has its own relative bias (UMT5) instead of sharing that of
+            the first layer (T5).
         causal (`bool`): `False` for an encoder.
-        cross_num_key_value_heads (`int`, *optional*): Key/value heads of the cross-attention that each layer of a
-            decoder with an encoder has. Default: no cross-attention.
-        num_mel_bins (`int`, *optional*): Channels of the log-mel spectrogram that an audio encoder reads in place of
+        cross_num_key_value_heads (`int`, *optional*): Key/value heads of the cross-attention in each layer. Default:
+            no cross-attention.
+        num_mel_bins (`int`, *optional*): Channels of the log-mel spectrogram that an audio encoder reads instead of
             tokens (Whisper).
         embedding_scale (`float`): Factor on the token embeddings.
-        scale_inputs_embeds (`bool`): Whether it is on `inputs_embeds` that are given, too (Granite).
+        scale_inputs_embeds (`bool`): Whether `embedding_scale` also applies to `inputs_embeds` (Granite).
         embedding_norm (`bool`): Whether a norm follows the embeddings.
         logit_scale (`float`): Factor on the logits.
         norm_type (`str`): `"rms_norm"` or `"layer_norm"`.
@@ -102,27 +101,27 @@ class MQAConfig(PreTrainedConfig):
         norm_bias (`bool`): Whether layer norms with learned weights have biases.
         final_norm (`bool`): Whether a norm follows the last layer.
         residual (`str`): `"sequential"` (norm, attention, add; norm, MLP, add), `"post_norm"` (attention, add, norm;
-            MLP, add, norm), `"parallel"` (attention and MLP of the same input, each with its own norm) or
+            MLP, add, norm), `"parallel"` (attention and MLP read the same input, each with its own norm) or
             `"parallel_shared_norm"` (one norm for both).
-        residual_multiplier (`float`): Factor on what attention and MLP add to the residual stream (Granite).
+        residual_multiplier (`float`): Factor on the outputs of attention and MLP before they are added to the residual
+            stream (Granite).
         hidden_act (`str`): Activation of the MLP, a key of transformers' `ACT2FN`.
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
-        clamp_float16 (`bool`): Whether what a layer gives is kept within the range of float16 (T5, encoders of BART).
+        clamp_float16 (`bool`): Whether the output of a layer is clamped to the range of float16 (T5, BART's encoder).
         layer_types (`list[str]`, *optional*): Per layer `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*): Positions that a sliding layer sees, the current one included.
-        attention_dropout, hidden_dropout, embedding_dropout, activation_dropout (`float`): Dropout while training, of
-            the attention weights, of what each sub-layer adds to the residual stream, of the embeddings, and inside
-            the MLP.
+        attention_dropout, hidden_dropout, embedding_dropout, activation_dropout (`float`): Dropout in training on the
+            attention weights, the output of each sub-layer, the embeddings, and inside the MLP.
 
     Raises:
-        ValueError: where heads do not divide, widths are not multiples, or a value is none of those listed.
+        ValueError: if heads do not divide, widths are not multiples, or a value is not one of those listed.
     """
 
     model_type = "mqa"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
-    # Where the default is `None`, `__post_init__` derives it from the other fields.
+    # `__post_init__` derives defaults of `None` from the other fields.
     vocab_size: int = 32000
     hidden_size: int = 512
     embedding_size: int = None  # type: ignore[assignment]
@@ -208,8 +207,8 @@ class MQAConfig(PreTrainedConfig):
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         self._check()
-        # Lets a checkpoint saved from this class load where the package is not installed; the files that these names
-        # stand for are copied beside the weights by `save_pretrained` (see `mqa_hf/__init__.py`).
+        # Lets a saved checkpoint load without the package; `save_pretrained` copies the files that these names refer
+        # to beside the weights (see `mqa_hf/__init__.py`).
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
 
@@ -248,12 +247,12 @@ class MQAConfig(PreTrainedConfig):
                     f"({getattr(self, name)})"
                 )
         if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
-            raise ValueError(f"cross-attention goes with sequential or post_norm residuals, not {self.residual!r}")
+            raise ValueError(f"cross-attention needs sequential or post_norm residuals, got {self.residual!r}")
         buckets = self.relative_buckets // (2 if self.causal else 4)
         if self.position_embedding == "relative" and not 0 < buckets < self.relative_max_distance:
             raise ValueError(
-                f"relative_max_distance ({self.relative_max_distance}) must be above the {buckets} distances that "
-                f"have a bucket each (relative_buckets={self.relative_buckets})"
+                f"relative_max_distance must be above {buckets}, the distances with a bucket each "
+                f"(relative_buckets={self.relative_buckets}), got {self.relative_max_distance}"
             )
         if self.position_embedding == "alibi" and len(self.alibi_slopes or ()) != self.num_attention_heads:
             raise ValueError(
@@ -262,15 +261,17 @@ class MQAConfig(PreTrainedConfig):
         for name in ("rope_layers", "layer_types", "rope_frequencies", *WIDTHS, *LATENTS):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one each")
+                raise ValueError(
+                    f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one per layer"
+                )
         self._check_latents()
         for i in range(self.num_hidden_layers):
             self._check_widths(i)
         if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 2:
-            # transformers' caches keep what is in the window besides the current position, and with nothing all.
+            # transformers' caches keep the window without the current position, and everything if that is empty.
             raise ValueError(
-                f"layer_types has sliding_attention layers, whose sliding_window must be at least 2, the current "
-                f"position and the one before; got {self.sliding_window}"
+                f"sliding_window must be at least 2 with sliding_attention layers (the current position and the one "
+                f"before), got {self.sliding_window}"
             )
 
     def _check_latents(self):
@@ -283,7 +284,8 @@ class MQAConfig(PreTrainedConfig):
                 continue
             if getattr(self, heads) != 1:
                 raise ValueError(
-                    f"with {name} all query heads share one latent; {heads} must be 1, not {getattr(self, heads)}"
+                    f"{heads} must be 1 with {name}, because all query heads share one latent; got "
+                    f"{getattr(self, heads)}"
                 )
             for r in (of_layer(getattr(self, name), i) for i in range(self.num_hidden_layers)):
                 if type(r) is not int or r < 1 or (self.kv_latent_bits < 16 and r % LATENT_BLOCK):
@@ -300,31 +302,31 @@ class MQAConfig(PreTrainedConfig):
         if self.kv_latent_dim is not None:
             pairs = self.rope_frequencies[layer] if self.rope_frequencies is not None and rotated else ()
             if rotated and self.rope_frequencies is None:
-                raise ValueError("with kv_latent_dim, rope_frequencies must say which pairs of components are rebuilt")
+                raise ValueError("kv_latent_dim needs rope_frequencies, the frequency of each rebuilt pair")
             if 2 * len(pairs) != width:
                 raise ValueError(
-                    f"qk_head_dim of layer {layer} must be twice its {len(pairs)} pairs of rope_frequencies, which "
-                    f"are all that is rebuilt from a latent; got {width}"
+                    f"qk_head_dim of layer {layer} must be twice the {len(pairs)} pairs of rope_frequencies that are "
+                    f"rebuilt from the latent, got {width}"
                 )
         if not rotated:
             return
         if self.rope_frequencies is None:
             if width % self.head_dim:
                 raise ValueError(
-                    f"qk_head_dim ({width}) must be a multiple of head_dim ({self.head_dim}), or rope_frequencies say "
-                    "which frequency each pair of components has"
+                    f"qk_head_dim ({width}) must be a multiple of head_dim ({self.head_dim}); otherwise set "
+                    "rope_frequencies"
                 )
         else:
             pairs, known = self.rope_frequencies[layer], self.rotary_dim // 2
             if 2 * len(pairs) > width or any(not 0 <= j < known for j in pairs):
                 raise ValueError(
-                    f"rope_frequencies of layer {layer} must be at most {width // 2} numbers below {known}: "
-                    f"{len(pairs)} are given, the largest {max(pairs, default=None)}"
+                    f"rope_frequencies of layer {layer} must be at most {width // 2} numbers below {known}, got "
+                    f"{len(pairs)}, the largest {max(pairs, default=None)}"
                 )
 
     @property
     def rotary_dim(self) -> int:
-        """Components of a head that are rotated where positions are rotary: the first of every `head_dim`."""
+        """Rotated components of a head with rotary positions: the first of every `head_dim`."""
         return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
 
     @property
@@ -334,20 +336,20 @@ class MQAConfig(PreTrainedConfig):
 
     @property
     def latent(self) -> bool:
-        """Whether any attention has a latent in place of keys and values."""
+        """Whether any attention caches a latent instead of keys and values."""
         return any(getattr(self, name) is not None for name in LATENTS)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Cache bytes that one token takes, all self-attention layers together (none sliding): at 16 bits a value, of
-        a latent at `kv_latent_bits` with its scales and offsets."""
+        """Cache bytes per token over all self-attention layers, as if none were sliding: keys and values at 16 bits
+        per number, latents at `kv_latent_bits` with their scales and offsets."""
         if self.kv_latent_dim is not None:
             return self._latent_bytes(self.kv_latent_dim)
         return self._kv_bytes(self.num_key_value_heads, "qk_head_dim", "v_head_dim")
 
     @property
     def cross_kv_bytes_per_token(self) -> int:
-        """The same of one token of the encoder and all cross-attention layers."""
+        """Cache bytes per source token over all cross-attention layers."""
         if self.cross_kv_latent_dim is not None:
             return self._latent_bytes(self.cross_kv_latent_dim)
         return self._kv_bytes(self.cross_num_key_value_heads or 0, "cross_qk_head_dim", "cross_v_head_dim")

@@ -1,4 +1,4 @@
-"""Configuration of the canonical encoder-decoder model: one stack that reads, one that writes."""
+"""Configuration of the canonical encoder-decoder model."""
 
 from typing import Any
 
@@ -30,20 +30,20 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     Configuration of [`MQASeq2SeqModel`] and [`MQAForConditionalGeneration`].
 
     Args:
-        encoder (`MQAConfig` or `dict`): The stack that reads the source; `causal` is false there.
-        decoder (`MQAConfig` or `dict`): The stack that writes the target; it has `cross_num_key_value_heads`.
-        share_embeddings (`bool`): Whether both stacks have the same token embedding.
-        tie_word_embeddings (`bool`): Whether `lm_head` is the decoder's token embedding.
+        encoder (`MQAConfig` or `dict`): The encoder; `causal` must be `False`.
+        decoder (`MQAConfig` or `dict`): The decoder; `cross_num_key_value_heads` must be set.
+        share_embeddings (`bool`): Whether encoder and decoder share the token embedding.
+        tie_word_embeddings (`bool`): Whether `lm_head` is tied to the decoder's token embedding.
         decoder_start_token_id (`int`, *optional*): The token that generation starts with.
-        start_is_last_label (`bool`): Whether, where `labels` are given, the decoder's input begins with the last of
-            them, which names the language (mBART), instead of `decoder_start_token_id`.
-        forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt that a Whisper of 2022
-            has in its configuration; its generation reads them where the generation configuration has none.
-        max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): What Whisper's generation
-            asks for; the two lengths are those of the stacks.
+        start_is_last_label (`bool`): With `labels`, start the decoder's input with the last label, the language token
+            (mBART), instead of `decoder_start_token_id`.
+        forced_decoder_ids (`list[list[int]]`, *optional*): Positions and tokens of the prompt, as in the configuration
+            of Whisper checkpoints of 2022; used if the generation configuration has none.
+        max_source_positions, max_target_positions, median_filter_width (`int`, *optional*): Read by Whisper's
+            `generate()`; the two lengths are those of encoder and decoder.
 
     Raises:
-        ValueError: where the two stacks do not fit each other.
+        ValueError: if encoder and decoder do not fit each other.
     """
 
     model_type = "mqa_seq2seq"
@@ -70,7 +70,7 @@ class MQASeq2SeqConfig(PreTrainedConfig):
         for name, fields in defaults.items():
             stack = getattr(self, name)
             stack = stack if isinstance(stack, MQAConfig) else MQAConfig(**(fields if stack is None else stack))
-            stack.__dict__.pop("auto_map", None)  # the code belongs to the whole
+            stack.__dict__.pop("auto_map", None)  # only the whole model has remote code
             setattr(self, name, stack)
         self._check()
         speech = self.encoder.num_mel_bins is not None
@@ -84,18 +84,18 @@ class MQASeq2SeqConfig(PreTrainedConfig):
     def _check(self):
         encoder, decoder = self.encoder, self.decoder
         if encoder.causal or not decoder.causal or not decoder.cross_num_key_value_heads:
-            raise ValueError("the encoder must not be causal, and the decoder must be and have cross-attention")
+            raise ValueError("the encoder must not be causal; the decoder must be causal and have cross-attention")
         if encoder.hidden_size != decoder.hidden_size or encoder.embedding_size != decoder.embedding_size:
             raise ValueError(
-                f"the stacks differ in width: hidden_size {encoder.hidden_size} and {decoder.hidden_size}, "
-                f"embedding_size {encoder.embedding_size} and {decoder.embedding_size}"
+                f"encoder and decoder must have the same width, got hidden_size {encoder.hidden_size} and "
+                f"{decoder.hidden_size}, embedding_size {encoder.embedding_size} and {decoder.embedding_size}"
             )
         if encoder.num_mel_bins is not None:
             self.share_embeddings = False
         if self.share_embeddings and encoder.vocab_size != decoder.vocab_size:
             raise ValueError(
-                f"share_embeddings needs one vocabulary; the encoder's has {encoder.vocab_size} tokens, the decoder's "
-                f"{decoder.vocab_size}"
+                f"share_embeddings needs one vocabulary, got {encoder.vocab_size} tokens in the encoder and "
+                f"{decoder.vocab_size} in the decoder"
             )
 
     @property
@@ -141,10 +141,10 @@ class MQASeq2SeqConfig(PreTrainedConfig):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Cache bytes of one target token at 16 bits a value, the decoder's self-attention layers together."""
+        """Cache bytes per target token over the decoder's self-attention layers."""
         return self.decoder.kv_bytes_per_token
 
     @property
     def cross_kv_bytes_per_token(self) -> int:
-        """Cache bytes of one source token at 16 bits a value, the cross-attention layers together."""
+        """Cache bytes per source token over the cross-attention layers."""
         return self.decoder.cross_kv_bytes_per_token

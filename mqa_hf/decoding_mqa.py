@@ -1,12 +1,12 @@
 """Fast decoding behind `generate()`.
 
-transformers prepares everything as ever: prompts, masks, logits processors, stopping criteria. What is replaced is the
-loop (`_sample`, `_beam_search`): an engine (`engine_mqa.py`) runs the model's own `forward` over the prompt, and then
-steps of embedding, layers, logits (`step_mqa.py`), processors (`rules_mqa.py`), choice of the token and bookkeeping
+transformers prepares prompts, masks, logits processors and stopping criteria as usual. Only the loop (`_sample`,
+`_beam_search`) is replaced: an engine (`engine_mqa.py`) runs the model's `forward` over the prompt, then decode steps
+of embedding, layers, logits (`step_mqa.py`), processors (`rules_mqa.py`), choice of the token and bookkeeping
 (`sampling_mqa.py`, `beams_mqa.py`), all on the device and captured in a CUDA graph (`graph_mqa.py`). The host launches
-steps and reads whether all rows have ended a little later. On a CPU the same step runs eagerly.
+steps and reads a little later whether all rows have ended. On a CPU the same step runs eagerly.
 
-What the loop cannot do goes to transformers' own loop; `model.decoding` has the switches.
+Calls that this loop does not support use transformers' loop; `model.decoding` holds the options.
 """
 
 from collections import deque
@@ -29,24 +29,24 @@ from .rules_mqa import CACHE, obstacle, unsupported
 
 logger = logging.get_logger(__name__)
 
-AHEAD = 2  # steps that the host launches before it looks whether the first of them was the last
+AHEAD = 2  # steps that the host launches before it checks whether the first of them was the last
 
 
 @dataclass
 class Decoding:
-    """How a model's `generate()` decodes; `model.decoding` is one.
+    """How `generate()` decodes; set on `model.decoding`.
 
     Args:
-        enabled: whether the fast loop is used where it can be. `False`: transformers' own loop, always.
-        graphs: whether steps are captured in CUDA graphs.
-        kernels: whether the Triton kernels are used where they can be.
-        checked: whether what transformers computes with this model is known to be right: false at first where
-            transformers is newer than any that was tested; the first call of `generate()` then looks.
-        cache_dtype: of keys and values; `torch.float8_e4m3fn` halves the cache (with a scale per key and value, which
-            costs a little quality). Default: that of the model.
-        keys: of a model with latents, whether a step rebuilds the keys of all tokens from them (`"rebuilt"`: the cache
-            holds latents alone) or the cache holds the keys, too (`"expanded"`); `"auto"` takes the faster way that
-            the memory has room for. A [`DecodeCache`] that is given has its own way.
+        enabled: use the fast loop where it is supported. `False`: always use transformers' loop.
+        graphs: capture steps in CUDA graphs.
+        kernels: use the Triton kernels where they are supported.
+        checked: whether the model is known to run correctly with this version of transformers. False at first if
+            transformers is newer than the tested versions; the first call of `generate()` then runs a self-check.
+        cache_dtype: type of keys and values; `torch.float8_e4m3fn` halves the cache (with a scale per key and value,
+            at a small loss of quality). Default: the model's type.
+        keys: for models with latents: `"rebuilt"` caches only latents, and each step rebuilds the keys of all tokens;
+            `"expanded"` also caches the keys; `"auto"` takes the faster of the two that fits in memory. A
+            [`DecodeCache`] passed to `generate()` has its own setting.
 
     Buffers and graph are kept for the next call of the same shape; [`Decoding.release`] frees them.
     """
@@ -66,11 +66,11 @@ class Decoding:
 
     @property
     def engine(self) -> Engine | None:
-        """The engine of the last call, which the next one may use; `None` while a call has it."""
+        """The engine of the last call, which the next call may reuse; `None` while a call uses it."""
         return next(iter(self.kept), None)
 
     def take(self) -> Engine | None:
-        """The same, for this thread alone: no other finds it, nor a later call what an interruption leaves."""
+        """Take the engine out, so that no other thread uses it, and no later call if this one is interrupted."""
         try:
             return self.kept.pop()
         except IndexError:
@@ -102,7 +102,7 @@ def decode(
     beams: bool,
     streamer: BaseStreamer | None,
 ) -> Generated:
-    """What `_sample` and `_beam_search` are to return, of a call that [`unsupported`] has nothing against."""
+    """Run a call that [`unsupported`] allows, and return what `_sample` or `_beam_search` returns."""
     device = model.lm_head.weight.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         call = read_call(model, input_ids, processors, criteria, config, arguments, beams)
@@ -119,7 +119,7 @@ def decode(
                     break
                 last = engine.new_tokens + 1
             if engine.beyond_positions:
-                steps.settle(0)  # no step after the end may be launched, which would look up what there is not
+                steps.settle(0)  # a step after the end would look up a position that does not exist
                 if engine.ended:
                     break
             engine.step()
@@ -131,7 +131,7 @@ def decode(
 
 
 class StepsAhead:
-    """Steps that are launched and may not have run yet; a streamer gets the tokens of those that have."""
+    """Launched steps that may not have run yet; the streamer gets the tokens of those that have."""
 
     def __init__(self, engine: Engine, streamer: BaseStreamer | None):
         self.engine, self.streamer, self.streamed = engine, streamer, 0
@@ -141,7 +141,7 @@ class StepsAhead:
         self.slots = deque(torch.zeros(rows, dtype=torch.long, pin_memory=self.on_device) for _ in range(count))
 
     def follow(self) -> None:
-        """Note the step that has just been launched."""
+        """Record the step that was just launched."""
         token, event = None, None
         if self.streamer is not None:
             token = self.slots[0]
@@ -153,7 +153,7 @@ class StepsAhead:
         self.pending.append((event, token))
 
     def settle(self, most: int) -> None:
-        """Wait until at most so many steps are under way; stream what is done."""
+        """Wait until at most `most` steps are pending; stream the tokens of finished ones."""
         while len(self.pending) > most:
             event, token = self.pending.popleft()
             if event is not None:
@@ -166,13 +166,13 @@ class StepsAhead:
 
 
 class FastDecoding:
-    """`generate()` with the loop of this file where it can be used; a base before `GenerationMixin`."""
+    """`generate()` with the loop of this file where it is supported; a base class before `GenerationMixin`."""
 
     decoding: Decoding
-    relies_on: tuple[str, ...] = ()  # private methods of `GenerationMixin` without which what is generated is wrong
+    relies_on: tuple[str, ...] = ()  # private methods of `GenerationMixin` that correct output needs
 
     def train(self, mode: bool = True) -> Any:
-        """Training needs the memory that decoding keeps."""
+        """Set training mode, and free the memory kept for decoding."""
         if mode:
             self.decoding.release()
         return super().train(mode)  # type: ignore[misc]
@@ -186,7 +186,7 @@ class FastDecoding:
             self_check(self)
             self.decoding.checked = True
         if obstacle() is not None and self.decoding.enabled:
-            logger.warning_once(f"generate() decodes with transformers' own, slower loop: {obstacle()}.")
+            logger.warning_once(f"generate() uses transformers' slower loop: {obstacle()}.")
         return super().generate(*arguments, **options)  # type: ignore[misc]
 
     def _sample(self, *arguments: Any, **options: Any) -> Any:
@@ -215,12 +215,12 @@ class FastDecoding:
         beams: bool,
         **arguments: Any,
     ) -> Generated | None:
-        """What the fast loop gives, or `None` where transformers' own has to be taken."""
+        """Decode with the fast loop; return `None` if transformers' loop is needed."""
         if not self.decoding.enabled:
             return None
         call = input_ids, logits_processor, stopping_criteria, generation_config
         reason = unsupported(self, *call, arguments, synced_gpus, beams)
         if reason is not None:
-            logger.warning_once(f"generate() decodes with transformers' own, slower loop: {reason}.")
+            logger.warning_once(f"generate() uses transformers' slower loop: {reason}.")
             return None
         return decode(self, *call, arguments, beams, streamer)

@@ -22,16 +22,16 @@ Generated = torch.Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOut
 
 
 class Engine:
-    """Decodes calls of one request: [`Engine.acquire`], [`Engine.prefill`], [`Engine.step`] while there are tokens to
-    come, [`Engine.result`].
+    """Decodes calls of one request: [`Engine.acquire`], [`Engine.prefill`], [`Engine.step`] for each further token,
+    [`Engine.result`].
 
-    A call has an engine for itself. An error midway leaves it behind, and the next call builds another one.
+    An engine serves one call at a time. After an error it is dropped, and the next call builds another one.
 
     Attributes:
         cache: keys and values of self-attention; `owned` if the caller did not give it.
         text: the tokens so far, and the choice of the next ones.
         decode_step: the forward pass.
-        new_tokens: steps that are launched, the prefill's choice included.
+        new_tokens: launched steps, the prefill's token included.
     """
 
     def __init__(self, model: Any, call: Call):
@@ -52,23 +52,23 @@ class Engine:
         else:
             self.text = BeamSearch(request, call.rules, cache.capacity + 1, device, self.decode_step.reorder)
         self.graph = StepGraph(self.decode_step.graph)
-        self.pointers: tuple[int, ...] = ()  # where everything lay that the last call read
+        self.pointers: tuple[int, ...] = ()  # addresses of everything the last call read
         self.prompt = self.held = self.new_tokens = self.first_position = self.most_positions = 0
 
     @classmethod
     def acquire(cls, model: Any, call: Call) -> "Engine":
-        """The engine of the last call where it serves this one, or a new one. No other call finds it until
-        [`Engine.result`] gives it back.
+        """Take the engine of the last call if it serves this one, or build a new one. No other call gets it until
+        [`Engine.result`] returns it.
         """
         if call.cache is not None and call.cache.capacity < call.prompt:
             call.cache.grow(round_up(call.prompt))
         engine = model.decoding.take()
         if engine is not None and not engine.serves(call):
-            engine = None  # before another one is allocated
+            engine = None  # free it before another one is allocated
         return engine or cls(model, call)
 
     def serves(self, call: Call) -> bool:
-        """Whether the call can use these buffers: of the same kind, about as large, and with the weights in place."""
+        """Whether the call can use these buffers: equal request, similar size, weights at the same addresses."""
         if self.request != call.request or self.pointers != self.read():
             return False
         if call.cache is not None:
@@ -76,7 +76,7 @@ class Engine:
         return self.owned and call.capacity <= self.cache.capacity <= 2 * call.capacity + ROOM
 
     def read(self) -> tuple[int, ...]:
-        """Where everything lies that a graph reads and does not own."""
+        """Addresses of everything that a graph reads and does not own."""
         held = [buffer.data_ptr() for layer in self.cache.decode_layers for buffer in layer.buffers().values()]
         return (*(parameter.data_ptr() for parameter in self.model.parameters()), *held)
 
@@ -118,12 +118,12 @@ class Engine:
 
     @property
     def ended(self) -> int:
-        """New tokens at which all rows had ended, as far as the host knows, or 0."""
+        """Number of new tokens at which all rows had ended, as far as the host knows, or 0."""
         return max(int(self.text.host_ended) - self.prompt, 0)
 
     @property
     def beyond_positions(self) -> bool:
-        """Whether the next step looks up a learned position that there is not."""
+        """Whether the next step would look up a learned position that does not exist."""
         table = decoder_stack(self.model).embed_positions
         return table is not None and self.first_position + self.new_tokens > table.num_embeddings
 
@@ -135,7 +135,7 @@ class Engine:
         self.prepare()
 
     def widen(self) -> None:
-        """Give the other buffers room for as many positions as the cache has room for."""
+        """Grow the other buffers to the capacity of the cache."""
         width = self.cache.capacity + 1
         if width > self.text.tokens.shape[1]:
             self.graph.forget()
@@ -147,7 +147,7 @@ class Engine:
             self.graph.forget()
 
     def result(self, call: Call) -> Generated:
-        """What the call is to return, none of it in buffers that the next call writes to; ends the call."""
+        """End the call; return its result, which shares no buffers with the next call."""
         new, config = self.ended or self.new_tokens, call.config
         self.cache.set_length(self.held + new - 1)
         self.cache.note_steps(self.held, self.decode_step.positions - self.decode_step.host_length)
@@ -160,7 +160,7 @@ class Engine:
         return result
 
     def with_cache(self, sequences: Any, given: DecodeCache | None) -> Generated:
-        """Tokens and the cache, which is the caller's own or one of transformers'."""
+        """Tokens and the cache: the caller's own, or one of transformers' classes."""
         cross, dtype = self.decode_step.cross, self.decode_step.dtype
         stack = decoder_stack(self.model)
         cache: Any = given if given is not None else dynamic_cache(self.cache, stack, dtype)
@@ -173,7 +173,7 @@ class Engine:
 def dynamic_cache(
     cache: DecodeCache, stack: Any, dtype: torch.dtype, copies: int = 1, cross: bool = False
 ) -> DynamicCache:
-    """What a cache of this stack of layers holds, as transformers keeps it, each row `copies` times."""
+    """Copy a cache of this stack of layers to transformers' class, each row `copies` times."""
     plain = DynamicCache() if cross else DynamicCache(config=stack.config)
     angles = None
     if cache.positions is not None:

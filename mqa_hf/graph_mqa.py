@@ -1,4 +1,4 @@
-"""A step over static buffers, captured in a CUDA graph and replayed without Python in between."""
+"""A step over static buffers, captured in a CUDA graph and replayed."""
 
 import gc
 import warnings
@@ -12,13 +12,13 @@ logger = logging.get_logger(__name__)
 
 
 class StepGraph:
-    """Runs a step: the first time as it is, which warms everything up; later by replaying a graph.
+    """Runs a step: the first time eagerly, as a warm-up, later by replaying a graph.
 
     Args:
-        enabled: whether to capture at all; without it every step runs as it is.
+        enabled: whether to capture a graph; otherwise every step runs eagerly.
 
     Attributes:
-        captured: the graph, once there is one.
+        captured: the graph, once captured.
         warm: whether a step has run.
     """
 
@@ -28,7 +28,7 @@ class StepGraph:
         self.captured: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, run: Callable[[], None]) -> None:
-        """Run a step, the same at each call but for what [`StepGraph.forget`] is told of."""
+        """Run a step. It must be the same at each call unless [`StepGraph.forget`] was called in between."""
         first, self.warm = not self.warm, True
         if first and self.enabled:
             return self.watch(run)
@@ -38,21 +38,21 @@ class StepGraph:
         self.captured.replay()
 
     def forget(self) -> None:
-        """Capture anew at the next step, because a buffer has been replaced."""
+        """Capture again at the next step, because a buffer was replaced."""
         self.captured = None
 
     def ready(self, run: Callable[[], None]) -> bool:
-        """Whether there is a graph to replay; captures one where there is none yet."""
+        """Capture a graph if there is none; return whether there is one to replay."""
         if self.captured is not None:
             return True
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-        gc.disable()  # the end of another graph, found by the collector, would break the capture
+        gc.disable()  # collecting another graph would break the capture
         try:
             with own_workspaces(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
         except RuntimeError as error:
             torch.cuda.synchronize()
-            logger.warning_once(f"decoding runs without a CUDA graph, which could not be captured: {error}")
+            logger.warning_once(f"decoding runs without a CUDA graph: capture failed: {error}")
             self.enabled = False
             return False
         finally:
@@ -62,7 +62,7 @@ class StepGraph:
         return True
 
     def watch(self, run: Callable[[], None]) -> None:
-        """Run the step once as it is; where something in it waits for the device, it will not be captured."""
+        """Run the step once eagerly; disable capture if something in it waits for the device."""
         mode = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -74,15 +74,15 @@ class StepGraph:
         waits = [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
         if waits:
             self.enabled = False
-            logger.warning_once(f"decoding runs without a CUDA graph, because a step waits for the device: {waits[0]}")
+            logger.warning_once(f"decoding runs without a CUDA graph: a step waits for the device: {waits[0]}")
 
 
 @contextmanager
 def own_workspaces() -> Iterator[None]:
-    """Within it, cuBLAS takes a new workspace, which belongs to the graph that is captured.
+    """Make cuBLAS allocate a new workspace, owned by the graph being captured.
 
-    PyTorch keeps one workspace a stream. A graph that was captured with one from before, say from the memory of an
-    earlier graph, reads freed memory when that graph is gone and something clears the workspaces, as torch.compile
+    PyTorch keeps one workspace per stream. A graph captured with an older workspace, for example from the memory of an
+    earlier graph, reads freed memory once that graph is gone and something clears the workspaces, as torch.compile
     does when it captures graphs itself (`clear_cublas_manager` in torch/_inductor/cudagraph_trees.py).
     """
     torch._C._cuda_clearCublasWorkspaces()

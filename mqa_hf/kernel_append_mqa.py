@@ -1,7 +1,6 @@
-"""Rotation of queries and keys, with the write of keys and values to the cache.
+"""Rotation of queries and keys, and the write of keys and values to the cache.
 
-B rows, S positions the cache has room for, H query heads, G key/value heads, D query/key head width, Dv value head
-width
+B rows, S allocated cache positions, H query heads, G key/value heads, D query/key head width, Dv value head width
 """
 
 import torch
@@ -18,12 +17,12 @@ def _append_kernel(
     ROTATED: tl.constexpr, CHOSEN: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: `HEADS` heads of one row of `projected` [B, H·D + G·D + G·DV], the first `tiles` programs of a row
-    those of queries and keys. Both are rotated; queries go to `query` [B, H, D], keys and values to the cache at
-    position `length` - 1, which is `KEY` and `VALUE` numbers from the one before, as float8 with a scale if `SCALED`.
+    """One program: `HEADS` heads of one row of `projected` [B, H·D + G·D + G·DV]; the first `tiles` programs of a row
+    handle queries and keys. Both are rotated; queries go to `query` [B, H, D], keys and values to the cache at
+    position `length` - 1, in float8 with a scale if `SCALED`. Positions are `KEY` and `VALUE` numbers apart.
 
-    Components below `ROTATED` of every `HEAD` are rotated in pairs at a distance of half; `CHOSEN`: by the angles that
-    `frequency` [ROTATED] names.
+    Components below `ROTATED` of every `HEAD` are rotated in pairs, j with j + `ROTATED` / 2; with `CHOSEN`, by the
+    angles with indices `frequency` [ROTATED].
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -88,14 +87,14 @@ def append(
     """Rotate queries and keys, and write keys and values to the cache at position `length` - 1.
 
     Args:
-        projected: [B, H·D + G·D + G·Dv], what the three projections gave.
-        keys, values: [B, G, S, D] and [B, G, S, Dv], the last dimension contiguous, written in place.
-        length: int32 [1], positions in use with the new one.
-        cos, sin: [positions, components] of all positions; the first half of `sin` is negated. None: no rotation.
+        projected: [B, H·D + G·D + G·Dv], the outputs of the three projections.
+        keys, values: [B, G, S, D] and [B, G, S, Dv], the last dimension contiguous; written in place.
+        length: int32 [1], positions in use, the new one included.
+        cos, sin: [positions, components] of all positions; the first half of `sin` is negated. `None`: no rotation.
         positions: int32 [B], the position of each row's new token.
         head: rotation is repeated every `head` components.
-        frequency: int64 [rotated], which angle each component has; default: in order.
-        key_scales, value_scales: float32 [B, G, S] of a float8 cache, written too.
+        frequency: int64 [rotated], the index of each component's angle; default: in order.
+        key_scales, value_scales: float32 [B, G, S] of a float8 cache; written in place.
 
     Returns:
         The queries [B, H, D].
@@ -138,7 +137,7 @@ def naive_append(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`append`] in float64; what it writes has the cache's type."""
+    """[`append`] in float64; it writes in the cache's type."""
     B, G, _, D = keys.shape
     query, new_keys, new_values = projected.double().split([H * D, G * D, G * values.shape[-1]], -1)
     query, new_keys, new_values = query.view(B, H, D), new_keys.view(B, G, D), new_values.view(B, G, -1)

@@ -1,10 +1,10 @@
 """Attention of one new query per row to a cache.
 
-    B rows decoded, R rows of the cache, S positions it has room for, H query heads, G key/value heads, g = H / G,
+    B rows decoded, R rows of the cache, S allocated cache positions, H query heads, G key/value heads, g = H / G,
     D query/key head width, Dv value head width
 
-- The keys of a row are split among programs, whose results are merged (flash decoding): one row with a long context
-  fills the device.
+- The keys of a row are split among programs, whose results are merged (flash decoding), so that one row with a long
+  context fills the device.
 - The g query heads of a group, and the beams that share an encoder's output, are the rows of one matrix product: a key
   is read once for all of them (Shazeer 2019, arXiv 1911.02150, section 3).
 """
@@ -27,12 +27,12 @@ from .kernel_launch_mqa import (
 )
 
 MAX_HEAD_WIDTH = 512
-MAX_MERGED = 3  # shares of a row up to which the last program merges them faster than a launch of its own does
+MAX_MERGED = 3  # up to this many shares of a row, the last program merges them faster than a separate launch
 
 
 @jit
 def _prefetch(pointer, count, MOST: tl.constexpr):
-    """Fetch `count` numbers, `MOST` at most, into the second-level cache."""
+    """Prefetch `count` numbers, at most `MOST`, into the L2 cache."""
     EACH: tl.constexpr = 1024 // pointer.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
     at = tl.minimum(tl.arange(0, MOST // EACH) * EACH, tl.maximum(count - 1, 0))
     tl.inline_asm_elementwise(
@@ -45,7 +45,7 @@ def _share(
     length, start, row, split, splits, length_step,
     HAS_START: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Of a program: its keys [low, high), the end of all that are in use, and where they begin."""
+    """The keys [low, high) of a program, the end of all keys in use, and their start."""
     last = tl.load(length + row * length_step)
     first = 0
     if HAS_START:
@@ -63,7 +63,7 @@ def _biased(
     s, n, valid, slope, table, q_head, asked, last, origin, scale, table_width,
     BIAS: tl.constexpr, FROM_START: tl.constexpr,
 ):  # fmt: skip
-    """Logits s [queries, keys at n] with the bias of their positions; `BIAS` as in `_attend_kernel`."""
+    """Add the position bias to logits s [queries, keys at n]; `BIAS` as in `_attend_kernel`."""
     if BIAS == 1:
         s += slope[:, None] * (n - last + 1)[None, :].to(tl.float32)
     if BIAS == 2:
@@ -86,7 +86,7 @@ def _merged(
     partial, statistics, place, dv, asked, written, splits, places,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """The shares of the outputs at `place`, which other programs wrote, as one."""
+    """Merge the shares of the outputs at `place` that other programs wrote."""
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     merged = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -109,9 +109,7 @@ def _write(
     accumulated, total, largest, out, partial, statistics, counters, place, asked, dv, splits, places,
     DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Write what a program has, and as the last program of a row to come that of all; `SPLIT` as in
-    `_attend_kernel`.
-    """
+    """Write a program's result; the last program of a row to finish merges all. `SPLIT` as in `_attend_kernel`."""
     written = asked[:, None] & (dv < DV)[None, :]
     to = out + place[:, None] * DV + dv[None, :]
     if SPLIT == 0:
@@ -122,7 +120,7 @@ def _write(
         tl.store(partial + mine[:, None] * DV + dv[None, :], accumulated, mask=written)
         tl.store(statistics + mine, tl.where(total > 0, largest + tl.log2(total), float("-inf")), mask=asked)
         if SPLIT == 2:
-            tl.debug_barrier()  # what all threads of this program wrote is seen by whoever sees the count
+            tl.debug_barrier()  # whoever sees the count also sees what all threads of this program wrote
             counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
             if tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1:
                 tl.store(counter, 0)
@@ -141,12 +139,12 @@ def _attend_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the queries of one K/V head of one cache row, over one share of that row's keys, which are `KEY`
-    numbers apart, and values, which are `VALUE` apart.
+    """One program: the queries of one key/value head of one cache row, over one share of that row's keys and values,
+    which are `KEY` and `VALUE` numbers apart.
 
-    `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]; if `SPLIT` is not
+    `BIAS`: 0 none, 1 ALiBi, 2 ALiBi rounded to bfloat16, 3 a table by distance. `out` is [B, H, DV]. If `SPLIT` is not
     0, each program writes its share to `partial` [splits, B, H, DV] and `statistics` [splits, B, H] (log of the sum,
-    base 2); if it is 2, the last program of a row to come merges the shares.
+    base 2); if it is 2, the last program of a row to finish merges the shares.
     """
     row, head, split = tl.program_id(0) // G, tl.program_id(0) % G, tl.program_id(1)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)  # of the g · FOLD queries that share this head
@@ -158,8 +156,8 @@ def _attend_kernel(
         gdc_launch_dependents()
     low, high, last, origin = _share(length, start, row, split, splits, length_step, HAS_START, WINDOW, BLOCK_N)
     if PDL:
-        # Lengths were set long before, and so were the keys and values of all tokens but the newest: the first of them
-        # are fetched into the cache that all share while the kernel that rotates the queries still runs.
+        # Lengths and the keys and values of all tokens but the newest were written long before: prefetch the first of
+        # them into the L2 cache while the kernel that rotates the queries still runs.
         if not HAS_ROWS:
             here, far = tl.minimum(low, last - 1), row.to(tl.int64)
             count = high - low - 1
@@ -221,8 +219,8 @@ def _merge_kernel(
     partial, statistics, out, splits, places,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[place] = Σ_s 2^statistics[s, place] · partial[s, place] / Σ_s 2^statistics[s, place]; one program a place
-    and a block of its components.
+    """out[place] = Σ_s 2^statistics[s, place] · partial[s, place] / Σ_s 2^statistics[s, place]; one program per place
+    and block of components.
     """
     place = tl.program_id(0)
     s, dv = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_DV + tl.arange(0, BLOCK_DV)
@@ -267,19 +265,20 @@ def attend(
         keys, values: [R, G, S, D] and [R, G, S, Dv], the last dimension contiguous; B = R · `fold`.
         length: int32, [1] or [R]: positions in use, the new one included.
         scale: factor on query · key.
-        capacity: the largest `length` that will be seen; how finely the work is split follows from it.
+        capacity: the largest `length` that will occur; it determines how the work is split.
         start: int32 [R], the first position in use (left padding).
         rows: int32 [B, S], the cache row that holds each position of a query row (beams); default: its own.
-        fold: query rows that share a row of the cache (beams at an encoder's output).
-        window: positions that are seen, the newest included.
+        fold: query rows that share a row of the cache (beams that share an encoder's output).
+        window: positions attended to, the newest included.
         slopes: float32 [H] (ALiBi, arXiv 2108.12409).
         bfloat16_from_start: round ALiBi as Falcon does, positions counted from `start` or (`False`) from 0; `slopes`
             are then slope / `scale`, rounded to bfloat16.
-        table: float32 [H, n], a bias for each distance; the last one stands for all above it.
+        table: float32 [H, n], a bias for each distance; the last one is for all larger distances.
         key_scales, value_scales: float32 [R, G, S] of a float8 cache.
-        counters: int32 zeros, R · H of them, of no other call that may run at the same time: few shares are then
-            merged without a launch of its own.
-        blocks, splits: keys a program reads at once, warps, stages; programs a row is split among. Default: by size.
+        counters: R · H int32 zeros, not shared with a call that may run at the same time; a few shares are then merged
+            without a separate launch.
+        blocks: keys a program reads at once, warps, stages. Default: by size.
+        splits: programs that share a row. Default: by size.
 
     Returns:
         [B, H, Dv].
@@ -299,7 +298,7 @@ def attend(
         partial = torch.empty(splits, B, H, DV, dtype=torch.float32, device=query.device)
         statistics = torch.empty(splits, B, H, dtype=torch.float32, device=query.device)
     bias = 3 if table is not None else 0 if slopes is None else 1 if bfloat16_from_start is None else 2
-    some = length  # stands for what is not there and is not read
+    some = length  # placeholder for missing arguments, never read
     at_once = counters is not None and splits <= MAX_MERGED
     launch(_attend_kernel, (R * G, splits, tiles),
         query, keys, values,
@@ -323,7 +322,7 @@ def attend(
 
 
 def merge(partial: torch.Tensor, statistics: torch.Tensor, out: torch.Tensor) -> None:
-    """The shares `partial` [splits, B, H, Dv], whose weights are 2^`statistics` [splits, B, H], to out [B, H, Dv]."""
+    """Merge shares `partial` [splits, B, H, Dv], with weights 2^`statistics` [splits, B, H], into out [B, H, Dv]."""
     splits, B, H, DV = partial.shape
     columns = min(max(power(DV), 16), 32 if splits > 16 else 128)
     launch(_merge_kernel, (B * H, triton.cdiv(DV, columns)),
@@ -335,7 +334,7 @@ def merge(partial: torch.Tensor, statistics: torch.Tensor, out: torch.Tensor) ->
 def attend_plan(
     query: torch.Tensor, programs: int, span: int, row: int, splits: int | None, blocks: tuple[int, int, int] | None
 ) -> tuple[int, tuple[int, int, int]]:
-    """[`attend_splits`] and [`attend_blocks`] of the query's device, where they are not given."""
+    """Defaults for `splits` and `blocks`: [`attend_splits`] and [`attend_blocks`] of the query's device."""
     multiprocessors = processors(query.device)
     if splits is None:
         splits = attend_splits(programs, span, row, multiprocessors)
@@ -366,8 +365,8 @@ def naive_attend(
     blocks: tuple[int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """[`attend`] in float64, one row at a time. How its work is divided (`capacity`, `counters`, `blocks`, `splits`)
-    changes nothing here.
+    """[`attend`] in float64, one row at a time. Arguments that divide the work (`capacity`, `counters`, `blocks`,
+    `splits`) have no effect.
     """
     B, H, _ = query.shape
     G, out = keys.shape[1], []
@@ -394,11 +393,11 @@ def naive_attend(
 
 @cache
 def attend_splits(programs: int, length: int, row: int, multiprocessors: int) -> int:
-    """How many programs share the keys of a row, where there are `programs` without sharing and a key and a value
-    take `row` bytes: what takes least, in keys read one after the other.
+    """The number of programs that share the keys of a row, for the least time, counted in keys read in sequence. There
+    are `programs` without sharing, and a key and a value take `row` bytes.
 
-    Measured on an H100: one multiprocessor alone reads 1.6 times as fast as it does beside all others, to start takes
-    as long as 64 keys do, and to merge as long as 68 KB.
+    Measured on an H100: one multiprocessor alone reads 1.6 times as fast as beside all others; starting a program
+    takes as long as reading 64 keys, and merging as long as reading 68 KB.
     """
 
     def keys(s: int) -> float:
@@ -411,8 +410,8 @@ def attend_splits(programs: int, length: int, row: int, multiprocessors: int) ->
 @cache
 def attend_blocks(row: int, memory: int, exact: bool, crowded: bool) -> tuple[int, int, int]:
     """Keys a program reads at once, its warps and its stages, for `row` bytes of a key and a value: 64 KiB in each of
-    three stages, if there is the shared memory for it; half of it where programs with few keys are to overlap
-    (`crowded`). Products in float32 (`exact`) need much of the memory themselves.
+    three stages if they fit in shared memory, half of it if programs with few keys should overlap (`crowded`).
+    Products in float32 (`exact`) need much of the shared memory themselves.
     """
     if exact:
         return 16, 4, 1

@@ -1,9 +1,8 @@
-"""What stands around attention to latents in a decoding step: queries for them, the write to the cache, and what the
-heads read of a mixture.
+"""The steps around attention to latents in a decode step: map queries to latents, write the latent to the cache, and
+compute the heads' values from mixtures of latents.
 
-    B rows, S positions the cache has room for, H query heads, G heads that the latent stands for, D query head width,
-    R components of it that are rotated, r latent width, W rebuilt components of keys (C = W / 2 complex ones), Dv
-    value head width
+    B rows, S allocated cache positions, H query heads, G heads that the latent replaces, D query head width, R rotated
+    components of it, r latent width, W key width (C = W / 2 complex components), Dv value head width
 """
 
 import torch
@@ -21,9 +20,9 @@ def _append_latent_kernel(
     D: tl.constexpr, C: tl.constexpr, F: tl.constexpr, R: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     HEADS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The first `tiles` programs of a row: `HEADS` of its queries in `projected` [B, H·D + R] are rotated by F angles
-    and multiplied with the conjugate factors [2, H/g, C] of their heads, each with the component that `frequency` [C]
-    names: `wide` [B, H, 2·C]. One more, if there is one, writes the latent to the cache at position `length` - 1.
+    """The first `tiles` programs of a row rotate `HEADS` of its queries in `projected` [B, H·D + R] by F angles and
+    multiply component `frequency` [C] of each with the conjugate factors [2, H/g, C] of its head: `wide` [B, H, 2·C].
+    Another program, if present, writes the latent to the cache at position `length` - 1.
     """
     row, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if PDL:
@@ -64,7 +63,7 @@ def _append_latent_kernel(
             j, i = tl.arange(0, BLOCK_R // BLOCK), tl.arange(0, half)
             inside = (j < R // BLOCK)[:, None]
             x = new + j[:, None] * BLOCK + i[None, :]
-            stand_in = tl.load(new).to(tl.float32)  # for what is past the end
+            stand_in = tl.load(new).to(tl.float32)  # for numbers past the end
             low = tl.where(inside, tl.load(x, mask=inside, other=0.0).to(tl.float32), stand_in)
             high = tl.where(inside, tl.load(x + half, mask=inside, other=0.0).to(tl.float32), stand_in)
             kind = scales.dtype.element_ty
@@ -87,7 +86,7 @@ def _append_latent_kernel(
 
 @jit
 def _code(x, step, most: tl.constexpr):
-    """x / step, rounded to the nearest of 0 … `most`, of two to the even one: as sums of this size are."""
+    """x / step, rounded to the nearest of 0 … `most`, ties to even, by adding a large number."""
     x = tl.minimum(tl.maximum(tl.div_rn(x, step), 0.0), most * 1.0)
     return ((x + 12582912.0) - 12582912.0).to(tl.int32)
 
@@ -108,23 +107,23 @@ def append_latent(
     scales: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Make the queries that [`attend_latent`] takes, and write the latent to the cache at position `length` - 1.
+    """Make the queries for [`attend_latent`], and write the latent to the cache at position `length` - 1.
 
     Args:
-        projected: [B, H·D + r], what the projections of queries and of the latent gave.
+        projected: [B, H·D + r], the outputs of the projections of queries and of the latent.
         latents: [B, S, r], or packed codes uint8 [B, S, r · bits / 8] with `scales` and `offsets` [B, S], all written
-            in place; `None` where there is nothing to write (attention to an encoder's output), r is then 0.
-        length: int32 [1], positions in use with the new one.
+            in place; `None` if there is nothing to write (attention to an encoder's output), then r is 0.
+        length: int32 [1], positions in use, the new one included.
         r: latent width.
-        factors: [2, G, C], the real and imaginary parts by which a head weighs the rebuilt components.
-        frequency: int32 [C], which of the R / 2 frequencies each has.
+        factors: [2, G, C], real and imaginary parts of each head's factors on the rebuilt components.
+        frequency: int32 [C], the index of each component's frequency among the R / 2.
         cos, sin: [positions, R] of all positions; the first half of `sin` is negated.
         positions: int64 [B], the position of each row's query.
-        k_up: [G, N, r], of the last N components of a head's keys, which are not rotated.
+        k_up: [G, N, r], the map to the last N components of a head's keys, which are not rotated.
 
     Returns:
-        `wide` [B, H, 2·C], real parts first, and `plain` [B, H, r]: queries for the rebuilt components and for the
-        latent; `None` where there are no `factors`, and no `k_up`.
+        `wide` [B, H, 2·C], queries for the rebuilt components, real parts first (`None` without `factors`), and
+        `plain` [B, H, r], queries for the latent (`None` without `k_up`).
     """
     B, D = projected.shape[0], (projected.shape[1] - r) // H
     C = 0 if frequency is None else len(frequency)
@@ -159,7 +158,7 @@ def absorbed(query: torch.Tensor, k_up: torch.Tensor) -> torch.Tensor:
 
 
 def read_latent(mixed: torch.Tensor, v_up: torch.Tensor) -> torch.Tensor:
-    """What heads read of their mixtures of latents: [B, H, r] and the maps [G, Dv, r] -> [B, H·Dv]; no gradient."""
+    """Compute the heads' values from mixtures of latents [B, H, r] and maps [G, Dv, r] -> [B, H·Dv]; no gradient."""
     B, H, r = mixed.shape
     G, Dv, _ = v_up.shape
     out = mixed.new_empty(B, H, Dv)
@@ -188,7 +187,7 @@ def naive_append_latent(
     scales: torch.Tensor | None = None,
     offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """[`append_latent`] in float64 and complex numbers; what it writes has the cache's type."""
+    """[`append_latent`] in float64 and complex numbers; it writes in the cache's type."""
     B = projected.shape[0]
     query, new = projected.split([projected.shape[1] - r, r], -1)
     at = int(length) - 1

@@ -1,13 +1,12 @@
-"""[`attend_latent`] for Hopper, in Gluon: keys are rebuilt on the tensor cores while the last ones are rotated.
+"""[`attend_latent`] for Hopper, in Gluon: keys are rebuilt on the tensor cores while the previous ones are rotated.
 
-    N positions of a block, half of them for each of two warpgroups, P complex components of keys that are rebuilt at
-    once, K = C / P chunks of them
+    N positions of a block for each of two warpgroups, P complex key components rebuilt at once, K = C / P chunks
 
-The warps of a program have roles. Two groups of four each attend to their own half of a block of positions: a chunk of
-keys is rebuilt by one product (latents in registers, the map in shared memory), rotated in registers, and multiplied
-with the queries from there. While one group rotates, the other keeps the tensor cores busy. Two more groups of warps
-bring what is next into shared memory, the latents (unpacked) and the map with the queries; who waits for whom is kept
-by barriers, one for each buffer that is full and one for each that is empty.
+The warps of a program are specialised. Two warpgroups attend, each to its own half of a block of positions: it
+rebuilds a chunk of keys with one product (latents in registers, the map in shared memory), rotates it in registers,
+and multiplies it with the queries from there. While one group rotates, the other keeps the tensor cores busy. Two more
+groups of warps load the next latents (unpacked) and the map with the queries into shared memory. Each buffer has two
+barriers for synchronisation, one for full and one for empty.
 """
 
 from .kernel_launch_mqa import (
@@ -25,7 +24,7 @@ from .kernel_launch_mqa import (
 
 @gluon_jit
 def _prefetch(latents, first, high, N: gl.constexpr, WIDTH: gl.constexpr):
-    """Fetch N rows of `WIDTH` numbers into the second-level cache."""
+    """Prefetch N rows of `WIDTH` numbers into the L2 cache."""
     EACH: gl.constexpr = 1024 // latents.dtype.element_ty.primitive_bitwidth  # numbers in 128 bytes
     LINES: gl.constexpr = WIDTH // EACH if WIDTH > EACH else 1
     L: gl.constexpr = gl.BlockedLayout([1, 1], [32 // LINES, LINES], [gl.num_warps(), 1], [1, 0])
@@ -39,7 +38,7 @@ def _prefetch(latents, first, high, N: gl.constexpr, WIDTH: gl.constexpr):
 
 @gluon_jit
 def _bytes(words):
-    """The bytes [N, 4 · n] of words [N, n], in float32: under the exponent of 2^23, a byte is its own value more."""
+    """The bytes [N, 4 · n] of words [N, n], in float32: a byte in the mantissa under exponent 2^23 adds its value."""
     a, b, c, d = gl.inline_asm_elementwise(
         "prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;"
         "prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;",
@@ -68,7 +67,7 @@ def _fetched(
     latents, scales, offsets, rows, n, row, S, latent_row,
     R: gl.constexpr, BITS: gl.constexpr, HAS_ROWS: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """Of the packed latents of positions n: codes [N, R · BITS / 32], scales and offsets [N]."""
+    """Load the packed latents of positions n: codes [N, R · BITS / 32], scales and offsets [N]."""
     WIDTH: gl.constexpr = R * BITS // 32
     j = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     at = row.to(gl.int64)
@@ -83,7 +82,7 @@ def _fetched(
 
 @gluon_jit
 def _unpack(to, codes, scale, offset, R: gl.constexpr, BITS: gl.constexpr):
-    """Write packed latents to shared memory as numbers."""
+    """Unpack latents into shared memory."""
     x = _floats(codes, R, BITS) * scale.to(gl.float32)[:, None] + offset.to(gl.float32)[:, None]
     to.store(x.to(to.dtype))
 
@@ -94,7 +93,7 @@ def _bring_latents(
     R: gl.constexpr, N: gl.constexpr, SLOTS: gl.constexpr, BITS: gl.constexpr, HAS_ROWS: gl.constexpr,
     PIECE: gl.constexpr,
 ):  # fmt: skip
-    """The latents of N positions for each of the two warpgroups in turn; packed ones are unpacked `PIECE` at once."""
+    """Load the latents of N positions for each of the two warpgroups in turn; unpack `PIECE` positions at once."""
     warps: gl.constexpr = gl.num_warps()
     if BITS == 16:
         L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // R, R // 8], [warps, 1], [1, 0])
@@ -144,7 +143,7 @@ def _bring_map(
     u_smem, q_smem, u_full, u_empty, q_full, q_empty, weight, wide, m0, H, wide_head, blocks,
     C: gl.constexpr, R: gl.constexpr, K: gl.constexpr, M: gl.constexpr, P: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
-    """The map of each chunk of components, real parts before imaginary ones, and the queries for it."""
+    """Load the map of each chunk of components, real parts before imaginary ones, and the queries for it."""
     if K > 0:
         _bring_chunks(
             u_smem, q_smem, u_full, u_empty, q_full, q_empty, weight, wide, m0, H, wide_head, blocks,
@@ -178,13 +177,13 @@ def _bring_chunks(
 
 @gluon_jit
 def _halves(x):
-    """[N, 2 · P], real parts before imaginary ones, as two."""
+    """Split [N, 2 · P] into real and imaginary parts."""
     return gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @gluon_jit
 def _angles(like, angles, f_smem, chunk):
-    """The angles of the components of a chunk, for positions that begin at `angles`; laid out as a half of `like`."""
+    """The angles of a chunk's components, for positions that begin at `angles`; in the layout of a half of `like`."""
     half, _ = _halves(like)
     L: gl.constexpr = half.type.layout
     n = gl.arange(0, half.shape[0], layout=gl.SliceLayout(1, L))
@@ -212,7 +211,7 @@ def _rotated(x, word, b_smem, chunk, K: gl.constexpr, dtype: gl.constexpr):
 
 @gluon_jit
 def _biased(s, n, slope, table, head, last, origin, scale, table_width, BIAS: gl.constexpr, FROM_START: gl.constexpr):
-    """Logits s [positions n, queries] with the bias of their positions; `BIAS` as in `_attend_kernel`."""
+    """Add the position bias to logits s [positions n, queries]; `BIAS` as in `_attend_kernel`."""
     if BIAS == 1:
         s += (n - last + 1).to(gl.float32)[:, None] * slope[None, :]
     if BIAS == 2:
@@ -234,8 +233,8 @@ def _attended(
     R: gl.constexpr, K: gl.constexpr, PLAIN: gl.constexpr, M: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
     SLOTS: gl.constexpr, QUERIES: gl.constexpr, BIAS: gl.constexpr, FROM_START: gl.constexpr,
 ):  # fmt: skip
-    """What one warpgroup makes of its N positions of each block: Σ 2^s c [R, M], Σ 2^s and the largest s, which is
-    taken off all s.
+    """Attention of one warpgroup to its N positions of each block: Σ 2^s c [R, M], Σ 2^s, and the largest s, which is
+    subtracted from all s.
     """
     c_smem, u_smem, q_smem, p_smem, f_smem, b_smem, plain_smem = smem
     c_full, u_full, q_full = full
@@ -316,7 +315,7 @@ def _second_group(
     R: gl.constexpr, K: gl.constexpr, PLAIN: gl.constexpr, M: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
     SLOTS: gl.constexpr, QUERIES: gl.constexpr, BIAS: gl.constexpr, FROM_START: gl.constexpr,
 ):  # fmt: skip
-    """Its result is left in shared memory, in place of its own last latents."""
+    """Leave the result in shared memory, in place of the warpgroup's last latents."""
     out, total, largest = _attended(
         1, smem, full, empty, angles, low, high, last, origin, blocks, slopes, table, m0, H, scale, table_width,
         R, K, PLAIN, M, N, P, SLOTS, QUERIES, BIAS, FROM_START,
@@ -338,10 +337,10 @@ def _attend_latent_hopper_kernel(
     M: gl.constexpr, P: gl.constexpr, SLOTS: gl.constexpr, QUERIES: gl.constexpr, PIECE: gl.constexpr,
     BRINGERS: gl.constexpr, MAPPERS: gl.constexpr, MANY: gl.constexpr, FEW: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One program: M of the queries of one cache row, over one share of its positions, 64 for a warpgroup at once.
+    """One program: M of the queries of one cache row, over one share of its positions, 64 per warpgroup at once.
 
-    `SLOTS` blocks of latents are held for each warpgroup and `QUERIES` chunks of queries; `BRINGERS` warps bring
-    latents. A thread has `MANY` registers if it attends and `FEW` if it brings. `BIAS`, `SPLIT`, `out`, `partial` and
+    Shared memory holds `SLOTS` blocks of latents per warpgroup and `QUERIES` chunks of queries; `BRINGERS` warps load
+    latents. A thread has `MANY` registers if it attends and `FEW` if it loads. `BIAS`, `SPLIT`, `out`, `partial` and
     `statistics` are those of `_attend_kernel` with `SPLIT` 0 or 1.
     """
     N: gl.constexpr = 64
@@ -359,7 +358,7 @@ def _attend_latent_hopper_kernel(
     for slot in gl.static_range(2 * SLOTS):
         mbarrier.init(c_full.index(slot), count=32 * BRINGERS if BITS == 16 else 1)
         mbarrier.init(c_empty.index(slot), count=1)
-    # What is not there is stood for by something that is.
+    # Existing buffers are placeholders for unused ones.
     u_smem, q_smem, plain_smem, f_smem, b_smem = c_smem, c_smem, c_smem, t_smem, t_smem
     u_full, u_empty, q_full, q_empty = c_full, c_full, c_full, c_full
     if PLAIN:
@@ -410,7 +409,7 @@ def _attend_latent_hopper_kernel(
         gdc_wait()
     if K > 0:
         wide += row.to(gl.int64) * wide_row
-        angles += gl.load(positions + row).to(gl.int32) - last + 1  # from a place in the cache to a position
+        angles += gl.load(positions + row).to(gl.int32) - last + 1  # maps a cache index to a position
     if PLAIN:
         L: gl.constexpr = gl.BlockedLayout([1, 8], [256 // R, R // 8], [4, 1], [1, 0])
         k = gl.arange(0, R, layout=gl.SliceLayout(0, L))

@@ -1,14 +1,14 @@
-"""Attention of one new query per row to a cache of latents, from which keys are rebuilt on the way.
+"""Attention of one new query per row to a cache of latents, from which keys are rebuilt in the kernel.
 
-    B rows decoded, R rows of the cache, S positions it has room for, H query heads, r latent width, W rebuilt
-    components of keys (C = W / 2 complex ones)
+    B rows decoded, R rows of the cache, S allocated cache positions, H query heads, r latent width, W key width
+    (C = W / 2 complex components)
 
-A row of the cache is one latent c for each position, in the model's type or packed (`packing_mqa.py`). A query attends
-to the rotated components Rot_t (U c_t + b) [W], to the latent itself [r], or to both; what is mixed is the latent:
+A row of the cache holds one latent c per position, in the model's type or packed (`packing_mqa.py`). A query attends
+to the rotated components Rot_t (U c_t + b) [W], to the latent itself [r], or to both; the output mixes latents:
 
     logit(h, t) = scale · (wide_h · Rot_t (U c_t + b) + plain_h · c_t) + bias        out_h = Σ_t softmax_t(logit) c_t
 
-The components of a block of positions are rebuilt once for all queries and stay on the chip.
+The components of a block of positions are rebuilt once for all queries and are not written to memory.
 """
 
 import torch
@@ -30,20 +30,20 @@ from .kernel_launch_mqa import (
 )
 from .packing_mqa import unpack_latent
 
-ROOM = 256  # positions that a table of angles has beyond those it was made for: blocks of positions reach past the end
+ROOM = 256  # extra positions in a table of angles, because blocks of positions reach past the end
 
 
 def latent_angles(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The angles of rotation as [`attend_latent`] reads them: by frequency, the positions of one side by side.
+    """Make the table of rotation angles for [`attend_latent`], with the positions of one frequency contiguous.
 
     Args:
-        cos, sin: [positions, 2 · F] for F frequencies, the first half of `sin` negated; best in float32.
-        dtype: of the model.
+        cos, sin: [positions, 2 · F] for F frequencies, the first half of `sin` negated; preferably in float32.
+        dtype: type of the model.
 
     Returns:
-        float32 [F, positions + 256, 2], cosine and sine, where `dtype` is float32. Otherwise int32
-        [F, positions + 256], a cosine in the lower and a sine in the upper half of a number: for float16 both as
-        such, for bfloat16 so that the whole number, read as float32, is the sine rounded to as many bits.
+        For float32, float32 [F, positions + 256, 2], cosine and sine. Otherwise int32 [F, positions + 256], with the
+        cosine in the lower and the sine in the upper half of each number: for float16 as float16, for bfloat16 such
+        that the whole number, read as float32, is the sine rounded to as many bits.
     """
     half = cos.shape[-1] // 2
     pair = torch.stack((cos[:, :half], sin[:, half:]), -1).float().transpose(0, 1)
@@ -58,7 +58,7 @@ def latent_angles(cos: torch.Tensor, sin: torch.Tensor, dtype: torch.dtype) -> t
 
 
 def unpacked_angles(angles: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The cosines and sines [F, positions + 256, 2] that [`latent_angles`] holds, in float32."""
+    """The cosines and sines [F, positions + 256, 2] of a table of [`latent_angles`], in float32."""
     if angles.is_floating_point():
         return angles
     if dtype == torch.float16:
@@ -117,12 +117,12 @@ def _rebuilt(
     R: tl.constexpr, W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PAIRS: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
-    """s [positions, queries] + the products of rotated components, rebuilt from latents c, and queries at `query`."""
+    """Add to s [positions, queries] the products of components, rebuilt from latents c and rotated, with `query`."""
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     C: tl.constexpr = W // 2
     k, j = tl.arange(0, BLOCK_R), tl.arange(0, 2 * PAIRS)
     for first in range(0, C, PAIRS):
-        # Real parts, then imaginary ones, in one product; a thread then has both parts of a component.
+        # Real parts, then imaginary ones, in one product, so that a thread has both parts of a component.
         inside = first + j % PAIRS < C
         component = first + j % PAIRS + (j // PAIRS) * C
         u = tl.load(
@@ -186,7 +186,7 @@ def _attend_latent_kernel(
         )  # fmt: skip
     query, shift = q_row * wide_row + q_head * wide_head, 0
     if W > 0:
-        shift = tl.load(positions + row).to(tl.int32) - last + 1  # from a place in the cache to a position
+        shift = tl.load(positions + row).to(tl.int32) - last + 1  # maps a cache index to a position
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulated = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -260,8 +260,8 @@ def attend_latent(
             [`attend`].
         wide: [B, H, W], rotated queries for the rebuilt components, real parts first; the last dimension contiguous.
         weight, bias: [W, r] and float32 [W], the map U and b from a latent to its components, real parts first.
-        angles: of [`latent_angles`], for all positions that occur.
-        frequency: int32 [C], the frequency of each complex component; fastest where equal ones stand together.
+        angles: from [`latent_angles`], for all positions that occur.
+        frequency: int32 [C], the frequency of each complex component; fastest if equal ones are adjacent.
         positions: int64 [B], the position of each row's query; that of its key n is positions - (length - 1) + n.
         plain: [B, H, r], queries for the latent itself, the last dimension contiguous.
         blocks: positions and complex components a program handles at once, warps, stages. Default: by size.
@@ -300,7 +300,7 @@ def attend_latent(
     at_once = counters is not None and splits <= MAX_MERGED and hopper_layout is None
     if bits < 16 and hopper_layout is not None:
         latents = latents.view(torch.int32)
-    some = length  # stands for what is not there and is not read
+    some = length  # placeholder for missing arguments, never read
     tensors = (
         out if wide is None else wide, out if plain is None else plain, latents, some if scales is None else scales,
         some if offsets is None else offsets, out if weight is None else weight, some if bias is None else bias,
@@ -363,8 +363,8 @@ def naive_attend_latent(
     blocks: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """[`attend_latent`] in float64, one row at a time, in complex numbers. How its work is divided (`capacity`,
-    `counters`, `blocks`, `splits`) changes nothing here.
+    """[`attend_latent`] in float64 and complex numbers, one row at a time. Arguments that divide the work (`capacity`,
+    `counters`, `blocks`, `splits`) have no effect.
     """
     queries = wide if wide is not None else plain
     assert queries is not None

@@ -4,19 +4,19 @@ from functools import cache
 
 import torch
 
-# Queries M and components P of a program, the fastest first. Never are M and 2 · P the same: with both products of one
-# shape, ptxas (CUDA 12.8 and 12.9) gives the registers of latents, which the next chunk needs, to keys.
+# Queries M and components P of a program, the fastest first. M and 2 · P must differ: with both products of the same
+# shape, ptxas (CUDA 12.8 and 12.9) overwrites the registers of latents, which the next chunk needs, with keys.
 LAYOUTS = ((64, 64), (32, 64), (32, 32), (16, 64), (16, 32), (16, 16))
 
 
 def hopper_sizes(
     r: int, W: int, bits: int, queries: int, plain: bool, dtype: torch.dtype, memory: int
 ) -> dict[str, int] | None:
-    """How the kernel is laid out for `queries` of a cache row in `memory` bytes of shared memory; `None` where it is
-    not made for the sizes.
+    """Layout of the kernel for `queries` of a cache row in `memory` bytes of shared memory; `None` for sizes that it
+    does not support.
 
-    A product has 64 rows or more, so that r is 64, 128 or 256. Where nothing is rebuilt, more queries than a program
-    holds would read the cache again.
+    A product has at least 64 rows, so r must be 64, 128 or 256. If nothing is rebuilt, a program must hold all
+    queries, or they would read the cache again.
     """
     C = W // 2
     if r not in (64, 128, 256) or dtype not in (torch.float16, torch.bfloat16):
@@ -37,19 +37,19 @@ def hopper_sizes(
         warps = {"BRINGERS": 2, "MAPPERS": 2, "MANY": 216, "FEW": 64}
     else:
         warps = {"BRINGERS": 4, "MAPPERS": 4, "MANY": 168, "FEW": 88}
-    # Of packed latents, a thread unpacks 32 bytes at once, or 64 if it has the registers.
+    # A thread unpacks 32 bytes of latents at once, or 64 if it has the registers.
     piece = warps["BRINGERS"] * 32 * (32 if W else 64) * 8 // (r * bits)
     return {"M": M, "P": P, "SLOTS": 2, "QUERIES": 3 if W else 1, **warps, "PIECE": min(64, piece)}
 
 
 @cache
 def hopper_splits(programs: int, span: int, position: float, size: int, merged: int, multiprocessors: int) -> int:
-    """How many programs share the positions of a row, where there are `programs` without sharing, a position takes
-    one multiprocessor `position` seconds and is `size` bytes, and each share adds `merged` numbers to be merged: what
-    takes least.
+    """The number of programs that share the positions of a row, for the least time. There are `programs` without
+    sharing; a position takes one multiprocessor `position` seconds and has `size` bytes; each share adds `merged`
+    numbers to merge.
 
-    Measured on an H200: one multiprocessor reads 20 GB/s beside all others and 1.6 times as much alone; to start takes
-    2 µs, and to merge 3 µs and what is to be read.
+    Measured on an H200: one multiprocessor reads 20 GB/s beside all others and 1.6 times as much alone; starting takes
+    2 µs, and merging 3 µs plus the reading.
     """
 
     def seconds(s: int) -> float:
@@ -62,14 +62,14 @@ def hopper_splits(programs: int, span: int, position: float, size: int, merged: 
 
 
 def hopper_seconds(r: int, W: int, bits: int, queries: int) -> float:
-    """What a position takes one multiprocessor, apart from its reading: 3.2 · 10^12 operations a second on the tensor
-    cores, or the unpacking of its numbers.
+    """Seconds that a position takes one multiprocessor, without reading: the larger of the tensor cores' time, at
+    3.2 · 10^12 operations per second, and that of unpacking.
     """
     return max(2 * (r * W + queries * (W + r)) / 3.2e12, (bits < 16) * r * 0.11e-9)
 
 
 def latent_bytes(r: int, bits: int, dtype: torch.dtype) -> int:
-    """Of one latent in the cache."""
+    """Bytes of one latent in the cache."""
     return r * dtype.itemsize if bits == 16 else r * bits // 8 + 2 * dtype.itemsize
 
 
@@ -77,8 +77,8 @@ def latent_bytes(r: int, bits: int, dtype: torch.dtype) -> int:
 def latent_blocks(
     block_r: int, W: int, queries: int, itemsize: int, memory: int, exact: bool
 ) -> tuple[int, int, int, int]:
-    """Positions and complex components that a program of the kernel for all devices handles at once for so many
-    `queries`, its warps and its stages: the largest that fit in `memory` bytes of shared memory. Products in float32
+    """Positions and complex components that a program of the kernel for all devices handles at once for `queries`
+    queries, its warps and its stages: the largest that fit in `memory` bytes of shared memory. Products in float32
     (`exact`) need much of it themselves.
     """
     if exact:

@@ -1,9 +1,8 @@
-"""Launching and compiling Triton kernels, which are optional: where they are missing, a decoding step runs PyTorch
-operations instead.
+"""Launch and compile Triton kernels. They are optional: without them, a decode step runs PyTorch operations.
 
-The kernels take lengths from device memory, so that a captured CUDA graph stays valid while a text grows, and
-accumulate in float32. With programmatic dependent launch (Hopper and later) a kernel starts loading its weights before
-the one it waits for has ended. Beside each kernel stands the same in PyTorch (`naive_...`), in float64.
+The kernels read lengths from device memory, so that a captured CUDA graph stays valid while a text grows, and
+accumulate in float32. With programmatic dependent launch (Hopper and later), a kernel starts loading its weights
+before the previous one has ended. Each kernel has a reference in PyTorch (`naive_...`), in float64.
 """
 
 import threading
@@ -42,20 +41,20 @@ gluon_jit: Any = gluon.jit if gluon is not None else lambda function: function
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run on a device (CUDA from compute capability 8.0 on, with Triton)."""
+    """Whether the kernels can run on a device (CUDA with compute capability 8.0 or higher, and Triton)."""
     return triton is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
 def overlapping(device: torch.device) -> bool:
-    """Whether kernels may start before the one they wait for has ended."""
+    """Whether kernels may start before the previous one has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache
 def hopper(device: torch.device) -> bool:
-    """Whether kernels in Gluon for Hopper can run on a device. They are for Triton 3.6, which PyTorch 2.11 comes
-    with: Gluon is not the same in any two versions.
+    """Whether the Gluon kernels for Hopper can run on a device. They need Triton 3.6, which PyTorch 2.11 ships with,
+    because Gluon changes with every version.
     """
     known = gluon is not None and triton.__version__.startswith("3.6.")
     return known and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
@@ -66,7 +65,7 @@ def processors(device: torch.device) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program can have."""
+    """Bytes of shared memory available to a program."""
     return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024)
 
 
@@ -75,11 +74,11 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-_thread = threading.local()  # while it has `collected`, launches of a thread are noted there instead of being made
+_thread = threading.local()  # while it has `collected`, launches are recorded there instead of run
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launch a kernel, with programmatic dependent launch where the device has it."""
+    """Launch a kernel, with programmatic dependent launch if the device supports it."""
     early = overlapping(arguments[0].device)
     options = {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
     if getattr(_thread, "collected", None) is not None:
@@ -89,7 +88,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 
 def compile_all(run: Callable[[], object]) -> None:
-    """Compile all kernels that `run` would launch, side by side; none is launched."""
+    """Compile in parallel all kernels that `run` would launch, without launching them."""
     calls: list[tuple] = []
     _thread.collected = calls
     try:
@@ -106,7 +105,7 @@ def compile_all(run: Callable[[], object]) -> None:
         kernel, grid, arguments, options = call
         torch.cuda.set_device(arguments[0].device)  # of this thread
         built = kernel.warmup(*arguments, grid=grid, **options)
-        getattr(built, "run", None)  # builds what launches it, which is a program in C, too
+        getattr(built, "run", None)  # also builds the launcher, which is compiled from C
 
     distinct = {(id(c[0]), *map(kind, c[2]), *sorted(c[3].items())): c for c in calls}.values()
     with ThreadPoolExecutor() as pool:

@@ -20,7 +20,7 @@ def _norm_kernel(
     x, weight, bias, out, K, eps, x_row,
     LAYER: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row: root mean square norm of x [M, K], or layer norm if `LAYER`."""
+    """One row of x [M, K]: root mean square norm, or layer norm if `LAYER`."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     if WEIGHT:
         w = tl.load(weight + at, mask=at < K, other=0.0).to(tl.float32)
@@ -40,7 +40,7 @@ def _norm_kernel(
 
 @jit
 def activated(x, ACT: tl.constexpr):
-    """The activation of that number in `ACTIVATIONS`, of float32."""
+    """The activation with index `ACT` in `ACTIVATIONS`, in float32."""
     if ACT == 1:
         x = x / (1.0 + tl.exp(-x))
     if ACT == 2:

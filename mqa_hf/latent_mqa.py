@@ -1,15 +1,16 @@
-"""Attention whose cache holds one latent a token, from which values are read and keys are rebuilt.
+"""Attention whose cache holds one latent per token, from which values are computed and keys are rebuilt.
 
-B batch, T tokens, S tokens attended to, H query heads, G heads that the latent stands for, D head width of which R
-components are rotated, Dv value head width, d hidden size, r latent width, W rebuilt components of keys, C = W / 2
+B batch, T tokens, S tokens attended to, H query heads, G heads that the latent replaces, D head width of which R
+components are rotated, Dv value head width, d hidden size, r latent width, W key width, C = W / 2
 
-A latent c = Z x + z [r] is made before rotation. Keys are rebuilt from it as C complex components κ = U c + b, each of
-a rotary frequency f, that all query heads share. Head a weighs them by factors, k_aj = Σ_{i: f_i = j} b_ai κ_i, which
-commute with the rotation. What is not rotated, and the values, are maps of c by head. Two ways to compute the same:
+A latent c = Z x + z [r] is computed before rotation. Keys are rebuilt from it as C complex components κ = U c + b,
+each with a rotary frequency f, shared by all query heads. Head a combines them with factors that commute with the
+rotation, k_aj = Σ_{i: f_i = j} b_ai κ_i. Unrotated components and values are linear maps of c per head. Attention is
+computed in one of two ways, with the same result:
 
-- by head: rebuild keys and values of the G heads. The fewest operations where many tokens attend at once;
+- per head: rebuild keys and values of the G heads. This takes the fewest operations if many tokens attend at once;
 - absorbed: map each query to the W components and to the latent, and attend to (R_t κ, c) as one key, c as its value.
-  Nothing is rebuilt by head (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, does so without rotation).
+  Nothing is rebuilt per head (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, does so without rotation).
 """
 
 from collections.abc import Callable
@@ -29,27 +30,27 @@ Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class HeadLinear(nn.Module):
-    """A linear map of a latent for each head; `weight` [G, N, r]."""
+    """A linear map of the latent per head; `weight` [G, N, r]."""
 
     def __init__(self, heads: int, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """What each head reads: [B, S, r] -> [B, G, S, N]."""
+        """Apply each head's map: [B, S, r] -> [B, G, S, N]."""
         return torch.einsum("bsr,gnr->bgsn", latent, self.weight)
 
     def absorb(self, x: torch.Tensor) -> torch.Tensor:
-        """What to multiply the latent with, instead of x with what is read: [B, H, T, N] -> [B, H, T, r]."""
+        """Apply the transposed maps, so that x can be multiplied with latents: [B, H, T, N] -> [B, H, T, r]."""
         return torch.einsum("bgmtn,gnr->bgmtr", x.unflatten(1, (len(self.weight), -1)), self.weight).flatten(1, 2)
 
     def read(self, mixed: torch.Tensor) -> torch.Tensor:
-        """What each query head reads of its own mixture of latents: [B, T, H, r] -> [B, T, H, N]."""
+        """Apply each query head's map to its own mixture of latents: [B, T, H, r] -> [B, T, H, N]."""
         return torch.einsum("btgmr,gnr->btgmn", mixed.unflatten(2, (len(self.weight), -1)), self.weight).flatten(2, 3)
 
 
 class AttentionView(nn.Module):
-    """What attention functions ask of the module that calls them, for one of the two ways to compute."""
+    """The attributes that attention functions read of the calling module, for one of the two ways to compute."""
 
     def __init__(self, config: MQAConfig, layer_idx: int, groups: int, is_causal: bool):
         super().__init__()
@@ -57,7 +58,7 @@ class AttentionView(nn.Module):
 
 
 class MQALatentAttention(nn.Module):
-    """Attention of H query heads to one latent a token; with `cross`, to those of an encoder's output."""
+    """Attention of H query heads to one latent per token; with `cross`, to latents of the encoder's output."""
 
     rotated: torch.Tensor | None
 
@@ -107,15 +108,15 @@ class MQALatentAttention(nn.Module):
         key_position_embeddings: Angles | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens in a cache that keeps
-        latents alone."""
+        """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens, if the cache keeps only
+        latents."""
         query = self.queries(hidden_states, position_embeddings)
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
             known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
         if known and cache is not None:
-            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+            stored: Any = cache.layers[self.layer_idx]  # on another device in an offloaded cache
             latent = stored.latents() if hasattr(stored, "latents") else stored.keys.to(query.device)
             return self.attend_absorbed(query, None, latent, attention_mask, kwargs)
         made = self.kv_proj(hidden_states if encoder_hidden_states is None else encoder_hidden_states)
@@ -137,7 +138,7 @@ class MQALatentAttention(nn.Module):
         return rotate(query, *angles, self.head_dim)
 
     def latents(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, d] -> latents [B, S, r], rounded as the cache rounds them."""
+        """[B, S, d] -> latents [B, S, r], rounded as in the cache."""
         return rounded_latent(self.kv_proj(x), self.bits)
 
     def keep(
@@ -148,33 +149,32 @@ class MQALatentAttention(nn.Module):
         angles: Angles | None,
         all_angles: Angles | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Extend a cache by new latents [B, T, r], as they were made and rounded.
+        """Extend a cache by new latents [B, T, r], given unrounded (`made`) and rounded (`latent`).
 
         Returns:
-            The rotated keys [B, 1, S, W], `None` where nothing is rotated, and the latents [B, 1, S, r] of all tokens
-            that the cache holds.
+            The rotated keys [B, 1, S, W] (`None` without rotation) and the latents [B, 1, S, r] of all cached tokens.
         """
         layers: Any = cache.layers
         stored: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        if hasattr(stored, "update_latents"):  # it keeps nothing else
+        if hasattr(stored, "update_latents"):  # it holds only latents
             held = stored.update_latents(made)
             alone = held.shape[2] == made.shape[1]
             return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
         keys, values = self.as_cached(latent[:, None], angles)
         if isinstance(cache, QuantizedCache) and not self.qk_head_dim:
-            values = keys  # nothing cannot be quantised
+            values = keys  # an empty tensor cannot be quantised
         keys, held = cache.update(keys, values, self.layer_idx)
         return (keys, held) if self.qk_head_dim else (None, keys)
 
     def as_cached(self, latent: torch.Tensor, angles: Angles | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What caches of transformers keep as keys and values for latents [B, 1, S, r]: rotated keys [B, 1, S, W] and
-        the latents, or the latents and nothing."""
+        """Keys and values for transformers' caches from latents [B, 1, S, r]: rotated keys [B, 1, S, W] and the
+        latents; without rotation, the latents and an empty tensor."""
         if not self.qk_head_dim:
             return latent, latent[..., :0]
         return self.rebuilt(latent[:, 0], angles), latent
 
     def rebuilt(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
-        """[B, S, r] -> the rotated components of keys [B, 1, S, W]."""
+        """Rebuild keys: latents [B, S, r] -> rotated key components [B, 1, S, W]."""
         assert self.k_proj is not None
         assert angles is not None
         cos, sin = angles
@@ -183,13 +183,13 @@ class MQALatentAttention(nn.Module):
     def attend_by_head(
         self, query: torch.Tensor, latent: torch.Tensor, angles: Angles | None, mask: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention to keys and values of the G heads; queries [B, H, T, D] rotated, latents [B, S, r]."""
+        """Attend to the keys and values of the G heads: rotated queries [B, H, T, D], latents [B, S, r]."""
         key = self.keys_by_head(latent, angles)
         output, weights = self.attend(self.by_head, query, key, self.v_up(latent), mask, kwargs)
         return self.o_proj(output.flatten(2)), weights
 
     def keys_by_head(self, latent: torch.Tensor, angles: Angles | None) -> torch.Tensor:
-        """[B, S, r] -> the rotated keys of the G heads [B, G, S, D]."""
+        """Latents [B, S, r] -> rotated keys of the G heads [B, G, S, D]."""
         parts = []
         if self.k_proj is not None:
             assert angles is not None
@@ -202,7 +202,7 @@ class MQALatentAttention(nn.Module):
     def attend_absorbed(
         self, query: torch.Tensor, keys: torch.Tensor | None, latent: torch.Tensor, mask: Any, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same with queries for rebuilt keys [B, 1, S, W] and latents [B, 1, S, r]."""
+        """Same result, from queries mapped to the rebuilt keys [B, 1, S, W] and the latents [B, 1, S, r]."""
         wide, plain = self.absorb(query)
         query = torch.cat([part for part in (wide, plain) if part is not None], dim=-1)
         key = latent if keys is None else keys if plain is None else torch.cat((keys, latent), dim=-1)
@@ -228,9 +228,9 @@ class MQALatentAttention(nn.Module):
         )
 
     def absorb(self, query: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Rotated queries [B, H, T, D] -> those of rebuilt components [B, H, T, W], and of the latent [B, H, T, r].
+        """Map rotated queries [B, H, T, D] to the rebuilt components [B, H, T, W] and to the latent [B, H, T, r].
 
-        conj(b_ac) q_hf(c) for head a = h // (H / G), real parts first; `None` for a part that there is not.
+        The first are conj(b_ac) q_hf(c) for head a = h // (H / G), real parts first. A missing part is `None`.
         """
         wide = plain = None
         R = self.config.rotary_dim if self.rotary else 0
@@ -244,7 +244,7 @@ class MQALatentAttention(nn.Module):
         return wide, plain
 
     def head_factors(self) -> torch.Tensor:
-        """[G·R, W]: from rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
+        """[G·R, W]: map rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
         assert self.query_factors is not None
         assert self.rotated is not None
         half = self.config.rotary_dim // 2
@@ -255,6 +255,6 @@ class MQALatentAttention(nn.Module):
         return torch.cat((upper, lower), dim=1).flatten(0, 1)
 
     def as_computed(self) -> bool:
-        """Whether the places of rotated components, which no checkpoint holds, are there."""
+        """Whether the indices of rotated components, which are not in checkpoints, are set."""
         held = self.rotated
         return held is None or held.is_meta or torch.equal(held.cpu(), rotated_components(self.config, self.layer_idx))

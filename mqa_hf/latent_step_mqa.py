@@ -1,10 +1,10 @@
-"""Attention to latents in a decoding step: queries are mapped to what is kept, one latent serves all heads.
+"""Attention to latents in a decode step: queries are mapped to the cached latent, which all heads share.
 
     B rows decoded, k rows of each prompt, P = B / k prompts, S positions, H query heads, D head width, Dv value head
-    width, r latent width, W rebuilt components of keys
+    width, r latent width, W key width
 
-The arithmetic is that of `latent_mqa.py`, absorbed. What a row keeps is a latent a token, from which the W components
-are rebuilt at each step, or these and the latent side by side (`cache_mqa.py`).
+The arithmetic is the absorbed form of `latent_mqa.py`. The cache holds one latent per token, from which the W
+components are rebuilt at each step, or both side by side (`cache_mqa.py`).
 """
 
 import os
@@ -30,19 +30,19 @@ from .weights_mqa import plain as is_plain
 if TYPE_CHECKING:
     from .step_mqa import DecodeStep
 
-# Of an H100: bytes a second, operations a second of the kernels made for Hopper, for all devices, and for float32, and
-# the seconds that a layer takes to write the keys of a step, and to round its latent where fewer bits are stored.
+# H100: bytes per second; operations per second of the Hopper kernel, of the kernel for all devices, and of that in
+# float32; seconds per layer to write the keys of a step, and to round its latent if fewer bits are stored.
 BANDWIDTH, OPERATIONS = 3e12, {"hopper": 3.6e14, "any": 1e14, "float32": 3e13}
 KEEPING, ROUNDING = 2e-5, 4e-5
 
 
 class KernelTables:
-    """What kernels read besides weights, where it lies while a graph is in use.
+    """Tables that kernels read besides weights, at fixed addresses while a graph is in use.
 
     Attributes:
-        frequencies: int32 [W / 2] of each layer that rotates: the frequency of each complex component.
-        biases: float32 [W] of each layer whose keys a kernel rebuilds.
-        angles: of [`latent_angles`], of all positions.
+        frequencies: int32 [W / 2] per layer that rotates: the frequency of each complex component.
+        biases: float32 [W] per layer whose keys a kernel rebuilds.
+        angles: from [`latent_angles`], for all positions.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class KernelTables:
         self.angles: torch.Tensor | None = None
 
     def prepare(self, step: "DecodeStep", positions: int | None) -> None:
-        """Take in the weights as they are, and the angles of so many positions, where those of more are needed."""
+        """Read the current weights, and the angles of `positions` positions if more are needed."""
         rotating: list[Any] = [layer.self_attn for layer in step.layers if rebuilds(layer.self_attn)]
         for attention in rotating:
             i = attention.layer_idx
@@ -73,24 +73,24 @@ def rebuilds(attention: Any) -> bool:
 
 
 def plain_maps(attention: MQALatentAttention) -> bool:
-    """Whether the maps by head are as they were made: no adapter, no copy that is trained in their place."""
+    """Whether the maps per head are unmodified: no adapter, no trained copy in their place."""
     return all(type(module) is HeadLinear for module in (attention.k_up, attention.v_up) if module is not None)
 
 
 def alone_by_kernel(attention: MQALatentAttention) -> bool:
-    """Whether the kernel attends to latents alone: not where the map to keys has an adapter or quantised weights."""
+    """Whether the kernel attends to latents alone: not if the map to keys has an adapter or quantised weights."""
     rebuilt = attention.k_proj is None or is_plain(attention.k_proj)
     return rebuilt and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
 
 
 def kept_by_kernel(attention: MQALatentAttention) -> bool:
-    """Whether the kernels attend to keys that are kept."""
+    """Whether the kernels attend to cached keys."""
     width = attention.qk_head_dim + (0 if attention.k_up is None else attention.kv_latent_dim)
     return plain_maps(attention) and max(width, attention.kv_latent_dim) <= MAX_HEAD_WIDTH
 
 
 def self_attention(step: "DecodeStep", attention: MQALatentAttention, joined: torch.Tensor, i: int) -> torch.Tensor:
-    """[B, H·D + r] -> [B, H·Dv]; what is kept of the new token is written to the cache."""
+    """[B, H·D + r] -> [B, H·Dv]; the new token is written to the cache."""
     held: Any = step.cache.decode_layers[i]
     keys = isinstance(held, ExpandedLayer)
     if step.triton and held.dtype == step.dtype and (kept_by_kernel if keys else alone_by_kernel)(attention):
@@ -108,7 +108,7 @@ def self_attention(step: "DecodeStep", attention: MQALatentAttention, joined: to
 def with_keys(
     step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, made: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys and latents [B, 1, S, ...] to attend to, with those of new latents [B, r]."""
+    """Write new latents [B, r] and their keys; return all keys and latents [B, 1, S, ...] to attend to."""
     latent = rounded_latent(made, attention.bits)[:, None]
     step.write(held.keys, torch.cat((attention.rebuilt(latent, step.angles()), latent[:, None]), -1))
     both = step.visible(held.keys).to(step.dtype)
@@ -119,7 +119,7 @@ def with_keys(
 def alone(
     step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, made: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same where the cache keeps latents alone."""
+    """Same as [`with_keys`], for a cache that holds only latents."""
     for name, new in held.packed(made[:, None, None]).items():
         step.write(getattr(held, name), new)
     latents = held.unpacked({name: step.visible(buffer) for name, buffer in held.buffers().items()}, step.dtype)
@@ -132,11 +132,11 @@ def alone(
 def attend_to_keys(
     step: "DecodeStep", attention: MQALatentAttention, held: ExpandedLayer, joined: torch.Tensor
 ) -> torch.Tensor:
-    """[B, H·D + r] -> what each head mixes [B, H, r], by kernels that read keys."""
+    """[B, H·D + r] -> each head's mixture of latents [B, H, r], by kernels that read cached keys."""
     assert attention.k_proj is not None
     r, W, part = attention.kv_latent_dim, attention.qk_head_dim, attention.k_up is not None
     latent = rounded_latent(joined[:, -r:], attention.bits)
-    # Queries are mapped before they are rotated, which gives the same.
+    # Queries are mapped before they are rotated, with the same result.
     query = absorbed(attention, joined[:, :-r].view(len(joined), -1, 1, attention.head_dim))
     new = [query.flatten(1), step.linear(latent, (attention.k_proj,)), latent]
     keys, values = held.keys if part else held.keys[..., :W], held.keys[..., W:]
@@ -150,7 +150,7 @@ def attend_to_keys(
 def attend_to_latents(
     step: "DecodeStep", attention: MQALatentAttention, held: LatentLayer, joined: torch.Tensor
 ) -> torch.Tensor:
-    """The same by the kernel that rebuilds keys."""
+    """Same as [`attend_to_keys`], by the kernel that rebuilds keys."""
     codes, packing = rows_of(held)
     options, asked = step.seen(attention, attention.layer_idx), {}
     if attention.k_proj is not None:
@@ -166,7 +166,7 @@ def attend_to_latents(
 
 
 def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: torch.Tensor, i: int) -> torch.Tensor:
-    """[B, H·D] -> [B, H·Dv], the rows of a prompt reading the latents of its source together."""
+    """[B, H·D] -> [B, H·Dv]; the rows of a prompt read the latents of its source together."""
     assert step.cross is not None
     held = step.cross.decode_layers[i]
     assert isinstance(held, LatentLayer)
@@ -188,30 +188,29 @@ def cross_attention(step: "DecodeStep", attention: MQALatentAttention, query: to
 
 
 def rows_of(held: LatentLayer) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Buffers as kernels take them, the first and those that belong to it."""
+    """Buffers in the form that kernels take: the first, and those that belong to it."""
     codes, *packing = (buffer.squeeze(1) for buffer in held.buffers().values())
     return codes, dict(zip(("scales", "offsets"), packing))
 
 
 def absorbed(attention: MQALatentAttention, query: torch.Tensor) -> torch.Tensor:
-    """Of queries [B, H, 1, D], those for rebuilt components and the latent, as many of the two as there are, side by
-    side [B, H, ...]."""
+    """Map queries [B, H, 1, D] to the rebuilt components and the latent, if present, side by side [B, H, ...]."""
     return torch.cat([part for part in attention.absorb(query) if part is not None], -1).squeeze(2)
 
 
 def read(attention: MQALatentAttention, mixed: torch.Tensor) -> torch.Tensor:
-    """The values [B, H·Dv] that the heads read of their mixtures of latents, H·r numbers a row."""
+    """Compute the heads' values [B, H·Dv] from their mixtures of latents, H·r numbers per row."""
     heads = attention.config.num_attention_heads
     return attention.v_up.read(mixed.view(-1, 1, heads, attention.kv_latent_dim)).flatten(1)
 
 
 def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int) -> str:
-    """What the cache of a call keeps, as [`DecodeCache`] has it, for `capacity` positions of `rows`.
+    """Choose `keys` of [`DecodeCache`] for the cache of a call, with `capacity` positions in each of `rows`.
 
-    - A step that rebuilds keys counts their positions back from the newest: where some are skipped, keys are kept.
-    - Keys that no kernel rebuilds are written to memory and read again at each step: kept, they save that, if there is
-      room for them.
-    - A kernel that rebuilds them reads r · bits / 8 bytes of a token instead of 2(W + r), and computes 2rW more.
+    - A step that rebuilds keys counts positions back from the newest, so keys are cached if positions have gaps.
+    - Keys that no kernel rebuilds would be written to memory and read again at each step, so they are cached if there
+      is memory for them.
+    - A kernel that rebuilds keys reads r · bits / 8 bytes per token instead of 2(W + r), and computes 2rW more.
     """
     config = decoder_stack(model).config
     if config.kv_latent_dim is None or not any(config.rope_layers):
@@ -238,8 +237,8 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
 
 
 def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens: int) -> float:
-    """About how long a layer takes in a step with so many `tokens` in the cache: to read them or to compute with them,
-    and to keep the new ones.
+    """Estimate the seconds of a step in one layer with `tokens` in the cache: the larger of reading and computing,
+    plus writing the new token.
 
     Args:
         like: a weight, for its type and device.
@@ -260,8 +259,9 @@ def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens
 
 
 def room(model: Any) -> float:
-    """Bytes that a cache may take of a device: most of what is free on an accelerator with what the engine of the last
-    call would free, half of the memory of a computer."""
+    """Bytes that a cache may take: most of the free memory of an accelerator, counting the last call's engine as free;
+    half of a computer's memory on a CPU.
+    """
     device, engine = model.lm_head.weight.device, model.decoding.engine
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -269,5 +269,5 @@ def room(model: Any) -> float:
         return 0.8 * (free + unused + (0 if engine is None or not engine.owned else engine.cache.nbytes))
     try:
         return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not known of this system
+    except (AttributeError, OSError, ValueError):  # unknown on this system
         return float("inf")

@@ -80,7 +80,7 @@ class MQAAttention(nn.Module):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
             known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
         if known and cache is not None:
-            stored: Any = cache.layers[self.layer_idx]  # an offloaded cache keeps it elsewhere
+            stored: Any = cache.layers[self.layer_idx]  # on another device in an offloaded cache
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -89,9 +89,9 @@ class MQAAttention(nn.Module):
             if self.rotary and position_embeddings is not None:
                 query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
             if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
-                kwargs["cache"] = cache  # a paged cache, which before 5.24 the attention function extends
+                kwargs["cache"] = cache  # before 5.24, the attention function extends a paged cache
             elif cache is not None:
-                # From 5.24 on a paged cache reads and sets what the attention function is given beside.
+                # From 5.24 on, a paged cache reads and sets the other arguments of the attention function.
                 beside = {"kwargs": kwargs} if CACHE == "cache" else {}
                 key, value = cache.update(key, value, self.layer_idx, **beside)
                 if self.cross and isinstance(past_key_values, EncoderDecoderCache):
@@ -115,7 +115,7 @@ class MQAAttention(nn.Module):
         return self.o_proj(output.reshape(B, T, -1)), weights
 
     def as_computed(self) -> bool:
-        """Whether the places of rotated components, which no checkpoint holds, are there."""
+        """Whether the indices of rotated components, which are not in checkpoints, are set."""
         return (
             self.rotated is None
             or self.rotated.is_meta
@@ -133,7 +133,7 @@ Attention = MQAAttention | MQALatentAttention
 
 
 def make_attention(config: MQAConfig, layer_idx: int, cross: bool = False) -> Attention:
-    """The attention of a layer: of heads, or of a latent."""
+    """Make the attention of a layer: with key/value heads, or with a latent."""
     latent = config.cross_kv_latent_dim if cross else config.kv_latent_dim
     return (MQAAttention if latent is None else MQALatentAttention)(config, layer_idx, cross)
 
@@ -159,10 +159,10 @@ class MQAMLP(nn.Module):
 
 
 class Residual(NamedTuple):
-    """One step of the residual stream: x -> after(x + f(norm(x))), or of two sub-layers f side by side.
+    """One step of the residual stream: x -> after(x + f(norm(x))), with one sub-layer f or two in parallel.
 
     Attributes:
-        branches: (norm, f) of each; `None` for a norm that is not there.
+        branches: (norm, f) of each sub-layer; the norm may be `None`.
         after: the norm of a post-norm layer, or `None`.
     """
 
@@ -211,7 +211,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         for branches, after in self.residuals(cross=encoder_hidden_states is not None):
             normed, known, outputs = x, None, []
             for norm, module in branches:
-                if norm is None or norm is not known:  # two that share a norm compute it once
+                if norm is None or norm is not known:  # a shared norm is computed once
                     normed, known = x if norm is None else norm(x), norm
                 outputs.append(self.added(run(module, normed)))
             for output in outputs:
@@ -223,7 +223,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         """The order in which sub-layers read the residual stream and add to it.
 
         Args:
-            cross: whether there is an encoder's output to attend to.
+            cross: whether to include cross-attention.
         """
         if self.residual == "parallel_shared_norm":
             return [Residual(((self.input_layernorm, self.self_attn), (self.input_layernorm, self.mlp)))]
@@ -236,7 +236,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         return [Residual((branch,)) for branch in branches]
 
     def added(self, x: torch.Tensor) -> torch.Tensor:
-        """What a sub-layer with this output adds to the residual stream."""
+        """What a sub-layer with this output adds to the residual stream, after dropout and scaling."""
         if self.residual_multiplier != 1.0:
             x = x * self.residual_multiplier
         return nn.functional.dropout(x, self.hidden_dropout, True) if self.training and self.hidden_dropout else x

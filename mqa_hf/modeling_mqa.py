@@ -1,9 +1,8 @@
-"""The canonical stack of layers and the decoder-only model: one class for every converted family.
+"""The canonical stack of layers and the decoder-only model: one class for all converted families.
 
     B batch, T tokens, S tokens attended to, d hidden size
 
-Layers are in `layer_mqa.py`, positions in `positions_mqa.py`. Tensor names follow Llama, so that PEFT, quantisers and
-people find what they expect.
+Layers are in `layer_mqa.py`, positions in `positions_mqa.py`. Tensors are named as in Llama, for PEFT and quantisers.
 """
 
 import copy
@@ -57,12 +56,12 @@ __all__ = [
 logger = logging.get_logger(__name__)
 CACHE = cache_name()
 ATTENTIONS = (MQAAttention, MQALatentAttention)
-# Trainer shifts labels for label smoothing where it finds the name of the class here, and nowhere else.
+# With label smoothing, Trainer shifts labels only for classes named here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mqa", "MQAForCausalLM")
 
 
 class MQAEmbedding(nn.Embedding):
-    """Token embeddings times a constant; given as `inputs_embeds` they are taken as they come from here."""
+    """Token embeddings times a constant; `inputs_embeds` are expected with the factor applied."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, scale: float):
         super().__init__(num_embeddings, embedding_dim)
@@ -100,24 +99,24 @@ class MQAPreTrainedModel(PreTrainedModel):
             init.normal_(module.query_factors)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Folded attention is the default of this class; any other that can run the model is taken when asked for."""
+        """Return the requested attention, by default this package's; raise ValueError if it cannot run the model."""
         name = super().get_correct_attn_implementation(requested_attention or ATTENTION_NAME, is_init_check)
         positions = getattr(self.config, "position_embedding", None)
         if positions in BIAS_POSITIONS and name not in (ATTENTION_NAME, "eager", "sdpa"):
             raise ValueError(
-                f"{positions} positions are a bias of the attention logits, for which {name} has no place; use "
+                f"{positions} positions are a bias on the attention logits, which {name} does not support; use "
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
         if getattr(self.config, "latent", False) and name not in (ATTENTION_NAME, "eager", "sdpa"):
             raise ValueError(
-                f"a latent is attended to as keys and values of different widths, for which {name} has no place; use "
+                f"a latent has keys and values of different widths, which {name} does not support; use "
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
         return name
 
 
 class MQAModel(MQAPreTrainedModel):
-    """A stack of layers without a head: the decoder-only model, or either side of an encoder-decoder one."""
+    """A stack of layers without a language-model head: a decoder-only model, or an encoder or decoder."""
 
     config: MQAConfig
 
@@ -158,19 +157,19 @@ class MQAModel(MQAPreTrainedModel):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, embedding_size], taken as they are.
-            attention_mask: [B, past + T], 1 for tokens and 0 for padding; or a ready 4D mask; or a dict of 4D masks
-                by layer type.
-            position_ids: [B, T]. Default: continue from what the cache holds.
-            past_key_values, cache: the cache, by either name, which is extended in place.
-            encoder_hidden_states: [B, S, d], for the cross-attention of a decoder with an encoder.
-            encoder_attention_mask: [B, S], as `attention_mask`.
+            input_ids: [B, T]; or `inputs_embeds` [B, T, embedding_size].
+            attention_mask: [B, past + T], 1 for tokens and 0 for padding; or a 4D mask; or a dict of 4D masks by layer
+                type.
+            position_ids: [B, T]. Default: positions after those in the cache.
+            past_key_values, cache: the cache, under either name; extended in place.
+            encoder_hidden_states: [B, S, d], for cross-attention.
+            encoder_attention_mask: [B, S], 1 for tokens and 0 for padding.
 
         Returns:
             `last_hidden_state` [B, T, embedding_size] and the cache.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert self.embed_tokens is not None, "an audio encoder takes no token ids"
             inputs_embeds = self.embed_tokens(input_ids)
@@ -211,7 +210,7 @@ class MQAModel(MQAPreTrainedModel):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.leave(x), **{CACHE: whole})
 
     def of_known_tokens(self, x: torch.Tensor, position_ids: torch.Tensor, cache: Any) -> dict[str, Any]:
-        """What layers need besides if they rebuild the keys of the tokens that a cache knows: all angles."""
+        """Rotary angles of all cached tokens, for layers that rebuild their keys."""
         if not isinstance(cache, DecodeCache) or cache.positions is None:
             return {}
         assert self.rotary_emb is not None
@@ -221,11 +220,11 @@ class MQAModel(MQAPreTrainedModel):
         return {"key_position_embeddings": self.rotary_emb(x, positions)}
 
     def cache_to_fill(self, cache: Any, encoder_hidden_states: torch.Tensor | None, use_cache: bool | None) -> Any:
-        """The cache that layers write to: the one that is given, a new one, or none."""
+        """The cache that layers write to: the given one, a new one, or none."""
         if not self.config.causal:
             return None
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            if cache is not None:  # layers that run a second time would write a second time
+            if cache is not None:  # recomputed layers would write to it twice
                 logger.warning_once("a cache is not used while training with gradient checkpointing")
             return None
         if cache is None and use_cache:
@@ -237,7 +236,7 @@ class MQAModel(MQAPreTrainedModel):
         return cache
 
     def widen_cross_cache(self, cache: Any, length: int) -> None:
-        """generate() gives the cross-attention the windows of self-attention; it sees all `length` source tokens."""
+        """Replace the sliding windows that generate() gives the cross-attention's cache by all `length` tokens."""
         cross: Any = cache.cross_attention_cache
         if any(cache.is_updated.values()) or type(cross) not in (DynamicCache, StaticCache):
             return
@@ -249,7 +248,7 @@ class MQAModel(MQAPreTrainedModel):
             cache.cross_attention_cache = DynamicCache(config=full, offloading=cross.offloading)
 
     def enter(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """From token embeddings [B, T, embedding_size] to the input of the first layer [B, T, d]."""
+        """Map token embeddings [B, T, embedding_size] to the input of the first layer [B, T, d]."""
         if self.config.scale_inputs_embeds:
             inputs_embeds = inputs_embeds * self.config.embedding_scale
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
@@ -262,7 +261,7 @@ class MQAModel(MQAPreTrainedModel):
         return nn.functional.dropout(x, self.config.embedding_dropout, self.training)
 
     def leave(self, x: torch.Tensor) -> torch.Tensor:
-        """From the output of the last layer [B, T, d] to the input of the head [B, T, embedding_size]."""
+        """Map the output of the last layer [B, T, d] to the input of the head [B, T, embedding_size]."""
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -274,13 +273,13 @@ class MQAModel(MQAPreTrainedModel):
         position_ids: torch.Tensor,
         cache: Cache | None,
     ) -> dict[str, Any]:
-        """The mask of each layer type, in the form that the attention implementation takes."""
+        """Make the mask of each layer type, in the form that the attention implementation takes."""
         return make_masks(self.config, inputs_embeds, attention_mask, position_ids, cache)
 
     def position_bias(
         self, masks: dict[str, Any], attention_mask: Mask, x: torch.Tensor, cache: Cache | None
     ) -> PositionBias:
-        """The function that gives a layer's mask, with the bias of ALiBi or of relative positions folded in."""
+        """Make the function that returns a layer's mask with the ALiBi or relative-position bias added."""
         return PositionBias(self.config, masks, attention_mask, x, cache)
 
     def default_position_ids(
@@ -292,15 +291,15 @@ class MQAModel(MQAPreTrainedModel):
         T = inputs_embeds.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         if self.config.positions_from_mask and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            # Padding gets position 0: what it computes is masked away everywhere else.
+            # Padding gets position 0; its outputs are masked everywhere else.
             return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -T:]
         return (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)
 
 
 class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
-    """The decoder with a language-model head; what `AutoModelForCausalLM` gives for a converted checkpoint.
+    """The decoder with a language-model head; `AutoModelForCausalLM` loads converted checkpoints as this class.
 
-    `decoding` says how `generate()` decodes.
+    `decoding` ([`Decoding`]) controls how `generate()` decodes.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -329,11 +328,11 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         """Arguments as in [`MQAModel.forward`], and
 
         Args:
-            labels: [B, T], shifted inside; -100 is ignored.
-            logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
+            labels: [B, T], shifted internally; -100 is ignored.
+            logits_to_keep: compute only this many of the last logits (0: all), or those at the given indices.
 
         Returns:
-            `logits` [B, T, vocab_size], the mean cross-entropy `loss` in nats where labels are given, the cache.
+            `logits` [B, T, vocab_size], the mean cross-entropy `loss` in nats if labels are given, and the cache.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -364,7 +363,7 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,  # named, because generate() looks for it here
+        inputs_embeds: torch.Tensor | None = None,  # generate() looks for it in this signature
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -378,14 +377,14 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         )
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Continuous batching prepares its own paged cache and knows transformers' own attention names only."""
+        """Use sdpa instead of this package's attention, whose name continuous batching does not know."""
         if self.config.position_embedding in BIAS_POSITIONS:
             raise ValueError(
-                f"continuous batching has no place for the bias of {self.config.position_embedding} positions; use "
+                f"continuous batching does not support the bias of {self.config.position_embedding} positions; use "
                 "generate()"
             )
         if self.config.latent:
-            raise ValueError("continuous batching keeps keys and values of heads, not latents; use generate()")
+            raise ValueError("continuous batching does not support latents; use generate()")
         if self.config._attn_implementation == ATTENTION_NAME:
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The canonical encoder-decoder model: two stacks of `modeling_mqa.py`, the second with cross-attention.
+"""The canonical encoder-decoder model: two stacks of `modeling_mqa.py`, the decoder with cross-attention.
 
 B batch, S source tokens, T target tokens, d hidden size
 """
@@ -19,14 +19,14 @@ from .modeling_mqa import CACHE, MQAModel, MQAPreTrainedModel
 
 
 def shift_right(labels: torch.Tensor, start: int | None, pad: int | None, start_is_last: bool = False) -> torch.Tensor:
-    """[B, T] labels as the decoder's input: one to the right, padding where labels are ignored, `start` first.
+    """Shift labels [B, T] right to make the decoder's input; `start` comes first, ignored labels become padding.
 
-    With `start_is_last` the first one of a row is its last label instead, which names the language (mBART).
+    With `start_is_last`, a row starts with its last label, the language token (mBART), instead of `start`.
     """
     if pad is None or (start is None and not start_is_last):
         raise ValueError(
-            f"labels need decoder_start_token_id ({start}) and pad_token_id ({pad}) in the configuration; set both, "
-            "or pass decoder_input_ids"
+            f"labels need decoder_start_token_id (got {start}) and pad_token_id (got {pad}); set both in the "
+            "configuration, or pass decoder_input_ids"
         )
     filled = labels.masked_fill(labels == -100, pad)
     if start_is_last:
@@ -38,7 +38,7 @@ def shift_right(labels: torch.Tensor, start: int | None, pad: int | None, start_
 
 
 class MQAAudioEncoder(MQAModel):
-    """An encoder of log-mel spectrograms: two convolutions, the second halving the rate, then layers (Whisper)."""
+    """An encoder of log-mel spectrograms: two convolutions, the second with stride 2, then layers (Whisper)."""
 
     main_input_name = "input_features"
 
@@ -55,7 +55,7 @@ class MQAAudioEncoder(MQAModel):
         """
         Args:
             input_features: [B, mels, 2 · max_position_embeddings].
-            attention_mask: not used; silence stands in the features themselves.
+            attention_mask: ignored; padding is silence in the features.
 
         Returns:
             `last_hidden_state` [B, max_position_embeddings, d].
@@ -63,8 +63,8 @@ class MQAAudioEncoder(MQAModel):
         expected = 2 * self.config.max_position_embeddings
         if input_features.shape[-1] != expected:
             raise ValueError(
-                f"input_features has {input_features.shape[-1]} frames and must have {expected}; pad or cut the "
-                "audio, as the checkpoint's feature extractor does"
+                f"input_features must have {expected} frames, got {input_features.shape[-1]}; pad or cut the audio, "
+                "as the checkpoint's feature extractor does"
             )
         x = nn.functional.gelu(self.conv1(input_features))
         x = nn.functional.gelu(self.conv2(x))
@@ -78,11 +78,11 @@ class MQAAudioEncoder(MQAModel):
 
 class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):
     config_class: Any = MQASeq2SeqConfig
-    # The attentions and hidden states of the outputs are recorded by the two stacks.
+    # Encoder and decoder record attentions and hidden states themselves.
     _can_record_outputs: dict[str, Any] = {}
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """The encoder's embedding and the head are tied to the decoder's embedding, each by a switch of its own."""
+        """Tie the encoder's embedding and the head to the decoder's embedding, each by its own option."""
         prefix = "" if isinstance(self, MQASeq2SeqModel) else "model."
         embedding = f"{prefix}decoder.embed_tokens.weight"
         tied = {f"{prefix}encoder.embed_tokens.weight": embedding} if self.config.share_embeddings else {}
@@ -130,13 +130,13 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
     ) -> Seq2SeqModelOutput:
         """
         Args:
-            input_ids: [B, S]; or `inputs_embeds` [B, S, d]; for speech `input_features` [B, mels, frames].
+            input_ids: [B, S]; or `inputs_embeds` [B, S, d]; or, for speech, `input_features` [B, mels, frames].
             attention_mask: [B, S], 1 for tokens and 0 for padding.
             decoder_input_ids: [B, T]; or `decoder_inputs_embeds` [B, T, d].
             decoder_attention_mask: [B, past + T].
-            encoder_outputs: of an earlier call, in place of its input.
-            past_key_values, cache: an `EncoderDecoderCache`, by either name, which is extended in place.
-            decoder_position_ids: [B, T]. Default: continue from what the cache holds.
+            encoder_outputs: from an earlier call, instead of the encoder's input.
+            past_key_values, cache: an `EncoderDecoderCache`, under either name; extended in place.
+            decoder_position_ids: [B, T]. Default: positions after those in the cache.
 
         Returns:
             `last_hidden_state` [B, T, d], the cache, and the encoder's output.
@@ -149,7 +149,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
         elif not hasattr(encoder_outputs, "last_hidden_state"):
             encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("the decoder needs an input: pass decoder_input_ids or decoder_inputs_embeds, or labels")
+            raise ValueError("the decoder needs an input; pass decoder_input_ids, decoder_inputs_embeds or labels")
 
         outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -176,7 +176,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
 
 
 class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, GenerationMixin):
-    """Encoder and decoder with a head; what `AutoModelForSeq2SeqLM` gives for a converted checkpoint."""
+    """Encoder and decoder with a language-model head; `AutoModelForSeq2SeqLM` loads converted checkpoints as this."""
 
     _tied_weights_keys = {
         "lm_head.weight": "model.decoder.embed_tokens.weight",
@@ -188,7 +188,7 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
         decoder = config.decoder
         self.model = MQASeq2SeqModel(config)
         self.lm_head = nn.Linear(decoder.embedding_size, decoder.vocab_size, bias=decoder.lm_head_bias)
-        self.loss_type = "ForMaskedLM"  # labels are not shifted once more
+        self.loss_type = "ForMaskedLM"  # which does not shift labels again
         self.decoding = Decoding()
         self.post_init()
 
@@ -218,11 +218,11 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
         """Arguments as in [`MQASeq2SeqModel.forward`], and
 
         Args:
-            labels: [B, T], -100 is ignored; shifted right they are the decoder's input where none is given.
-            logits_to_keep: compute only the last so many logits (0: all), or those at the given indices.
+            labels: [B, T], -100 is ignored; shifted right, they are the decoder's input if none is given.
+            logits_to_keep: compute only this many of the last logits (0: all), or those at the given indices.
 
         Returns:
-            `logits` [B, T, vocab_size], the mean cross-entropy `loss` in nats where labels are given, the cache.
+            `logits` [B, T, vocab_size], the mean cross-entropy `loss` in nats if labels are given, and the cache.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -251,6 +251,6 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
         )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """What `DataCollatorForSeq2Seq` asks for."""
+        """Shift labels right; called by `DataCollatorForSeq2Seq`."""
         config = self.config
         return shift_right(labels, config.decoder_start_token_id, config.pad_token_id, config.start_is_last_label)

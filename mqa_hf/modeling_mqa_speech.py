@@ -1,4 +1,4 @@
-"""Speech recognition with the canonical encoder-decoder model: Whisper's way of generating, and its pipeline."""
+"""Speech recognition with the canonical encoder-decoder model: Whisper's generation and pipeline."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .modeling_mqa_seq2seq import MQAForConditionalGeneration
 
 
 class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
-    """What `AutoModelForSpeechSeq2Seq` gives for a converted Whisper: languages, tasks, timestamps, long audio."""
+    """A converted Whisper, as loaded by `AutoModelForSpeechSeq2Seq`: languages, tasks, timestamps, long audio."""
 
     main_input_name = "input_features"
     relies_on = ("_prepare_decoder_input_ids_for_generation",)
@@ -33,7 +33,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
         cache: Any = None,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """As [`MQAForConditionalGeneration.forward`], with `input_features` [B, mels, frames] in place of tokens."""
+        """As [`MQAForConditionalGeneration.forward`], with `input_features` [B, mels, frames] instead of tokens."""
         return super().forward(
             input_features=input_features,
             attention_mask=attention_mask,
@@ -47,7 +47,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
         )
 
     def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, *args, **kwargs):
-        """Prompts need not begin with the start token here; transformers knows that by the model type's name only."""
+        """Accept prompts without the start token; transformers does so only for model types named Whisper."""
         given = model_kwargs.pop("decoder_input_ids", None)
         if given is not None:
             return given, model_kwargs
@@ -56,7 +56,7 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
         )
 
     def prepare_inputs_for_generation(self, input_ids, *args, decoder_attention_mask=None, **kwargs):
-        # Long audio: rows that are conditioned on fewer earlier tokens are padded on the left.
+        # In long audio, rows conditioned on fewer earlier tokens are padded on the left.
         if decoder_attention_mask is not None and "decoder_position_ids" not in kwargs:
             positions = (decoder_attention_mask.long().cumsum(-1) - 1).masked_fill(decoder_attention_mask == 0, 0)
             kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
@@ -66,6 +66,6 @@ class MQAForSpeechSeq2Seq(WhisperGenerationMixin, MQAForConditionalGeneration):
 
 
 class MQASpeechRecognitionPipeline(AutomaticSpeechRecognitionPipeline):
-    """transformers' pipeline chooses what it does by the model type's name; this is the choice for Whisper."""
+    """transformers' pipeline, made to treat the model as Whisper; it would decide by the model type."""
 
     type = property(lambda self: "seq2seq_whisper", lambda self, value: None)

@@ -1,9 +1,9 @@
-"""Latents in 8 or 4 bits a number: integers, and a scale and an offset for each latent.
+"""Latents in 8 or 4 bits per number: integer codes, with a scale and an offset per latent.
 
     number = code · scale + offset
 
-One scale is enough where all numbers are of like size, as those of a fitted latent are. Scale and offset have the type
-of the latent. Of 4-bit codes, byte i of each 32 numbers holds number i (low half) and 16 + i.
+One scale is enough because all numbers of a fitted latent have similar size. Scale and offset have the type of the
+latent. With 4 bits, byte i of each 32 numbers holds the codes of numbers i (low half) and 16 + i.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def pack_latent(x: torch.Tensor, bits: int) -> Packed:
-    """Codes uint8 [..., r · bits / 8], scales and offsets [...] of latents x [..., r]; `bits` is 8 or 4."""
+    """Pack latents x [..., r] -> codes uint8 [..., r · bits / 8], scales and offsets [...]; `bits` is 8 or 4."""
     numbers = x.float()
     least, most = numbers.amin(-1), numbers.amax(-1)
     offsets = least.to(x.dtype)
-    # Not divided by the number of steps: on a GPU, PyTorch takes the reciprocal of a number, and on a CPU it does not.
+    # Not a division by the number of steps: PyTorch multiplies by the reciprocal on a GPU but not on a CPU.
     scales = ((most - offsets.float()) * (1 / (2**bits - 1))).clamp(min=1e-7).to(x.dtype)
     codes = ((numbers - offsets.float()[..., None]) / scales.float()[..., None]).round().clamp(0, 2**bits - 1)
     codes = codes.to(torch.uint8)
@@ -31,7 +31,7 @@ def pack_latent(x: torch.Tensor, bits: int) -> Packed:
 
 
 def unpack_latent(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor, bits: int) -> torch.Tensor:
-    """The latents [..., r] that were packed, rounded."""
+    """Unpack latents [..., r], up to rounding."""
     if bits == 4:
         blocks = codes.unflatten(-1, (-1, LATENT_BLOCK // 2))
         codes = torch.cat((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
@@ -40,7 +40,7 @@ def unpack_latent(codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tens
 
 
 class _Rounding(torch.autograd.Function):
-    """Packing and unpacking, with the gradient of doing nothing."""
+    """Packing and unpacking, with the gradient of the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -52,5 +52,5 @@ class _Rounding(torch.autograd.Function):
 
 
 def rounded_latent(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Latents to the bit as they are after packing and unpacking; the gradient passes as if nothing was rounded."""
+    """Latents exactly as after packing and unpacking; the gradient is that of the identity."""
     return x if bits == 16 else _Rounding.apply(x, bits)

@@ -1,4 +1,4 @@
-"""Positions: rotary and sinusoidal embeddings, masks, and the biases of ALiBi and of relative positions.
+"""Positions: rotary and sinusoidal embeddings, masks, and the biases of ALiBi and relative positions.
 
 B batch, T tokens, S tokens attended to, H query heads, d hidden size, R rotated components of a head
 """
@@ -23,7 +23,7 @@ from .configuration_mqa import MQAConfig
 
 CACHE = cache_name()
 BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
-Mask = torch.Tensor | dict[str, torch.Tensor] | None  # as a model takes it: 2D, a ready 4D one, or those by layer type
+Mask = torch.Tensor | dict[str, torch.Tensor] | None  # as passed to a model: 2D, 4D, or 4D by layer type
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,
     (True, "sliding_attention"): create_sliding_window_causal_mask,
@@ -35,7 +35,7 @@ MASKS: dict[tuple[bool, str], Callable] = {
 def sinusoids(position_ids: torch.Tensor, config: MQAConfig) -> torch.Tensor:
     """[B, T] -> [B, T, d]: sines in the first half, cosines in the second (arXiv 1706.03762, section 3.5).
 
-    In float32, or in float64 where the positions are.
+    In float32, or in float64 if the positions are.
     """
     half = config.hidden_size // 2
     dtype = torch.float64 if position_ids.dtype == torch.float64 else torch.float32
@@ -57,7 +57,7 @@ class MQARotaryEmbedding(nn.Module):
 
     def __init__(self, config: MQAConfig):
         super().__init__()
-        # transformers recomputes the buffers of any module so named from these attributes, after loading on `meta`.
+        # After loading on `meta`, transformers recomputes the buffers of modules with this name from these attributes.
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
@@ -83,9 +83,9 @@ class MQARotaryEmbedding(nn.Module):
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
     def as_computed(self) -> bool:
-        """Whether the frequencies, which no checkpoint holds, are there."""
+        """Whether the frequencies, which are not in checkpoints, are set."""
         held = self.original_inv_freq
-        expected = MQARotaryEmbedding(self.config).original_inv_freq.to(held.dtype)  # cast where the model was
+        expected = MQARotaryEmbedding(self.config).original_inv_freq.to(held.dtype)  # cast like the model
         return held.is_meta or torch.allclose(held.cpu().float(), expected.float(), rtol=1e-5, atol=0.0)
 
 
@@ -94,7 +94,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
 
     Args:
         x: [B, heads, T, m·head_dim]; each of the m blocks is rotated by the same angles.
-        cos, sin: [B, 1, T, R] of [`MQARotaryEmbedding`].
+        cos, sin: [B, 1, T, R], from [`MQARotaryEmbedding`].
         head_dim: width of a block, at least R.
     """
     R, width = cos.shape[-1], x.shape[-1]
@@ -109,7 +109,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
 
 
 def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
-    """Where the cosine and sine of each rotated component of a layer stand among those of all frequencies."""
+    """Indices of each rotated component's cosine and sine among those of all frequencies, for one layer."""
     assert config.rope_frequencies is not None
     pairs = torch.tensor(config.rope_frequencies[layer], dtype=torch.long)
     return torch.cat((pairs, pairs + config.rotary_dim // 2))
@@ -122,7 +122,7 @@ def make_masks(
     position_ids: torch.Tensor,
     cache: Cache | None,
 ) -> dict[str, Any]:
-    """The mask of each layer type, in the form that the attention implementation takes."""
+    """Make the mask of each layer type, in the form that the attention implementation takes."""
     if isinstance(attention_mask, dict):
         return attention_mask
     arguments: dict[str, Any] = {
@@ -137,12 +137,12 @@ def make_masks(
 
 
 class PositionBias:
-    """Gives each layer its mask, with the bias of ALiBi or of relative positions folded in.
+    """Returns each layer's mask, with the ALiBi or relative-position bias added.
 
     Args:
-        config: of the stack.
-        masks: of [`make_masks`], by layer type.
-        attention_mask: as the model was given it.
+        config: configuration of the stack.
+        masks: from [`make_masks`], by layer type.
+        attention_mask: as passed to the model.
         x: [B, T, d], for its sizes, type and device.
     """
 
@@ -155,7 +155,7 @@ class PositionBias:
             return
         T, past = x.shape[1], cache.get_seq_length() if cache is not None else 0
         self.queries = torch.arange(T, device=x.device) + past
-        self.spans: dict[str, tuple[int, torch.Tensor]] = {}  # by layer type, the keys that its cache gives
+        self.spans: dict[str, tuple[int, torch.Tensor]] = {}  # by layer type, the keys in its cache
         self.visible: dict[str, torch.Tensor | None] = {}
         for name in set(config.layer_types):
             S, first = (T, 0) if cache is None else cache.get_mask_sizes(T, config.layer_types.index(name))
@@ -165,7 +165,7 @@ class PositionBias:
             self.add_alibi(attention_mask)
 
     def __call__(self, layer: nn.Module, layer_type: str) -> Any:
-        """The mask of a layer; layers without a relative bias of their own have that of the layer before."""
+        """The mask of a layer; a layer without its own relative bias uses that of the layer before."""
         if self.config.position_embedding not in BIAS_POSITIONS:
             return self.masks[layer_type]
         attention: Any = layer.self_attn
@@ -189,7 +189,7 @@ class PositionBias:
                 scale = config.attention_scale
                 bias = ((slopes / scale).bfloat16() * keys[:, None, None]).float() * scale
             else:
-                # Softmax does not see what a query's keys have in common; small numbers are exact in 16 bits.
+                # Softmax ignores an offset common to a query's keys; small numbers are exact in 16 bits.
                 bias = slopes * (keys[:, None, None] - here[:, None, :, None])
             self.ready[name] = add_bias(self.masks[name], bias.to(self.x.dtype), self.visible[name])
 
@@ -204,9 +204,9 @@ class PositionBias:
 
 
 def relative_bucket(distance: torch.Tensor, buckets: int, max_distance: int, causal: bool) -> torch.Tensor:
-    """The bucket of each distance (key position minus query position), as T5 has it (arXiv 1910.10683, section 2.1).
+    """The bucket of each distance (key position minus query position), as in T5 (arXiv 1910.10683, section 2.1).
 
-    Small distances have a bucket each, larger ones share buckets that widen logarithmically up to `max_distance`.
+    Small distances have one bucket each, larger ones share buckets that widen logarithmically up to `max_distance`.
     Without `causal`, half of the buckets are for keys after the query.
     """
     offset = torch.zeros_like(distance)
@@ -223,23 +223,23 @@ def relative_bucket(distance: torch.Tensor, buckets: int, max_distance: int, cau
 
 
 def distance_bias(config: MQAConfig, table: nn.Embedding) -> torch.Tensor:
-    """[H, n]: the relative bias of a key n positions before the query; the last one holds for all farther."""
+    """The relative bias [H, n] of a key n positions before the query; the last one is for all larger distances."""
     distances = torch.arange(config.relative_max_distance + 1, device=table.weight.device)
     buckets = relative_bucket(-distances, config.relative_buckets, config.relative_max_distance, config.causal)
     return table(buckets).t().float().contiguous()
 
 
 def add_bias(mask: torch.Tensor | None, bias: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """A bias [1, H, T, S] on the attention logits as an additive mask, with a mask of any form folded in.
+    """Combine a bias [1, H, T, S] on the attention logits and a mask of any form into an additive mask.
 
-    `visible` [T, S] stands in for a mask that was left out because the attention function knows it is causal.
+    `visible` [T, S] replaces a mask that was omitted because the attention function applies causality itself.
     """
     if mask is None:
         mask = visible
     if mask is None:
         return bias
-    # A row that sees nothing, of padding, keeps its bias: where all of a row is the lowest number, the backward pass
-    # of PyTorch's attention takes each key's weight for 1.
+    # A row of padding that sees nothing keeps its bias: if a whole row is the lowest number, the backward pass of
+    # PyTorch's attention takes each key's weight as 1.
     least = torch.finfo(bias.dtype).min
     if mask.dtype == torch.bool:
         return torch.where(mask | ~mask.any(-1, keepdim=True), bias, least)

@@ -1,4 +1,4 @@
-"""What a call of `generate()` asks of the fast decoding loop.
+"""The request that a call of `generate()` makes to the fast decoding loop.
 
 B rows decoded, k rows of each prompt (beams or returned sequences), P = B / k prompts, T tokens of the prompt
 """
@@ -15,16 +15,16 @@ from .cache_mqa import DecodeCache
 from .latent_step_mqa import keys_to_keep
 from .rules_mqa import CACHE, LogitsRule, rule_of
 
-ROOM = 2048  # positions beyond the prompt that are allocated at first, where more may come
+ROOM = 2048  # at most this many positions beyond the prompt are allocated at first
 
 
 def round_up(positions: int) -> int:
-    """To a multiple of 64."""
+    """Round up to a multiple of 64."""
     return -(-positions // 64) * 64
 
 
 def first_capacity(prompt: int, new: int) -> int:
-    """Positions to allocate at first, for so many new tokens at most."""
+    """Positions to allocate at first, given the maximum number of new tokens."""
     return round_up(prompt + min(new, ROOM))
 
 
@@ -38,19 +38,19 @@ class BeamOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """All that an engine is built for: another call of an equal request can use its buffers and its graph.
+    """Everything that an engine is built for: calls with equal requests can share its buffers and its graph.
 
     Attributes:
         rows: rows decoded, B.
         copies: rows of each prompt, k.
-        rules: what each logits processor does, hashable; of [`rule_of`].
+        rules: hashable keys of the logits processors, from [`rule_of`].
         eos: token ids that end a row; `pad` is written after them.
-        sample: whether tokens are drawn.
+        sample: whether tokens are sampled.
         beams: `None` without beam search.
-        source_capacity: positions of an encoder's output that there is room for; 0 without an encoder.
-        cache_dtype: of keys and values of self-attention.
-        keys: of [`DecodeCache`].
-        graphs, kernels: the switches of [`Decoding`].
+        source_capacity: allocated positions of an encoder's output; 0 without an encoder.
+        cache_dtype: type of keys and values of self-attention.
+        keys: as in [`DecodeCache`].
+        graphs, kernels: as in [`Decoding`].
     """
 
     rows: int
@@ -68,7 +68,7 @@ class Request:
 
     @property
     def fill(self) -> int:
-        """What stands in the columns that are not written yet."""
+        """The token in columns that are not written yet."""
         if self.beams is None:
             return self.pad or 0
         return -1 if self.eos is None else self.pad or self.eos[0]
@@ -76,16 +76,16 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call: its request, and what belongs to it alone.
+    """One call: its request, and what is specific to the call.
 
     Attributes:
         rules: logits processors as functions, in the order of `request.rules`.
         input_ids: [B, T].
-        arguments: of the model's `forward`, for one row of each prompt.
-        cache: the cache that the caller gave, if it is a `DecodeCache`.
-        prompt: positions that the prompt takes.
-        limit: tokens that a text may have, those of the prompt included.
-        clocks: criteria of time.
+        arguments: arguments of the model's `forward`, for one row of each prompt.
+        cache: the caller's cache, if it is a `DecodeCache`.
+        prompt: positions of the prompt.
+        limit: maximum number of tokens of a text, the prompt included.
+        clocks: stopping criteria on time.
     """
 
     request: Request
@@ -120,10 +120,10 @@ def read_call(
     arguments: dict[str, Any],
     beams: bool,
 ) -> Call:
-    """A call of `_sample` or `_beam_search` (`beams`) that [`unsupported`] has nothing against.
+    """Read a call of `_sample` or `_beam_search` (`beams`) that [`unsupported`] allows.
 
     Raises:
-        ValueError: where a cache is given that has other rows.
+        ValueError: if the caller's cache has another number of rows.
     """
     options, dtype = model.decoding, model.lm_head.weight.dtype
     copies = max(config.num_beams, config.num_return_sequences)
@@ -131,7 +131,7 @@ def read_call(
     cache = arguments.get(CACHE)
     cache = cache if isinstance(cache, DecodeCache) else None
     if cache is not None and cache.rows != B:
-        raise ValueError(f"the DecodeCache that is given has {cache.rows} rows, and {B} are to be decoded")
+        raise ValueError(f"the DecodeCache has {cache.rows} rows for a batch of {B}; make one with rows={B}")
     arguments = {name: one_of_each(value, copies) for name, value in arguments.items() if value is not None}
     prompt, source = T, 0
     if model.config.is_encoder_decoder:
@@ -143,7 +143,7 @@ def read_call(
     keys, rules = [], []
     for processor in processors:
         found = rule_of(processor)
-        assert found is not None  # `unsupported` has looked
+        assert found is not None  # `unsupported` has checked
         keys.append(found[0])
         rules.append(found[1])
     eos = next((c.eos_token_id for c in criteria if hasattr(c, "eos_token_id")), None)
@@ -181,7 +181,7 @@ def read_call(
 
 
 def one_of_each(value: Any, copies: int) -> Any:
-    """Of an argument that was repeated for each of `copies` rows, one."""
+    """Undo the repetition of an argument for each of `copies` rows."""
     if copies == 1:
         return value
     if isinstance(value, torch.Tensor):

@@ -1,6 +1,6 @@
-"""What the fast decoding loop can do, and logits processors as functions that a captured step can hold.
+"""What the fast decoding loop supports, and logits processors as functions that can be captured in a graph.
 
-B rows, V vocabulary, W columns of the buffer of tokens, `cursor` how many of them are written
+B rows, V vocabulary, W columns of the token buffer, `cursor` the number of written columns
 """
 
 import inspect
@@ -27,13 +27,13 @@ KNOWN_ARGUMENTS = {
 # (scores [B, V], tokens [B, W], cursor [1]) -> scores
 LogitsRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# Processors of the scores alone.
+# Processors that read only the scores.
 STATELESS = {
     "TemperatureLogitsWarper", "TopPLogitsWarper", "TopKLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
     "EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor",
     "SuppressTokensLogitsProcessor", "EncoderRepetitionPenaltyLogitsProcessor",
 }  # fmt: skip
-# Classes of transformers that the loop has its own form of, and what it reads of them.
+# Classes of transformers that the loop reimplements, and the attributes it reads.
 READ = {
     "RepetitionPenaltyLogitsProcessor": ("penalty", "prompt_ignore_length"),
     "NoRepeatNGramLogitsProcessor": ("ngram_size",),
@@ -51,31 +51,31 @@ READ = {
 
 
 def kind_of(thing: Any) -> str | None:
-    """The name of a logits processor's or stopping criterion's class, where it is one that is known as it is."""
+    """The class name of a logits processor or stopping criterion, if it is exactly a supported class."""
     name, modules = type(thing).__name__, (logits_process.__name__, stopping_criteria.__name__)
     known = name in STATELESS or all(hasattr(thing, attribute) for attribute in READ.get(name, ("",)))
     return name if type(thing).__module__ in modules and known else None
 
 
 def columns(scores: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
-    """[V]: which columns of the scores are among `tokens`."""
+    """Which columns of the scores are among `tokens`, [V]."""
     return among(torch.arange(scores.shape[-1], device=scores.device), tokens)
 
 
 def among(x: torch.Tensor, tokens: torch.Tensor | int) -> torch.Tensor:
-    """Which entries of x are among `tokens`; `torch.isin` waits for the device where there are many of them."""
+    """Which entries of x are among `tokens`; `torch.isin` waits for the device if there are many."""
     return x == tokens if isinstance(tokens, int) else (x[..., None] == tokens).any(-1)
 
 
 def marked(scores: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """[B, V]: which columns of each row are among those `tokens` [B, W] that are `kept`."""
+    """Which columns of each row are among those `tokens` [B, W] that are `kept`, [B, V]."""
     V = scores.shape[-1]
     columns = torch.where(kept, tokens.clamp(max=V), V)
     return torch.zeros(len(scores), V + 1, dtype=torch.bool, device=scores.device).scatter_(1, columns, True)[:, :V]
 
 
 def rule_of(processor: Any) -> tuple[Hashable, LogitsRule] | None:
-    """A logits processor as a function that a captured step can hold, with a key of what it does; or `None`."""
+    """A logits processor as a function that can be captured, with a hashable key; `None` if unsupported."""
     kind, p = kind_of(processor), processor
     if kind in STATELESS:
         return as_key(p), lambda scores, tokens, cursor: p(tokens, scores)
@@ -92,7 +92,7 @@ def rule_of(processor: Any) -> tuple[Hashable, LogitsRule] | None:
         n = p.ngram_size
 
         def no_repeat(scores: torch.Tensor, tokens: torch.Tensor, cursor: torch.Tensor) -> torch.Tensor:
-            if n > tokens.shape[1]:  # longer than the text can be
+            if n > tokens.shape[1]:  # longer than the text can become
                 return scores
             windows = tokens.unfold(1, n, 1)
             last = (cursor - n + 1).clamp(min=0) + torch.arange(n - 1, device=tokens.device)
@@ -132,7 +132,7 @@ def rule_of(processor: Any) -> tuple[Hashable, LogitsRule] | None:
 
 
 def as_key(value: Any) -> Hashable:
-    """What tells two processors or settings apart, hashable."""
+    """A hashable key that tells two processors or settings apart."""
     if isinstance(value, torch.Tensor):
         return tuple(value.flatten().tolist()), value.dtype
     if isinstance(value, dict):
@@ -141,13 +141,13 @@ def as_key(value: Any) -> Hashable:
         return tuple(map(as_key, value))
     if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
         return value
-    if hasattr(value, "item"):  # a number of numpy
+    if hasattr(value, "item"):  # a numpy scalar
         return value.item()
     return type(value).__name__, as_key(vars(value)) if hasattr(value, "__dict__") else repr(value)
 
 
 def altered(module: nn.Module) -> bool:
-    """Whether a module does something that its class does not say, which a step would not know of."""
+    """Whether a module has hooks or a replaced `forward`, which a decode step would skip."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     harmless = ("output_capturing", "make_inputs_require_grads")  # transformers leaves these behind
     changes = [
@@ -173,33 +173,33 @@ def unsupported(
     synced: bool,
     beams: bool,
 ) -> str | None:
-    """Why transformers' own loop has to be taken, or `None`."""
+    """Why a call needs transformers' loop, or `None`."""
     stack = decoder_stack(model).config
     if synced or config.is_assistant:
-        return "synced_gpus and assisted decoding need it"
+        return "synced_gpus or assisted decoding is requested"
     if model.training:
         return "the model is in training mode"
     for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name):
-            return f"{name} is asked for"
+            return f"{name} is requested"
     if beams and config.return_dict_in_generate:
-        return "beam indices are asked for"
+        return "beam indices are requested"
     if not config.use_cache:
         return "use_cache is off"
     if config.cache_implementation not in (None, "dynamic"):
         return f"cache_implementation is {config.cache_implementation!r}"
     extra = [name for name, value in arguments.items() if name not in KNOWN_ARGUMENTS and value is not None]
     if extra:
-        return f"the step has no place for {', '.join(extra)}"
+        return f"the fast loop does not support {', '.join(extra)}"
     cache = arguments.get(CACHE)
     given = cache is not None and (getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0)
     if given and not (isinstance(cache, DecodeCache) and not beams):
-        return f"a {type(cache).__name__} is given"
+        return f"the cache is a {type(cache).__name__}"
     alone = given and isinstance(cache, DecodeCache) and cache.positions is not None
     if alone and not contiguous_positions(model, arguments, cache):
-        return "positions of a text skip some, and the cache that is given keeps latents alone"
+        return "position_ids have gaps, and the cache holds latents without keys"
     if stack.rope_by_length:
-        return "rotary frequencies depend on the length"
+        return "rotary frequencies depend on the length of the text"
     for processor in processors:
         if rule_of(processor) is None:
             return f"{type(processor).__name__} is in use"
@@ -211,23 +211,23 @@ def unsupported(
         return "the model is spread over several devices"
     device = next(iter(devices))
     if input_ids.device != device:
-        return "the prompt is on another device than the model"
+        return "prompt and model are on different devices"
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     if "prepare_inputs_for_generation" in vars(model) or any(map(altered, model.modules())):
-        return "modules have hooks or another forward"
+        return "modules have hooks or a replaced forward"
     if kinds.count("EosTokenCriteria") > 1:
         return "there are several EosTokenCriteria"
     several = model.config.is_encoder_decoder
     if several and config.prefill_chunk_size is not None:
-        return "the prompt of a decoder is to be read in chunks"
+        return "prefill_chunk_size is set"
     for name, fits in (
         ("attention_mask", contiguous if several else left_padded),
         ("decoder_attention_mask", left_padded),
     ):
         mask = arguments.get(name)
         if mask is not None and not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and fits(mask)):
-            return f"{name} is not that of padding" + (" on the left" if fits is left_padded else "")
+            return f"{name} masks more than padding" + (" on the left" if fits is left_padded else "")
     return None
 
 
@@ -241,7 +241,7 @@ def takes(owner: type, name: str, *parameters: str) -> bool:
 
 
 def mentions(owner: type, name: str, attribute: str) -> bool:
-    """Whether the code of a method names an attribute."""
+    """Whether the code of a method mentions an attribute."""
     method = getattr(owner, name, None)
     return method is not None and attribute in inspect.unwrap(method).__code__.co_names
 
@@ -256,7 +256,7 @@ def obstacle() -> str | None:
         "GenerationMixin._prefill": takes(
             GenerationMixin, "_prefill", "input_ids", "generation_config", "model_kwargs"
         ),
-        "the mark of a cache that the caller gave": mentions(
+        "the mark of the caller's cache": mentions(
             GenerationMixin, "_prepare_cache_for_generation", "_is_user_defined"
         ),
         "the padding token of generate()": mentions(GenerationMixin, "_prepare_special_tokens", "_pad_token_tensor"),
@@ -270,25 +270,25 @@ def obstacle() -> str | None:
 
 
 def contiguous(mask: torch.Tensor) -> bool:
-    """Whether the ones of each row [B, S] are one run."""
+    """Whether the ones of each row [B, S] are contiguous."""
     padded = nn.functional.pad(mask.bool().int(), (1, 1))
     return bool(((padded.diff(dim=1) == 1).sum(1) == 1).all())
 
 
 def left_padded(mask: torch.Tensor) -> bool:
-    """Whether the ones of each row [B, T] are one run that reaches the end."""
+    """Whether the ones of each row [B, T] are contiguous and reach the end."""
     return bool(mask[:, -1].all()) and contiguous(mask)
 
 
 def contiguous_positions(model: Any, arguments: dict[str, Any], cache: DecodeCache | None = None) -> bool:
-    """Whether each token of a row that is no padding stands one position after the one before it: so a step takes it
-    that rebuilds the keys of all tokens. Those that a cache holds count, where it keeps no keys.
+    """Whether each token that is not padding has the position after the previous token's, as a step that rebuilds all
+    keys assumes. Cached tokens count, too, if the cache holds no keys.
     """
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     mask, positions = arguments.get(prefix + "attention_mask"), arguments.get(prefix + "position_ids")
     if cache is not None and cache.positions is not None and cache.get_seq_length():
         held = cache.get_seq_length()
-        if positions is None:  # what the model gives by itself
+        if positions is None:  # the model's default
             positions = torch.arange(held + 1 if mask is None else mask.shape[1])[None]
             if mask is not None and decoder_stack(model).config.positions_from_mask:
                 positions = mask.long().cumsum(1) - 1
@@ -307,5 +307,5 @@ def contiguous_positions(model: Any, arguments: dict[str, Any], cache: DecodeCac
 
 
 def decoder_stack(model: Any) -> Any:
-    """The stack of layers that writes."""
+    """The decoder: the stack of layers that generates."""
     return model.model.decoder if model.config.is_encoder_decoder else model.model

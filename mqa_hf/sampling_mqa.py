@@ -1,4 +1,4 @@
-"""The tokens of a text in buffers on the device, and the choice of the next one: the largest, or a sample.
+"""Token buffers on the device, and the choice of the next token: greedy or sampled.
 
 B rows, T tokens of the prompt, V vocabulary, W columns of the buffer
 """
@@ -13,14 +13,14 @@ from .rules_mqa import LogitsRule, among
 
 
 class Text:
-    """B rows of tokens, and when they end; a subclass chooses the next ones.
+    """B rows of tokens, and where they end; subclasses choose the next tokens.
 
     Attributes:
         tokens: [B, W]; columns from `cursor` on hold `request.fill`.
-        newest: [B], the tokens of the last column that is written.
-        cursor: [1], how many columns are written.
+        newest: [B], the tokens of the last written column.
+        cursor: [1], number of written columns.
         ended: [1], the cursor at which all rows had ended, or 0.
-        host_ended: `ended` as the host knows it, one or more steps late.
+        host_ended: `ended` as known to the host, one or more steps late.
     """
 
     def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device):
@@ -34,9 +34,9 @@ class Text:
         self.host_ended = torch.zeros(1, dtype=torch.long, pin_memory=True) if self.on_device else self.ended
 
     def start(self, prompt: torch.Tensor, limit: int, longest: int) -> None:
-        """Begin a text of at most `limit` tokens, those of the prompt [B, T] included.
+        """Begin a text of at most `limit` tokens, the prompt [B, T] included.
 
-        Beams that may yet improve are judged by the length `longest`.
+        Beam search uses the length `longest` to bound the scores of running beams.
         """
         T = prompt.shape[1]
         self.tokens.fill_(self.request.fill)
@@ -53,7 +53,7 @@ class Text:
         return nn.functional.pad(tokens, (0, width - tokens.shape[-1]), value=self.request.fill)
 
     def next(self, logits: torch.Tensor) -> None:
-        """[B, V] logits -> the next token of each row, with all that follows from it."""
+        """Choose the next token of each row from logits [B, V], and update the buffers."""
         self.choose(logits)
         if self.on_device:
             self.host_ended.copy_(self.ended, non_blocking=True)
@@ -63,26 +63,26 @@ class Text:
         raise NotImplementedError
 
     def ruled(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B, V] as the logits processors leave them."""
+        """Apply the logits processors to scores [B, V]."""
         for rule in self.rules:
             scores = rule(scores, self.tokens, self.cursor)
         return scores
 
     def end(self, now: torch.Tensor) -> None:
-        """Remember where the text ended, the first time that `now` [] holds."""
+        """Record the cursor the first time that `now` [] is true."""
         self.ended.copy_(torch.where((self.ended == 0) & now, self.cursor, self.ended))
 
     def end_soon(self) -> bool:
-        """Whether a text that is to end now needs one step more, which is then its last."""
+        """End the text early; return whether that takes one more step, the last."""
         return False
 
     def result(self, length: int, found: int) -> torch.Tensor:
-        """A copy of the tokens, `length` of each row, or of the best `found` beams of each prompt."""
+        """Copy the first `length` tokens of each row, or the best `found` beams of each prompt."""
         return self.tokens[:, :length].clone()
 
 
 class Sampler(Text):
-    """The token of the largest logit, or one drawn from the softmax of the logits.
+    """Chooses the token with the largest logit, or samples from the softmax of the logits.
 
     Attributes:
         unfinished: [B], which rows have not ended.
@@ -98,7 +98,7 @@ class Sampler(Text):
         self.unfinished.fill_(True)
 
     def choose(self, logits: torch.Tensor) -> None:
-        if self.rules or self.request.sample:  # the largest is the same in any type
+        if self.rules or self.request.sample:  # greedy choice is the same in any type
             logits = logits.float()
         logits = self.ruled(logits)
         token = draw(logits).argmax(-1) if self.request.sample else logits.argmax(-1)
@@ -113,6 +113,6 @@ class Sampler(Text):
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Numbers whose largest are a sample without replacement from softmax(scores), as `torch.multinomial` draws."""
+    """Random numbers whose largest are a sample without replacement from softmax(scores), as `torch.multinomial`'s."""
     probabilities = scores.softmax(-1)
     return probabilities / torch.empty_like(probabilities).exponential_()

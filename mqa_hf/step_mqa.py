@@ -3,9 +3,9 @@
     B rows decoded, k rows of each prompt (beams or returned sequences), P = B / k prompts, V vocabulary, S positions,
     H query heads, G key/value heads, D and Dv head widths
 
-The layers are those of `layer_mqa.py`; what is different is that nothing has a shape that changes, that projections
-of the same input are one matrix product, and that norms, rotation, writes to the cache, activations and residuals are
-part of the kernels around them where there are any (`kernel_*_mqa.py`).
+The layers are those of `layer_mqa.py`, but no shape changes, projections of the same input are one matrix product, and
+norms, rotation, cache writes, activations and residuals are fused into the kernels around them, where available
+(`kernel_*_mqa.py`).
 """
 
 import weakref
@@ -37,17 +37,17 @@ class DecodeStep:
     """The forward pass of one new token per row.
 
     Args:
-        model: with a language-model head; held weakly.
-        request: of the call.
-        cache, cross: of self-attention, and of cross-attention where there is an encoder.
+        model: a model with a language-model head; held weakly.
+        request: the request of the call.
+        cache, cross: caches of self-attention and of cross-attention, if any.
 
     Attributes:
-        length: [1], the positions of the cache that are in use, the new token's included; `host_length` is the same,
-            where steps run eagerly.
-        positions: [B], of the position embeddings.
-        start: [B], the first position of each row that is no padding.
+        length: [1], the positions of the cache in use, the new token's included; `host_length` is the same on the
+            host, for eager steps.
+        positions: [B], for the position embeddings.
+        start: [B], the first position of each row that is not padding.
         rows: [B, S], the row of the cache that holds each position (beams).
-        source_start, source_length: [P], the first position of an encoder's output that is no padding, and the end.
+        source_start, source_length: [P], the first position of an encoder's output that is not padding, and the end.
     """
 
     def __init__(self, model: Any, request: Request, cache: DecodeCache, cross: DecodeCache | None):
@@ -57,7 +57,7 @@ class DecodeStep:
         self.request, self.cache, self.cross = request, cache, cross
         B, head = request.rows, model.lm_head.weight
         self.device, self.dtype = head.device, head.dtype
-        self.graph = request.graphs and self.device.type == "cuda"  # no shape may change, and nothing be read back
+        self.graph = request.graphs and self.device.type == "cuda"  # shapes must not change, and nothing is read back
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
@@ -80,7 +80,7 @@ class DecodeStep:
             rounded = self.config.alibi_bfloat16
             self.slopes = (slopes / self.config.attention_scale).bfloat16().float() if rounded else slopes
         self.begin()
-        self.trial = False  # whether kernels are compiled, and the cache is not to be written to
+        self.trial = False  # whether kernels are only being compiled, and the cache must not be written to
 
     @property
     def layers(self) -> "list[MQADecoderLayer]":
@@ -91,7 +91,7 @@ class DecodeStep:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
     def widths(self) -> Iterator[int]:
-        """Of all heads that are kept."""
+        """Widths of all cached heads."""
         yield 0
         for layer in self.layers:
             for attention in (layer.self_attn, getattr(layer, "cross_attn", None)):
@@ -101,10 +101,10 @@ class DecodeStep:
     # -- before and between steps ---------------------------------------------------------------------------------
 
     def place(self, arguments: dict[str, Any], held: int) -> None:
-        """Stand behind a prefill that left `held` positions in the cache.
+        """Continue after a prefill that left `held` positions in the cache.
 
         Args:
-            arguments: of the model's `forward`, for one row of each prompt: masks and positions.
+            arguments: arguments of the model's `forward`, for one row of each prompt: masks and positions.
         """
         several, copies = self.model.config.is_encoder_decoder, self.request.copies
         mask = arguments.get("decoder_attention_mask" if several else "attention_mask")
@@ -130,7 +130,7 @@ class DecodeStep:
             self.place_source(None if self.model.config.num_mel_bins else arguments.get("attention_mask"))
 
     def place_source(self, seen: torch.Tensor | None) -> None:
-        """Take in the mask [P, S] of an encoder's output; without one all of it is seen."""
+        """Set the mask [P, S] of an encoder's output; without one, all of it is attended to."""
         assert self.cross is not None
         assert self.source_start is not None
         assert self.source_length is not None
@@ -139,12 +139,12 @@ class DecodeStep:
         self.source_length.copy_(first + self.cross.get_seq_length() if seen is None else first + seen.sum(1))
 
     def prepare(self) -> bool:
-        """Tables for as many positions as the cache has room for, and joined weights; before the first step of each
-        text, and where the cache has grown.
+        """Make tables for the capacity of the cache, and join weights; called before the first step of each text, and
+        when the cache has grown.
 
         Returns:
-            Whether a graph that was captured before is not to be used: a table has been replaced by a larger one, or a
-            module may do something else than it did.
+            Whether a captured graph is invalid, because a table was replaced by a larger one or a module may have
+            changed.
         """
         reach = int(self.positions.max()) + self.cache.capacity + 1 - self.host_length
         replaced = self.stack.rotary_emb is not None and (self.cos is None or len(self.cos) < reach)
@@ -186,25 +186,25 @@ class DecodeStep:
                 yield (layer.cross_attn.o_proj,)
 
     def reorder(self, parents: torch.Tensor) -> None:
-        """Let each beam [P, k] continue that beam of its prompt; it writes to its own row from now on."""
+        """Make each beam continue the beam `parents` [P, k] of its prompt; it writes to its own row from now on."""
         assert self.rows is not None
         rows = self.rows.view(*parents.shape, -1)
         rows.copy_(gather_beams(rows, parents))
         self.rows.index_copy_(1, self.length.long(), self.own[:, None])  # where the next position will be written
 
     def widen(self) -> None:
-        """Give `rows` room for as many positions as the cache has room for."""
+        """Grow `rows` to the capacity of the cache."""
         if self.rows is not None:
             self.rows = nn.functional.pad(self.rows, (0, self.cache.capacity + 1 - self.rows.shape[1]))
 
     def advance(self) -> None:
-        """One position more will be in use; called before the [`DecodeStep.forward`] that fills it."""
+        """Count one more position in use; called before the [`DecodeStep.forward`] that fills it."""
         self.host_length += 1
 
     # -- the step -------------------------------------------------------------------------------------------------
 
     def compile(self) -> None:
-        """Compile the kernels of a step side by side; the step's own buffers are left alone."""
+        """Compile the kernels of a step in parallel, without changing the step's buffers."""
         if self.triton:
             x = torch.zeros(len(self.positions), self.config.hidden_size, dtype=self.dtype, device=self.device)
             self.trial = True
@@ -214,7 +214,7 @@ class DecodeStep:
                 self.trial = False
 
     def begin(self) -> None:
-        """Forget what the layers of one step share."""
+        """Clear what the layers of one step share."""
         self.newest_angles: Angles | None = None
         self.all_angles: Angles | None = None
         self.masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
@@ -246,7 +246,7 @@ class DecodeStep:
 
     def layer(self, layer: "MQADecoderLayer", x: torch.Tensor, i: int) -> torch.Tensor:
         for branches, after in layer.residuals(cross=self.cross is not None):
-            # What two sub-layers read is not to be written to before both have read it.
+            # The input of two sub-layers must not be overwritten before both have read it.
             inner = [self.branch(layer, module, norm, x, i) for norm, module in branches]
             for values, projection in inner:
                 x = self.add(x, values, projection)
@@ -256,7 +256,7 @@ class DecodeStep:
     def branch(
         self, layer: "MQADecoderLayer", module: nn.Module, norm: nn.Module | None, x: torch.Tensor, i: int
     ) -> tuple[torch.Tensor, nn.Module]:
-        """What goes into the last projection of a sub-layer, and that projection."""
+        """The input of the last projection of a sub-layer, and that projection."""
         if module is layer.mlp:
             return self.inner(layer.mlp, x, norm), layer.mlp.down_proj
         if module is layer.self_attn:
@@ -272,7 +272,7 @@ class DecodeStep:
         return self.cross_attention(cross, query, i), cross.o_proj
 
     def add(self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """The residual stream after a sub-layer that ends in this projection; it may be written to."""
+        """The residual stream after a sub-layer that ends in this projection; it may be written in place."""
         if self.config.residual_multiplier == 1.0:
             return self.linear(inner, (module,), residual=x)
         return torch.add(x, self.linear(inner, (module,)), alpha=self.config.residual_multiplier)
@@ -315,7 +315,7 @@ class DecodeStep:
         return grouped(query.squeeze(2), keys, values, mask, attention.scaling)
 
     def seen(self, attention: "MQAAttention | MQALatentAttention", i: int) -> dict[str, Any]:
-        """What a layer sees of the cache, for [`attend`]."""
+        """Arguments of [`attend`] for the part of the cache that a layer attends to."""
         return {
             "capacity": self.cache.capacity, "start": self.start, "rows": self.rows,
             "window": attention.sliding_window, "slopes": self.slopes, "table": self.table(i),
@@ -324,7 +324,7 @@ class DecodeStep:
 
     @property
     def span(self) -> int:
-        """Positions of the cache that an operation of PyTorch reads."""
+        """Number of cache positions that PyTorch operations read."""
         return self.cache.capacity if self.graph else self.host_length
 
     def angles(self) -> Angles:
@@ -334,7 +334,7 @@ class DecodeStep:
         return self.newest_angles
 
     def key_angles(self) -> Angles:
-        """The same [B, 1, span, R] of all positions of the cache; those of padding are of no meaning."""
+        """Same for all positions of the cache, [B, 1, span, R]; those of padding are meaningless."""
         if self.all_angles is None:
             at = torch.arange(self.span, device=self.device) + (self.positions - self.length + 1)[:, None]
             self.all_angles = self.angles_at(at.clamp(min=0))
@@ -346,25 +346,25 @@ class DecodeStep:
         return self.cos[positions][:, None], self.sin[positions][:, None]
 
     def write(self, buffer: torch.Tensor, new: torch.Tensor) -> None:
-        """Put [B, G, 1, ...] at the newest position of [B, G, S, ...]."""
+        """Write [B, G, 1, ...] to the newest position of [B, G, S, ...]."""
         if self.trial:
             return
         if self.graph:
-            if buffer.dtype == FLOAT8:  # PyTorch has no such copy of this type
+            if buffer.dtype == FLOAT8:  # PyTorch does not support this copy in float8
                 buffer, new = buffer.view(torch.uint8), new.view(torch.uint8)
             buffer.index_copy_(2, self.length.long() - 1, new.to(buffer.dtype))
         else:
             buffer[:, :, self.host_length - 1 : self.host_length] = new
 
     def numbers(self, held: KeyValueLayer, name: str) -> torch.Tensor:
-        """The keys or values [B, G, span, D] as numbers of the model's type."""
+        """The keys or values [B, G, span, D] in the model's type."""
         states, scales = getattr(held, name + "s"), getattr(held, name + "_scales")
         if states.dtype == FLOAT8:
             states = from_float8(states[:, :, : self.span], scales[:, :, : self.span], self.dtype)
         return self.visible(states)
 
     def visible(self, states: torch.Tensor) -> torch.Tensor:
-        """The first positions [B, G, span, ...] of a buffer, of the rows that hold them."""
+        """The first positions [B, G, span, ...] of a buffer, from the rows that hold them."""
         states = states[:, :, : self.span]
         if self.rows is not None:
             at = torch.arange(self.span, device=self.device)
@@ -372,12 +372,12 @@ class DecodeStep:
         return states
 
     def table(self, i: int) -> torch.Tensor | None:
-        """The biases of a layer by distance; without its own it has those of the first."""
+        """The biases of a layer by distance; by default those of the first layer."""
         return self.tables.get(i, self.tables.get(0))
 
     @property
     def bfloat16_from_start(self) -> bool | None:
-        """As [`attend`] has it."""
+        """As in [`attend`]."""
         return self.config.positions_from_mask if self.config.alibi_bfloat16 else None
 
     def mask(self, window: int | None, i: int, dtype: torch.dtype) -> torch.Tensor | None:
@@ -408,7 +408,7 @@ class DecodeStep:
         return mask
 
     def cross_attention(self, attention: "MQAAttention", query: torch.Tensor, i: int) -> torch.Tensor:
-        """[B, H·D] -> [B, H·Dv], the rows of a prompt reading the keys and values of its source together."""
+        """[B, H·D] -> [B, H·Dv]; the rows of a prompt read the keys and values of its source together."""
         assert self.cross is not None
         assert self.source_length is not None
         held: Any = self.cross.decode_layers[i]
@@ -438,7 +438,7 @@ class DecodeStep:
 
 
 def read_by(attention: "MQAAttention | MQALatentAttention") -> tuple[nn.Module, ...]:
-    """The projections of what a self-attention reads, side by side."""
+    """The input projections of a self-attention, which are joined."""
     if isinstance(attention, MQALatentAttention):
         return attention.q_proj, attention.kv_proj
     return attention.q_proj, attention.k_proj, attention.v_proj

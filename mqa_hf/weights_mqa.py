@@ -1,4 +1,4 @@
-"""Projections of a decoding step: those of the same input as one matrix product, with what stands around them.
+"""Projections of a decode step: those with the same input are one matrix product, with norm, activation and residual.
 
 B rows decoded, N outputs and K inputs of a projection
 """
@@ -19,8 +19,8 @@ class Projections:
     """act(norm(x) · Wᵀ + b) + residual for modules that share their input.
 
     Args:
-        hidden_act: name of the activation that [`Projections.__call__`] may be given.
-        triton: whether the kernels are used.
+        hidden_act: name of the activation that [`Projections.__call__`] may get.
+        triton: whether to use the kernels.
     """
 
     def __init__(self, hidden_act: str, triton: bool):
@@ -32,8 +32,7 @@ class Projections:
         """Join the weights of each group of modules; called before the first step of each text.
 
         Returns:
-            Whether a graph that was captured before is not to be used: a module may do something else than it did (an
-            adapter that can be switched).
+            Whether a captured graph is invalid, because a module may have changed (a switchable adapter).
         """
         before = {key: plan is not None for key, plan in self.plans.items()}
         self.plans = {}
@@ -43,7 +42,7 @@ class Projections:
         return now != before or not all(now.values())
 
     def weights(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` where one is not plain (LoRA, int8)."""
+        """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` if one is not plain (LoRA, int8)."""
         key = id(modules[0])
         if key not in self.plans:
             self.plans[key] = None
@@ -71,8 +70,8 @@ class Projections:
 
         Args:
             x: [B, K].
-            activation: a module, applied to all outputs; with `gated` to those of the first of two modules, which are
-                multiplied with those of the second.
+            activation: a module, applied to all outputs; with `gated`, to the outputs of the first of two modules,
+                which are then multiplied with those of the second.
             residual: [B, N]; the result may be written to it.
         """
         found, name = self.weights(modules), None if activation is None else self.activation
@@ -108,7 +107,7 @@ class Projections:
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a matrix product and nothing else (no adapter, no quantised weight, no hook)."""
+    """Whether a module is only a matrix product (no adapter, no quantised weight, no hook)."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -120,7 +119,7 @@ def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def kernel_norm(norm: nn.Module) -> tuple[str, torch.Tensor | None, torch.Tensor | None, float] | None:
-    """Kind, weight, bias and epsilon of a norm that the kernels know."""
+    """Kind, weight, bias and epsilon of a norm that the kernels support."""
     if type(norm) is nn.RMSNorm and norm.eps is not None:
         return "rms_norm", norm.weight, None, norm.eps
     if type(norm) is nn.LayerNorm:
@@ -129,7 +128,7 @@ def kernel_norm(norm: nn.Module) -> tuple[str, torch.Tensor | None, torch.Tensor
 
 
 def are_joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
-    """Whether parameters stand one after the other in a storage of their own."""
+    """Whether parameters are contiguous, one after the other, in a storage of their own."""
     one = next(p for p in parameters if p is not None)
     width, storage = one[0].numel(), one.untyped_storage()
     offsets = [sum(sizes[:i]) * width for i in range(len(sizes))]
@@ -140,8 +139,8 @@ def are_joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
 
 
 def joinable(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
-    """Whether parameters may become views of one tensor: not where they are views already that another relies on, as
-    those of optimisers that keep all weights in one buffer, nor where other processes share them.
+    """Whether parameters may become views of one tensor: not if something else relies on their storage, such as an
+    optimiser that keeps all weights in one buffer, or other processes that share them.
     """
     present = [p for p in parameters if p is not None]
     alone = all(
@@ -154,9 +153,9 @@ def joinable(parameters: list[torch.Tensor | None], sizes: list[int]) -> bool:
 
 
 def joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> torch.Tensor | None:
-    """Parameters one after the other along their first dimension, as one tensor that they become views of.
+    """Concatenate parameters along their first dimension into one tensor, and make them views of it.
 
-    A missing one (`None`, for a bias) is a gap of zeros. The second call finds what the first one did.
+    A missing bias (`None`) becomes zeros. A second call returns the tensor of the first.
 
     Args:
         parameters: tensors of `sizes[i]` rows each, or `None`.
@@ -178,7 +177,7 @@ def joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> torch.Ten
 
 
 def left_is_faster(x: torch.Tensor) -> bool:
-    """Whether the weights are better on the left of the product: for a few rows of float32 on a CPU, where MKL takes
+    """Whether the product is faster with the weights on the left: for a few rows of float32 on a CPU, where MKL takes
     1.3 to 2.9 times as long with them on the right (measured, 2 to 32 rows).
     """
     return x.device.type == "cpu" and x.dtype == torch.float32 and 1 < len(x) <= 32

@@ -1,12 +1,12 @@
-"""What people use instead of a conversion, each by its paper's formulas and without training, at equal cache bytes.
+"""Alternatives to a conversion, each by its paper's formulas and without training, at equal cache bytes.
 
-    quantised.py   the original with a rounded cache: by token; KIVI (arXiv 2402.02750)
+    quantised.py   the original with a quantised cache: per token; KIVI (arXiv 2402.02750)
     low_rank.py    keys and values of low rank, rebuilt before rotation: Palu (arXiv 2407.21118) and CARE (arXiv
                    2603.17946)
     mha2mla.py     multi-head latent attention by MHA2MLA (arXiv 2502.14837)
-    transmla.py    the same by TransMLA (arXiv 2502.07864)
+    transmla.py    multi-head latent attention by TransMLA (arXiv 2502.07864)
 
-All work on the canonical model with all its heads, so on every family that can be converted.
+All run on the canonical model with all its heads, so on every family that can be converted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +31,15 @@ PEERS: dict[str, Callable[[Calibration], Iterator[Peer]]] = {
     "MHA2MLA": mha2mla_peers,
     "TransMLA": transmla_peers,
 }
-ROTARY_PEERS = ("MHA2MLA", "TransMLA")  # which are about rotary positions, and left out where there are none
+ROTARY_PEERS = ("MHA2MLA", "TransMLA")  # need rotary positions, else left out
 
 
 def notes(found: Sequence[str], tokens: int) -> str:
-    """What is to be said below a table of peers.
+    """The note below a table of peers.
 
     Args:
-        found: their names.
-        tokens: of a row that losses were measured on.
+        found: names of the peers.
+        tokens: tokens per row that losses were measured on.
     """
     shares = ", ".join(f"{whole_share(tokens, window):.0%} ({window} whole)" for window in WINDOWS)
     said = (
@@ -53,10 +53,10 @@ def notes(found: Sequence[str], tokens: int) -> str:
 
 
 def peers_of(model: MQAForCausalLM, rows: torch.Tensor) -> Iterator[Peer]:
-    """All peers of a model, made one after another.
+    """Make all peers of a model, one after another.
 
     Args:
-        model: with all its heads, where calibration is to run.
+        model: with all its heads, on the device for calibration.
         rows: token ids [N, T] to calibrate on.
     """
     calibration = Calibration(model, rows)

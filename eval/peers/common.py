@@ -1,4 +1,4 @@
-"""What measuring a peer takes: a model's attentions made anew, and what they see of calibration tokens.
+"""Shared by all peers: replace a model's attentions, and collect their inputs on calibration tokens.
 
 B sequences, T tokens of each, L layers, H query heads, G key/value heads, D head width, d hidden size
 """
@@ -18,17 +18,17 @@ from mqa_hf.layer_mqa import MQAAttention
 from mqa_hf.modeling_mqa import MQAForCausalLM
 
 SHARES = (2 / 3, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)  # of the original's cache
-FISHER_ROWS = 32  # sequences that gradients are taken of
+FISHER_ROWS = 32  # sequences for gradients
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to a smaller cache with its setting.
+    """A method for a smaller cache, with its setting.
 
     Attributes:
         name: "METHOD, setting".
-        cache_bytes: of a token in a long text, all layers together.
-        attentions: of each layer, in place of the original's.
+        cache_bytes: bytes per token in a long text, over all layers.
+        attentions: one per layer, in place of the original's.
     """
 
     name: str
@@ -53,7 +53,7 @@ def mean_loss(model: PreTrainedModel, tokens: torch.Tensor, batch: int = 4) -> f
 
 @contextmanager
 def swapped(model: MQAForCausalLM, attentions: Sequence[nn.Module]) -> Iterator[None]:
-    """The model with these attentions in its layers."""
+    """Put these attentions into the model's layers."""
     originals = attentions_of(model)
 
     def put(modules: Sequence[nn.Module]) -> None:
@@ -68,7 +68,7 @@ def swapped(model: MQAForCausalLM, attentions: Sequence[nn.Module]) -> Iterator[
 
 
 def renewed(attention: MQAAttention, **changes: Any) -> MQAAttention:
-    """The attention with other projections or settings; what is not named is shared with it."""
+    """Copy an attention with other projections or settings; the rest is shared with it."""
     new = copy.copy(attention)
     for held in ("_parameters", "_buffers", "_modules"):
         new.__dict__[held] = dict(getattr(attention, held))
@@ -84,7 +84,7 @@ def affine(linear: nn.Linear) -> torch.Tensor:
 
 
 def linear(rows: torch.Tensor, like: nn.Linear) -> nn.Linear:
-    """The projection with these rows [out, d + 1], of the number type and on the device of another."""
+    """A projection with these rows [out, d + 1], in the type and on the device of another."""
     made = nn.Linear(rows.shape[1] - 1, len(rows), bias=bool(rows[:, -1].any()), device="meta")
     made.weight = nn.Parameter(rows[:, :-1].to(like.weight), requires_grad=False)
     if made.bias is not None:
@@ -122,7 +122,7 @@ def moments(model: MQAForCausalLM, rows: torch.Tensor) -> list[torch.Tensor]:
 
 
 def fisher(model: MQAForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """How much the loss depends on W_K and W_V of each layer: the mean of √E[g²] over entries, [L, 2].
+    """Sensitivity of the loss to W_K and W_V of each layer: the mean of √E[g²] over entries, [L, 2].
 
     g is the gradient of a sequence's loss (Palu, arXiv 2407.21118, automatic rank allocation).
     """
@@ -142,7 +142,7 @@ def fisher(model: MQAForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What peers are fitted on.
+    """The data that peers are fitted on.
 
     Attributes:
         model: with all its heads.
@@ -164,7 +164,7 @@ class Calibration:
 
 
 def components(model: MQAForCausalLM) -> int:
-    """Numbers that a token has in the cache of the model, all layers together."""
+    """Cached numbers per token of the model, over all layers."""
     return model.config.kv_bytes_per_token // 2
 
 

@@ -19,8 +19,8 @@ from .common import SHARES, Calibration, Peer, attentions_of, components, domina
 from .quantised import bits_of, rounded
 
 HEADS_OF_A_GROUP = 4  # of Palu
-BITS = 4  # of Palu's rounded latents
-DAMPING = 0.1  # of CARE, as its published code has it
+BITS = 4  # of Palu's quantised latents
+DAMPING = 0.1  # of CARE, as in its published code
 
 
 def factors(W: torch.Tensor, C: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,7 +43,7 @@ def grouped(W: torch.Tensor, C: torch.Tensor, ranks: Sequence[int]) -> tuple[tor
 def by_importance(importance: torch.Tensor, total: int, most: int) -> list[int]:
     """Ranks from 1 to `most`, in proportion to importance (Palu, automatic rank allocation).
 
-    What is left over by rounding and by `most` goes to the others one by one.
+    The remainder from rounding and from `most` goes to the others one by one.
     """
     shares = (1 + importance.double() / importance.double().sum() * (total - len(importance))).tolist()
     ranks = [min(most, int(share)) for share in shares]
@@ -56,7 +56,7 @@ def by_importance(importance: torch.Tensor, total: int, most: int) -> list[int]:
 
 
 class Rebuilt(nn.Module):
-    """A projection through a latent that is rounded to a few bits: A q(B x) + bias."""
+    """A projection through a latent quantised to a few bits: A q(B x) + bias."""
 
     def __init__(self, down: nn.Linear, up: nn.Linear, bits: int):
         super().__init__()
@@ -67,9 +67,9 @@ class Rebuilt(nn.Module):
 
 
 def projection(old: nn.Linear, A: torch.Tensor, B: torch.Tensor, bits: int | None = None) -> nn.Module:
-    """A projection A B in place of an old one, whose bias stays.
+    """A projection A B in place of an old one, whose bias is kept.
 
-    With `bits`, of a latent that is rounded after a random rotation, which the factors contain; Palu does so with a
+    With `bits`, the latent is quantised after a random rotation, which is folded into the factors; Palu does so with a
     Hadamard matrix (low-rank-aware quantisation).
     """
     bias = torch.zeros(len(A), 1).to(A) if old.bias is None else old.bias.detach().to(A)[:, None]
@@ -83,12 +83,12 @@ def projection(old: nn.Linear, A: torch.Tensor, B: torch.Tensor, bits: int | Non
 
 
 def group_size(heads: int) -> int:
-    """Heads of a group: the most up to four that divide the heads."""
+    """Heads per group: the largest number up to four that divides the heads."""
     return max(n for n in range(1, HEADS_OF_A_GROUP + 1) if heads % n == 0)
 
 
 def palu_peers(calibration: Calibration) -> Iterator[Peer]:
-    """Palu: groups of heads decomposed together, whitened; ranks by Fisher information of each layer's W_K and W_V."""
+    """Palu: groups of heads decomposed together, whitened; ranks by the Fisher information of W_K and W_V."""
     model = calibration.model
     heads = model.config.num_key_value_heads
     groups = heads // group_size(heads)
@@ -113,11 +113,11 @@ def palu_peers(calibration: Calibration) -> Iterator[Peer]:
 
 
 def greedy(spectra: Sequence[torch.Tensor], total: int) -> list[int]:
-    """CARE's ranks of each layer (adjusted-rank allocation): one by one to where the gain is largest,
+    """CARE's ranks of each layer (adjusted-rank allocation): one by one to the layer with the largest gain,
 
         σ²_{r+1} / Σ_{i>r} σ²_i · √((L - l) / ((L + 1) / 2)) / √(r / r_min),
 
-    layer l counted from 0, within half and twice the mean rank.
+    layer l counted from 0, between half and twice the mean rank.
 
     Args:
         spectra: σ² of each layer, largest first.
@@ -153,7 +153,7 @@ def damped(C: torch.Tensor) -> torch.Tensor:
 def care_peers(calibration: Calibration) -> Iterator[Peer]:
     """CARE: all heads of a layer decomposed together, whitened by a damped covariance.
 
-    Keys and values get half of the ranks each, which are shared out among the layers.
+    Keys and values get half of the ranks each, which are divided among the layers.
     """
     model = calibration.model
     attentions: list[MQAAttention] = attentions_of(model)

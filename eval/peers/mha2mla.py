@@ -1,6 +1,6 @@
-"""MHA2MLA (arXiv 2502.14837): a few rotary components of each head, and one latent for all that is not rotated.
+"""MHA2MLA (arXiv 2502.14837): a few rotary components per head, and one latent for everything that is not rotated.
 
-G key/value heads, D head width, J rotary frequencies, of which `pairs` stay in each head
+G key/value heads, D head width, J rotary frequencies, of which `pairs` are kept per head
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,13 @@ from mqa_hf.modeling_mqa import MQAForCausalLM
 
 from .common import SHARES, Calibration, Peer, affine, attentions_of, components, dominant, linear, renewed, watch
 
-FRACTIONS = (8, 4)  # of the frequencies, one in so many stays; the paper's models have one in eight
+FRACTIONS = (8, 4)  # one of this many frequencies is kept; one of eight in the paper's models
 
 
 def contributions(model: MQAForCausalLM, rows: torch.Tensor) -> list[torch.Tensor]:
-    """What each frequency adds to the attention logits at most: Σ_{h of g} E|q_hj| E|k_gj| of each layer: [G, J].
+    """Bound on each frequency's contribution to the logits, Σ_{h of g} E|q_hj| E|k_gj|, per layer: [G, J].
 
-    The paper's 2-norm contribution; of grouped queries their sum.
+    The paper's 2-norm contribution, summed over grouped queries.
     """
     attentions = attentions_of(model)
     J = model.config.rotary_dim // 2
@@ -39,7 +39,7 @@ def contributions(model: MQAForCausalLM, rows: torch.Tensor) -> list[torch.Tenso
 
 
 def kept_components(contribution: torch.Tensor, pairs: int) -> torch.Tensor:
-    """Which rotary components of each head stay so, those of the largest contributions: [G, 2 J]."""
+    """Which rotary components of each head are kept, those with the largest contributions: [G, 2 J]."""
     kept = torch.zeros_like(contribution, dtype=torch.bool)
     kept.scatter_(1, contribution.argsort(dim=1, descending=True, stable=True)[:, :pairs], True)
     return torch.cat((kept, kept), 1)
@@ -56,7 +56,7 @@ def rotate_kept(
 def partly_rotary(attention: MQAAttention, kept: torch.Tensor, rank: int) -> MQAAttention:
     """The attention with [W_K,nope; W_V] of rank r by their joint singular value decomposition (SVD-joint).
 
-    [W_K,nope; W_V] = U s V' becomes U_r U_r' [W_K,nope; W_V]; biases stay.
+    [W_K,nope; W_V] = U s V' becomes U_r U_r' [W_K,nope; W_V]; biases are kept.
     """
     keys, values = affine(attention.k_proj), affine(attention.v_proj)
     G, D = len(kept), attention.qk_head_dim
@@ -76,7 +76,7 @@ def partly_rotary(attention: MQAAttention, kept: torch.Tensor, rank: int) -> MQA
 
 
 def mha2mla_peers(calibration: Calibration) -> Iterator[Peer]:
-    """MHA2MLA before its fine-tuning."""
+    """MHA2MLA without fine-tuning."""
     model = calibration.model
     attentions, config = attentions_of(model), model.config
     found = contributions(model, calibration.rows)

@@ -1,6 +1,6 @@
-"""The original with its cache rounded to a few bits: by token, and as KIVI does it (arXiv 2402.02750).
+"""The original with its cache quantised to a few bits: per token, and as in KIVI (arXiv 2402.02750).
 
-B sequences, T tokens of each, H query heads, G key/value heads, D head width, R latest tokens that stay whole
+B sequences, T tokens of each, H query heads, G key/value heads, D head width, R latest tokens that are not quantised
 """
 
 import copy
@@ -19,11 +19,11 @@ from .common import Calibration, Peer, attentions_of, renewed
 BITS = (8, 4, 3, 2)
 GROUP = 32  # numbers that share a scale and a zero point
 OVERHEAD = 32  # bits of both
-WINDOWS = (128, 32)  # of KIVI: the paper's, and as few as whole groups of keys allow
+WINDOWS = (128, 32)  # of KIVI: the paper's, and the smallest with whole groups of keys
 
 
 def rounded(x: torch.Tensor, bits: int, dim: int = -1) -> torch.Tensor:
-    """x as `bits` bits keep it, in groups of 32 along a dimension (KIVI, asymmetric group-wise quantisation).
+    """Quantise x to `bits` bits in groups of 32 along a dimension (KIVI, asymmetric group-wise quantisation).
 
     q = round((x - z) / s) with z = min x and s = (max x - min x) / (2^bits - 1) of the group, both kept in 16 bits;
     x̂ = q s + z.
@@ -40,12 +40,12 @@ def rounded(x: torch.Tensor, bits: int, dim: int = -1) -> torch.Tensor:
 
 
 def bits_of(width: int, bits: int) -> int:
-    """Bits that a vector takes which is rounded along its components."""
+    """Bits of a vector quantised along its components."""
     return width * bits + -(-width // GROUP) * OVERHEAD
 
 
 def by_token(bits: int) -> Callable[..., Any]:
-    """Attention over keys and values that are rounded within each token and head."""
+    """Attention to keys and values quantised within each token and head."""
 
     def attend(module, query, key, value, attention_mask, **kwargs):
         key, value = rounded(key, bits), rounded(value, bits)
@@ -55,27 +55,27 @@ def by_token(bits: int) -> Callable[..., Any]:
 
 
 def windows(tokens: int, window: int, device: torch.device | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which keys and which values each token finds rounded when it is decoded: two masks [T, T].
+    """Which keys and values are already quantised when each token is decoded: two masks [T, T].
 
-    KIVI, algorithm 1: keys are rounded R at a time, when so many have gathered, values one at a time, when R newer
-    ones are there.
+    KIVI, algorithm 1: keys are quantised R at a time, once R have gathered; values one at a time, once there are R
+    newer ones.
     """
     t, s = torch.arange(tokens, device=device)[:, None], torch.arange(tokens, device=device)
     return s < t // window * window, s < t - window
 
 
 def whole_share(tokens: int, window: int) -> float:
-    """How much of what the tokens of a row see is not rounded, keys and values alike counted."""
+    """Fraction of the keys and values attended to in a row that is not quantised."""
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     found = [(visible & ~mask).sum() / visible.sum() for mask in windows(tokens, window)]
     return float(sum(found)) / 2
 
 
 def kivi(bits: int, window: int) -> Callable[..., Any]:
-    """Attention as KIVI decodes: keys rounded by channel over 32 tokens, values within each token and head.
+    """Attention as KIVI decodes: keys quantised per channel over 32 tokens, values within each token and head.
 
-    Each token is there three times, with keys and values rounded, with keys alone, and whole; of these each query
-    sees the one that it would find in the cache.
+    Each token is present three times: with keys and values quantised, with only keys quantised, and unquantised. Each
+    query attends to the one that it would find in the cache.
     """
 
     def attend(module, query, key, value, attention_mask, **kwargs):
@@ -97,7 +97,7 @@ def kivi(bits: int, window: int) -> Callable[..., Any]:
 
 
 def with_attention(model: MQAForCausalLM, name: str, attend: Callable[..., Any]) -> list[torch.nn.Module]:
-    """The model's attentions with this function as theirs."""
+    """Give the model's attentions this attention function."""
     AttentionInterface.register(name, attend)
     config = copy.deepcopy(model.config)
     config._attn_implementation = name
@@ -105,7 +105,7 @@ def with_attention(model: MQAForCausalLM, name: str, attend: Callable[..., Any])
 
 
 def token_peers(calibration: Calibration) -> Iterator[Peer]:
-    """Rounded by token."""
+    """Quantised per token."""
     model = calibration.model
     for bits in BITS:
         yield Peer(
@@ -116,7 +116,7 @@ def token_peers(calibration: Calibration) -> Iterator[Peer]:
 
 
 def kivi_peers(calibration: Calibration) -> Iterator[Peer]:
-    """KIVI; the bytes of its window are not counted, which does not grow with the text."""
+    """KIVI; the bytes of its window are not counted, because it does not grow with the text."""
     model = calibration.model
     for window in WINDOWS:
         for bits in BITS:
@@ -129,7 +129,7 @@ def kivi_peers(calibration: Calibration) -> Iterator[Peer]:
 
 
 def widths(model: MQAForCausalLM) -> list[int]:
-    """Of each key and each value head of a token, in turn."""
+    """Width of each key and each value head of a token, in turn."""
     config = model.config
     layers = range(config.num_hidden_layers)
     both = ((of_layer(config.qk_head_dim, i), of_layer(config.v_head_dim, i)) for i in layers)

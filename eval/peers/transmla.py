@@ -1,11 +1,11 @@
 """TransMLA (arXiv 2502.07864): one rotary key for all heads, and one latent for the rest of keys and for values.
 
 H query heads, G key/value heads, D head width, d hidden size, J rotary frequencies
-F frequencies that are folded into one, m components of the rotary key, 2 J or a whole fraction of it
+F frequencies folded into one, m components of the rotary key, 2 J or a divisor of it
 
 x   [d + 1] input of the attention with a 1 appended;  S = E[x x']
 W_K [G·D, d + 1], W_V [G·Dv, d + 1]
-B   [G·D, m] orthonormal, the components of all heads' keys that stay rotary
+B   [G·D, m] orthonormal, the components of all heads' keys that remain rotary
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from .common import (
 )
 
 COLLAPSE = (1, 2)  # the rotary key is as wide as a head's, or half of it
-SEARCH_ROWS = 16  # sequences on which F is chosen
+SEARCH_ROWS = 16  # sequences for choosing F
 
 
 def rotary_basis(
@@ -38,10 +38,10 @@ def rotary_basis(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B and the frequency of each of its pairs of components [m / 2] (RoRoPE and FreqFold).
 
-    A real rotation among the heads commutes with theirs by the angle of a frequency. So the principal components of
-    (k_1j, ..., k_Gj), real and imaginary parts taken together, gather at each frequency j what all heads have there.
-    FreqFold takes F neighbouring frequencies as one, and has F heads for each; F / `collapse` components of them stay
-    rotary, at each `collapse`-th of the frequencies.
+    A real rotation among the heads commutes with the rotary rotation of a frequency. The principal components of
+    (k_1j, ..., k_Gj), real and imaginary parts together, therefore concentrate the heads' keys at each frequency j.
+    FreqFold treats F neighbouring frequencies as one, with F times the heads; F / `collapse` of their components
+    remain rotary, at every `collapse`-th frequency.
 
     Args:
         kept: components of each fold. Default: F / `collapse`.
@@ -61,9 +61,9 @@ def rotary_basis(
 
 
 def decoupled(attention: MQAAttention, B: torch.Tensor, frequencies: torch.Tensor) -> MQAAttention:
-    """The attention with the rotary key B' W_K x for all heads beside keys (I - B B') W_K x that are not rotated.
+    """The attention with a rotary key B' W_K x for all heads and unrotated keys (I - B B') W_K x.
 
-    Query heads are q_h for the latter and B_g' q_h for the rotary key, g the head that h belongs to.
+    Queries are q_h for the unrotated keys and B_g' q_h for the rotary key, with g the key/value head of h.
     """
     W_K, W_Q = affine(attention.k_proj), affine(attention.q_proj)
     D, m = attention.qk_head_dim, B.shape[1]
@@ -84,7 +84,7 @@ def decoupled(attention: MQAAttention, B: torch.Tensor, frequencies: torch.Tenso
 
 
 def joint(plain: torch.Tensor, W_V: torch.Tensor, S: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys that are not rotated and values of rank r together (balanced joint principal components).
+    """Unrotated keys and values of joint rank r (balanced joint principal components).
 
     With α² = E|W_K,nope x|² / E|W_V x|² and the largest eigenvectors P of N S N', N = [W_K,nope / α; W_V],
     N̂ = P P' N.
@@ -107,7 +107,7 @@ def compressed(attention: MQAAttention, m: int, S: torch.Tensor, rank: int) -> M
 
 
 def folded(calibration: Calibration, collapse: int) -> list[MQAAttention]:
-    """The decoupled attentions with the best F: doubled from `collapse` while the calibration text's loss falls."""
+    """The decoupled attentions with the best F, doubled from `collapse` while the loss on calibration text falls."""
     model = calibration.model
     config = model.config
     J = config.rotary_dim // 2
@@ -128,7 +128,7 @@ def folded(calibration: Calibration, collapse: int) -> list[MQAAttention]:
 
 
 def transmla_peers(calibration: Calibration) -> Iterator[Peer]:
-    """TransMLA before its training, without the norms that DeepSeek's class has and without low-rank queries."""
+    """TransMLA without training, without the norms of DeepSeek's class and without low-rank queries."""
     model = calibration.model
     J = model.config.rotary_dim // 2
     for collapse in COLLAPSE:

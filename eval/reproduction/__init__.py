@@ -4,7 +4,7 @@
     python -m mqa_hf.eval.reproduction cost WORK
     python -m mqa_hf.eval.reproduction page docs
 
-`recipes/` says what is trained (`recipe.py`), `experiments.py` makes jobs of it, `queue.py` runs them on the GPUs
-that are there, `cost.py` times the shape of the first paper, and `page.py` makes the tables and pictures of
-docs/reproduction.md from what was measured.
+`recipes/` describes the experiments (`recipe.py`), `experiments.py` turns them into jobs, `queue.py` runs the jobs on
+all GPUs, `cost.py` times the shape of the first paper, and `page.py` makes the tables and figures of
+docs/reproduction.md from the results.
 """

@@ -44,28 +44,28 @@ def read(work: Path, recipes: Sequence[str]) -> list[Experiment]:
 
 
 def chains_of(experiments: list[Experiment]) -> list[Chain]:
-    """Of all experiments, those first that others need; of these, one seed after another."""
+    """Chains of all experiments: those that others need first, then one seed after another."""
     chains = (chain for experiment in experiments for chain in experiment.chains())
     return sorted(chains, key=lambda chain: (len(chain.needs), chain.seed))
 
 
 @dataclass(frozen=True)
 class Experiments(Options):
-    """Recipes with their texts, and where all of them are."""
+    """Recipes with their texts, and the working directory."""
 
-    work: Annotated[Path, Option("Directory for everything.")]
+    work: Annotated[Path, Option("Working directory.")]
     recipes: Annotated[
         Sequence[str],
         Option(
             "RECIPE=TEXT: translation, language or a YAML file; a directory with train.jsonl.xz, validation.jsonl.xz "
-            "and, for translation, test.jsonl.xz, or an id of the Hub's data sets with these splits."
+            "and, for translation, test.jsonl.xz, or a dataset id with these splits."
         ),
     ]
 
 
 @dataclass(frozen=True)
 class Running(Experiments, Job[list[str]]):
-    """Run experiments, or what is left of them; results are in WORK/results.jsonl.
+    """Run the remaining experiments; results are in WORK/results.jsonl.
 
     Returns:
         Names of the chains that are not done.
@@ -74,27 +74,27 @@ class Running(Experiments, Job[list[str]]):
     name = "run"
 
     _: KW_ONLY
-    per_device: Annotated[int | None, Option("Chains at once on a GPU. Default: 3; 1 without a GPU.", min=1)] = None
-    limit: Annotated[float | None, Option("Stop after so many seconds.", min=0)] = None
-    only: Annotated[str | None, Option("Chains in whose names this regular expression is found.")] = None
-    restart: Annotated[bool, Option("Begin trainings of these chains that are not whole anew.")] = False
+    per_device: Annotated[int | None, Option("Chains at once per GPU. Default: 3; 1 without a GPU.", min=1)] = None
+    limit: Annotated[float | None, Option("Stop after this many seconds.", min=0)] = None
+    only: Annotated[str | None, Option("Run chains whose names match this regular expression.")] = None
+    restart: Annotated[bool, Option("Restart unfinished trainings of these chains.")] = False
 
     def chosen(self, chains: Sequence[Chain], done: set[str]) -> list[Chain]:
-        """Chains that are asked for; raises MQAError where they need others that are not done."""
+        """The requested chains; raises MQAError if they need others that are not done."""
         try:
             chosen = [chain for chain in chains if self.only is None or re.search(self.only, chain.name)]
         except re.error as error:
-            raise MQAError(f"`only` {self.only} is no regular expression: {error}") from None
+            raise MQAError(f"`only` {self.only} is not a regular expression: {error}") from None
         needed = {name for chain in chosen for name in chain.needs} - done - {chain.name for chain in chosen}
         if not chosen:
-            raise MQAError(f"`only` {self.only}: found in no chain's name, such as {chains[0].name}")
+            raise MQAError(f"`only` {self.only}: matches no chain; names are such as {chains[0].name}")
         if needed:
             raise MQAError(f"`only` {self.only}: these chains need {', '.join(sorted(needed))}, not run yet")
         return chosen
 
     def run(self) -> list[str]:
         deadline = time.monotonic() + (float("inf") if self.limit is None else self.limit)
-        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # stop chains where a terminal is closed, too
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))  # also stop chains if the terminal closes
         experiments = read(self.work, self.recipes)
         chains = chains_of(experiments)
         done = {chain.name for chain in chains if chain.done}
@@ -113,15 +113,15 @@ class Running(Experiments, Job[list[str]]):
             collect(self.work, experiments)
         say(f"{self.work / RESULTS}; {len(left)} of {len(chosen)} chains are not done")
         if failed:
-            raise MQAError(f"not all chains are whole: {', '.join(failed)}; log.txt in their directories says why")
+            raise MQAError(f"chains failed: {', '.join(failed)}; see log.txt in their directories")
         return left
 
 
 def prepare_tokenizer(experiment: Experiment) -> None:
-    """Train the tokenizer that all models of an experiment have, or find it again.
+    """Train the tokenizer that all models of an experiment share, or reuse it.
 
     Raises:
-        MQAError: where one with another vocabulary or of another text is there.
+        MQAError: if there is one with another vocabulary or from another text.
     """
     made_of = {"text": experiment.split("train"), "vocab_size": experiment.recipe.vocab_size}
     note = experiment.tokenizer.with_name("tokenizer.json")
@@ -135,7 +135,7 @@ def prepare_tokenizer(experiment: Experiment) -> None:
 
 @dataclass(frozen=True)
 class OneChain(Experiments, Job[None]):
-    """Run the chain that the last of the arguments names."""
+    """Run the chain named by the last argument."""
 
     name = "chain"
 
@@ -156,7 +156,7 @@ class OneChain(Experiments, Job[None]):
 
 @dataclass(frozen=True)
 class Times(Experiments, Job[None]):
-    """Time decoding of what was converted, while nothing else runs; results are added to WORK/results.jsonl."""
+    """Time decoding of conversions while nothing else runs; results are added to WORK/results.jsonl."""
 
     name = "times"
 
@@ -166,13 +166,13 @@ class Times(Experiments, Job[None]):
         for experiment in experiments:
             for path in experiment.timed:
                 if not path.is_dir():
-                    raise MQAError(f"{path} is not there yet; python -m {MODULE} run makes it")
+                    raise MQAError(f"{path} does not exist yet; make it with python -m {MODULE} run")
         run_steps(steps, self.work.resolve() / TIMES, "times")
         collect(self.work, experiments)
 
 
 def collect(work: Path, experiments: list[Experiment]) -> None:
-    """Write what has been measured, one line a checkpoint, beside what there is of other experiments."""
+    """Write the results, one line per checkpoint, and keep those of other experiments."""
     path, tasks = work / RESULTS, {experiment.task for experiment in experiments}
     found = [r for r in read_lines(path) if r.get("task") not in tasks] if path.is_file() else []
     found += [record for chain in chains_of(experiments) for record in chain.records()]

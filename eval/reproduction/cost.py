@@ -1,4 +1,4 @@
-"""What the first paper's shape costs: training, encoder and decoder, with all heads and with one (arXiv 1911.02150,
+"""The cost of the first paper's shape: training, encoder and decoder, with all heads and with one (arXiv 1911.02150,
 table 2: microseconds per output token)."""
 
 import json
@@ -104,19 +104,19 @@ class Costs(Job[None]):
 
     name = "cost"
 
-    work: Annotated[Path, Option("Directory for everything.")]
+    work: Annotated[Path, Option("Working directory.")]
     _: KW_ONLY
-    batch: Annotated[int, Option("Rows that are decoded at once.", min=1)] = 1024
+    batch: Annotated[int, Option("Rows decoded at once.", min=1)] = 1024
     length: Annotated[int, Option("Tokens of source and target.", min=4)] = 128
-    rows: Annotated[int, Option("Pairs of a training step, of twice the length.", min=1)] = 128
+    rows: Annotated[int, Option("Pairs per training step, of twice the length.", min=1)] = 128
     steps: Annotated[int, Option("Of training.", min=4)] = 24
-    scale: Annotated[int, Option("Divide the widths of the paper's shape by so much.", min=1)] = 1
+    scale: Annotated[int, Option("Divide the widths of the paper's shape by this.", min=1)] = 1
 
     def command(self) -> str:
         return shlex.join(["python", "-m", "mqa_hf.eval.reproduction", *self.words()])
 
     def run(self) -> None:
-        """Time all models; one line each in `work/cost.jsonl`, which is replaced."""
+        """Time all models, with one line each in `work/cost.jsonl`, which is replaced."""
         self.work.mkdir(parents=True, exist_ok=True)
         lines = self.work / "cost.jsonl"
         lines.unlink(missing_ok=True)
@@ -133,7 +133,7 @@ class Costs(Job[None]):
                     file.write(json.dumps(found) + "\n")
 
     def decoding(self, shape: Path) -> list[BenchmarkRecord]:
-        """Greedily and with 4 beams; raises MQAError where memory runs out."""
+        """Time greedy decoding and 4 beams; raise MQAError if memory runs out."""
         timed = Benchmark(
             [str(shape)],
             kv_heads=[ORIGINAL],

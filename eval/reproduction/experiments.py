@@ -1,4 +1,4 @@
-"""From a recipe to chains of jobs: what is pretrained, converted, trained on and measured, and in which order."""
+"""Turn a recipe into chains of jobs: pretraining, conversion, further training and measurement, in order."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from mqa_hf.finetune.uptrain import NO_TEACHER, Uptraining
 
 from .recipe import FIRST, Recipe, configured, read_recipe
 
-TIMES = "times.json"  # which experiments have been timed
-RECORD = "steps.json"  # in a chain's directory, which of its steps are done
+TIMES = "times.json"  # experiments that have been timed
+RECORD = "steps.json"  # finished steps, in a chain's directory
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 SHOWN = ("batch", "context", "source", "beams", "time_per_token_ms", "bytes_per_step", "floor_ms", "device")
 
@@ -34,15 +34,15 @@ J = TypeVar("J", bound=Job[Any])
 
 @dataclass(frozen=True)
 class Measured:
-    """A checkpoint of a chain, and where its numbers stand.
+    """A checkpoint of a chain, and the files with its results.
 
     Attributes:
-        said: what it is.
+        said: fields that describe it.
         checkpoint: its directory.
         training: the report of `mqa-hf pretrain` or `mqa-hf uptrain` with its loss.
-        command: that made the report.
-        after: whether the loss is that after the training; before: of the checkpoint that was trained.
-        evaluations: results of `mqa-hf evaluate` by split, where the model translates.
+        command: the command that made the report.
+        after: whether to take the loss after the training, or before it.
+        evaluations: results of `mqa-hf evaluate` by split, for models that translate.
     """
 
     said: dict[str, Any]
@@ -53,9 +53,9 @@ class Measured:
     evaluations: dict[str, Path] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """What was measured."""
+        """The results."""
         found = dict(self.said)
-        # Of pairs a token more of the target and one more of the source.
+        # With pairs, one more token of the target and one more of the source.
         kept = cached(self.checkpoint)
         size = {"cache_bytes": sum(kept.get(f"{name}kv_bytes_per_token", 0) for name in ("", "cross_"))}
         if self.training.name == PretrainingRecord.file:
@@ -79,15 +79,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Chain:
-    """Commands that run in one process, one after another.
+    """Commands that run in sequence in one process.
 
     Attributes:
         place: its directory.
-        name: of its directory under that of all experiments.
-        seed: of its trainings.
-        steps: of [`run_steps`].
-        needs: chains that must be done.
-        measured: checkpoints.
+        name: path of its directory below that of all experiments.
+        seed: seed of its trainings.
+        steps: steps for [`run_steps`].
+        needs: chains that must be done first.
+        measured: checkpoints to measure.
     """
 
     place: Path
@@ -102,7 +102,7 @@ class Chain:
         return not unfinished(self.steps, self.place / RECORD)
 
     def records(self) -> list[dict[str, Any]]:
-        """What was measured by the steps that are done."""
+        """Results of the finished steps."""
         missing = {self.steps[name].result for name in unfinished(self.steps, self.place / RECORD)}
         return [m.record() for m in self.measured if not missing & {m.training, *m.evaluations.values()}]
 
@@ -113,11 +113,11 @@ class Experiment:
 
     Attributes:
         task: name of the recipe.
-        recipe: what stands in the file.
-        text: a directory with `train.jsonl.xz`, `validation.jsonl.xz` and, for pairs, `test.jsonl.xz`; or an id of the
-            Hub's data sets with these splits.
-        work: directory for everything.
-        device: where heads are fitted.
+        recipe: content of the file.
+        text: a directory with `train.jsonl.xz`, `validation.jsonl.xz` and, for pairs, `test.jsonl.xz`; or a dataset id
+            with these splits.
+        work: working directory.
+        device: device for fitting heads.
     """
 
     task: str
@@ -131,22 +131,22 @@ class Experiment:
         """`RECIPE=TEXT`.
 
         Raises:
-            MQAError: where there is no such recipe or text, or the recipe says what is not understood.
+            MQAError: if the recipe or text does not exist, or the recipe is invalid.
         """
         name, sign, text = said.partition("=")
         if not sign:
-            raise MQAError(f"{said!r} is no RECIPE=TEXT")
+            raise MQAError(f"{said!r} is not RECIPE=TEXT")
         recipe = read_recipe(name)
         experiment = cls(Path(name).stem, recipe, text, work, device)
         missing = [path for split in recipe.splits if not os.path.isfile(path := experiment.split(split))]
         if os.path.isdir(text) and missing:
-            raise MQAError(f"{text} has not all texts that {name} needs: {', '.join(missing)} is not there")
+            raise MQAError(f"{text} lacks texts that {name} needs: {', '.join(missing)}")
         if not os.path.isdir(text) and not HUB_ID.fullmatch(text):
-            raise MQAError(f"{text} is no directory, and no id of the Hub's data sets (name/name:configuration)")
+            raise MQAError(f"{text} is neither a directory nor a dataset id (name/name:configuration)")
         return experiment
 
     def split(self, name: str) -> str:
-        """Where the text of a split is."""
+        """Path or dataset id of a split's text."""
         if os.path.isdir(self.text):
             return str((Path(self.text) / f"{name}.jsonl.xz").resolve())
         return self.text if name == "train" else f"{self.text}[{name}]"
@@ -156,7 +156,7 @@ class Experiment:
         return self.work / self.task / "tokenizer"
 
     def job(self, kind: type[J], *options: dict[str, Any]) -> J:
-        """A job with these options, of which the last one counts; raises MQAError where they are none."""
+        """A job with these options, the last one of a name taking effect; raises MQAError if they are invalid."""
         given = {name.replace("-", "_"): value for some in options for name, value in some.items()}
         try:
             return kind.of(given)
@@ -164,7 +164,7 @@ class Experiment:
             raise MQAError(f"{self.task}, {kind.name}: {error}") from error
 
     def training(self, kind: type[J], seed: int, options: dict[str, Any]) -> J:
-        """A job of either kind of training."""
+        """A job of pretraining or uptraining."""
         text = {"dataset": [self.split("train")], "validation": self.split("validation")}
         special = self.recipe.pretrain if kind.name == Pretraining.name else self.recipe.uptrain
         always = {"seed": seed, "report_to": "none"}
@@ -174,7 +174,7 @@ class Experiment:
     def evaluations(
         self, checkpoint: Path, directory: Path, needs: tuple[str, ...], splits: tuple[str, ...] = ("test",)
     ) -> dict[str, Step]:
-        """Steps that translate; a language model has none."""
+        """Steps that translate; none for a language model."""
         if self.recipe.evaluate is None:
             return {}
         found = {}
@@ -196,12 +196,12 @@ class Experiment:
         return Chain(self.place(name, seed), place, seed, steps, tuple(before), tuple(measured))
 
     def shown(self, job: Job[Any]) -> str:
-        """A command as it is noted: where work and text are is left out."""
+        """A command as recorded, without the paths of work and text."""
         line = job.command().replace(f"{self.work}{os.sep}", "")
         return line.replace(f"{Path(self.text).resolve()}{os.sep}", "") if os.path.isdir(self.text) else line
 
     def model(self, name: str, seed: int) -> Chain:
-        """A model of the tables: pretrained, measured."""
+        """A model in the tables: pretrained and measured."""
         shape, place = self.recipe.shape, self.place(name, seed)
         options = {
             "output": place / "model",
@@ -217,7 +217,7 @@ class Experiment:
         return self.chain(name, seed, {"pretrain": Step(job, report, costly=True), **translated}, [measured])
 
     def conversion(self, name: str, seed: int) -> Conversion:
-        """The job that makes a conversion of the first model."""
+        """The job that converts the first model."""
         options = {**self.recipe.convert[name].options, "seed": seed}
         if options.get("method") == "shared":
             text = {"calibration": self.split("train"), "calibration_columns": self.recipe.columns or ()}
@@ -226,14 +226,14 @@ class Experiment:
         return self.job(Conversion, {"source": source, "output": output}, options)
 
     def converted(self, name: str, seed: int) -> Chain:
-        """A conversion of the first model, trained on shares of its tokens, each with a schedule of its own."""
+        """A conversion of the first model, trained on shares of its tokens, each with its own schedule."""
         loss, shares = self.recipe.convert[name].loss, self.recipe.shares_of(name)
         place, job = self.place(f"from {name}", seed), self.conversion(name, seed)
         student = place / "converted"
         steps = {"convert": Step(job, student / REPORT_FILE, costly=True)}
         said = {"task": self.task, "table": "conversions", "model": name, "seed": seed, "loss_function": loss}
         translated = self.evaluations(student, place / "0", ("convert",))
-        # The loss before a training stands in the report of the first one.
+        # The loss before training is in the report of the first training.
         before = place / f"trained-{shares[0]:g}" / UptrainingRecord.file
         measured = [Measured(said | {"share": 0.0}, student, before, self.shown(job), False, by_split(translated))]
         steps |= translated
@@ -261,14 +261,14 @@ class Experiment:
 
     @property
     def timed(self) -> list[Path]:
-        """The checkpoints that are timed: one of each of [`shapes`]."""
+        """The checkpoints to time: one of each of [`shapes`]."""
         seed = self.recipe.seeds[0]
         first, *others = (names[0] for names in self.shapes)
         return [self.place(first, seed) / "model", *(self.place(f"from {n}", seed) / "converted" for n in others)]
 
     @property
     def shapes(self) -> list[list[str]]:
-        """Names of the first model and of its conversions, alike ones together, its own first."""
+        """Names of the first model and its conversions, grouped by shape, the first model's group first."""
         shape, seed = self.recipe.shape, self.recipe.seeds[0]
         heads = shape.get("decoder", shape)["num_attention_heads"]
         found = {(heads, 1.0): [FIRST]}
@@ -278,7 +278,7 @@ class Experiment:
         return list(found.values())
 
     def time_records(self) -> list[dict[str, Any]]:
-        """What [`times`] has measured; `models` are all that have the shape."""
+        """Results of [`times`]; `models` lists all models with the shape."""
         step = self.times
         if step is None or unfinished({self.task: step}, self.work / TIMES):
             return []
@@ -292,7 +292,7 @@ class Experiment:
         ]
 
     def chains(self) -> Iterator[Chain]:
-        """All, those that others need first."""
+        """All chains, those that others need first."""
         for seed in self.recipe.seeds:
             for name in self.recipe.models:
                 yield self.model(name, seed)
@@ -302,7 +302,7 @@ class Experiment:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines; raises MQAError where one is none."""
+    """The records of a file of JSON lines; raises MQAError if one is invalid."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -310,7 +310,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise MQAError(f"{path}, line {number}: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("model"), str):
-            raise MQAError(f"{path}, line {number} is no record of an experiment: it names no model")
+            raise MQAError(f"{path}, line {number} is not a record of an experiment: it names no model")
         found.append(content)
     return found
 

@@ -1,6 +1,6 @@
-"""Tables and pictures of docs/reproduction.md, from what was measured (docs/reproduction/*.jsonl).
+"""Tables and figures of docs/reproduction.md, from the results (docs/reproduction/*.jsonl).
 
-The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which are made here.
+The page is prose with blocks between `<!-- NAME -->` and `<!-- end -->`, which are generated here.
 """
 
 import math
@@ -57,7 +57,7 @@ TITLES = {"language": "language model"}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean, and half the length of its 95% interval over seeds (Student's t); `None` of a single value."""
+    """The mean, and half of its 95% interval over seeds (Student's t); `None` for a single value."""
     if len(values) < 2:
         return values[0], None
     half = T95[min(len(values) - 2, len(T95) - 1)] * statistics.stdev(values) / len(values) ** 0.5
@@ -85,7 +85,7 @@ def said(seeds: Sequence[int], more: str = "") -> str:
 
 
 def of(records: Sequence[Record], **wanted: Any) -> list[Record]:
-    """Records in which these fields are so, in order of their seeds."""
+    """Records with these fields, ordered by seed."""
     found = [r for r in records if all(r.get(name) == value for name, value in wanted.items())]
     return sorted(found, key=lambda r: r.get("seed", 0))
 
@@ -96,7 +96,7 @@ def originals(records: Sequence[Record], task: str) -> dict[int, Record]:
 
 
 def differences(these: Sequence[Record], first: dict[int, Record], field: str) -> list[float]:
-    """How much more a field is than that of the first model with the same seed."""
+    """Difference of a field from the first model's with the same seed."""
     return [r[field] - first[r["seed"]][field] for r in these if r["seed"] in first]
 
 
@@ -106,12 +106,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def paper_key(model: str) -> Any:
-    """What the paper's numbers go by: a name, or the heads of a reduced model."""
+    """Key of the paper's numbers: a name, or the heads of a reduced model."""
     return next((heads for start, heads in REDUCED.items() if model.startswith(start)), model)
 
 
 def rank(model: str) -> tuple[int, str]:
-    """Where a model stands in a table: as in the paper's."""
+    """Position of a model in a table, as in the paper's."""
     names, key = [*PAPER_COST, *REDUCED.values()], paper_key(model)
     return names.index(key) if key in names else len(names), model
 
@@ -186,7 +186,7 @@ def cost(records: Sequence[Record]) -> str:
 
 
 def operations(records: Sequence[Record]) -> str:
-    """What a decoding step reads, and what a token of training computes."""
+    """Bytes that a decode step reads, and operations of a training token."""
     header = ["", "bytes a step, greedy", "beam 4", "share of copy bandwidth, greedy", "beam 4"]
     header += ["training: operations per token", "model FLOP utilisation"]
     rows = []
@@ -223,7 +223,7 @@ def conversions(records: Sequence[Record], task: str) -> str:
 
 
 def times(records: Sequence[Record], task: str) -> str:
-    """Milliseconds a step."""
+    """Milliseconds per step."""
     found = of(records, task=task, table="times")
     header = ["", "batch", "context or source", "beams", "ms a step", "floor", "faster than the original"]
     rows = []
@@ -239,12 +239,12 @@ def times(records: Sequence[Record], task: str) -> str:
 
 
 def line_of(model: str) -> str:
-    """The line of a picture that a conversion is on."""
+    """The line of a figure that a conversion belongs to."""
     return "shared, width" if "width" in model else model.split(",")[0]
 
 
 class Panel:
-    """A panel of a picture: how much more a field of a task's conversions is than the original's.
+    """A panel of a figure: the difference of a field of a task's conversions from the original's.
 
     Args:
         field: loss, or test_bleu_greedy.
@@ -257,11 +257,11 @@ class Panel:
         self.models = list(dict.fromkeys(r["model"] for r in self.found))
         self.times = of(records, task=task, table="times", beams=1)
         self.cache = {r["model"]: r["cache_bytes"] for r in self.found}
-        # The first model and a conversion with all its heads have one shape.
+        # The first model and a conversion with all its heads have the same shape.
         self.seconds = {model: r["time_per_token_ms"] for r in self.times for model in r["models"]}
 
     def draw(self, axes: Any, points: Sequence[tuple[float, str, float]], line: str, **style: Any) -> None:
-        """Points (x, model, share) that were measured, with intervals over seeds."""
+        """Measured points (x, model, share), with intervals over seeds."""
         known = [
             (x, *spread(values))
             for x, model, share in sorted(points)
@@ -328,12 +328,12 @@ def picture(records: Sequence[Record], kind: str, path: Path) -> None:
 
 def read(path: Path) -> list[Record]:
     if not path.is_file():
-        raise MQAError(f"{path} is not there; python -m mqa_hf.eval.reproduction run and cost make it")
+        raise MQAError(f"{path} does not exist; make it with python -m mqa_hf.eval.reproduction run and cost")
     return read_lines(path)
 
 
 def blocks(directory: Path) -> dict[str, Callable[[], str]]:
-    """By name, what makes a block of the page."""
+    """Functions that make the blocks of the page, by name."""
     results, costs = map(read, (directory / name for name in FILES))
     found: dict[str, Callable[[], str]] = {"cost": lambda: cost(costs), "operations": lambda: operations(costs)}
     for task in dict.fromkeys(r["task"] for r in results):
@@ -343,10 +343,10 @@ def blocks(directory: Path) -> dict[str, Callable[[], str]]:
 
 
 def filled(page: str, directory: Path) -> str:
-    """The page with its blocks made anew.
+    """Regenerate the blocks of the page.
 
     Raises:
-        MQAError: for a block of which nothing was measured.
+        MQAError: for a block without results.
     """
     makers = blocks(directory)
 
@@ -363,18 +363,18 @@ def filled(page: str, directory: Path) -> str:
 
 @dataclass(frozen=True)
 class Page(Job[None]):
-    """Make tables and pictures of reproduction.md from reproduction/*.jsonl beside it."""
+    """Make the tables and figures of reproduction.md from reproduction/*.jsonl beside it."""
 
     name = "page"
 
     docs: Annotated[Path, Option("Directory with reproduction.md.")]
     _: KW_ONLY
-    work: Annotated[Path | None, Option("Take results.jsonl and cost.jsonl from here first.")] = None
+    work: Annotated[Path | None, Option("First copy results.jsonl and cost.jsonl from here.")] = None
 
     def run(self) -> None:
         page, directory = self.docs / "reproduction.md", self.docs / "reproduction"
         if not page.is_file():
-            raise MQAError(f"there is no {page}")
+            raise MQAError(f"{page} does not exist")
         measured = [] if self.work is None else [self.work / name for name in FILES]
         for path in measured:
             if path.is_file():

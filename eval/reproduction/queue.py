@@ -1,7 +1,7 @@
 """Chains of commands on all GPUs of a machine, several at a time on each, for a while.
 
-Each chain is a process of its own that works through its steps. Whatever is interrupted goes on when the same
-command is given again: a step whose result is there is not run again, a training goes on from its last checkpoint.
+Each chain is a separate process that works through its steps. To continue after an interruption, run the same command
+again: finished steps are not repeated, and a training continues from its last checkpoint.
 """
 
 import os
@@ -21,13 +21,13 @@ from rich.console import Console
 from .experiments import Chain
 
 POLL = 0.5  # seconds
-STOP = 30.0  # seconds that a chain has to stop in
+STOP = 30.0  # seconds that a chain has for stopping
 THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 @dataclass
 class Running:
-    """A chain's process on a GPU (`None`: on the CPU); `log` has what it said from `start` on."""
+    """A chain's process on a GPU (`None`: on the CPU); its output is in `log` from `start` on."""
 
     chain: Chain
     gpu: str | None
@@ -38,7 +38,7 @@ class Running:
 
 
 def gpus() -> list[str | None]:
-    """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them; `None` for the CPU where there are none."""
+    """Names of the GPUs as in CUDA_VISIBLE_DEVICES; `None` for the CPU if there are none."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return [*(visible or map(str, range(torch.cuda.device_count())))][: torch.cuda.device_count()] or [None]
 
@@ -49,14 +49,14 @@ def run_chains(
     """Run chains until all are done or the time is up.
 
     Args:
-        chains: in the order in which they begin where they can.
-        command: words that run a chain when its name follows them.
-        per_device: chains at once on a GPU.
-        deadline: of `time.monotonic`, at which all are stopped.
-        done: names of chains that are, whether they are among `chains` or not.
+        chains: in the order in which to start them.
+        command: words that run a chain when followed by its name.
+        per_device: chains at once per GPU.
+        deadline: `time.monotonic` at which all are stopped.
+        done: names of finished chains, in `chains` or not.
 
     Returns:
-        Names of the chains that are not done, and of those that failed.
+        Names of the unfinished chains, and of those that failed.
     """
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     places = Counter(dict.fromkeys(gpus(), per_device))
@@ -91,7 +91,7 @@ def run_chains(
                 waiting.remove(chain)
                 running.append(start(chain, command, gpu, threads))
             if not running:
-                break  # what is left needs what is not done
+                break  # the rest needs unfinished chains
             time.sleep(POLL)
             reap()
     finally:
@@ -101,7 +101,7 @@ def run_chains(
 
 
 def start(chain: Chain, command: Sequence[str], gpu: str | None, threads: int) -> Running:
-    """Start the process of a chain; what it says goes to `log.txt` in its directory."""
+    """Start the process of a chain; its output goes to `log.txt` in its directory."""
     chain.place.mkdir(parents=True, exist_ok=True)
     environment = {**dict.fromkeys(THREADS, str(threads)), **os.environ}
     if gpu is not None:
@@ -114,13 +114,13 @@ def start(chain: Chain, command: Sequence[str], gpu: str | None, threads: int) -
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that workers that read data stop with it
+            start_new_session=True,  # so that data workers stop with it
         )
     return Running(chain, gpu, process, time.monotonic(), log, begin)
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
-    """Let processes clean up, and kill those that take too long, with what they have started."""
+    """Let processes clean up, and kill those that take too long, with their children."""
     for process in processes:
         process.terminate()
     end = time.monotonic() + STOP

@@ -1,4 +1,4 @@
-"""A recipe of the papers' experiments: what is trained, what is made of the first model, and how all is measured."""
+"""A recipe of the papers' experiments: what is trained, how the first model is converted, and what is measured."""
 
 import copy
 from importlib.resources import files
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from mqa_hf.base.errors import MQAError, listing
 from mqa_hf.base.files import read_yaml
 
-FIRST = "multi-head"  # of the models: what the others are compared with, and what is converted
+FIRST = "multi-head"  # the model that others are compared with, and that is converted
 SHIPPED = files("mqa_hf.eval.reproduction") / "recipes"
 
 Options = dict[str, Any]  # of a command of `mqa-hf`
 
 
 class Heads(BaseModel):
-    """Attention layers of a model, where they are not those of the shape."""
+    """Attention layers of a model, if they differ from the shape's."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,8 +31,8 @@ class Conversion(BaseModel):
     """Options of `mqa-hf convert`, and the training that follows.
 
     Attributes:
-        loss: of the training.
-        shares: of the pretraining's tokens that are trained on, one after another from the start.
+        loss: loss of the training.
+        shares: fractions of the pretraining tokens to train on, each from the start.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -46,18 +46,18 @@ class Conversion(BaseModel):
 
 
 class Recipe(BaseModel):
-    """What stands in the file.
+    """The content of a recipe file.
 
     Attributes:
-        shape: fields of a configuration; with an encoder and a decoder, or of one stack.
-        models: what is pretrained, by name.
-        tokens: that each is trained on.
+        shape: fields of a configuration, with an encoder and a decoder or of one stack.
+        models: models to pretrain, by name.
+        tokens: tokens that each is trained on.
         train, pretrain, uptrain: options of both kinds of training, and of one.
-        evaluate: options of `mqa-hf evaluate`, where models translate.
+        evaluate: options of `mqa-hf evaluate`, for models that translate.
         calibrate: options of `mqa-hf convert` with fitted heads.
         times: options of `mqa-hf benchmark`.
-        shares: of the tokens that conversions are trained on.
-        convert: what is made of the first model, by name.
+        shares: fractions of the tokens that conversions are trained on.
+        convert: conversions of the first model, by name.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -79,24 +79,24 @@ class Recipe(BaseModel):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Of the text, those that are read."""
+        """Columns of the text that are read."""
         return ("train", "validation", *(("test",) if self.evaluate is not None else ()))
 
     def shares_of(self, name: str) -> list[float]:
-        """Of the tokens, those that a conversion is trained on."""
+        """Number of tokens that a conversion is trained on."""
         return self.convert[name].shares or self.shares or []
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe of this package by its name, or a file.
+    """Read a recipe of this package by name, or from a file.
 
     Raises:
-        MQAError: where there is none, it lacks something, or says what nothing reads.
+        MQAError: if it does not exist, is incomplete, or has unknown fields.
     """
     path: Any = Path(name) if name.endswith((".yaml", ".yml")) else SHIPPED / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.name.removesuffix(".yaml") for p in SHIPPED.iterdir()))
-        raise MQAError(f"{name!r} is no recipe, which is a YAML file or one of {known}")
+        raise MQAError(f"{name!r} is not a recipe; give a YAML file or one of {known}")
     content = read_yaml(path)
     needed = [field for field, said in Recipe.model_fields.items() if said.is_required()]
     if not isinstance(content, dict) or not set(needed) <= set(content):
@@ -110,19 +110,19 @@ def read_recipe(name: str) -> Recipe:
         wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg'][:1].lower()}{e['msg'][1:]}" for e in error.errors())
         raise MQAError(f"{name}: {listing(wrong, 4)}") from error
     if FIRST not in recipe.models:
-        raise MQAError(f"{name} needs a model called {FIRST}, which the others are compared with")
+        raise MQAError(f"{name} needs a model called {FIRST} to compare with")
     if recipe.convert and (recipe.shares is None or recipe.calibrate is None):
-        raise MQAError(f"{name} needs shares and calibrate beside convert")
+        raise MQAError(f"{name} has convert and also needs shares and calibrate")
     return recipe
 
 
 def configured(shape: dict[str, Any], heads: Heads | None = None) -> dict[str, Any]:
-    """A configuration of `shape` with other attention layers in all its stacks.
+    """Make a configuration of `shape` with other attention layers in all its stacks.
 
     Args:
-        shape: fields of a configuration; with an encoder and a decoder, or of one stack.
-        heads: query heads and their width, by default the shape's; key/value heads, by default as many as query
-            heads; and the window of the decoder's self-attention, by default none.
+        shape: fields of a configuration, with an encoder and a decoder or of one stack.
+        heads: query heads and their width (default: the shape's), key/value heads (default: as many as query heads),
+            and the window of the decoder's self-attention (default: none).
     """
     shape, heads = copy.deepcopy(shape), heads or Heads()
     stacks = [shape[side] for side in ("encoder", "decoder")] if "decoder" in shape else [shape]

@@ -363,7 +363,7 @@ def test_the_loss_of_labels_is_that_of_the_source(model_type, what, config, tmp_
 
 def test_a_decoder_without_an_input_is_an_error(tmp_path):
     _, ours = convert_all_heads("t5", T5, tmp_path)
-    with pytest.raises(ValueError, match="the decoder needs an input: pass decoder_input_ids"):
+    with pytest.raises(ValueError, match="the decoder needs an input; pass decoder_input_ids"):
         ours(input_ids=torch.tensor([[5, 6]]))
 
 

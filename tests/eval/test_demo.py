@@ -114,7 +114,7 @@ def test_what_is_there_already_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     result = run(tmp_path)
     assert isinstance(result.exception, MQAError)
-    assert "holds no demo" in str(result.exception)
+    assert "is not a demo" in str(result.exception)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     result = run(tmp_path / "mine.txt")
     assert isinstance(result.exception, MQAError)

@@ -126,18 +126,18 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
     [
         ({"train": {}}, "recipe.yaml: train: did you mean uptrain?"),
         ({"zzz": {}}, "zzz: a recipe has version, source, output, convert"),
-        ({"version": 2}, "recipe.yaml has layout 2, and this mqa-hf knows 1 at most"),
+        ({"version": 2}, "recipe.yaml has version 2, and this mqa-hf reads up to 1"),
         ({"version": "new"}, "version must be a whole number such as 1; got 'new'"),
         ({"convert": None, "source": "nowhere"}, "nowhere"),
         ({"convert": [1]}, "convert must hold options"),
-        ({"output": None}, "output must be a text, in quotes if need be; got None"),
-        ({"output": ["results"]}, r"output must be a text, in quotes if need be; got ['results']"),
-        ({"output": datetime.date(2026, 1, 1)}, "output must be a text"),
-        ({"source": 5}, "source must be a text"),
+        ({"output": None}, "output must be a string, in quotes if need be; got None"),
+        ({"output": ["results"]}, r"output must be a string, in quotes if need be; got ['results']"),
+        ({"output": datetime.date(2026, 1, 1)}, "output must be a string"),
+        ({"source": 5}, "source must be a string"),
         ({"convert": {"zz": False}}, "recipe.yaml, convert: there is no option `zz`; there are"),
         ({"convert": {"method": "sharde"}}, "recipe.yaml, convert: `method` must be one of mean"),
         ({"convert": {"head_width": 2}}, "recipe.yaml, convert: widths and `cache_budget` are for `method` shared"),
-        ({"convert": {"source": "other"}}, "convert: `source` is said by the recipe's source and output"),
+        ({"convert": {"source": "other"}}, "convert: `source` is set by the recipe's source and output"),
         ({"uptrain": {"tokns": 5}}, "recipe.yaml, uptrain: there is no option `tokns`; did you mean `tokens`?"),
         ({"uptrain": {"tokens": 5}}, "recipe.yaml, uptrain: `dataset` is missing: Text file"),
         ({"uptrain": {"dataset": "x"}}, "uptrain: pass `tokens`, or `alpha` with `pretraining_tokens`"),
@@ -181,10 +181,10 @@ def test_source_and_output_do_not_lie_in_each_other(tmp_path, recipe, output):
     before = sorted(tmp_path.rglob("*"))
     result = run(tmp_path, {**recipe, "output": str(tmp_path / output)})
     assert isinstance(result.exception, MQAError), result.output
-    assert "are the same or lie in each other" in str(result.exception)
+    assert "must not be the same or contain each other" in str(result.exception)
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "recipe.yaml"])
     hub = run(tmp_path, {**recipe, "source": "someone/model", "output": "someone/model/results"})
-    assert "are the same or lie in each other" in str(hub.exception)
+    assert "must not be the same or contain each other" in str(hub.exception)
 
 
 @pytest.mark.parametrize("output", ["text.jsonl", "text.jsonl/results"])

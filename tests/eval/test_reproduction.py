@@ -66,9 +66,9 @@ def test_experiments_run_in_pieces_and_fill_the_page(tmp_path, small):
     assert "4 of 4 chains are not done" in first.output
     with pytest.raises(MQAError, match="these chains need small/seed-3/multi-head, not run yet"):
         raise run("run", work, said, "--only", "from-shared").exception
-    with pytest.raises(MQAError, match="found in no chain's name"):
+    with pytest.raises(MQAError, match="matches no chain"):
         raise run("run", work, said, "--only", "from shared").exception
-    with pytest.raises(MQAError, match="is no regular expression"):
+    with pytest.raises(MQAError, match="is not a regular expression"):
         raise run("run", work, said, "--only", "from-(").exception
     second = run("run", work, said, "--per-device", "2", "--only", "multi-(head|query)$")
     assert second.exit_code == 0, second.output
@@ -197,9 +197,9 @@ def test_a_table_says_where_seeds_or_parameters_differ():
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ("translation", "'translation' is no RECIPE=TEXT"),
-        ("nonesuch=text", "'nonesuch' is no recipe, which is a YAML file or one of language, translation"),
-        ("missing.yaml=text", r"'missing\.yaml' is no recipe"),
+        ("translation", "'translation' is not RECIPE=TEXT"),
+        ("nonesuch=text", "'nonesuch' is not a recipe; give a YAML file or one of language, translation"),
+        ("missing.yaml=text", r"'missing\.yaml' is not a recipe"),
     ],
 )
 def test_what_is_no_recipe_is_said(tmp_path, said, message):
@@ -217,7 +217,7 @@ def test_what_is_no_recipe_is_said(tmp_path, said, message):
         ({"seeds": []}, "seeds: list should have at least 1 item"),
         ({"models": {FIRST: {"kv-heads": 1}}}, "models.multi-head.kv-heads: extra inputs are not permitted"),
         ({"convert": {"mean": {"method": "mean"}}}, "convert.mean.loss: field required"),
-        ({"calibrate": None}, "needs shares and calibrate beside convert"),
+        ({"calibrate": None}, "has convert and also needs shares and calibrate"),
     ],
 )
 def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, change, message):
@@ -259,10 +259,10 @@ def test_the_jobs_of_a_recipe_are_those_of_its_options(name):
 
 
 def test_a_text_that_is_not_there_is_said(tmp_path, small):
-    with pytest.raises(MQAError, match="is no directory, and no id"):
+    with pytest.raises(MQAError, match="is neither a directory nor a dataset id"):
         Experiment.parse(f"{small}={tmp_path / 'nowhere'}", tmp_path, "cpu")
     (tmp_path / "text" / "test.jsonl.xz").unlink()
-    with pytest.raises(MQAError, match=r"test\.jsonl\.xz is not there"):
+    with pytest.raises(MQAError, match=r"lacks texts .*test\.jsonl\.xz"):
         Experiment.parse(f"{small}={tmp_path / 'text'}", tmp_path, "cpu")
 
 

@@ -126,7 +126,7 @@ def test_a_checkpoint_without_keys_and_values_has_no_plan(tmp_path: Path):
     source = save(make_model("llama", LLAMA), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
-    with pytest.raises(MQAError, match="has no layer with keys and values"):
+    with pytest.raises(MQAError, match="has no layers with keys and values"):
         plan(source)
     for nothing in (5, None, "a" * 5000):
         with pytest.raises(MQAError):
@@ -248,14 +248,14 @@ def test_a_plan_of_latents_says_where_they_buy_room_and_not_time():
     assert rebuilt.speedup > 1
     assert rebuilt.expected_ms > original.expected_ms == original.floor_ms
     head, line = few.notes
-    assert head == "Where attention to a latent computes at 40% of the matrix rate, as kernels do:"
+    assert head == "Expected time of a decode step, with attention to a latent at 40% of the matrix rate:"
     rows = f"({rebuilt.largest_batch:,} rows rather than {original.largest_batch:,})"
     assert line == (
         f"- latent 256, keys 512: {rebuilt.expected_ms:.2f} ms with rebuilt keys or {expanded.expected_ms:.2f} ms "
-        f"with expanded keys, and {original.expected_ms:.2f} ms of the original; with rebuilt keys it buys room "
-        f"{rows}, not time"
+        f"with expanded keys, compared with {original.expected_ms:.2f} ms for the original; with rebuilt keys "
+        f"it saves memory {rows}, not time"
     )
-    assert "room" not in more.notes[1]
+    assert "saves memory" not in more.notes[1]
 
 
 def test_latents_stand_beside_heads_unless_either_is_asked_for(tmp_path: Path):
@@ -305,12 +305,12 @@ def test_heads_that_are_planned_divide_those_of_both_caches(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"latents": [49]}, "`latents` 49 is more than the 48 numbers that hold all keys and values of a token"),
+        ({"latents": [49]}, "`latents` must be at most 48, the width of all keys and values of a token; got 49"),
         ({"latents": [40], "latent_bits": [8]}, "`latents` must be multiples of 32 with `latent_bits` 8; got 40"),
         ({"latent_bits": [5]}, "`latent_bits` must be a list, each one of 16, 8, 4"),
         ({"key_widths": [7]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 7"),
         ({"key_widths": [50]}, "`key_widths` must be even and at most the 48 rotated components of all keys; got 50"),
-        ({"latents": [16], "target": "native"}, "latents are for `target` mqa: transformers' classes have heads"),
+        ({"latents": [16], "target": "native"}, "latents need `target` mqa: transformers' classes have key/value"),
     ],
     ids=str,
 )
@@ -321,7 +321,7 @@ def test_latents_that_cannot_be_are_said(tmp_path: Path, options, message):
 
 
 def test_a_width_of_keys_is_refused_where_none_are_rebuilt():
-    with pytest.raises(MQAError, match="`key_widths` are of rotary positions"):
+    with pytest.raises(MQAError, match="`key_widths` needs rotary positions"):
         plan("gpt2", key_widths=[16])
 
 
@@ -379,8 +379,8 @@ def test_the_command_plans_what_convert_takes(tmp_path: Path):
         assert [r["kv_heads"][:4] for r in json.loads(result.output)["choices"]] == ["orig", "1"]
     for arguments, message in (
         ([qwen3, "--target", "mqa"], "converted in its own class only: .*; use --target native"),
-        ([qwen3, "--widths", "2"], "--widths is for --target mqa"),
-        ([llama, "--target", "native", "--widths", "1,2"], "--widths is for --target mqa"),
+        ([qwen3, "--widths", "2"], "--widths needs --target mqa"),
+        ([llama, "--target", "native", "--widths", "1,2"], "--widths needs --target mqa"),
         ([qwen3, "--kv-heads", "3"], "--kv-heads 3 does not divide the source's 4"),
         ([bloom, "--target", "native"], "no class of transformers holds a bloom"),
         ([llama, "--target", "vllm"], "--target must be one of mqa, native"),

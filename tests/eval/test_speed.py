@@ -166,13 +166,13 @@ def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_
     for more, message in (
         (
             ("--engines", "mqa-hf,dynamic"),
-            "qwen3 runs in its own class, with transformers' loops .*use --engines dynamic",
+            "qwen3 keeps its own class and runs only in transformers' loops .*use --engines dynamic",
         ),
-        (("--window", 4), "--window is for models in this package's class"),
-        (("--latents", 16), "latents are for models in this package's class; .* runs in its own"),
+        (("--window", 4), "--window needs a model in this package's class"),
+        (("--latents", 16), "latents need a model in this package's class; .* keeps its own"),
         (("--kv-heads", 3), "--kv-heads 3 does not divide the source's 4"),
-        (("--beams", 2), "--beams is for encoder-decoder shapes"),
-        (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
+        (("--beams", 2), "--beams needs encoder-decoder shapes"),
+        (("--largest-batch",), "--largest-batch needs decoder-only shapes on a GPU"),
     ):
         result = benchmark(source, *more)
         assert isinstance(result.exception, MQAError), result.output
@@ -230,11 +230,11 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (None, "times.jsonl holds no results of mqa-hf benchmark: .*No such file"),
-        ("", "times.jsonl holds no results of mqa-hf benchmark: it is empty"),
+        (None, "times.jsonl is not a result file of mqa-hf benchmark: .*No such file"),
+        ("", "times.jsonl is not a result file of mqa-hf benchmark: it is empty"),
         ("{}", "times.jsonl, line 2, is no benchmark.jsonl as mqa-hf writes it: batch: field required"),
-        ("[]", "times.jsonl holds no results of mqa-hf benchmark: line 2 is no object"),
-        ('{"shape": ', "times.jsonl holds no results of mqa-hf benchmark: line 2: Expecting value"),
+        ("[]", "times.jsonl is not a result file of mqa-hf benchmark: line 2 is not an object"),
+        ('{"shape": ', "times.jsonl is not a result file of mqa-hf benchmark: line 2: Expecting value"),
         ("time_per_token_ms", "line 2, .* time_per_token_ms missing, and no error"),
         ('"time_per_token_ms": NaN', "line 2, .* time_per_token_ms: input should be a finite number"),
         ('"batch": "many"', "line 2, .* batch: input should be a valid integer"),
@@ -284,25 +284,25 @@ def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
     [
         (("--engines", "vllm"), "--engines must be a list, each one of mqa-hf, dynamic, static; got 'vllm'"),
         (("--kv-heads", "4"), "must divide the 6 key/value heads"),
-        (("--kv-heads", "original,x"), "--kv-heads takes positive whole numbers and original, got 'x'"),
-        (("--kv-heads", "0"), "--kv-heads takes positive whole numbers and original, got '0'"),
+        (("--kv-heads", "original,x"), "--kv-heads takes positive whole numbers or original, got 'x'"),
+        (("--kv-heads", "0"), "--kv-heads takes positive whole numbers or original, got '0'"),
         (("--cells", "8"), "--cells takes pairs of batch and context"),
         (("--cells", "1x2x3"), "--cells takes pairs of batch and context such as 1x512,16x4096, got '1x2x3'"),
         (("--cells", "0x8"), "--cells takes pairs of batch and context"),
         (("--cells", "1x8,"), "--cells must be a list, each a text; got ''"),
         (("--cells", f"1x{2**31}"), "--cells takes pairs of batch and context"),
-        (("--keys", "rebuilt"), "--keys is about latents from which this package's loop rebuilds keys"),
+        (("--keys", "rebuilt"), "--keys needs latents whose keys this package's loop rebuilds"),
         (("--keys", "stored"), "--keys must be a list, each one of auto, rebuilt, expanded; got 'stored'"),
-        (("--latents", "32", "--keys", "expanded", "--engines", "dynamic"), "--keys is about latents"),
-        (("--latents", "300"), "--latents 300 is more than the 48 numbers"),
+        (("--latents", "32", "--keys", "expanded", "--engines", "dynamic"), "--keys needs latents"),
+        (("--latents", "300"), "--latents must be at most 48, the width of all keys and values of a token; got 300"),
         (("--latent-bits", "2"), "--latent-bits must be a list, each one of 16, 8, 4; got"),
         (("--batch", "0"), "--batch must be a list, each a whole number at least 1"),
         (("--batch", "nan"), "--batch must be a list, each a whole number at least 1"),
-        (("--beams", "2"), "--beams is for encoder-decoder shapes"),
+        (("--beams", "2"), "--beams needs encoder-decoder shapes"),
         (("--dtype", "int8"), "--dtype must be one of"),
         (("--window", "1"), "--window must be a whole number at least 2"),
-        (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
-        (("--output", "no/such/file"), "--output no/such/file cannot be written"),
+        (("--largest-batch",), "--largest-batch needs decoder-only shapes on a GPU"),
+        (("--output", "no/such/file"), "--output no/such/file must be a file in an existing directory"),
         (("--device", "cuda:99"), "--device cuda:99"),
         (("--device", "abacus"), "--device abacus: Expected one of cpu, cuda"),
         (("--device", "meta"), "--device meta holds no numbers"),
@@ -320,7 +320,7 @@ def test_a_file_of_something_else_is_not_appended_to(source: Path, tmp_path: Pat
     (tmp_path / "lines").write_bytes(content)
     result = benchmark(source, "--cells", "1x4", "--output", tmp_path / "lines")
     assert isinstance(result.exception, MQAError)
-    assert "--output would be appended to a file of something else; give another: " in str(result.exception)
+    assert "--output must be a new file or one with records; give another: " in str(result.exception)
     assert (tmp_path / "lines").read_bytes() == content
 
 
@@ -370,7 +370,7 @@ def test_positions_that_a_model_does_not_have_are_refused(tmp_path: Path):
 
 def test_speech_is_not_timed(tmp_path: Path):
     whisper = save(make_seq2seq("whisper", WHISPER), tmp_path / "whisper")
-    assert "reads speech, which is not timed" in str(benchmark(whisper).exception)
+    assert "is a speech model, which cannot be timed" in str(benchmark(whisper).exception)
 
 
 def test_a_shape_that_is_given_twice_is_refused_before_it_is_timed(source: Path, monkeypatch):

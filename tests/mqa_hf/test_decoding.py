@@ -202,10 +202,10 @@ class Custom(LogitsProcessor):
         ({"bad_words_ids": [[5, 6]]}, "NoBadWordsLogitsProcessor is in use"),
         ({"use_cache": False}, "use_cache is off"),
         ({"cache_implementation": "static", "disable_compile": True}, "cache_implementation is 'static'"),
-        ({"past_key_values": DynamicCache()}, "a DynamicCache is given"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is asked for"),
-        ({"num_beams": 2, "return_dict_in_generate": True}, "beam indices are asked for"),
-        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "attention_mask is not that of padding on the left"),
+        ({"past_key_values": DynamicCache()}, "the cache is a DynamicCache"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores is requested"),
+        ({"num_beams": 2, "return_dict_in_generate": True}, "beam indices are requested"),
+        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}, "attention_mask masks more than padding on the left"),
     ],
     ids=lambda value: value if isinstance(value, str) else ", ".join(value),
 )
@@ -439,7 +439,7 @@ def test_prompts_that_are_learned_are_left_to_transformers(kind):
     arguments = {**prompts(), "max_new_tokens": 9, "do_sample": False}
     if kind == "PrefixTuningConfig" and CACHE == "cache":
         # PEFT 0.21 hands the prefix over beside the cache of transformers 5.24; Llama's class drops it in silence.
-        with pytest.raises(ValueError, match="the cache is given twice"):
+        with pytest.raises(ValueError, match="got both `cache` and `past_key_values`"):
             adapted.generate(**arguments)
         return
     ours = adapted.generate(**arguments)
@@ -590,7 +590,7 @@ def test_autocast_is_left_to_transformers():
 def test_a_cache_of_other_rows_is_refused():
     model = make()
     cache = DecodeCache(model.config, rows=2, capacity=16, dtype=torch.float32, device="cpu")
-    with pytest.raises(ValueError, match="has 2 rows, and 3 are to be decoded"):
+    with pytest.raises(ValueError, match="has 2 rows for a batch of 3"):
         model.generate(**prompts(), past_key_values=cache, max_new_tokens=3, do_sample=False)
 
 

@@ -223,10 +223,10 @@ def test_a_cache_is_reordered_copied_and_emptied():
         ({"kv_latent_dim": [32, 32]}, "kv_latent_dim has 2 entries for 3 layers"),
         ({"kv_latent_dim": 40, "kv_latent_bits": 4}, "a multiple of 32, got 40"),
         ({"kv_latent_bits": 5}, "kv_latent_bits must be 16, 8 or 4, got 5"),
-        ({"num_key_value_heads": 2}, "num_key_value_heads must be 1, not 2"),
-        ({"cross_kv_latent_dim": 16}, "cross_num_key_value_heads must be 1, not None"),
-        ({"qk_head_dim": 8}, "qk_head_dim of layer 0 must be twice its 6 pairs"),
-        ({"rope_frequencies": None}, "rope_frequencies must say which pairs"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads must be 1 with kv_latent_dim.*got 2"),
+        ({"cross_kv_latent_dim": 16}, "cross_num_key_value_heads must be 1 with cross_kv_latent_dim.*got None"),
+        ({"qk_head_dim": 8}, "qk_head_dim of layer 0 must be twice the 6 pairs"),
+        ({"rope_frequencies": None}, "kv_latent_dim needs rope_frequencies"),
     ],
     ids=str,
 )
@@ -237,12 +237,12 @@ def test_configurations_that_cannot_be(fields, message):
 
 def test_what_a_cache_of_latents_refuses():
     config, one = make().config, {"rows": 1, "capacity": 4, "device": "cpu"}
-    with pytest.raises(ValueError, match="kv_latent_bits=16, not in float8"):
+    with pytest.raises(ValueError, match=r"cannot be cached in float8.*kv_latent_bits=16"):
         DecodeCache(config, dtype=torch.float8_e4m3fn, **one)
     with pytest.raises(ValueError, match="keys must be one of rebuilt, expanded, got 'kept'"):
         DecodeCache(config, dtype=torch.float64, keys="kept", **one)
     cache = DecodeCache(config, dtype=torch.float64, **one)
-    with pytest.raises(ValueError, match="this cache keeps latents"):
+    with pytest.raises(ValueError, match="this cache holds latents"):
         cache.update(torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 2, 8), 0)
 
 

@@ -348,7 +348,7 @@ def test_what_is_asked_for_must_be_known():
     with pytest.raises(ValueError, match="got None"):
         type(model.decoding)(keys=None)
     model.decoding.cache_dtype = torch.float8_e4m3fn
-    with pytest.raises(ValueError, match="not in float8; leave cache_dtype at None"):
+    with pytest.raises(ValueError, match="kv_latent_bits=16; leave cache_dtype at None"):
         model.generate(**prompts(), max_new_tokens=3, do_sample=False)
 
 

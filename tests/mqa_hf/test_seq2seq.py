@@ -202,7 +202,7 @@ def test_lora_on_the_standard_module_names():
         ({"decoder": {"vocab_size": 90}}, "share_embeddings needs one vocabulary"),
         ({"decoder": {"cross_num_key_value_heads": None}}, "cross-attention"),
         ({"decoder": {"cross_num_key_value_heads": 4}}, "divisible by cross_num_key_value_heads"),
-        ({"decoder": {"hidden_size": 60}}, "differ in width"),
+        ({"decoder": {"hidden_size": 60}}, "must have the same width"),
     ],
 )
 def test_stacks_that_do_not_fit(fields, match):
