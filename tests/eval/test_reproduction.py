@@ -124,7 +124,7 @@ def test_a_chain_that_fails_is_named_with_what_it_said(tmp_path, small):
     work = tmp_path / "work"
     result = run("run", work, f"{small}={tmp_path / 'text'}")
     assert isinstance(result.exception, MQAError)
-    assert "not all chains are whole: small/seed-3/multi-head" in str(result.exception)
+    assert "chains failed: small/seed-3/multi-head" in str(result.exception)
     assert "2 of 2 chains are not done" in result.output
     assert "a step takes" in result.output
     assert not (work / "small" / "seed-3" / "multi-head" / "model").exists()
