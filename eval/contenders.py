@@ -31,6 +31,8 @@ from .latent_choices import latent_models
 from .roofline import StepCost, largest_batch, step_cost
 from .shapes import Config, OwnShape, Weights, attention_layers, read_shape
 
+AT_ONCE = 2**26  # numbers of a cache buffer that are filled at once
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -225,8 +227,9 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
         layers: Any = cache.layers
         for layer in layers:
             for name, states in layer.buffers().items():
-                for row in states:  # float8 cannot be filled with random numbers, and a whole copy may not fit
-                    fill(row, name, dtype)
+                # float8 cannot be filled with random numbers, and a copy of the whole buffer may not fit.
+                for rows in states.split(max(1, AT_ONCE * len(states) // max(1, states.numel()))):
+                    fill(rows, name, dtype)
         cache.set_length(context)
         cache.note_steps(0, torch.zeros(batch, dtype=torch.int32, device=device))
         return cache
@@ -240,14 +243,14 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     return other
 
 
-def fill(row: torch.Tensor, name: str, dtype: torch.dtype) -> None:
+def fill(rows: torch.Tensor, name: str, dtype: torch.dtype) -> None:
     """Fill a cache buffer with random numbers; latents in 8 or 4 bits get a scale that keeps them small."""
-    if row.dtype == torch.uint8:
-        row.random_(256)
+    if rows.dtype == torch.uint8:
+        rows.random_(256)
     elif name == "scales":
-        row.fill_(2**-7)
+        rows.fill_(2**-7)
     else:
-        row.copy_(torch.randn(row.shape, dtype=dtype, device=row.device))
+        rows.copy_(torch.randn(rows.shape, dtype=dtype, device=rows.device))
 
 
 def cached_widths(config: MQAConfig, layer: int) -> tuple[int, int]:
