@@ -41,6 +41,7 @@ docs: $(VENV)/installed
 	$(VENV)/bin/pip $(PIP) --no-deps --target build/docs .
 	$(VENV)/bin/typer mqa_hf.cli utils docs --name mqa-hf --title Commands --output docs/cli.md
 	NO_MKDOCS_2_WARNING=1 MQA_HF_VERSION=$$($(VENV)/bin/mqa-hf --version | cut -d' ' -f2) $(VENV)/bin/mkdocs build --quiet --strict --site-dir site
+	! grep -rlE '<(script|link)[^>]+(src|href)="https?://' site --include=*.html  # the site needs no network
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
