@@ -322,7 +322,7 @@ def test_options_about_nothing(source):
         "`ignore_switch` atention_sink_size: config.json has no such switch",
         ignore_switch=["atention_sink_size"],
     )
-    refused(source, "`private` is about the repository", private=True)
+    refused(source, "`private` needs `push_to_hub`", private=True)
     refused(source, "`seed` must be", seed=2**64)
     refused(source, "`max_shard_size` '-1GB' is not a size: .* positive .* such as 5GB", max_shard_size="-1GB")
 
@@ -477,7 +477,7 @@ def test_an_interrupted_command_leaves_nothing(source, tmp_path, sign):
     process.send_signal(sign)
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert sign != signal.SIGINT or "Nothing was kept; OUTPUT is as it was." in said
+    assert sign != signal.SIGINT or "Nothing was kept; OUTPUT is unchanged." in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -211,9 +211,9 @@ def test_nan_is_kept_where_it_is_allowed():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"max_shard_size": "1GB"}, "`max_shard_size` is about files, and there is no `output`"),
-        ({"overwrite": True}, "`overwrite` is about files"),
-        ({"push_to_hub": "me/mqa"}, "`push_to_hub` is about files"),
+        ({"max_shard_size": "1GB"}, "`max_shard_size` needs `output`, the directory to write"),
+        ({"overwrite": True}, "`overwrite` needs `output`"),
+        ({"push_to_hub": "me/mqa"}, "`push_to_hub` needs `output`"),
         ({"revision": "main"}, "`revision` is for hub ids; the source is a model in memory"),
         ({"method": "shared"}, "give `tokenizer`"),
         ({"tokenizer": "llama"}, "`tokenizer` must be an object in memory; got 'llama'"),

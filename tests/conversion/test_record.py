@@ -160,7 +160,7 @@ def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp
 
 
 def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, tmp_path):
-    with pytest.raises(MQAError, match=r"does not say what it was converted from.*`teacher` none"):
+    with pytest.raises(MQAError, match=r"has no source in conversion.json.*`teacher` none"):
         original_of(home / "source")
     words = ["uptrain", str(home / "source"), str(tmp_path / "out"), "--dataset", str(home / "text.jsonl")]
     result = CliRunner().invoke(app, [*words, "--tokens", "128"])

@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):
     assert "--allow-nonfinite" in report.command
     text = (places / "other" / "conversion.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report.model_dump(mode="json")
-    with pytest.raises(MQAError, match="nothing is fitted to NaN"):
+    with pytest.raises(MQAError, match="nothing can be fitted to NaN"):
         convert(places / "source", places / "fitted", method="shared", allow_nonfinite=True)
 
 

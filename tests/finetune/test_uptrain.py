@@ -260,7 +260,7 @@ def test_a_training_that_made_it_worse_is_said(home, tmp_path):
     assert result.exit_code == 0, result.output
     before, after = json.loads((tmp_path / "worse" / "uptraining.json").read_text())["validation"].values()
     assert after["kl"] > before["kl"]
-    assert "warning: kl on --validation is higher after the training than before it" in result.stderr
+    assert "warning: kl on --validation is higher after training than before" in result.stderr
     result = CliRunner().invoke(app, command(home, tmp_path / "better", *held_out, "--learning-rate", "1e-3"))
     assert "warning: kl" not in result.stderr
 
@@ -591,7 +591,7 @@ def test_a_native_student_is_trained_in_its_own_class(home, tmp_path):
         (["--tokens", "500", "--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--tokens", "500", "--columns", "body"], "no column 'body' of text"),
         (["--tokens", "500", "--teacher", "none", "--loss", "kl"], "needs a teacher"),
-        (["--tokens", "500", "--attention-tokens", "600"], "must be fewer than all"),
+        (["--tokens", "500", "--attention-tokens", "600"], "must be below --tokens 500, got 600"),
         (["--tokens", "500", "--sequence-length", "4096"], "positions of the model"),
         (["--tokens", "500", "--learning-rate", "-1"], "above 0"),
         (["--tokens", "500", "--report-to", "paper"], "tensorboard, wandb, none"),
@@ -671,9 +671,9 @@ def test_a_dry_run_prints_numbers_and_an_interrupted_run_says_how_to_go_on(home,
 
     monkeypatch.setattr(trainer.LossTrainer, "training_step", stop)
     for step, words, message in (  # noqa: B007
-        (1, (), "There was no checkpoint yet"),
-        (4, (), "give the same command again to go on"),
-        (4, ("--restart",), "give the same command without --restart again to go on"),
+        (1, (), "No checkpoint was saved yet"),
+        (4, (), "run the same command again to resume"),
+        (4, ("--restart",), "run the same command again without --restart to resume"),
     ):
         stopped = CliRunner().invoke(app, [*command(home, tmp_path / "out"), *words])
         assert stopped.exit_code == 130
@@ -704,12 +704,12 @@ DAMAGED = {
         '{"model_type": "llama", "num_hidden_layers": 9000000000}',
         "as many layers",
     ),
-    "no language model": ("config.json", '{"model_type": "clip"}', "is no language model"),
+    "no language model": ("config.json", '{"model_type": "clip"}', "is not a language model"),
     "no tokenizer": ("tokenizer.json", None, "has no tokenizer that can be loaded"),
     "no weights": ("model.safetensors", None, "cannot be loaded"),
     "weights that are none": ("model.safetensors", "{}", "cannot be loaded"),
     "a broken report": ("conversion.json", "{", r"conversion\.json cannot be read"),
-    "a report without a source": ("conversion.json", "{}", "does not say what it was converted from"),
+    "a report without a source": ("conversion.json", "{}", "has no source in conversion.json"),
 }
 
 

@@ -126,7 +126,7 @@ def test_chats_need_a_tokenizer(place, tmp_path):
         ("--loss", "kl=nan", "--loss takes .*each with a weight above 0"),
         ("--loss", "kl=1,kl=2", "--loss takes each name once; got 'kl=1,kl=2'"),
         ("--lora-rank", "8", "--lora-rank 8 is for --train lora, not all"),
-        ("--report-to", "tensorboard,none", "--report-to none goes alone; got tensorboard, none"),
+        ("--report-to", "tensorboard,none", "--report-to none cannot be combined with others; got tensorboard, none"),
         ("--tokens", str(2**50), r"--tokens must be a whole number at least 1 and below 2\*\*50"),
         ("--tokens", "10000000000000", "--tokens 10,000,000,000,000 are [0-9,]+ rows, and 1,073,741,824 at most"),
         ("--batch-tokens", str(2**31), "--batch-tokens must be a whole number"),
@@ -146,7 +146,7 @@ def test_a_share_of_the_pretraining_that_is_none_is_said(place, value):
 
 def test_a_share_of_the_pretraining_that_no_number_holds_is_said(place):
     words = ["uptrain", "one", "OUTPUT", "--dataset", str(place / "text.jsonl"), "--alpha", "1e308"]
-    refused(place, [*words, "--pretraining-tokens", "1000"], r"--alpha 1e\+308 of .* they must be below 2\*\*50")
+    refused(place, [*words, "--pretraining-tokens", "1000"], r"--alpha 1e\+308 of .* it must be below 2\*\*50")
 
 
 def test_a_dry_run_refuses_more_rows_than_are_put_in_order(place):
@@ -157,7 +157,7 @@ def test_a_dry_run_refuses_more_rows_than_are_put_in_order(place):
 def test_a_log_that_is_not_installed_is_said(place, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = [*COMMANDS["uptrain"], str(place / "text.jsonl"), "--report-to", "wandb"]
-    refused(place, words, "--report-to wandb is not installed here: pip install wandb")
+    refused(place, words, "--report-to wandb is not installed: pip install wandb")
 
 
 @pytest.mark.parametrize("text", ["nosuch.jsonl", "nosuch.txt", "no/such/text"])
