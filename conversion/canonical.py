@@ -134,7 +134,7 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever PyTorch raises for a size beyond its integers
         said = str(error).partition("\n")[0]
         raise ConversionError(
-            f"config.json describes no {config.model_type} model that can be built: {said}"
+            f"config.json describes a {config.model_type} model that cannot be built: {said}"
         ) from error
 
 

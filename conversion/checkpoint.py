@@ -82,7 +82,7 @@ def nonfinite_in(tensors: Mapping[str, torch.Tensor], allowed: bool, said: Calla
     if found and not allowed:
         name, count = next(iter(found.items()))
         raise ConversionError(
-            f"{count:,} of the {tensors[name].numel():,} entries of {said(name)} convert it all the same with "
+            f"{count:,} of the {tensors[name].numel():,} entries of {said(name)} convert it anyway with "
             "`allow_nonfinite`"
         )
     return found
@@ -98,7 +98,7 @@ def check_range(name: str, tensor: torch.Tensor, cast: torch.Tensor, allow_nonfi
     if count and not allow_nonfinite:
         raise ConversionError(
             f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
-            f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
+            f"{float(tensor.abs().max()):.4g}; its maximum is {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
             "bfloat16 or float32"
         )
     return count
@@ -165,7 +165,7 @@ class CheckpointReader:
         for path in self.files:
             for name, info in self._header(path).items():
                 if name in self.tensors:
-                    raise ConversionError(f"tensor {name} stands in both {self._file_of[name].name} and {path.name}")
+                    raise ConversionError(f"tensor {name} is in both {self._file_of[name].name} and {path.name}")
                 self.tensors[name] = info
                 self._file_of[name] = path
         if indexed is not None:
@@ -206,7 +206,7 @@ class CheckpointReader:
                 if outside:
                     raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
                 if missing:
-                    raise ConversionError(f"{index} names shards that are not there: {listing(missing)}")
+                    raise ConversionError(f"{index} names missing shards: {listing(missing)}")
                 return files, weight_map
         wanted = ", ".join(name for layout in LAYOUTS for name in layout)
         raise ConversionError(f"no weights in {self.directory}: looked for {wanted}")
@@ -219,7 +219,9 @@ class CheckpointReader:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 unknown = {s.get_dtype() for s in slices.values()} - set(DTYPES)
                 if unknown:
-                    raise ConversionError(f"{path.name} holds tensors of type {listing(unknown)}, which are not read")
+                    raise ConversionError(
+                        f"{path.name} holds tensors of type {listing(unknown)}, which are not supported"
+                    )
                 return {n: TensorInfo(tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
         except OSError as error:
             raise ConversionError(f"{path} cannot be read: {error}") from error
@@ -231,10 +233,10 @@ class CheckpointReader:
     def _check_index(self, indexed: Mapping[str, str]) -> None:
         gone = [name for name, file in indexed.items() if self._file_of.get(name) != self.directory / file]
         if gone:
-            raise ConversionError(f"the index names tensors that its shards do not hold: {listing(gone)}")
+            raise ConversionError(f"the index names tensors that its shards do not contain: {listing(gone)}")
         extra = set(self.tensors) - set(indexed)
         if extra:
-            raise ConversionError(f"the shards hold tensors that the index does not name: {listing(extra)}")
+            raise ConversionError(f"the shards contain tensors that the index does not name: {listing(extra)}")
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -249,8 +251,8 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path.name} is a pickle that holds more than tensors, or is corrupted, and was not loaded: "
-            f"it could run code ({_first_line(error)})"
+            f"{path.name} is corrupted or a pickle of more than tensors; it was not loaded, as it could run code "
+            f"({_first_line(error)})"
         ) from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
@@ -262,7 +264,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         str(name) for name, t in state.items() if not isinstance(name, str) or t.is_meta or t.layout != torch.strided
     ]
     if odd:
-        raise ConversionError(f"{path.name} holds tensors without a name, without numbers or sparse: {listing(odd)}")
+        raise ConversionError(f"{path.name} holds tensors that are sparse, on meta or without a name: {listing(odd)}")
     return state
 
 

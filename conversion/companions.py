@@ -48,11 +48,11 @@ def inside(directory: Path, path: Path) -> Path:
     repositories = [p.parent for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     if root not in found.parents and found.parent not in [repository / "blobs" for repository in repositories]:
         raise ConversionError(
-            f"{path} leads to {found}, outside of the checkpoint, and nothing from there goes into the result; "
-            f"put the file itself into {root}, or remove what leads there"
+            f"{path} links to {found}, outside of the checkpoint, which is not copied; put the file itself into "
+            f"{root}, or remove the link"
         )
     if dangling:
-        raise ConversionError(f"{path} is a link to {found}, which is not there")
+        raise ConversionError(f"{path} links to {found}, which does not exist")
     return found
 
 
@@ -93,7 +93,7 @@ def copy_companions(directory: Path, partial: Path) -> None:
 def generation_of(directory: Path) -> GenerationConfig:
     """How a checkpoint generates; older ones say it in config.json, where transformers looks for it next."""
     name = GENERATION if (directory / GENERATION).is_file() else "config.json"
-    with loading(f"what {directory / name} says of generation"):
+    with loading(f"the generation configuration in {directory / name}"):
         return GenerationConfig.from_pretrained(
             directory, config_file_name=name, _from_model_config=name == "config.json"
         )
@@ -123,8 +123,8 @@ def check_loads(partial: Path, directory: Path) -> None:
                 ours = auto.from_pretrained(partial, trust_remote_code=False)
         if not same_class(ours, theirs):
             raise ConversionError(
-                f"the {what} in {directory}, a {type(theirs).__name__}, comes back from the result as another "
-                f"{type(ours).__name__}; save it again with save_pretrained, and convert with what that writes"
+                f"the {what} in {directory}, a {type(theirs).__name__}, loads from the result as a different "
+                f"{type(ours).__name__}; save it again with save_pretrained and convert that"
             )
 
 
@@ -184,7 +184,7 @@ def not_looked_at(directory: Path) -> list[str]:
     pieces = [path.name for pattern in ("*.spm", "*.model") for path in directory.glob(pattern)]
     if not pieces or (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
         return []
-    return [f"the tokenizer was copied without a look: {pieces[0]} needs sentencepiece, which is not installed"]
+    return [f"the tokenizer was copied unchecked: {pieces[0]} needs sentencepiece, which is not installed"]
 
 
 def load_parts(directory: Path) -> Iterator[tuple[str, Any]]:
@@ -236,7 +236,7 @@ def _code(classes: Iterable[str], directory: Path) -> dict[str, Path]:
             continue
         path = found[module] = inside(directory, directory / f"{module}.py")
         if not path.is_file():
-            raise ConversionError(f"the code in {directory} needs {module}.py, which is not there")
+            raise ConversionError(f"the code in {directory} needs {module}.py, which is missing")
         try:
             waiting += get_relative_imports(path)
         except (OSError, ValueError) as error:

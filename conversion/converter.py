@@ -84,7 +84,7 @@ def open_any(job: Conversion | ModelConversion) -> AnySource:
     """The source of a job: a checkpoint's directory or hub id, or a model in memory."""
     if isinstance(job.source, str | os.PathLike):
         if job.tokenizer is not None:
-            raise ConversionError("`tokenizer` goes with a model in memory; a checkpoint has its own")
+            raise ConversionError("`tokenizer` is for a model in memory; a checkpoint has its own")
         return open_source(job.source, job.revision)
     if job.revision is not None:
         raise ConversionError("`revision` is for hub ids; the source is a model in memory")

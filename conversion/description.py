@@ -83,7 +83,7 @@ def _own(directory: Path) -> dict[str, Any]:
     try:
         return _describe(canonical[model_type].from_pretrained(directory))
     except Exception as error:  # whatever a configuration class raises for values that it refuses
-        raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
+        raise ConversionError(f"{directory / 'config.json'} is not a valid configuration: {error}") from error
 
 
 def _describe(config: CanonicalConfig) -> dict[str, Any]:

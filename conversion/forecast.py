@@ -74,7 +74,8 @@ def _here(job: Conversion) -> AnySource:
     weights = [path for kind in ("*.safetensors", "*.bin") for path in source.directory.glob(kind)]
     if source.revision is not None and not weights:
         raise ConversionError(
-            f"the weights of {source.name} are not here, and a dry run fetches nothing; fetch them first: hf download "
+            f"the weights of {source.name} are not downloaded, and a dry run downloads nothing; download them "
+            f"first: hf download "
             f"{source.name}"
         )
     return source

@@ -32,9 +32,7 @@ class Inspection(Job[dict[str, Any]]):
 
     name = "inspect"
 
-    source: Annotated[
-        str | os.PathLike[str], Option("Directory or hub id of an original or converted checkpoint.")
-    ]
+    source: Annotated[str | os.PathLike[str], Option("Directory or hub id of an original or converted checkpoint.")]
     _: KW_ONLY
     kv_heads: Annotated[
         int, Option("Number of key/value heads of the conversion; must divide the source's number.", min=1)

@@ -40,8 +40,8 @@ def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None
         )
     if len(counts := {heads_of(config)[name] for name in attentions}) > 1:
         raise ConversionError(
-            f"the attentions have {' and '.join(map(str, sorted(counts)))} key/value heads, and latents stand for as "
-            "many in all of them; choose one by `attention`"
+            f"the attentions have {' and '.join(map(str, sorted(counts)))} key/value heads, but latents need the "
+            f"same number in all; select one with `attention`"
         )
 
 
@@ -63,12 +63,13 @@ def check_sizes(config: CanonicalConfig, attentions: Sequence[str], job: Convers
     )
     if not most:
         raise ConversionError(
-            f"`key_width` is about rotated keys, and those of {' and '.join(attentions)} attention are not rotated; "
+            f"`key_width` counts rotated key components, but the keys of {' and '.join(attentions)} attention are "
+            f"not rotated; "
             "leave it out"
         )
     if job.key_width > most:
         raise ConversionError(
-            f"`key_width` {job.key_width:g} is more than the {most} rotated components that all keys have; {most} "
+            f"`key_width` {job.key_width:g} is more than the {most} rotated components of all keys; {most} "
             "loses nothing"
         )
 
@@ -112,8 +113,8 @@ def check_step(most: int, attention: str, job: ConversionOptions) -> int:
     step = step_of(job)
     if step > most:
         raise ConversionError(
-            f"with `latent_bits` {job.latent_bits} a latent is a multiple of {step} numbers, and {most} hold all keys "
-            f"and values of {attention} attention; use `latent_bits` 16"
+            f"`latent_bits` {job.latent_bits} needs a latent of a multiple of {step} numbers, but {most} hold all "
+            f"keys and values of {attention} attention; use `latent_bits` 16"
         )
     return step
 

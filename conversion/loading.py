@@ -86,14 +86,14 @@ def check_loaded(model: PreTrainedModel, found: dict[str, Any], where: str, allo
         f"{what}: {listing(names)}"
         for what, names in (
             ("tensors are missing", missing),
-            ("tensors have no place in this configuration", unused),
-            ("tensors have another shape", [_mismatch(*entry) for entry in found["mismatched_keys"]]),
+            ("tensors are not in this configuration", unused),
+            ("tensors have a different shape", [_mismatch(*entry) for entry in found["mismatched_keys"]]),
             ("tensors hold NaN or infinity", damaged),
         )
         if names
     ]
     if problems:
-        raise ConversionError(f"the weights {where} do not make the model: {'; '.join(problems)}")
+        raise ConversionError(f"the weights {where} do not fit the model: {'; '.join(problems)}")
 
 
 def _mismatch(name: str, found: Any, expected: Any) -> str:

@@ -62,7 +62,7 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     """
     kind = type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "merge_and_unload"):
-        raise ConversionError(f"this {kind} has an adapter of PEFT; merge it first (merge_and_unload)")
+        raise ConversionError(f"this {kind} has a PEFT adapter; merge it first (merge_and_unload)")
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"`source` must be a path, a hub id or a model of transformers; got a {kind}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
@@ -71,14 +71,14 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ConversionError(
-            f"{len(meta)} tensors of this {kind} are on meta, without numbers ({listing(meta, 3)}); load it whole, "
+            f"{len(meta)} tensors of this {kind} are on the meta device ({listing(meta, 3)}); load it whole, "
             "without offloading"
         )
     spread = [name for name, t in tensors.items() if type(t.data) is not torch.Tensor]
     if spread:
         raise ConversionError(
             f"{len(spread)} tensors of this {kind} are quantised or spread over processes ({listing(spread, 3)}); "
-            "convert it before"
+            f"convert it before that"
         )
     check_tokenizer(tokenizer)
     config = copy.deepcopy(model.config)
@@ -202,13 +202,13 @@ class Given:
                 ours = auto.from_pretrained(partial, trust_remote_code=False)
             if not same_class(ours, given):
                 raise ConversionError(
-                    f"the given {what}, a {type(given).__name__}, comes back from the result as another "
+                    f"the given {what}, a {type(given).__name__}, loads from the result as a different "
                     f"{type(ours).__name__}"
                 )
 
     def doubts(self) -> list[str]:
         """What the result lacks, in sentences."""
-        return [] if self.given is not None else ["no `tokenizer` was given, and none was written beside the weights"]
+        return [] if self.given is not None else ["no `tokenizer` was given, so none was saved with the weights"]
 
     def generation(self) -> GenerationConfig:
         return copy.deepcopy(getattr(self.model, "generation_config", None) or GenerationConfig())
@@ -222,7 +222,7 @@ class Given:
         if self.given is not None:
             return getattr(self.given, "tokenizer", self.given)
         if not self.model.name_or_path:
-            raise ConversionError("calibration of a model in memory takes a tokenizer for its text: give `tokenizer`")
+            raise ConversionError("calibration of a model in memory needs a tokenizer; pass `tokenizer`")
         return load_tokenizer(self.model.name_or_path)
 
     @property

@@ -192,5 +192,5 @@ def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | No
     q = attention.q_proj.weight.view(H, attention.qk_head_dim, -1).square().sum((1, 2))
     dead = int(((by_head == 0) | (q == 0)).sum())
     if dead:
-        found["query heads of zeros have no say in the fit"] = f"{dead} in {where}"
+        found["query heads that are all zeros do not influence the fit"] = f"{dead} in {where}"
     return found

@@ -174,7 +174,7 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     with_heads(config, job.kv_heads, attentions)  # (before anything is compared)
     if job.calibrated and not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
         raise ConversionError(
-            f"`method` {job.method} calibrates on text, and this model hears; use mean, first or random"
+            f"`method` {job.method} calibrates on text, and this is a speech model; use mean, first or random"
         )
     if job.method == "latent":
         check_sizes(config, attentions, job)
@@ -252,8 +252,8 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
     wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
     if job.target == "native" and wider:
         raise ConversionError(
-            "`target` native: classes of transformers have no heads wider than the source's, and where values "
-            "have a bias and the output has none, no place for the fitted one; use `target` mqa"
+            "`target` native: classes of transformers cannot hold heads wider than the source's, nor a fitted "
+            "output bias where only values have a bias; use `target` mqa"
         )
     return fitted
 
@@ -261,9 +261,9 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
 def _windowed(config: CanonicalConfig, window: int, target: str) -> CanonicalConfig:
     stack = decoder_of(config)
     if target == "native":
-        raise ConversionError("`window` is for `target` mqa: the classes of transformers keep the source's windows")
+        raise ConversionError("`window` is for `target` mqa; classes of transformers keep the source's windows")
     if stack.sliding_window and stack.sliding_window < window:
-        raise ConversionError(f"`window` {window} is wider than the source's own of {stack.sliding_window}")
+        raise ConversionError(f"`window` must be at most the source's {stack.sliding_window}, got {window}")
     layer_types = ["sliding_attention"] * stack.num_hidden_layers
     return with_stacks(config, decoder={"layer_types": layer_types, "sliding_window": window})
 
@@ -308,16 +308,16 @@ def read_steps(
         shapes = [tuple(result.shape) for result in results]
         if len(shapes) != len(wanted) or any(w is not None and s != w for s, w in zip(shapes, wanted)):
             fit = ", ".join(f"{target} {list(w)}" for target, w in zip(step.targets, wanted) if w is not None)
-            problems.append(f"{step.name} has the shape {list(info.shape)}, which does not give {fit}")
+            problems.append(f"{step.name} has the shape {list(info.shape)}, which does not fit {fit}")
             continue
         twice = [target for target in step.targets if target in produced]
         if not twice:
             produced.update({target: step.name for target in step.targets if target})
             steps.append(step)
         elif not equal(step.name, produced[twice[0]]):
-            problems.append(f"{step.name} and {produced[twice[0]]} both stand for {twice[0]}, and differ")
+            problems.append(f"{step.name} and {produced[twice[0]]} both hold {twice[0]}, but differ")
     if unclaimed:
-        problems.append(f"tensors that this configuration has no place for: {listing(unclaimed)}")
+        problems.append(f"tensors that are not in this configuration: {listing(unclaimed)}")
     attempted = {target for step in matched for target in step.targets}
     missing = [name for name in expected if name not in attempted]
     if missing:

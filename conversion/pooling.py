@@ -71,7 +71,7 @@ def check_divides(heads: int, kv_heads: int, where: str = "") -> None:
     if kv_heads < 1 or heads % kv_heads:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ConversionError(
-            f"`kv_heads` {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
+            f"`kv_heads` must divide the source's {heads} key/value heads{where}, got {kv_heads}; use one of "
             f"{', '.join(divisors)}"
         )
 

@@ -96,9 +96,8 @@ def warnings_of(plan: Plan, maker: HeadMaker, writer: Writer) -> list[str]:
         found.append(f"{said}; {REPORT_FILE} names them" if written else f"{said}: {listing(writer.nonfinite)}")
     if plan.native and plan.output.model_type == "gpt_bigcode" and decoder_of(plan.pooled).positions_from_mask:
         found.append(
-            f"{plan.reading.source.config.model_type} counts positions from the first token that is no padding, and "
-            "gpt_bigcode from the first column: with rows that are padded on the left pass position_ids, as "
-            "generate() and vLLM do"
+            f"{plan.reading.source.config.model_type} counts positions from the first token after the padding, but "
+            f"gpt_bigcode from the first column; for left-padded rows pass position_ids, as generate() and vLLM do"
         )
     if plan.native:
         found += lost_in_transformers4(plan.output)

@@ -74,10 +74,10 @@ def read_source(name: str, directory: Path, commit: str | None) -> Source:
     raw = read_json(directory / "config.json")
     check_known(raw.get("model_type"))
     if raw["model_type"] in OWN and (directory / REPORT_FILE).is_file():
-        raise ConversionError("the source is a converted checkpoint already; convert the original instead")
+        raise ConversionError("the source is already a converted checkpoint; convert the original instead")
     for layers in LAYERS:
         if isinstance(raw.get(layers), int) and raw[layers] > MOST_LAYERS:
-            said = f"{layers} is {raw[layers]:,}; no model has as many layers"
+            said = f"{layers} is {raw[layers]:,}, more layers than any model has"
             raise ConversionError(f"{directory / 'config.json'}: {said}")
     check_numbers(directory / "config.json", raw)
     config = load_config(directory)
@@ -92,7 +92,7 @@ def check_numbers(path: Path, raw: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value) and (last != UNBOUNDED or math.isnan(value)):
             raise ConversionError(f"{path}: {name} is {value}, not a finite number")
         if isinstance(value, str) and last in ROPE_NUMBERS:
-            raise ConversionError(f"{path}: {name} is the text {value!r}, not a number")
+            raise ConversionError(f"{path}: {name} is the string {value!r}, not a number")
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,9 +69,9 @@ def lost_in_transformers4(config: PreTrainedConfig) -> list[str]:
     if kind == "dbrx" and theta != config.rope_parameters["rope_theta"]:
         lost.append(f"has the rope_theta of attn_config ({theta}), not that of rope_parameters")
     if kind == "qwen2_moe" and "sliding_attention" in (written.get("layer_types") or ()):
-        lost.append("gives windows to other layers than transformers 5 does")
+        lost.append("applies windows to other layers than transformers 5 does")
     return [
-        f"transformers 4 computes something else or refuses the result: its {kind} {what}; load it with transformers 5"
+        f"transformers 4 refuses the result or computes something else: its {kind} {what}; load it with transformers 5"
         for what in lost
     ]
 
@@ -84,7 +84,7 @@ def _lost_rope(kind: str, parameters: dict[str, Any]) -> list[str]:
         if rope_type not in _ROPE_TYPES.get(kind, _OLD_ROPE_TYPES):
             return [f"has no rope_type {rope_type!r}"]
         if kind == "phi3" and rope_type != "default" and not _is_phi3_longrope(parameters):
-            return ["takes no more of longrope than short_factor and long_factor"]
+            return ["reads only short_factor and long_factor of longrope"]
         return []
     full, sliding = (parameters.get(name) or {} for name in ("full_attention", "sliding_attention"))
     plain = sliding.get("rope_type") == "default"

@@ -134,8 +134,8 @@ class Stream:
         free = shutil.disk_usage(scratch).free
         if free < 4 * count:
             raise ConversionError(
-                f"the hidden states of the calibration tokens take {4 * count:,} bytes at {scratch}, "
-                f"where {free:,} are free; lower `calibration_tokens`"
+                f"the hidden states of the calibration tokens need {4 * count:,} bytes in {scratch}, which has "
+                f"{free:,} free; lower `calibration_tokens`"
             )
         # Once it is mapped, it needs no name.
         with tempfile.NamedTemporaryFile(dir=scratch, prefix=".states-") as file:

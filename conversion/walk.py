@@ -70,7 +70,7 @@ def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
     """Walk over the layers without writing: what [`Calibration.survey`] finds, by attention, a layer each."""
     curves: dict[str, list[Any]] = {}
     with _progress() as bar, torch.no_grad():
-        task = bar.add_task("looking at layers", total=len(reading.parts))
+        task = bar.add_task("surveying layers", total=len(reading.parts))
         for part in reading.parts:
             canonical = reading.read(part)
             if part.layer is None:
@@ -92,9 +92,8 @@ def decomposable(layer: Layer) -> Iterator[None]:
     except torch.linalg.LinAlgError as error:
         stack, number = layer
         raise ConversionError(
-            f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: what its tokens give is too "
-            "large or too small for 64-bit numbers; look at the size of its weights, or use a `method` that looks at "
-            "no text"
+            f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: its activations are too large "
+            f"or too small for float64; check its weights, or use a `method` without calibration"
         ) from error
 
 

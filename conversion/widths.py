@@ -119,7 +119,7 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
     if not (0 < share <= 1 or (share > 1 and share.is_integer() and not budget.endswith("%"))):
         raise ConversionError(f"`cache_budget` {budget} is neither a number of bytes nor a share such as 0.25 or 25%")
     if share > 1 and isinstance(config, MQASeq2SeqConfig):
-        raise ConversionError("`cache_budget` of an encoder-decoder model is a share: it has a cache for each side")
+        raise ConversionError("`cache_budget` of an encoder-decoder model must be a share, as both sides have a cache")
     return int(now * share if share <= 1 else share) // (2 * kv_heads)
 
 
@@ -168,8 +168,8 @@ def fitted_config(
         ):
             if factor > most:
                 raise ConversionError(
-                    f"{flag} {factor:g} is more than the {most} old heads that a new one stands for; {most} loses "
-                    "nothing"
+                    f"{flag} {factor:g} is more than the {most} old heads that each new one replaces; {most} loses "
+                    f"nothing"
                 )
             unit = getattr(stack, field)
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))

@@ -34,7 +34,7 @@ def checkpoint_config(directory: Path) -> PreTrainedConfig:
     """The configuration of a checkpoint; raises MQAError where there is none that can be read."""
     path = directory / "config.json"
     if not path.is_file():
-        raise MQAError(f"{directory} is no checkpoint: it has no config.json")
+        raise MQAError(f"{directory} is not a checkpoint: it has no config.json")
     check_layers(read_json(path), str(path))
     return load_config(directory)
 
@@ -49,7 +49,7 @@ def configuration(fields: dict[str, Any], option: str = "config") -> PreTrainedC
     config = read(fields, option)
     check_fields(fields, type(config), option)
     if getattr(config, "num_mel_bins", None):
-        raise MQAError(f"`{option}`: {config.model_type} models are of speech, and are not trained on text")
+        raise MQAError(f"`{option}`: {config.model_type} is a speech model, which cannot be trained on text")
     return config
 
 
@@ -57,7 +57,7 @@ def read(fields: dict[str, Any], option: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**copy.deepcopy(fields))
     except Exception as error:  # whatever the checks of a configuration raise
-        raise MQAError(f"`{option}` is no configuration: {shortened(error)}") from error
+        raise MQAError(f"`{option}` is not a valid configuration: {shortened(error)}") from error
 
 
 def shortened(error: Exception) -> str:
@@ -72,7 +72,7 @@ def check_layers(fields: dict[str, Any], where: str) -> None:
         for name in LAYERS:
             count = stack.get(name)
             if isinstance(count, int | float) and count > MOST_LAYERS:
-                raise MQAError(f"{where}: {name} is {count:,}; no model has as many layers")
+                raise MQAError(f"{where}: {name} is {count:,}, more layers than any model has")
 
 
 def check_fields(fields: dict[str, Any], kind: type[PreTrainedConfig], option: str) -> None:
@@ -106,7 +106,9 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: st
         known = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "vocab_size": len(tokenizer)}
         config = read({**known, **fields}, option)
         if config.vocab_size < len(tokenizer):
-            raise MQAError(f"`{option}` has vocab_size {config.vocab_size}, and the tokenizer {len(tokenizer)}")
+            raise MQAError(
+                f"`{option}` has vocab_size {config.vocab_size}, but the tokenizer has {len(tokenizer)} entries"
+            )
         return made(AutoModelForCausalLM.from_config, config, option)
     if not config.model_type.startswith("mqa"):
         config = canonical_config(config, fields)
@@ -125,12 +127,12 @@ def made(kind: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, optio
         with torch.device("meta"):
             size = kind(copy.deepcopy(config)).num_parameters()
     except Exception as error:  # whatever a class raises for shapes that are none
-        raise MQAError(f"`{option}` makes no model: {shortened(error)}") from error
+        raise MQAError(f"`{option}` cannot be built: {shortened(error)}") from error
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.get_default_device().type != "meta" and 4 * size > memory:
         raise MQAError(
-            f"`{option}` makes a model of {size:,} parameters, {4 * size:,} bytes in float32; this machine has "
-            f"{memory:,} of memory"
+            f"`{option}` gives a model of {size:,} parameters, {4 * size:,} bytes in float32; this machine has "
+            f"{memory:,} bytes of memory"
         )
     return kind(config)
 
@@ -157,7 +159,7 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     fields = copy.deepcopy(fields)
     places = feed_forward_names(fields)
     if not places:
-        raise MQAError("`equal_parameters` needs a `config` that says how wide its feed-forward layers are")
+        raise MQAError("`equal_parameters` needs a `config` with the width of its feed-forward layers")
     widths = [place["in"][place["name"]] for place in places]
     goal, now = parameters(other, tokenizer, "equal_parameters"), parameters(fields, tokenizer)
     for place, width in zip(places, widths):
@@ -167,5 +169,5 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     for place, width in zip(places, widths):
         place["in"][place["name"]] = width + more
     if min(widths) + more < 8:
-        raise MQAError(f"no feed-forward width makes {now:,} parameters {goal:,}")
+        raise MQAError(f"no feed-forward width turns {now:,} parameters into {goal:,}")
     return fields

@@ -26,7 +26,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
         if state.global_step and state.is_world_process_zero:
-            say(f"{self.name}: goes on from step {state.global_step} of {state.max_steps}")
+            say(f"{self.name}: resumes from step {state.global_step} of {state.max_steps}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         done = state.global_step - self.first

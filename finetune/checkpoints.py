@@ -37,8 +37,8 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
         gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
         if gone_far and before is None:
             raise MQAError(
-                f"{directory} holds an unfinished run, and {path.name} in it does not say which; begin again with "
-                "`restart`"
+                f"{directory} holds an unfinished run without readable options ({path.name}); start over with "
+                f"`restart`"
             )
         if gone_far and before is not None:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
@@ -49,8 +49,8 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
                 said += "; " * (bool(said) and "files" in changed)
                 said += "files of the student, the teacher or the text have changed" * ("files" in changed)
                 raise MQAError(
-                    f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
-                    "again with `restart`"
+                    f"{directory} holds an unfinished run with other options: {said}; use the same options, or "
+                    f"start over with `restart`"
                 )
             return
         if before != options:
@@ -75,7 +75,7 @@ def check_disk(directory: Path, size: float) -> None:
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < size:
-        raise MQAError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
+        raise MQAError(f"a checkpoint needs {size:,.0f} bytes, but {there} has {free:,} free")
 
 
 def last_checkpoint(directory: Path) -> str | None:

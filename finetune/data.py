@@ -103,8 +103,7 @@ def choose_columns(
         (name,) = wanted
         if tokenizer is None:
             raise MQAError(
-                f"{option} {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
-                "`tokenizer`"
+                f"{option} {source}: {name} holds chats, which need a tokenizer with a chat template; pass `tokenizer`"
             )
 
         def chat(row: dict[str, Any]) -> dict[str, str]:
@@ -271,7 +270,7 @@ def training_rows(
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
         raise MQAError(
-            "this tokenizer has no sentinels to hide spans behind; name two columns, such as `columns` en,de"
+            "this tokenizer has no sentinels for span corruption; name two columns, such as `columns` en,de"
         )
 
     # Here, so that what is wrong with it is said as it is.

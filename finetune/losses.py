@@ -81,8 +81,8 @@ def check_head(model: PreTrainedModel) -> None:
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not error < 1e-2:
         raise MQAError(
-            f"{type(model).__name__} changes its logits after the head in a way that is not known here (they differ "
-            f"by {error:.1%}); convert with `target` mqa, which folds such things into the weights"
+            f"{type(model).__name__} changes its logits after the head in an unsupported way (they differ by "
+            f"{error:.1%}); convert with `target` mqa, which folds this into the weights"
         )
 
 
@@ -158,8 +158,8 @@ class Objective:
             raise MQAError(f"`loss` {', '.join(self.weights)} needs a teacher; pass `teacher`, or `loss` lm")
         if self.layerwise and len(self.weights) > 1:
             raise MQAError(
-                "`loss` attention gives each layer the teacher's input, where no other loss means anything; it stands "
-                "alone, or comes first with `attention_tokens`"
+                "`loss` attention gives each layer the teacher's input, so it cannot be combined with other losses; "
+                "use it alone, or first with `attention_tokens`"
             )
         if self.liger:
             check_liger()
@@ -320,7 +320,7 @@ class Objective:
             teacher = core(self.teacher)  # type: ignore[arg-type]
             told: Any = teacher.get_output_embeddings()
             if cap is not None or head.bias is not None or hasattr(told.weight, "to_local"):
-                raise MQAError("`liger` has no KL for logits with a cap or a bias, nor for a sharded teacher")
+                raise MQAError("`liger` does not support KL with capped or biased logits or a sharded teacher")
             states = (taught["last"].flatten(0, 1) * after_head(teacher)[0]).to(dtype)
             divergence = LigerFusedLinearJSD(jsd_beta=0.0, ignore_index=IGNORED)
             mean = divergence(hidden, weight, states, told.weight.to(dtype), labels)
@@ -365,8 +365,8 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
             names.add(module)
     if not names:
         raise MQAError(
-            "`loss` attention and `attention_tokens` need a student whose attention layers differ from its teacher's "
-            "in shape, and go by the same names"
+            "`loss` attention and `attention_tokens` need a student whose attention layers have the names of the "
+            "teacher's and other shapes"
         )
     return [name for name, _ in student.named_modules() if name in names]
 
@@ -378,4 +378,4 @@ def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
     ):
         if one != other:
-            raise MQAError(f"the student has {one} {what} and the teacher {other}; they must be the same model's")
+            raise MQAError(f"the student has {one} {what} and the teacher {other}; they must be of the same model")

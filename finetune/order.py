@@ -37,7 +37,7 @@ def check_rows(schedule: Schedule, steps: int) -> None:
     wanted = steps * schedule.rows
     if wanted > MOST_ROWS:
         raise MQAError(
-            f"`tokens` {schedule.tokens:,} are {wanted:,} rows, and {MOST_ROWS:,} at most are put in order; lower it, "
+            f"`tokens` {schedule.tokens:,} are {wanted:,} rows, but at most {MOST_ROWS:,} can be shuffled; lower it, "
             "raise `sequence_length`, or use `streaming`"
         )
 

@@ -19,7 +19,7 @@ def describe_teacher(name: str, revision: str | None) -> dict[str, Any]:
     try:
         return inspect(name, revision=revision)
     except MQAError as error:
-        raise MQAError(f"the teacher {name} cannot be had; say where it is with `teacher`. {error}") from error
+        raise MQAError(f"the teacher {name} cannot be loaded; name it with `teacher`: {error}") from error
 
 
 def load_teacher(
@@ -48,5 +48,5 @@ def load_teacher(
             name, revision = str(directory), None
         theirs = load_tokenizer(name, revision)
         if load_tokenizer(source).get_vocab() != theirs.get_vocab():
-            raise MQAError(f"the teacher {name} has another tokenizer than the student; it must be the original")
+            raise MQAError(f"the teacher {name} has a different tokenizer than the student; it must be the original")
     return load_model(name, dtype=dtype, revision=revision)

@@ -83,14 +83,14 @@ class LossTrainer(Trainer):
             share, more = DIVERGED
             if loss <= share * abs(first) + more:
                 return
-        began = f"; it began at {first:.4g}" if math.isfinite(first) else ""
+        began = f"; it was {first:.4g} at first" if math.isfinite(first) else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise MQAError(
-            f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
+            f"training diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
             f"gradient {grad_norm:.4g}{began}. "
-            + (f"{kept} has the last weights that are numbers. " if kept else "")
-            + f"Lower `learning_rate` ({self.args.learning_rate:g}) or raise `batch_tokens`, and begin again with "
-            "`restart`"
+            + (f"{kept} has the last finite weights. " if kept else "")
+            + f"Lower `learning_rate` ({self.args.learning_rate:g}) or raise `batch_tokens`, and start over with "
+            f"`restart`"
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -247,7 +247,7 @@ def train(
     rows, steps = text.rows, run.steps(text.row_tokens)
     if hasattr(rows, "__len__") and len(rows) < run.rows:
         raise MQAError(
-            f"the text gives {len(rows)} rows of {run.sequence_length} tokens, and a step takes {run.rows}; "
+            f"the text gives {len(rows)} rows of {run.sequence_length} tokens, but a step takes {run.rows}; "
             "lower `batch_tokens` or add text"
         )
     size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -86,9 +86,7 @@ class UptrainingSchedule(Schedule, panel=HOW):
         Option("Weights to train: all, the attention layers, or adapters (lora).", choices=tuple(LEARNING_RATES)),
     ] = "all"
     lora_rank: Annotated[int, Option("Rank of the adapters, merged at the end.", min=1, below=2**16)] = RANK
-    dropout: Annotated[
-        bool | None, Option("Keep the model's own dropout. Default: only with `loss` lm alone.")
-    ] = None
+    dropout: Annotated[bool | None, Option("Keep the model's own dropout. Default: only with `loss` lm alone.")] = None
     liger: Annotated[bool, Option("Use Liger's fused losses, if installed.")] = False
 
 

@@ -84,7 +84,7 @@ def check(job: Uptraining, config: Any) -> None:
     if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
         raise MQAError("encoder-decoder models are trained in this package's class; convert with `target` mqa")
     if getattr(config, "num_mel_bins", None):
-        raise MQAError("speech models are not trained on text")
+        raise MQAError("speech models cannot be trained on text")
     stack = config.get_text_config(decoder=True)
     longest = getattr(stack, "max_position_embeddings", None)
     bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
@@ -98,7 +98,7 @@ def tokenizer_of(directory: Path, size: int) -> Any:
     """The tokenizer of a checkpoint whose model has `size` words."""
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > size:
-        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
+        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} entries, but the model {size}")
     return tokenizer
 
 

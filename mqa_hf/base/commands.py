@@ -22,7 +22,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
 
     def run(dry_run: bool = False, as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any):
         if quiet and verbose:
-            raise MQAError("--quiet and --verbose contradict each other; give one of them")
+            raise MQAError("--quiet and --verbose cannot be combined; give one of them")
         console.set_verbosity(console.QUIET if quiet else console.VERBOSE if verbose else console.NORMAL)
         asked = None
         try:
@@ -49,10 +49,10 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
 
     parameters = [parameter(field, job) for field in options(job) if field.option.objects != "only"]
     switches = {
-        "quiet": "Say nothing but warnings and errors.",
-        "verbose": "Say what was derived from the options, and where an error comes from.",
+        "quiet": "Print only warnings and errors.",
+        "verbose": "Print derived options, and the traceback of an error.",
         "as_json": "Print the result as JSON.",
-        **({} if job.dry_run is Job.dry_run else {"dry_run": "Say what would be read and written, and do nothing."}),
+        **({} if job.dry_run is Job.dry_run else {"dry_run": "Print what would be read and written, and exit."}),
     }
     for name, said in switches.items():
         option = typer.Option("--" + name.removeprefix("as_").replace("_", "-"), help=said, rich_help_panel="General")

@@ -23,7 +23,7 @@ def check_device(device: str) -> None:
     except Exception as error:  # whatever PyTorch raises for a name, or for a backend that is not there
         raise MQAError(f"`device` {device}: {str(error).splitlines()[0]}") from error
     if made.is_meta:
-        raise MQAError("`device` meta holds no numbers; use cpu or cuda")
+        raise MQAError("`device` meta cannot compute; use cpu or cuda")
 
 
 def peak_rate() -> float | None:

@@ -24,7 +24,7 @@ def panels(number: int, width: float, height: float) -> tuple["Figure", list[Any
         MQAError: where matplotlib is not installed.
     """
     if not can_draw():
-        raise MQAError("pictures need matplotlib: pip install 'mqa-hf[benchmark]'")
+        raise MQAError("figures need matplotlib: pip install 'mqa-hf[benchmark]'")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * number, height), layout="constrained")
@@ -50,4 +50,4 @@ def save(figure: "Figure", path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=140)
     except OSError as error:
-        raise MQAError(f"the picture {path} cannot be written: {error}") from error
+        raise MQAError(f"the figure {path} cannot be written: {error}") from error

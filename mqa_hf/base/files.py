@@ -45,7 +45,7 @@ class OnceLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice; keep one of them")
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one of them")
                 seen.add((key.tag, key.value))
         return node
 

@@ -47,13 +47,13 @@ def locate(source: str | os.PathLike, revision: str | None = None, *, weights: b
             if directory.exists():
                 raise MQAError(f"{source} is a file; give the directory of a checkpoint")
             if directory.is_absolute() or str(source).startswith((".", "~")):
-                raise MQAError(f"there is no directory {source}")
+                raise MQAError(f"the directory {source} does not exist")
             directory = _download(str(source), revision, weights)
             commit = directory.name
         elif revision is not None:
             raise MQAError(f"`revision` {revision} is for hub ids; {source} is a directory")
         if not (directory / "config.json").is_file():
-            raise MQAError(f"no config.json in {source}: it is not a checkpoint of transformers")
+            raise MQAError(f"{source} has no config.json; give the directory of a transformers checkpoint")
     except OSError as error:
         raise MQAError(f"{source} cannot be read: {error}") from error
     check_no_adapter(directory)
@@ -64,8 +64,8 @@ def check_no_adapter(directory: Path) -> None:
     """Raises MQAError for a checkpoint that transformers loads together with an adapter."""
     if (directory / ADAPTER).is_file():
         raise MQAError(
-            f"{directory} holds an adapter of PEFT beside the weights ({ADAPTER}); merge it first (merge_and_unload), "
-            "or move it away"
+            f"{directory} has a PEFT adapter beside the weights ({ADAPTER}); merge it first (merge_and_unload) or "
+            f"remove it"
         )
 
 
@@ -112,4 +112,4 @@ def push(output: Path, repo_id: str) -> None:
             delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload that this one does not have
         )
     except (HTTPError, OSError, ValueError) as error:
-        raise MQAError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error
+        raise MQAError(f"{output} is complete, but could not be pushed to {repo_id}: {error}") from error

@@ -51,9 +51,9 @@ def resolve_output(
         if here == there:
             raise MQAError(f"source and output are the same directory: {here}")
         if there is not None and (here in there.parents or there in here.parents):
-            raise MQAError(f"source {there} and output {here} lie in each other")
+            raise MQAError(f"source {there} and output {here} must not contain each other")
         if here in (Path.cwd(), *Path.cwd().parents):
-            raise MQAError(f"the working directory is or lies in {here}; give the output a name of its own")
+            raise MQAError(f"the working directory is {here} or is inside it; give another output")
         if here.is_mount():
             raise MQAError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
         if recover and _left_over(here):
@@ -102,7 +102,7 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
                 _recover(output)
             free = shutil.disk_usage(output.parent).free
             if free < size:
-                raise MQAError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
+                raise MQAError(f"the result needs {size:,} bytes, but {output.parent} has {free:,} free")
             partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             try:
                 partial.chmod(0o777 & ~_umask())
@@ -172,7 +172,7 @@ def _recover(output: Path) -> None:
         last = max(old, key=lambda path: path.stat().st_mtime)
         last.replace(output)
         left.remove(last)
-        done.append("put back what was there before")
+        done.append("restored the previous content")
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     removed = [path.name for path in left if not path.exists()]

@@ -41,7 +41,7 @@ class Record(BaseModel):
         known, found = cls.model_fields["version"].default, content.get("version", 1)
         if isinstance(found, int) and found > known:
             raise MQAError(
-                f"{where} has layout {found}, and this mqa-hf knows {known} at most; update mqa-hf to read it"
+                f"{where} has version {found}, but this mqa-hf reads {known} at most; update mqa-hf to read it"
             )
         try:
             return cls.model_validate(content)
@@ -50,7 +50,7 @@ class Record(BaseModel):
                 f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg'][:1].lower()}{e['msg'][1:]}"
                 for e in error.errors()
             ]
-            raise MQAError(f"{where} is no {cls.file} as mqa-hf writes it: {listing(problems, 4)}") from error
+            raise MQAError(f"{where} is not a valid {cls.file}: {listing(problems, 4)}") from error
 
     @classmethod
     def read(cls: type[T], path: Path) -> T:

@@ -67,7 +67,7 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
         if not isinstance(steps, dict) or not all(
             isinstance(words, list) and all(isinstance(word, str) for word in words) for words in steps.values()
         ):
-            raise MQAError(f"{record} does not say which steps are done; remove it to begin again")
+            raise MQAError(f"{record} is not a valid list of finished steps; remove it to start over")
     return done, begun
 
 
@@ -123,7 +123,7 @@ def run_steps(
             continue
         # A costly result appears whole; it may have come to be there just before its run was killed.
         if there and words in (done.get(step), begun.get(step)):
-            say(f"{step}: done before")
+            say(f"{step}: already done")
             if step not in done:
                 done |= {step: begun.pop(step)}
                 write_record(record, done, begun)
@@ -133,8 +133,8 @@ def run_steps(
             if replaced and not overwrite:
                 made = f" ({shlex.join(done[step])})" if step in done else ""
                 raise MQAError(
-                    f"{what.result} was made by another command{made}, or from what has been made again since; give "
-                    f"{name} another output, or pass `overwrite` to run this step and those that need it again"
+                    f"{what.result} was made by another command{made} or from inputs that have changed since; give "
+                    f"{name} another output, or pass `overwrite` to rerun this step and those that depend on it"
                 )
             if there and not what.costly:
                 what.result.unlink()

@@ -64,12 +64,12 @@ def check_file(source: str | os.PathLike, option: str) -> None:
         # An id of the Hub is a name, or an owner and a name; a configuration or a split may follow.
         owner_and_name = str(source).partition(":")[0].count("/") <= 1
         if known or path.is_absolute() or str(source).startswith((".", "~")) or not owner_and_name:
-            raise MQAError(f"{option} {source}: there is no such file")
+            raise MQAError(f"{option} {source} does not exist")
         return
     if path.is_file() and not path.stat().st_size and path.suffix not in PLAIN:
         raise MQAError(f"{option} {source} is empty")
     if not (path.is_file() and known):
-        raise MQAError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
+        raise MQAError(f"{option} {source} must be one of {', '.join((*PLAIN, *FORMATS))}")
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -118,7 +118,7 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
             raise ValueError("messages need role and content")
         text = tokenizer.apply_chat_template(said, tokenize=False)
     except Exception as error:  # whatever a template raises, and transformers where there is none
-        raise MQAError(f"the tokenizer makes no text of a chat ({str(messages)[:80]} ...): {error}") from error
+        raise MQAError(f"the chat template does not accept {str(messages)[:80]} ...: {error}") from error
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(bos)
@@ -177,14 +177,12 @@ def given_texts(source: Any, option: str) -> Sequence[str] | None:
     if source is None or isinstance(source, str | os.PathLike):
         return None
     if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
-        raise MQAError(f"{option} must be where a text is, or a list of texts; got {str(source)[:80]!r}")
+        raise MQAError(f"{option} must be a file, an id on the Hub or a list of texts; got {str(source)[:80]!r}")
     for number, text in enumerate(source):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise MQAError(
-                f"{option}: text {number} holds half a character (a lone surrogate), at {error.start:,}; remove it"
-            ) from None
+            raise MQAError(f"{option}: text {number} has a lone surrogate at {error.start:,}; remove it") from None
     return source
 
 
@@ -249,7 +247,7 @@ def read_plain(source: str | os.PathLike, option: str) -> str:
     except UnicodeDecodeError as error:
         at = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
         raise MQAError(
-            f"{option} {source} is no {encoding.upper().removesuffix('-SIG')}, at byte {at:,}; save it as UTF-8"
+            f"{option} {source} is not {encoding.upper().removesuffix('-SIG')} at byte {at:,}; save it as UTF-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -332,7 +330,7 @@ def load_tokenizer(checkpoint: str | os.PathLike, revision: str | None = None) -
 
 def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
     if int(tokens.max()) >= vocab_size:
-        raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}; the model has {vocab_size}")
+        raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}, but the model has {vocab_size} embeddings")
 
 
 def calibration_tokens(
@@ -357,7 +355,7 @@ def calibration_tokens(
     tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
         raise MQAError(
-            f"the calibration text gives less than {2 * length} tokens; at least two sequences of {length} are needed"
+            f"the calibration text has fewer than {2 * length} tokens; give at least two sequences of {length}"
         )
     check_ids(tokens, vocab_size)
     return tokens
@@ -367,8 +365,8 @@ def check_count(count: int, length: int) -> None:
     """Raises MQAError for fewer tokens than two sequences of `length` have: one to fit on, one that is held out."""
     if count < 2 * length:
         raise MQAError(
-            f"`calibration_tokens` {count:,} are less than two sequences of {length:,} tokens; raise it to "
-            f"{2 * length:,} at least, or lower `sequence_length`"
+            f"`calibration_tokens` must be at least two sequences of {length:,} tokens, got {count:,}; raise it to "
+            f"{2 * length:,} or lower `sequence_length`"
         )
 
 
@@ -463,13 +461,13 @@ def seq2seq_tokens(
                 break
     if len(sources) < 2:
         raise MQAError(
-            f"the calibration text gives {len(sources)} examples; at least two are needed, of {length} tokens where "
-            "they are not pairs"
+            f"the calibration text has {len(sources)} examples; give at least two, of {length} tokens if they are "
+            f"not pairs"
         )
     pad = config.pad_token_id or 0
     start = config.decoder_start_token_id
     if start is None:
-        raise MQAError("config.json has no decoder_start_token_id, which the decoder's input begins with")
+        raise MQAError("config.json has no decoder_start_token_id, the first token of the decoder's input")
     longest = config.decoder.max_position_embeddings
     read, read_valid = padded(sources, pad)
     written, written_valid = padded([[start, *row][:longest] for row in targets], pad)

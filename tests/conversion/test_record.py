@@ -170,7 +170,7 @@ def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, t
 
 def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path):
     convert(home / "source", tmp_path / "ours")
-    with pytest.raises(MQAError, match=r"the teacher .*gone cannot be had"):
+    with pytest.raises(MQAError, match=r"the teacher .*gone cannot be loaded"):
         train(home, tmp_path / "ours", tmp_path / "trained", str(tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
@@ -182,7 +182,7 @@ def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path
         ({"layers": [{"layer": 0, "key_error": "none"}]}, r"layers\.0\.key_error: .*number"),
         ({"layers": 2}, r"layers: .*list"),
         ({"command": None}, r"command: .*string"),
-        ({"version": 99}, r"has layout 99, and this mqa-hf knows 1 at most"),
+        ({"version": 99}, r"has version 99, but this mqa-hf reads 1 at most"),
     ],
     ids=str,
 )

@@ -47,8 +47,8 @@ def spoil(tensors):
 
 DAMAGES = {
     lose: rf"missing: {UP}",
-    add: r"no place in this configuration: model\.layers\.1\.mlp\.side_proj\.weight",
-    widen: rf"another shape: {UP} \[81, 48\] instead of \[80, 48\]",
+    add: r"not in this configuration: model\.layers\.1\.mlp\.side_proj\.weight",
+    widen: rf"a different shape: {UP} \[81, 48\] instead of \[80, 48\]",
     spoil: rf"NaN or infinity: {UP} \(1 of 3,840",
 }
 
@@ -161,5 +161,5 @@ def test_an_adapter_beside_the_weights_is_refused_by_all(places):
         lambda: trained(places),
         lambda: measured(places),
     ):
-        with pytest.raises(MQAError, match=r"adapter of PEFT beside the weights.*merge it first"):
+        with pytest.raises(MQAError, match=r"PEFT adapter beside the weights.*merge it first"):
             job()

@@ -170,7 +170,7 @@ def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_
         ),
         (("--window", 4), "--window is for models in this package's class"),
         (("--latents", 16), "latents are for models in this package's class; .* runs in its own"),
-        (("--kv-heads", 3), "--kv-heads 3 does not divide the source's 4"),
+        (("--kv-heads", 3), "--kv-heads must divide the source's 4 key/value heads, got 3"),
         (("--beams", 2), "--beams is for encoder-decoder shapes"),
         (("--largest-batch",), "--largest-batch is for decoder-only shapes on a GPU"),
     ):
@@ -232,13 +232,13 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path):
     [
         (None, "times.jsonl holds no results of mqa-hf benchmark: .*No such file"),
         ("", "times.jsonl holds no results of mqa-hf benchmark: it is empty"),
-        ("{}", "times.jsonl, line 2, is no benchmark.jsonl as mqa-hf writes it: batch: field required"),
+        ("{}", "times.jsonl, line 2, is not a valid benchmark.jsonl: batch: field required"),
         ("[]", "times.jsonl holds no results of mqa-hf benchmark: line 2 is no object"),
         ('{"shape": ', "times.jsonl holds no results of mqa-hf benchmark: line 2: Expecting value"),
         ("time_per_token_ms", "line 2, .* time_per_token_ms missing, and no error"),
         ('"time_per_token_ms": NaN', "line 2, .* time_per_token_ms: input should be a finite number"),
         ('"batch": "many"', "line 2, .* batch: input should be a valid integer"),
-        ('"version": 99', "line 2, has layout 99, and this mqa-hf knows 1 at most"),
+        ('"version": 99', "line 2, has version 99, but this mqa-hf reads 1 at most"),
     ],
 )
 def test_lines_that_are_none_are_named(tmp_path: Path, line: str | None, message: str):
@@ -305,7 +305,7 @@ def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
         (("--output", "no/such/file"), "--output no/such/file cannot be written"),
         (("--device", "cuda:99"), "--device cuda:99"),
         (("--device", "abacus"), "--device abacus: Expected one of cpu, cuda"),
-        (("--device", "meta"), "--device meta holds no numbers"),
+        (("--device", "meta"), "--device meta cannot compute"),
     ],
     ids=str,
 )

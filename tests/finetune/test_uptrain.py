@@ -278,7 +278,7 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(home, tmp_path):
         assert not (tmp_path / "killed").exists()
     result = CliRunner().invoke(app, command(home, tmp_path / "killed"))
     assert result.exit_code == 0, result.output
-    assert "goes on from step" in result.stderr
+    assert "resumes from step" in result.stderr
     assert CliRunner().invoke(app, command(home, tmp_path / "whole")).exit_code == 0
     one, other = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -322,7 +322,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(home, tmp_path, mon
 
     monkeypatch.setattr(trainer.LossTrainer, "training_step", poisoned)
     with pytest.raises(
-        MQAError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last weights that are"
+        MQAError, match=r"diverged: at step 6 the loss is nan.*checkpoint-4 has the last finite weights"
     ):
         job(home, tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
@@ -459,7 +459,7 @@ def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tm
     shutil.copytree(home / "student", tmp_path / "student")
     (tmp_path / "secret.txt").write_text("a secret")
     (tmp_path / "student" / "NOTES").symlink_to("../secret.txt")
-    with pytest.raises(MQAError, match=r"NOTES leads to .*secret\.txt, outside of the checkpoint"):
+    with pytest.raises(MQAError, match=r"NOTES links to .*secret\.txt, outside of the checkpoint"):
         job(home, tmp_path / "out", tmp_path / "student").run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "student"]
 
@@ -690,7 +690,7 @@ def test_an_unfinished_run_of_which_nothing_is_known_is_not_gone_on_with(home, t
     (place / "main" / "checkpoint-2").mkdir(parents=True)
     (place / "main" / "checkpoint-2" / "trainer_state.json").write_text("{}")
     (place / "options.json").write_text(content)
-    with pytest.raises(MQAError, match=r"options\.json in it does not say which; begin again with `restart`"):
+    with pytest.raises(MQAError, match=r"without readable options \(options\.json\); start over with `restart`"):
         job(home, tmp_path / "out", tokens=128).run()
 
 
@@ -702,7 +702,7 @@ DAMAGED = {
     "layers without end": (
         "config.json",
         '{"model_type": "llama", "num_hidden_layers": 9000000000}',
-        "as many layers",
+        "more layers than any model",
     ),
     "no language model": ("config.json", '{"model_type": "clip"}', "is not a language model"),
     "no tokenizer": ("tokenizer.json", None, "has no tokenizer that can be loaded"),

@@ -166,13 +166,13 @@ def test_a_log_that_is_not_installed_is_said(place, monkeypatch):
 )
 def test_a_text_that_is_not_there_is_said(place, command, text, dry):
     words = [*COMMANDS[command], text]
-    refused(place, words + ["--dry-run"] * dry, f"{text}: there is no such file")
+    refused(place, words + ["--dry-run"] * dry, f"{text} does not exist")
 
 
 @pytest.mark.parametrize("dry", [False, True])
 def test_calibration_tokens_that_are_too_few_are_said(place, dry):
     words = [*COMMANDS["convert"], str(place / "text.jsonl"), "--calibration-tokens", "31"] + ["--dry-run"] * dry
-    refused(place, words, "--calibration-tokens 31 are less than two sequences of 16 tokens; raise it to 32")
+    refused(place, words, "--calibration-tokens must be at least two sequences of 16 tokens, got 31; raise it to 32")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0"])
