@@ -253,7 +253,7 @@ def test_a_window_of_a_decoder_only_model(model, tmp_path):
         torch.testing.assert_close(ours(ids).logits, expected, rtol=0, atol=1e-4)
         cache = ours(ids, use_cache=True).past_key_values
     assert {layer.keys.shape[2] for layer in cache.layers} == {4}
-    assert "sees the last 5 positions only" in (tmp_path / "ours" / "README.md").read_text()
+    assert "sees only the last 5 positions" in (tmp_path / "ours" / "README.md").read_text()
 
 
 def test_save_load_save_is_stable(model, tmp_path):

@@ -168,7 +168,7 @@ def test_what_cannot_be_is_said_before_layers_are_looked_at(tmp_path, monkeypatc
         ({"latent_bits": 3}, "`latent_bits` must be one of 16, 8, 4"),
         ({"key_width": 1000}, "`key_width` 1000 is more than the"),
         ({"key_width": 3}, "`key_width` of a latent must be an even number"),
-        ({"kv_heads": 2}, "`kv_heads` must be 1, not 2"),
+        ({"kv_heads": 2}, "`kv_heads` must be 1, got 2"),
         ({"value_width": 2}, "`latent` and `key_width` are a latent's sizes"),
         ({"cache_budget": "50%", "latent": 16}, "give either it or `latent`"),
         ({"target": "native"}, "no class of transformers holds a latent"),

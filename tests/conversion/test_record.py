@@ -100,7 +100,7 @@ def test_a_latent_is_said_in_place_of_heads(home, tmp_path):
     assert "# source with one latent for all heads" in card
     assert f"| key/value heads | 6 | {said} |" in card
     assert "| cache, bytes per token (16 bit, latents 4) | 576 | 60 |" in card
-    assert "nats a token. No training has followed.\n" in card
+    assert "nats per token. No training has followed.\n" in card
     assert "and trained for 3 steps on the layer's own output" in card
     assert f"{report.held_out_loss.before:.3f} to {report.held_out_loss.after:.3f}" in card
     found = inspect(tmp_path / "ours")

@@ -451,7 +451,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(home, tmp_path):
     path.write_text(path.read_text().replace('"<s>"', '"<begin>"'))
     settings = tmp_path / "teacher" / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"<s>"', '"<begin>"'))
-    with pytest.raises(MQAError, match="another tokenizer"):
+    with pytest.raises(MQAError, match="a different tokenizer"):
         job(home, tmp_path / "out", teacher=str(tmp_path / "teacher")).run()
 
 
