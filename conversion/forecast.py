@@ -31,8 +31,8 @@ def forecast(job: Conversion) -> dict[str, Any]:
     """Forecast of a resolved job, by name; sizes in bytes.
 
     Memory counts what is held at once: the largest part read, its converted form, and the calibration tokens with
-    their moments; not Python and its libraries. With `cache_budget`, sizes are those of equal widths. If a latent's rebuilt
-    keys are chosen per layer, weights are an upper bound, with all keys.
+    their moments; not Python and its libraries. With `cache_budget`, sizes are those of equal widths. If a latent's
+    rebuilt keys are chosen per layer, weights are an upper bound, with all keys.
 
     Raises:
         ConversionError: if the conversion is impossible, or the weights of a hub id are not downloaded.

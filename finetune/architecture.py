@@ -1,4 +1,4 @@
-"""Configurations of models that are trained, and models of them with random weights."""
+"""Configurations of models to train, and models built from them with random weights."""
 
 import copy
 import difflib
@@ -31,7 +31,7 @@ EARLIER = {"rope_theta", "rope_scaling", "torch_dtype", "transformers_version", 
 
 
 def checkpoint_config(directory: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint; raises MQAError where there is none that can be read."""
+    """Read the configuration of a checkpoint; raises MQAError if that fails."""
     path = directory / "config.json"
     if not path.is_file():
         raise MQAError(f"{directory} is not a checkpoint: it has no config.json")
@@ -56,18 +56,18 @@ def configuration(fields: dict[str, Any], option: str = "config") -> PreTrainedC
 def read(fields: dict[str, Any], option: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**copy.deepcopy(fields))
-    except Exception as error:  # whatever the checks of a configuration raise
+    except Exception as error:  # checks of configurations raise any type
         raise MQAError(f"`{option}` is not a valid configuration: {shortened(error)}") from error
 
 
 def shortened(error: Exception) -> str:
-    """What an error says, in one line that is not too long."""
+    """The message of an error as one line of limited length."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) < 300 else f"{said[:300]} ..."
 
 
 def check_layers(fields: dict[str, Any], where: str) -> None:
-    """Raise MQAError for a number of layers that no model has; lists of them would fill the memory."""
+    """Raise MQAError for an absurd number of layers, whose lists would fill the memory."""
     for stack in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in LAYERS:
             count = stack.get(name)
@@ -76,9 +76,9 @@ def check_layers(fields: dict[str, Any], where: str) -> None:
 
 
 def check_fields(fields: dict[str, Any], kind: type[PreTrainedConfig], option: str) -> None:
-    """Raise MQAError for fields that a configuration's class does not know, and would pass over."""
+    """Raise MQAError for fields that the configuration class does not know and would ignore."""
     known = {*EARLIER, *kind.attribute_map}
-    with suppress(ValueError, TypeError):  # of classes that have no defaults
+    with suppress(ValueError, TypeError):  # classes without defaults
         known |= {*kind().to_dict()}
     known |= FAMILIES[kind.model_type].inert if kind.model_type in FAMILIES else set()
     for base in kind.__mro__:
@@ -95,10 +95,10 @@ def check_fields(fields: dict[str, Any], kind: type[PreTrainedConfig], option: s
 
 
 def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: str = "config") -> PreTrainedModel:
-    """A model with random weights in the class of its `model_type`, with an encoder in this package's class.
+    """Build a model with random weights, in the class of its `model_type`; encoder-decoders in this package's class.
 
     Raises:
-        MQAError: where the configuration that `option` names makes no model.
+        MQAError: if no model can be built from it; the message names `option`.
     """
     config = configuration(fields, option)
     if not config.is_encoder_decoder:
@@ -122,11 +122,11 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: st
 
 
 def made(kind: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, option: str) -> PreTrainedModel:
-    """What a class makes of a configuration; raises MQAError where it makes nothing, or more than the memory holds."""
+    """Build a model from a configuration; raises MQAError if that fails or the model exceeds the memory."""
     try:
         with torch.device("meta"):
             size = kind(copy.deepcopy(config)).num_parameters()
-    except Exception as error:  # whatever a class raises for shapes that are none
+    except Exception as error:  # classes raise any type for invalid shapes
         raise MQAError(f"`{option}` cannot be built: {shortened(error)}") from error
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.get_default_device().type != "meta" and 4 * size > memory:
@@ -138,14 +138,14 @@ def made(kind: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, optio
 
 
 def feed_forward_names(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where a configuration says how wide feed-forward layers are: (dictionary, name) of each."""
+    """The fields with the width of feed-forward layers: (dictionary, name) of each."""
     names = ("intermediate_size", "d_ff", "ffn_dim", "n_inner")
     stacks = [fields, *(fields[side] for side in ("encoder", "decoder") if isinstance(fields.get(side), dict))]
     return [{"in": stack, "name": name} for stack in stacks for name in names if name in stack]
 
 
 def parameters(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: str = "config") -> int:
-    """Of a model of this configuration; nothing is allocated."""
+    """Number of parameters of a model, without allocating it."""
     with torch.device("meta"):
         return build(fields, tokenizer, option).num_parameters()
 
@@ -154,7 +154,7 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     """`fields` with feed-forward layers as wide as gives the parameters of `other`, to the nearest multiple of 8.
 
     Raises:
-        MQAError: where `fields` does not say how wide they are.
+        MQAError: if `fields` does not have their width.
     """
     fields = copy.deepcopy(fields)
     places = feed_forward_names(fields)
