@@ -1,4 +1,4 @@
-"""How large latents are: as asked for, or from a cache budget that goes to the layers that need it.
+"""Sizes of latents: as requested, or allocated to the layers from a cache budget.
 
 r numbers of a latent, W rebuilt components of keys
 """
@@ -22,18 +22,18 @@ Sizes = tuple[list[int], list[int]]  # r and W, a layer each
 
 
 def most_numbers(stack: MQAConfig, heads: int) -> int:
-    """The largest r that can be of use: the hidden size, or all keys and values of a token."""
+    """The largest useful r: the hidden size, or all keys and values of a token."""
     return min(stack.hidden_size, 2 * heads * stack.head_dim)
 
 
 def most_keys(stack: MQAConfig, heads: int, layer: int, attention: str) -> int:
-    """The largest W: all rotated components of all heads; 0 where nothing is rotated."""
+    """The largest W: all rotated components of all heads; 0 without rotary positions."""
     rotated = attention != "cross" and stack.rope_layers[layer]
     return heads * stack.rotary_dim if rotated else 0
 
 
 def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None:
-    """Raises ConversionError for attentions that cannot have latents, or not together."""
+    """Raise ConversionError for attentions that cannot have latents, or not together."""
     if "encoder" in attentions:
         raise ConversionError(
             "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
@@ -75,7 +75,7 @@ def check_sizes(config: CanonicalConfig, attentions: Sequence[str], job: Convers
 
 
 def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
-    """r of every layer where there is no budget; raises ConversionError where it is of no use or does not fit."""
+    """r of every layer without a budget; raises ConversionError if it is too large or not a valid multiple."""
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     most = most_numbers(stack, heads)
     step = check_step(most, attention, job)
@@ -91,7 +91,7 @@ def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptio
 
 
 def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOptions) -> Sizes:
-    """The same r and W in every layer; W is what is asked for, or all there is."""
+    """The same r and W in every layer; W as requested, or its maximum."""
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     layers = range(stack.num_hidden_layers)
     if job.cache_budget is None:
@@ -104,7 +104,7 @@ def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOption
 
 
 def step_of(job: ConversionOptions) -> int:
-    """What r is a multiple of."""
+    """The number that r must be a multiple of."""
     return LATENT_BLOCK if job.latent_bits < 16 else 1
 
 
@@ -201,7 +201,7 @@ def latent_config(
         r, W = sizes[name]
         stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
         setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))
-        stack.output_bias = True  # which takes what all values have in common
+        stack.output_bias = True  # holds what all values have in common
         stack.value_bias = stack.key_bias = False
         if name == "cross":
             continue
@@ -213,5 +213,5 @@ def latent_config(
 
 
 def same(values: list[int]) -> int | list[int]:
-    """One number where all layers have the same."""
+    """A single number if all layers have the same."""
     return values[0] if len(set(values)) == 1 else values

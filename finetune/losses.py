@@ -3,9 +3,9 @@
     B batch, T tokens, d hidden size, V vocabulary, N = B·T
 
 The losses are computed inside the student's own `forward`, which [`Objective.attach`] replaces during training, so
-that wrappers (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) have its parameters in place. Logits are computed in chunks of
-tokens and, if there are many, recomputed in the backward pass, so that neither the student's nor the teacher's [N, V]
-is ever allocated.
+that wrappers (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) have its parameters in place. Logits are computed in chunks
+of tokens and, if there are many, recomputed in the backward pass, so that neither the student's nor the teacher's
+[N, V] is ever allocated.
 """
 
 import functools
