@@ -1,8 +1,8 @@
 # make demo [OUTPUT=directory]                                  set up and run the whole job on a small model
 # make convert [SOURCE=directory or hub id] [OUTPUT=directory]   set up and convert a checkpoint
 # make test                                                     set up and run the tests
-# make test-slow, make test-gpu                                 those that take long; those that need a GPU
-# make test-5.17.0                                              the same, with that version of transformers
+# make test-slow, make test-gpu                                 set up and run the slow tests; the tests on a GPU
+# make test-5.17.0                                              set up and test with that version of transformers
 # make docs                                                     set up and build the documentation in site/
 
 PYTHON ?= python3
@@ -26,7 +26,7 @@ test: $(VENV)/installed-dev
 test-slow test-gpu: $(VENV)/installed-dev
 	$(VENV)/bin/pytest -q -m $(@:test-%=%)
 
-# Another transformers, and the tests that depend on it most.
+# The tests that depend most on transformers, with another version of it.
 test-%: .venv-%/installed-dev
 	.venv-$*/bin/pytest -q -n auto $(TESTS)
 

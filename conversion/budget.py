@@ -1,4 +1,4 @@
-"""What each width of an attention's heads would leave out, from which a cache budget is shared out (`widths.py`)."""
+"""The error of each width of an attention's heads, from which `widths.py` allocates a cache budget."""
 
 import copy
 
@@ -16,14 +16,14 @@ from .widths import Curves
 
 
 def curves_of(stream: Stream, teacher: MQADecoderLayer, site: str, new: int, generator: torch.Generator) -> Curves:
-    """What each width of one attention would leave out.
+    """The error that each width of one attention leaves.
 
     Args:
         stream: the tokens before the layer.
         teacher: the layer with all its heads.
         site: name of the attention's module.
-        new: K/V heads that are asked for.
-        generator: of the queries that are looked at.
+        new: number of new key/value heads.
+        generator: for sampling queries.
     """
     old: MQAAttention = getattr(teacher, site)
     m = old_heads(old) // new
@@ -44,7 +44,7 @@ def curves_of(stream: Stream, teacher: MQADecoderLayer, site: str, new: int, gen
 
 
 def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch.Tensor:
-    """[most + 1]: the share of energy that 0, 1, ... components leave out, all new heads together."""
+    """[most + 1]: the share of energy that 0, 1, ... components leave out, over all new heads."""
     spectra: list[torch.Tensor] = []
     config, new = attention.config, seen.mixed.shape[0]
     H, G, d = config.num_attention_heads, old_heads(attention), config.hidden_size
@@ -60,7 +60,7 @@ def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch
             gram = fitting.rotary_gram(seen.spread[group], seen.energy[heads].T)
             energies = torch.linalg.eigvalsh(gram).clamp(min=0)
             spectra.append(energies.flatten().repeat_interleave(2) / 2)
-        else:  # (of partly rotated heads, only the rotated part is looked at)
+        else:  # for partly rotated heads, only the rotated part counts
             w_q = attention.q_proj.weight.double().view(H, -1, d)[qs]
             w_k = attention.k_proj.weight.double().view(G, -1, d)[heads]
             q_moment, k_cov = seen.queries[:-1, :-1], fitting.covariance(seen.keys)
@@ -89,13 +89,13 @@ def _one_attention(
 
 
 def share_of_stream(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
-    """The size of an attention's output relative to that of the stream it is added to and ends in, on held-out tokens:
-    what a relative error of the output means for the layers above."""
+    """The size of an attention's output relative to the residual stream after it, on held-out tokens: how much a
+    relative error of the output matters to later layers."""
     return output_sizes(stream, layer, site)[0]
 
 
 def output_sizes(stream: Stream, layer: MQADecoderLayer, site: str) -> tuple[float, float]:
-    """That share, and E‖y‖² of the output on the same tokens; zeros where there is nothing."""
+    """That share, and E‖y‖² of the output on the same tokens; zeros without tokens or output."""
     output = ended = 0.0
     count = 0
     for rows in stream.batches(held_out=True):

@@ -1,10 +1,10 @@
 """Fitting a model's shared heads layer by layer, on the hidden states of calibration tokens.
 
-The walk over the checkpoint brings one canonical layer at a time. Here the calibration tokens stand at that layer's
-input (`states.py`), as the *converted* layers below left them. The layer with all its heads is the teacher: it shows
-what each attention sees (`moments.py`) and what it should give. From the moments follow the new heads (`heads.py`) and
-what each width would leave out (`budget.py`). Then the tokens pass the converted layer. No class of the source is
-needed; one layer and the states are all that is held.
+The walk over the checkpoint yields one canonical layer at a time. The hidden states at its input (`states.py`) come
+from the *converted* layers below. The layer with all its heads is the teacher, which gives the inputs of each
+attention (`moments.py`) and its target output. The moments give the new heads (`heads.py`) and the error of each width
+(`budget.py`). Then the states pass the converted layer. The source's class is not needed, and only one layer and the
+states are held in memory.
 """
 
 import copy
@@ -33,18 +33,18 @@ from .widths import Curves
 
 
 class Calibration:
-    """The calibration tokens on their way through the model, and the heads that are fitted on the way.
+    """Passes the calibration tokens through the model and fits the heads layer by layer.
 
     Args:
-        config: canonical, with all the source's heads.
-        pooled: with the heads and widths that are asked for. Where it has `rope_frequencies`, they are chosen here,
-            layer by layer.
+        config: canonical configuration with all heads of the source.
+        pooled: the same with the requested heads and widths. If it has `rope_frequencies`, they are chosen here, layer
+            by layer.
         examples: calibration tokens.
-        attentions: those that get fewer heads; keys of `heads_of`.
+        attentions: the attentions to convert; keys of `heads_of`.
         options: see [`FitOptions`].
 
     Attributes:
-        frequencies: those of each layer that were chosen so far, by stack; nothing of stacks that have no choice.
+        frequencies: those chosen so far, by stack and layer; only for stacks where they are chosen.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Calibration:
             for name, stack in stacks_of(pooled).items()
             if stack.rope_frequencies is not None
         }
-        self.notes: dict[str, list[str]] = {}  # what to warn of: where it was seen
+        self.notes: dict[str, list[str]] = {}  # warning: places
 
     def outside(self, tensors: Tensors) -> None:
-        """Keep those tensors outside the layers that the tokens pass: embeddings, final norms, head."""
+        """Store the tensors outside the layers: embeddings, final norms, head."""
         own = {f"lm_head.{name}": p for name, p in self.head.named_parameters()}
         for stream in self.streams.values():
             own |= {f"{stream.prefix}{name}": p for name, p in stream.shell.named_parameters()}
@@ -95,13 +95,13 @@ class Calibration:
                 own[name].data.copy_(tensor)
 
     def sites(self, stack: str) -> list[tuple[str, str]]:
-        """The attentions of a layer: module, and name among `heads_of`."""
+        """The attentions of a layer: module name and key of `heads_of`."""
         if stack == "encoder":
             return [("self_attn", "encoder")]
         return [("self_attn", "decoder"), *([("cross_attn", "cross")] if stack else [])]
 
     def enter(self, layer: Layer, tensors: Tensors) -> tuple[Stream, MQADecoderLayer]:
-        """The tokens at the layer's input, and the layer with all its heads."""
+        """The tokens at the input of the layer, and the layer with all its heads."""
         stack, number = layer
         stream = self.streams[stack]
         if number == 0:
@@ -110,11 +110,11 @@ class Calibration:
 
     @torch.no_grad()
     def convert(self, layer: Layer, tensors: Tensors) -> tuple[Tensors, dict[str, float]]:
-        """The converted layer, and how far its attentions are from the teacher's on held-out tokens.
+        """Convert a layer and compare its attentions with the teacher's on held-out tokens.
 
         Args:
             layer: the stack, "" in a decoder-only model, else "encoder" or "decoder", and the number.
-            tensors: of the canonical layer with all its heads.
+            tensors: of the canonical layer, with all its heads.
 
         Returns:
             Its tensors with fewer heads, and the report.
@@ -181,8 +181,7 @@ class Calibration:
 
     @torch.no_grad()
     def survey(self, layer: Layer, tensors: Tensors) -> dict[str, Curves] | dict[str, LatentCurves]:
-        """What each width of a layer's attentions would leave out, by name among `heads_of`; the tokens pass the
-        teacher."""
+        """The error of each width of a layer's attentions, by key of `heads_of`; the tokens pass the teacher."""
         stream, teacher = self.enter(layer, tensors)
         curves: dict[str, Any] = {}
         for site, name in self.sites(layer[0]):
@@ -195,7 +194,7 @@ class Calibration:
 
     @torch.no_grad()
     def losses(self) -> dict[str, float]:
-        """Mean cross-entropy in nats on the held-out tokens, before and after, and how many they are."""
+        """Mean cross-entropy in nats per held-out token, before and after, and the number of tokens."""
         stream = self.last
         held = slice(stream.fitted_rows, len(stream.tokens))
         labels = stream.tokens[held, 1:].to(self.device)
@@ -211,5 +210,5 @@ class Calibration:
         return {**result, "tokens": count}
 
     def warnings(self) -> list[str]:
-        """What makes the fit doubtful, in sentences."""
+        """Reasons to doubt the fit, a sentence each."""
         return [text + (f": {', '.join(where[:4])}" if where else "") for text, where in self.notes.items()]

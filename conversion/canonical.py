@@ -1,4 +1,4 @@
-"""The canonical models: their configurations, stacks and classes, and what loads them."""
+"""The canonical models: configurations, stacks, classes and auto classes."""
 
 import copy
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ CanonicalConfig = MQAConfig | MQASeq2SeqConfig
 Shapes = dict[str, tuple[int, ...]]
 C = TypeVar("C", bound=PreTrainedConfig)
 
-# What a model with its head is for, as the Hub's pipelines call it, by what loads it.
+# Pipeline tag on the Hub, by auto class.
 PIPELINES: dict[Any, str | None] = {
     AutoModelForCausalLM: "text-generation",
     AutoModelForSeq2SeqLM: None,  # translation, summarisation and more; the source's card says which
@@ -51,12 +51,12 @@ def with_stacks(config: CanonicalConfig, **fields: dict[str, Any]) -> CanonicalC
 
 
 def decoder_of(config: CanonicalConfig) -> MQAConfig:
-    """The configuration of the stack that writes."""
+    """The configuration of the decoder."""
     return config.get_text_config(decoder=True)  # type: ignore[return-value]
 
 
 def stacks_of(config: CanonicalConfig) -> dict[str, MQAConfig]:
-    """The configurations of all stacks: `decoder`, and `encoder` where there is one."""
+    """The configurations of all stacks: `decoder` and, if present, `encoder`."""
     names = ("decoder",) if isinstance(config, MQAConfig) else ("encoder", "decoder")
     return {name: stack_of(config, name) for name in names}
 
@@ -69,14 +69,14 @@ def stack_of(config: CanonicalConfig, attention: str) -> MQAConfig:
 
 
 def longest(config: CanonicalConfig) -> int:
-    """The most tokens that all stacks have positions for."""
+    """The maximum sequence length that all stacks support."""
     limited = ("learned", "sinusoidal", "rotary")
     limits = [s.max_position_embeddings for s in stacks_of(config).values() if s.position_embedding in limited]
     return min(limits, default=2**31)
 
 
 def heads_of(config: CanonicalConfig) -> dict[str, int]:
-    """Key/value heads of each attention that the model has."""
+    """Number of key/value heads of each attention."""
     decoder = decoder_of(config)
     if isinstance(config, MQAConfig):
         return {"decoder": decoder.num_key_value_heads}
@@ -90,7 +90,7 @@ def heads_of(config: CanonicalConfig) -> dict[str, int]:
 
 
 def latents_of(config: CanonicalConfig) -> dict[str, Latent]:
-    """The latents of attentions (keys of [`heads_of`]) that have one in place of keys and values."""
+    """Latents by attention (keys of [`heads_of`]), for those that cache one instead of keys and values."""
     found = {}
     for name in heads_of(config):
         stack = stack_of(config, name)
@@ -113,19 +113,19 @@ def canonical_class(config: CanonicalConfig) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a model of this configuration with its head."""
+    """The auto class that loads a model of this configuration with its head."""
     if getattr(config, "num_mel_bins", None):
         return AutoModelForSpeechSeq2Seq
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """A canonical model, or one of a class of transformers, without memory for its weights.
+    """Build a canonical or transformers model on the meta device.
 
     Raises:
-        ConversionError: for sizes that no tensor can have.
+        ConversionError: if the model cannot be built.
     """
-    config = copy.deepcopy(config)  # which the class writes in
+    config = copy.deepcopy(config)  # the class modifies it
     try:
         with torch.device("meta"):
             if isinstance(config, CanonicalConfig):
@@ -134,12 +134,12 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever PyTorch raises for a size beyond its integers
         said = str(error).partition("\n")[0]
         raise ConversionError(
-            f"config.json describes no {config.model_type} model that can be built: {said}"
+            f"config.json describes a {config.model_type} model that cannot be built: {said}"
         ) from error
 
 
 def model_shapes(model: PreTrainedModel) -> Shapes:
-    """Parameters that a checkpoint of the model holds, in order; tied ones once."""
+    """Shapes of the parameters in a checkpoint of the model, in order; tied ones once."""
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
 

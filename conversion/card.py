@@ -16,7 +16,7 @@ from .record import ConversionRecord
 def write_card(directory: Path, record: ConversionRecord, source: Path | None, config: PreTrainedConfig) -> None:
     """Write `README.md`: what was changed, by which command, and how to load the result.
 
-    Licence, language and the like are carried over from the card at `source`, if any. `config` is the result's.
+    Licence, language and pipeline tag are copied from the card at `source`, if any. `config` is the result's.
     """
     own, loaded_by = record.output.startswith("mqa"), auto_class(config)
     inherited: dict[str, Any] = {}

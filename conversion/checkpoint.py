@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints tensor by tensor, so that neither side is ever whole in memory."""
+"""Read and write checkpoints tensor by tensor, without holding either in memory as a whole."""
 
 import errno
 import json
@@ -52,53 +52,53 @@ class TensorInfo:
 
     @property
     def unsuited(self) -> str | None:
-        """Why a weight cannot be computed with, said of its name; `None` where it can."""
+        """Why a weight cannot be converted, as a predicate; `None` if it can."""
         if self.dtype.is_floating_point and self.dtype.itemsize >= 2:
             return None
         return f"is stored as {self.dtype}; convert from 16-, 32- or 64-bit floats"
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
-    """How many entries are NaN or infinite; of integers and 8-bit floats none are looked at."""
+    """Number of NaN and infinite entries; 0 for integers and 8-bit floats, which are not checked."""
     if not tensor.is_floating_point() or tensor.element_size() < 2 or not tensor.numel():
         return 0
-    if all(torch.isfinite(value) for value in tensor.aminmax()):  # at the speed of memory; NaN is passed on
+    if all(torch.isfinite(value) for value in tensor.aminmax()):  # memory-bound; propagates NaN
         return 0
     return int((~tensor.isfinite()).sum())
 
 
 def nonfinite_in(tensors: Mapping[str, torch.Tensor], allowed: bool, said: Callable[[str], str]) -> dict[str, int]:
-    """How many entries are NaN or infinite, by name of the tensors that have some.
+    """Number of NaN and infinite entries by tensor name, for tensors that have any.
 
     Args:
-        tensors: that were read.
+        tensors: the tensors read.
         allowed: whether there may be any.
-        said: what comes after "entries of" in the message, by name of a tensor.
+        said: the part of the message after "entries of", from the name of a tensor.
 
     Raises:
-        ConversionError: where there are some, unless `allowed`.
+        ConversionError: if there are any, unless `allowed`.
     """
     found = {name: count for name, tensor in tensors.items() if (count := count_nonfinite(tensor))}
     if found and not allowed:
         name, count = next(iter(found.items()))
         raise ConversionError(
-            f"{count:,} of the {tensors[name].numel():,} entries of {said(name)} convert it all the same with "
+            f"{count:,} of the {tensors[name].numel():,} entries of {said(name)} convert it anyway with "
             "`allow_nonfinite`"
         )
     return found
 
 
 def check_range(name: str, tensor: torch.Tensor, cast: torch.Tensor, allow_nonfinite: bool) -> int:
-    """How many entries of a tensor are no numbers in the type that it was cast to.
+    """Number of entries of a tensor that are not finite after a cast.
 
     Raises:
-        ConversionError: where there are any, unless `allow_nonfinite`.
+        ConversionError: if there are any, unless `allow_nonfinite`.
     """
     count = count_nonfinite(cast)
     if count and not allow_nonfinite:
         raise ConversionError(
             f"{count:,} of the {cast.numel():,} entries of {name} are too large for {cast.dtype} (up to "
-            f"{float(tensor.abs().max()):.4g}, and it holds {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
+            f"{float(tensor.abs().max()):.4g}; its maximum is {torch.finfo(cast.dtype).max:.4g}); use `dtype` "
             "bfloat16 or float32"
         )
     return count
@@ -120,10 +120,10 @@ class Reader(Protocol):
 
 
 class Writer(Protocol):
-    """What takes the tensors of a result.
+    """Receives the tensors of a result.
 
     Attributes:
-        total_bytes: of all that are planned.
+        total_bytes: size of all planned tensors.
         nonfinite: name -> NaN and infinite entries of the tensors that were written, where there are any.
     """
 
@@ -131,17 +131,17 @@ class Writer(Protocol):
     nonfinite: dict[str, int]
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Take tensors, converted to the planned dtype; the number of bytes."""
+        """Take tensors, cast to the planned dtype; returns the number of bytes."""
 
     def finish(self) -> None:
-        """All have been written."""
+        """Check that all tensors were written."""
 
 
 class CheckpointReader:
     """The tensors of a checkpoint directory: safetensors or `pytorch_model.bin`, one file or sharded.
 
-    Opening reads headers only. Each `read` maps the files it needs and unmaps them again, which keeps the pages of
-    what was read from adding up in memory.
+    Opening reads headers only. Each `read` maps the files it needs and unmaps them afterwards, so that pages do not
+    accumulate in memory.
 
     Args:
         allow_nonfinite: read tensors with NaN or infinite entries too.
@@ -152,7 +152,7 @@ class CheckpointReader:
         nonfinite: name -> NaN and infinite entries of the tensors that were read, where there are any.
 
     Raises:
-        ConversionError: for missing, truncated, inconsistent or unsafe files, and for entries that are no numbers.
+        ConversionError: for missing, truncated, inconsistent or unsafe files, and for NaN or infinite entries.
     """
 
     def __init__(self, directory: Path, allow_nonfinite: bool = False):
@@ -165,7 +165,7 @@ class CheckpointReader:
         for path in self.files:
             for name, info in self._header(path).items():
                 if name in self.tensors:
-                    raise ConversionError(f"tensor {name} stands in both {self._file_of[name].name} and {path.name}")
+                    raise ConversionError(f"tensor {name} is in both {self._file_of[name].name} and {path.name}")
                 self.tensors[name] = info
                 self._file_of[name] = path
         if indexed is not None:
@@ -206,7 +206,7 @@ class CheckpointReader:
                 if outside:
                     raise ConversionError(f"{index} names files outside its own directory: {listing(outside)}")
                 if missing:
-                    raise ConversionError(f"{index} names shards that are not there: {listing(missing)}")
+                    raise ConversionError(f"{index} names missing shards: {listing(missing)}")
                 return files, weight_map
         wanted = ", ".join(name for layout in LAYOUTS for name in layout)
         raise ConversionError(f"no weights in {self.directory}: looked for {wanted}")
@@ -219,7 +219,9 @@ class CheckpointReader:
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 unknown = {s.get_dtype() for s in slices.values()} - set(DTYPES)
                 if unknown:
-                    raise ConversionError(f"{path.name} holds tensors of type {listing(unknown)}, which are not read")
+                    raise ConversionError(
+                        f"{path.name} holds tensors of type {listing(unknown)}, which are not supported"
+                    )
                 return {n: TensorInfo(tuple(s.get_shape()), DTYPES[s.get_dtype()]) for n, s in slices.items()}
         except OSError as error:
             raise ConversionError(f"{path} cannot be read: {error}") from error
@@ -231,17 +233,17 @@ class CheckpointReader:
     def _check_index(self, indexed: Mapping[str, str]) -> None:
         gone = [name for name, file in indexed.items() if self._file_of.get(name) != self.directory / file]
         if gone:
-            raise ConversionError(f"the index names tensors that its shards do not hold: {listing(gone)}")
+            raise ConversionError(f"the index names tensors that its shards do not contain: {listing(gone)}")
         extra = set(self.tensors) - set(indexed)
         if extra:
-            raise ConversionError(f"the shards hold tensors that the index does not name: {listing(extra)}")
+            raise ConversionError(f"the shards contain tensors that the index does not name: {listing(extra)}")
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a `.bin` file, memory-mapped, with PyTorch's loader that runs no code from it.
+    """Load the state dict of a `.bin` file, memory-mapped, without running code from it.
 
     Raises:
-        ConversionError: for a file that is corrupted or holds anything else than tensors.
+        ConversionError: if the file is corrupted or holds anything but tensors.
     """
     try:
         with open(path, "rb") as file:
@@ -249,8 +251,8 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise ConversionError(
-            f"{path.name} is a pickle that holds more than tensors, or is corrupted, and was not loaded: "
-            f"it could run code ({_first_line(error)})"
+            f"{path.name} is corrupted or a pickle of more than tensors; it was not loaded, as it could run code "
+            f"({_first_line(error)})"
         ) from error
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error}") from error
@@ -262,7 +264,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
         str(name) for name, t in state.items() if not isinstance(name, str) or t.is_meta or t.layout != torch.strided
     ]
     if odd:
-        raise ConversionError(f"{path.name} holds tensors without a name, without numbers or sparse: {listing(odd)}")
+        raise ConversionError(f"{path.name} holds tensors that are sparse, on meta or without a name: {listing(odd)}")
     return state
 
 
@@ -271,7 +273,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _reserve(file: BinaryIO, offset: int, size: int) -> None:
-    """Take the space now: a disk that is too small is found before the work, not in the middle of it."""
+    """Reserve disk space, so that a full disk fails before the work."""
     try:
         os.posix_fallocate(file.fileno(), offset, size)
     except (AttributeError, OSError) as error:  # the system or the file system has no such call
@@ -281,7 +283,7 @@ def _reserve(file: BinaryIO, offset: int, size: int) -> None:
 
 
 def shards(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> StateDictSplit:
-    """Which tensor goes into which file; raises ConversionError for a size that is none."""
+    """Assign tensors to files; raises ConversionError for an invalid size."""
     try:
         if float(str(max_shard_size).strip().upper().rstrip("KMGTB")) <= 0:
             raise ValueError
@@ -299,14 +301,14 @@ def shards(tensors: Mapping[str, TensorInfo], max_shard_size: int | str) -> Stat
 
 
 class CheckpointWriter:
-    """Writes safetensors shards whose layout is fixed before the first tensor comes.
+    """Writes safetensors shards whose layout is fixed in advance.
 
-    safetensors' own writer takes a whole shard in memory; here each tensor goes to its place in its file as it comes,
-    in any order, so that memory does not depend on the shard size. The format is eight bytes of header length, a JSON
+    The writer of safetensors holds a whole shard in memory; here each tensor is written to its place at once, in any
+    order, so that memory does not depend on the shard size. The format is eight bytes of header length, a JSON
     header and the raw tensors: https://github.com/huggingface/safetensors#format
 
     Args:
-        directory: where the shards go; it exists.
+        directory: an existing directory for the shards.
         tensors: name -> shape and dtype, in the order of the files.
         max_shard_size: bytes, or text such as "5GB".
         allow_nonfinite: write tensors with NaN or infinite entries too.
@@ -315,7 +317,7 @@ class CheckpointWriter:
         nonfinite: name -> NaN and infinite entries of the tensors that were written, where there are any.
 
     Raises:
-        ConversionError: for a size that is none, and for numbers that the planned dtype cannot hold.
+        ConversionError: for an invalid size, and for numbers that the planned dtype cannot hold.
     """
 
     def __init__(
@@ -365,7 +367,7 @@ class CheckpointWriter:
             self._places[name] = (path, 8 + len(encoded) + header[name]["data_offsets"][0])
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """Put tensors in their places, converted to the planned dtype; the number of bytes written."""
+        """Write tensors, cast to the planned dtype; returns the number of bytes."""
         written = 0
         by_file: dict[Path, list[str]] = {}
         for name in tensors:

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside its weights: carried over from the source, and loaded once from the result."""
+"""Files of a checkpoint other than its weights: copied from the source, then loaded from the result as a check."""
 
 import copy
 import shutil
@@ -19,10 +19,10 @@ from mqa_hf.base.text import load_tokenizer
 
 from .source import load_config
 
-PASSED_ON = ("config.json", "README.md")  # in part: not copied, but what they say is
+PASSED_ON = ("config.json", "README.md")  # read rather than copied
 VOCABULARIES = ("tokenizer.*", "tokenizer_config.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")
 PROCESSOR, GENERATION = "preprocessor_config.json", "generation_config.json"
-# Which files of settings name classes whose code lies beside them, and for what.
+# Settings files that may name classes in code, and the auto classes.
 CODED = {
     "tokenizer_config.json": ("AutoTokenizer", "AutoProcessor"),
     "processor_config.json": ("AutoProcessor",),
@@ -31,14 +31,13 @@ CODED = {
 
 
 def inside(directory: Path, path: Path) -> Path:
-    """Where a file of a checkpoint is, links followed: in its directory, or among its repository's blobs in the Hub's
-    cache.
+    """Resolve a file of a checkpoint, which must be in its directory or among its repository's blobs in the Hub cache.
 
-    For whatever is copied, followed or quoted. Weights alone may be links to elsewhere, since large files often lie on
-    another disk: they are never copied, but read as tensors that have the names and shapes of the model.
+    Used for all files that are copied or quoted. Only weights may link elsewhere, as large files are often on another
+    disk; they are never copied, but read as tensors with the names and shapes of the model.
 
     Raises:
-        ConversionError: where it leads out of the directory.
+        ConversionError: if it is outside of the directory.
     """
     try:
         root, found = directory.resolve(), path.resolve()
@@ -48,16 +47,16 @@ def inside(directory: Path, path: Path) -> Path:
     repositories = [p.parent for p in root.parents if p.name == "snapshots" and p.parent.name.startswith("models--")]
     if root not in found.parents and found.parent not in [repository / "blobs" for repository in repositories]:
         raise ConversionError(
-            f"{path} leads to {found}, outside of the checkpoint, and nothing from there goes into the result; "
-            f"put the file itself into {root}, or remove what leads there"
+            f"{path} links to {found}, outside of the checkpoint, which is not copied; put the file itself into "
+            f"{root}, or remove the link"
         )
     if dangling:
-        raise ConversionError(f"{path} is a link to {found}, which is not there")
+        raise ConversionError(f"{path} links to {found}, which does not exist")
     return found
 
 
 def copy_files(directory: Path, paths: Iterable[Path], partial: Path) -> None:
-    """Copy those of the paths that are files to the same places; raises ConversionError as [`inside`] does."""
+    """Copy the paths that are files; raises ConversionError as [`inside`] does."""
     for path in paths:
         found, place = inside(directory, path), partial / path.relative_to(directory)
         if found.is_file():
@@ -69,16 +68,16 @@ def copy_companions(directory: Path, partial: Path) -> None:
     """Tokenizer with its code, processor, chat templates, generation config and licence, byte for byte.
 
     Raises:
-        ConversionError: for what transformers cannot load, and for files that are not the source's own.
+        ConversionError: for files that transformers cannot load or that are outside of the source.
     """
     for name in PASSED_ON:
         inside(directory, directory / name)
-    # Not by the patterns' own `glob`, which passes over links into nothing.
+    # Not with `glob`, which skips dangling links.
     paths = (*directory.iterdir(), *directory.glob(CHAT_TEMPLATES))
     copy_files(directory, (path for path in paths if any(path.match(pattern) for pattern in COMPANIONS)), partial)
     for name in ("tokenizer.json", "tokenizer_config.json", *(n for n in COMPANIONS if n.endswith(".json"))):
         if (partial / name).is_file():
-            read_json(directory / name)  # which says more than the classes that read it do
+            read_json(directory / name)  # its errors are clearer than those of the classes that read it
     for name in CODED:
         for module, path in _code(_references(directory / name), directory).items():
             shutil.copyfile(path, partial / f"{Path(module).name}.py")
@@ -91,26 +90,26 @@ def copy_companions(directory: Path, partial: Path) -> None:
 
 
 def generation_of(directory: Path) -> GenerationConfig:
-    """How a checkpoint generates; older ones say it in config.json, where transformers looks for it next."""
+    """The generation configuration of a checkpoint; older ones have it in config.json."""
     name = GENERATION if (directory / GENERATION).is_file() else "config.json"
-    with loading(f"what {directory / name} says of generation"):
+    with loading(f"the generation configuration in {directory / name}"):
         return GenerationConfig.from_pretrained(
             directory, config_file_name=name, _from_model_config=name == "config.json"
         )
 
 
 def check_loads(partial: Path, directory: Path) -> None:
-    """Load everything but the weights from a result, without running code that it brings along.
+    """Load everything but the weights from a result, without running its code.
 
-    The class of a tokenizer or processor may follow from the model type, which changes. Where the result's is then
-    another than the source's, it is saved again, and so names its class.
+    The class of a tokenizer or processor may depend on the model type, which changes. If the result's class then
+    differs from the source's, it is saved again, which records its class.
 
     Args:
         partial: the result.
         directory: the source.
 
     Raises:
-        ConversionError: where something does not load, or code is not complete.
+        ConversionError: if a file does not load or code is missing.
     """
     load_settings(partial)
     config = load_config(directory)
@@ -123,13 +122,13 @@ def check_loads(partial: Path, directory: Path) -> None:
                 ours = auto.from_pretrained(partial, trust_remote_code=False)
         if not same_class(ours, theirs):
             raise ConversionError(
-                f"the {what} in {directory}, a {type(theirs).__name__}, comes back from the result as another "
-                f"{type(ours).__name__}; save it again with save_pretrained, and convert with what that writes"
+                f"the {what} in {directory}, a {type(theirs).__name__}, loads from the result as a different "
+                f"{type(ours).__name__}; save it again with save_pretrained and convert that"
             )
 
 
 def load_settings(partial: Path) -> None:
-    """Load the configurations of a result, and see that the code it needs is complete."""
+    """Load the configurations of a result and check that its code is complete."""
     load_config(partial)
     for name in ("config.json", *CODED):
         _code(_references(partial / name), partial)
@@ -139,59 +138,59 @@ def load_settings(partial: Path) -> None:
 
 @dataclass(frozen=True)
 class Beside:
-    """What lies beside the weights of a checkpoint."""
+    """The files beside the weights of a checkpoint."""
 
     directory: Path
 
     def carry_over(self, partial: Path) -> None:
-        """Write it beside the weights of a result."""
+        """Copy the files to a result."""
         copy_companions(self.directory, partial)
 
     def check(self, partial: Path) -> None:
-        """Load what was written; raises ConversionError where it comes back as something else."""
+        """Load the written files; raises ConversionError if they load as another class."""
         check_loads(partial, self.directory)
 
     def doubts(self) -> list[str]:
-        """What was not looked at, in sentences."""
+        """Files that were not checked, a sentence each."""
         return not_looked_at(self.directory)
 
     def generation(self) -> GenerationConfig:
         return generation_of(self.directory)
 
     def tokenizer(self) -> Any:
-        """That of calibration texts; raises MQAError where there is none."""
+        """The tokenizer for calibration texts; raises MQAError without one."""
         return load_tokenizer(self.directory)
 
     @property
     def card(self) -> Path | None:
-        """A model card to carry over from."""
+        """The directory of the model card to copy from."""
         path = inside(self.directory, self.directory / "README.md")
         return path if path.is_file() else None
 
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Says `what` cannot be loaded where classes of transformers raise anything."""
+    """Turn any error of transformers' classes into "`what` cannot be loaded"."""
     try:
         yield
-    except Exception as error:  # whatever classes of transformers raise for files that are none
+    except Exception as error:  # transformers' classes raise any type
         said = " ".join(str(error).split()) or "no reason given"
         raise ConversionError(f"{what} cannot be loaded: {type(error).__name__}: {said}") from error
 
 
 def not_looked_at(directory: Path) -> list[str]:
-    """What is carried over without having been loaded, a sentence each."""
+    """Files that are copied without being loaded, a sentence each."""
     pieces = [path.name for pattern in ("*.spm", "*.model") for path in directory.glob(pattern)]
     if not pieces or (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
         return []
-    return [f"the tokenizer was copied without a look: {pieces[0]} needs sentencepiece, which is not installed"]
+    return [f"the tokenizer was copied unchecked: {pieces[0]} needs sentencepiece, which is not installed"]
 
 
 def load_parts(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Tokenizer and processor, those that are there and of a class of transformers, and what loads them."""
+    """Yield the names and auto classes of tokenizer and processor, if present and without own code."""
     if not_looked_at(directory):
         return
-    # A trainer that was given the feature extractor alone leaves no tokenizer beside it.
+    # A trainer given only the feature extractor saves no tokenizer.
     speaks = any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
     if speaks and not _references(directory / "tokenizer_config.json"):
         yield "tokenizer", AutoTokenizer
@@ -200,18 +199,18 @@ def load_parts(directory: Path) -> Iterator[tuple[str, Any]]:
 
 
 def same_class(one: Any, other: Any) -> bool:
-    """Whether two tokenizers or processors are of one class; of fast tokenizers, whether they do the same."""
+    """Whether two tokenizers or processors have the same class or, if fast tokenizers, the same backend."""
     if isinstance(one, PreTrainedTokenizerFast) and isinstance(other, PreTrainedTokenizerFast):
         return one.backend_tokenizer.to_str() == other.backend_tokenizer.to_str()
     return type(one) is type(other)
 
 
 def _references(path: Path) -> list[str]:
-    """The classes that a file of settings says are in code: `module.Class`, or `repository--module.Class`."""
+    """Classes in code that a settings file names: `module.Class` or `repository--module.Class`."""
     said = read_json(path).get("auto_map", {}) if path.is_file() else {}
     if isinstance(said, dict):
         said = [value for auto, value in said.items() if auto in CODED.get(path.name, said)]
-    elif isinstance(said, list):  # as tokenizers were once saved
+    elif isinstance(said, list):  # the format of old tokenizers
         said = [said]
     else:
         said = [[0]]
@@ -222,12 +221,12 @@ def _references(path: Path) -> list[str]:
 
 
 def _code(classes: Iterable[str], directory: Path) -> dict[str, Path]:
-    """The modules of classes and all that these import of their own kind, and the files in `directory` that they are.
+    """The modules of classes and of their relative imports, with their files in `directory`.
 
-    A class of another repository stays there.
+    Classes of other repositories are not followed.
 
     Raises:
-        ConversionError: for a file that is not there, or not the directory's own.
+        ConversionError: for a file that is missing or outside of the directory.
     """
     waiting, found = [c.rpartition(".")[0] for c in classes if "--" not in c], dict[str, Path]()
     while waiting:
@@ -236,7 +235,7 @@ def _code(classes: Iterable[str], directory: Path) -> dict[str, Path]:
             continue
         path = found[module] = inside(directory, directory / f"{module}.py")
         if not path.is_file():
-            raise ConversionError(f"the code in {directory} needs {module}.py, which is not there")
+            raise ConversionError(f"the code in {directory} needs {module}.py, which is missing")
         try:
             waiting += get_relative_imports(path)
         except (OSError, ValueError) as error:

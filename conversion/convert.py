@@ -1,4 +1,4 @@
-"""`mqa-hf convert`: from a pretrained checkpoint to a multi-query one."""
+"""`mqa-hf convert`: convert a pretrained checkpoint to a multi-query one."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Heads(Options):
-    """Which heads a conversion makes."""
+    """Which key/value heads a conversion makes."""
 
     _: KW_ONLY
     kv_heads: Annotated[
         int,
         Option(
-            "Key/value heads of the result, a divisor of the source's. The source's own number changes no weight.",
+            "Number of key/value heads of the result; must divide the source's number. The source's own number leaves "
+            "the weights unchanged.",
             min=1,
             recorded="always",
         ),
@@ -32,19 +33,18 @@ class Heads(Options):
     method: Annotated[
         str,
         Option(
-            "How heads become one: mean, first or random (arXiv 2305.13245, section 3.2); shared: heads fitted to "
-            "what the layers see of a calibration text; latent: one vector a token, fitted likewise, from which "
-            "values are read and keys rebuilt.",
+            "How heads are merged: mean, first or random (arXiv 2305.13245, section 3.2); shared: heads fitted on a "
+            "calibration text; latent: one vector per token, fitted on the same text, from which values are read and "
+            "keys rebuilt.",
             choices=("mean", "first", "random", "shared", "latent"),
             recorded="always",
         ),
     ] = "mean"
-    seed: Annotated[int, Option("Seed of `method` random, shared and latent.", min=0, below=2**64)] = 0
+    seed: Annotated[int, Option("Random seed of `method` random, shared and latent.", min=0, below=2**64)] = 0
     attention: Annotated[
         Sequence[str] | None,
         Option(
-            "Of an encoder-decoder model, the attentions that get fewer heads. Default: decoder (self-attention) and "
-            "cross.",
+            "Attentions of an encoder-decoder model to convert. Default: decoder (self-attention) and cross.",
             choices=("decoder", "cross", "encoder"),
             comma=True,
         ),
@@ -52,103 +52,103 @@ class Heads(Options):
     window: Annotated[
         int | None,
         Option(
-            "Positions that the decoder's self-attention sees, the current one included (arXiv 1911.02150, section "
-            "4.1, has 32), which also bounds its cache. Needs training afterwards. Default: all.",
+            "Positions that the decoder's self-attention sees, including the current one (32 in arXiv 1911.02150, "
+            "section 4.1); also bounds its cache. Needs training afterwards. Default: all.",
             min=2,
             below=2**31,
         ),
     ] = None
     ignore_switch: Annotated[
         Sequence[str],
-        Option("An unknown switch in config.json that does not change the model's function; may be repeated."),
+        Option("Unknown switch in config.json to accept, as it does not change the outputs; may be repeated."),
     ] = ()
 
 
 @dataclass(frozen=True)
 class Fit(Options, panel="Fitting (--method shared, latent)"):
-    """How heads or latents, and output projections, are fitted to a calibration text."""
+    """How heads, latents and output projections are fitted on a calibration text."""
 
     _: KW_ONLY
     calibration: Annotated[
         str | os.PathLike[str] | Sequence[str] | None,
         Option(
-            "Text file, JSON lines, parquet, or an id of the Hub's datasets; in Python also a list of texts. Default: "
-            "Python's reference manual.",
+            "Calibration text: a text, JSON lines or parquet file, or the id of a data set on the Hub; in Python also "
+            "a list of texts. Default: Python's reference manual.",
             objects="also",
         ),
     ] = None
-    calibration_tokens: Annotated[int, Option("Tokens to fit on.", min=1)] = 131_072
-    sequence_length: Annotated[int, Option("Tokens of a sequence.", min=4)] = 512
+    calibration_tokens: Annotated[int, Option("Number of tokens to fit on.", min=1)] = 131_072
+    sequence_length: Annotated[int, Option("Tokens per calibration sequence.", min=4)] = 512
     calibration_columns: Annotated[
         Sequence[str],
         Option(
-            "Column of the text; for encoder-decoder models also two, such as en,de: read and written. Default: text, "
-            "or a translation's two languages.",
+            "Column of the text; for encoder-decoder models also two, such as en,de: encoder and decoder input. "
+            "Default: text, or the two languages of a translation.",
             comma=True,
         ),
     ] = ()
-    head_width: Annotated[float, Option("Width of a new head in units of an old one.", above=0)] = 1.0
+    head_width: Annotated[float, Option("Width of a new head as a multiple of the source's.", above=0)] = 1.0
     key_width: Annotated[
         float | None,
         Option(
-            "The same, of keys alone. Default: `head_width`. Of a latent: numbers of rotated keys that are rebuilt "
-            "from it. Default: so many in each layer that those left out cost less than what the latent leaves out.",
+            "The same for keys only. Default: `head_width`. With `method` latent: number of rotated key components "
+            "that are rebuilt from the latent. Default: chosen per layer, so that the omitted components cost less "
+            "than what the latent leaves out.",
             above=0,
         ),
     ] = None
-    value_width: Annotated[float | None, Option("The same, of values alone. Default: `head_width`.", above=0)] = None
+    value_width: Annotated[float | None, Option("The same for values only. Default: `head_width`.", above=0)] = None
     cache_budget: Annotated[
         str | None,
         Option(
-            "In place of widths or `latent`: cache bytes per token, or a share of the source's such as 25%. The sizes "
-            "of each layer are chosen so that the least is lost; `key_width` is then that of a latent on average."
+            "Instead of widths or `latent`: cache bytes per token, or a share of the source's such as 25%. Sizes are "
+            "chosen per layer to lose the least; with `method` latent, `key_width` is then an average over layers."
         ),
     ] = None
     latent: Annotated[
         int | None,
-        Option("Numbers of a token's latent in each layer. Default: as many as one key and one value have.", min=1),
+        Option("Latent width per token and layer. Default: that of one key and one value together.", min=1),
     ] = None
     latent_bits: Annotated[
         int,
         Option(
-            "Bits of a stored number of the latent. With 8 and 4, each latent has a scale and an offset of 16 bits "
-            "besides.",
+            "Bits per stored number of the latent. At 8 and 4 bits, each latent also stores a 16-bit scale and a "
+            "16-bit offset.",
             choices=(16, 8, 4),
         ),
     ] = 16
     fit_steps: Annotated[
         int | None,
         Option(
-            "Steps of training of each layer's latent on the layer's own output, after the closed form. Default: 200 "
-            "with `method` latent.",
+            "Training steps that refine the latent of each layer on the layer's own output, after the closed form. "
+            "Default: 200 with `method` latent.",
             min=0,
         ),
     ] = None
     refit: Annotated[
         bool | None,
         Option(
-            "Whether output projections are refitted on the calibration text. Default: with `method` shared, latent.",
+            "Refit output projections on the calibration text. Default: with `method` shared and latent.",
         ),
     ] = None
-    device: Annotated[str, Option("Where layers run.")] = "cpu"
+    device: Annotated[str, Option("Device that layers run on.")] = "cpu"
 
 
 @dataclass(frozen=True)
 class Weights(Options, panel="Output"):
-    """What the result is, wherever it goes."""
+    """Class and weights of the result."""
 
     _: KW_ONLY
     target: Annotated[
         str,
         Option(
-            "mqa: this package's class, as remote code. native: a class of transformers, where one can hold the "
-            "model.",
+            "mqa: this package's class, saved as remote code. native: a transformers class, if one fits the model.",
             choices=("mqa", "native"),
         ),
     ] = "mqa"
-    dtype: Annotated[str | None, Option("Of the weights. Default: as in the source.", choices=NUMBER_TYPES)] = None
+    dtype: Annotated[str | None, Option("Data type of weights. Default: the source's.", choices=NUMBER_TYPES)] = None
     allow_nonfinite: Annotated[
-        bool, Option("Convert weights that hold NaN or infinity too, and count them in the report.")
+        bool, Option("Convert weights that contain NaN or infinity, and count them in the report.")
     ] = False
 
 
@@ -157,13 +157,13 @@ class Written(Options, panel="Output"):
     """How the result is written."""
 
     _: KW_ONLY
-    max_shard_size: Annotated[str, Option("Largest file of weights.")] = "5GB"
+    max_shard_size: Annotated[str, Option("Maximum size of a weight file.")] = "5GB"
     overwrite: Annotated[bool, Option("Replace the checkpoint at `output`.", recorded="never")] = False
 
 
 @dataclass(frozen=True)
 class Hub(Options, panel="Hub"):
-    """Where a source comes from."""
+    """Where the source comes from."""
 
     _: KW_ONLY
     revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
@@ -171,7 +171,7 @@ class Hub(Options, panel="Hub"):
 
 @dataclass(frozen=True)
 class Upload(Options, panel="Hub"):
-    """Where a result goes to."""
+    """Where the result is uploaded."""
 
     _: KW_ONLY
     push_to_hub: Annotated[str | None, Option("Repository to upload the result to.", recorded="never")] = None
@@ -180,14 +180,14 @@ class Upload(Options, panel="Hub"):
 
 @dataclass(frozen=True)
 class ConversionOptions(Hub, Weights, Fit, Heads):
-    """What a conversion makes, wherever its result goes."""
+    """Options of a conversion, whether its result is saved or stays in memory."""
 
     _: KW_ONLY
     tokenizer: Annotated[
         Optional["PreTrainedTokenizerBase"],
         Option(
-            "Tokenizer or processor that goes with a model in memory. Default: none is written, and calibration "
-            "takes that of where the model was loaded from.",
+            "Tokenizer or processor of a model in memory. Default: none is written, and calibration uses the one of "
+            "the checkpoint that the model was loaded from.",
             recorded="never",
             objects="only",
         ),
@@ -195,24 +195,24 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
 
     @property
     def calibrated(self) -> bool:
-        """Whether layers look at a calibration text."""
+        """Whether a calibration text is read."""
         return self.method in FITTED or bool(self.refit)
 
     @property
     def width_factors(self) -> tuple[float, float]:
-        """Widths of a new head's keys and values in units of an old one."""
+        """Widths of a new head's keys and values, as multiples of the source's."""
         key, value = self.key_width, self.value_width
         return self.head_width if key is None else key, self.head_width if value is None else value
 
 
-FIT_STEPS = 200  # of training of each latent, where nothing else is said
-FITTED = ("shared", "latent")  # methods that look at a calibration text
+FIT_STEPS = 200  # default of `fit_steps` for latents
+FITTED = ("shared", "latent")  # methods that read a calibration text
 SOURCE = Option("Directory or hub id of the checkpoint; in Python also a loaded model.", objects="also")
 C = TypeVar("C", bound=ConversionOptions)
 
 
 def settled(job: C) -> C:
-    """With `refit` filled in; raises ConversionError for options that contradict each other."""
+    """Fill in `refit` and `fit_steps`; raises ConversionError for options that contradict each other."""
     job = replace(job, refit=job.method in FITTED if job.refit is None else job.refit)
     if job.method == "latent" and job.fit_steps is None:
         job = replace(job, fit_steps=FIT_STEPS)
@@ -232,7 +232,7 @@ def settled(job: C) -> C:
             latent and key_width is not None and (key_width % 2 != 0),
             f"`key_width` of a latent must be an even number, as components are rotated in pairs; got {key_width}",
         ),
-        (latent and job.kv_heads != 1, f"a latent is one for all heads; `kv_heads` must be 1, not {job.kv_heads}"),
+        (latent and job.kv_heads != 1, f"all heads share one latent; `kv_heads` must be 1, got {job.kv_heads}"),
         (
             not latent and (job.latent is not None or job.latent_bits != 16 or job.fit_steps is not None),
             f"`latent`, `latent_bits` and `fit_steps` are for `method` latent, not {job.method}",
@@ -248,11 +248,11 @@ def settled(job: C) -> C:
         ),
         (
             job.calibrated and job.allow_nonfinite,
-            "`allow_nonfinite` is for methods without calibration: nothing is fitted to NaN",
+            "`allow_nonfinite` is for methods without calibration; nothing can be fitted to NaN",
         ),
         (
             job.calibrated and job.window is not None,
-            f"`window` and `method` {job.method} do not go together: what is fitted looks at all that heads see",
+            f"`window` cannot be combined with `method` {job.method}, which is fitted on attention to all positions",
         ),
         (
             budget and any(widths),
@@ -260,7 +260,7 @@ def settled(job: C) -> C:
         ),
         (
             budget and job.target == "native",
-            "`cache_budget` is for `target` mqa: native heads have the source's width",
+            "`cache_budget` is for `target` mqa; native heads have the source's width",
         ),
     )
     refuse(contradictions, ConversionError)
@@ -286,7 +286,7 @@ class ModelConversion(ConversionOptions, Job["PreTrainedModel"]):
 
 @dataclass(frozen=True)
 class FileOptions(Upload, Written, ConversionOptions):
-    """What a conversion makes, and how it is written."""
+    """Options of a conversion and of the files it writes."""
 
 
 @dataclass(frozen=True)
@@ -294,22 +294,21 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
     """Convert a checkpoint, or a model in memory, to fewer key/value heads.
 
     Returns:
-        What `conversion.json` says, as a `ConversionRecord`. Where `output` is `None`, the model instead, in
-        evaluation mode; nothing is written then.
+        The content of `conversion.json` as a `ConversionRecord`. If `output` is `None`, nothing is written and the
+        model is returned instead, in evaluation mode.
 
     Raises:
-        MQAError: for anything wrong with the request, and as a `ConversionError` with the source. `output` is then
-            as it was.
+        MQAError: if the request is invalid; a `ConversionError` if the source is. `output` is left as it was.
     """
 
     name = "convert"
 
     source: Annotated["str | os.PathLike[str] | PreTrainedModel", SOURCE]
-    output: Annotated[Path | str, Option("Directory to write. It appears only when it is whole.")]
+    output: Annotated[Path | str, Option("Directory to write. It appears only once it is complete.")]
 
     @property
     def in_memory(self) -> bool:
-        """Whether it was asked for with something in memory, which no command has."""
+        """Whether the source or the texts are objects in memory, which no command can name."""
         texts = self.calibration is None or isinstance(self.calibration, str | os.PathLike)
         return not (isinstance(self.source, str | os.PathLike) and texts)
 
@@ -323,7 +322,7 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         return found
 
     def call(self) -> str:
-        """The Python call that does this, where no command can."""
+        """The Python call of this conversion, for those that no command can express."""
         changed = {"kv_heads", "method", *(f.name for f in options(type(self)) if getattr(self, f.name) != f.default)}
         said = {name: repr(value) for name, value in self.recorded().items() if name in changed}
         if "calibration" in said and not isinstance(self.calibration, str):
@@ -334,9 +333,9 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         return f"mqa_hf.convert({', '.join([source, repr('OUTPUT'), *(f'{k}={v}' for k, v in said.items())])})"
 
     def resolve(self) -> "Conversion":
-        """With `refit` settled; raises ConversionError for options that contradict each other."""
+        """Fill in `refit` and `fit_steps`; raises ConversionError for options that contradict each other."""
         if self.private and not self.push_to_hub:
-            raise ConversionError("`private` is about the repository of `push_to_hub`, which is missing")
+            raise ConversionError("`private` needs `push_to_hub`; name the repository to upload to")
         return settled(self)
 
     def run(self) -> "ConversionRecord":
@@ -350,10 +349,10 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         return forecast(self.resolve())
 
     def interrupted(self) -> str:
-        return "Nothing was kept; `output` is as it was."
+        return "Nothing was kept; `output` is unchanged."
 
     def show(self, record: "ConversionRecord", console: "Console") -> None:
-        """Say in a line what became of the heads and the cache."""
+        """Print heads and cache before and after, in a line."""
         cache, cross = record.kv_bytes_per_token, record.cross_kv_bytes_per_token
         latents = record.latents
         heads = ", ".join(
@@ -373,7 +372,7 @@ Q = ParamSpec("Q")
 
 
 class Convert(Protocol[P, Q]):
-    """Both ways of [`convert`] for type checkers: with an output and without."""
+    """Signatures of [`convert`] for type checkers, with and without `output`."""
 
     @overload
     def __call__(
@@ -391,7 +390,7 @@ class Convert(Protocol[P, Q]):
 
 
 def both(written: Callable[P, FileOptions], kept: Callable[Q, ConversionOptions]) -> Convert[P, Q]:
-    """The function of a conversion, whose options are those of these classes."""
+    """Make [`convert`] from the options with and without `output`."""
 
     def run(source: Any, output: Path | str | None = None, **given: Any) -> Any:
         check_keywords(Conversion, given)
@@ -399,7 +398,7 @@ def both(written: Callable[P, FileOptions], kept: Callable[Q, ConversionOptions]
             return Conversion(source, output, **given).run()
         known = {field.name for field in options(ModelConversion)}
         for name in given.keys() & ({field.name for field in options(Conversion)} - known):
-            raise ConversionError(f"`{name}` is about files, and there is no `output`")
+            raise ConversionError(f"`{name}` needs `output`, the directory to write")
         return ModelConversion(source, **given).run()
 
     describe(run, Conversion, output=None)

@@ -1,8 +1,8 @@
-"""From a pretrained checkpoint to a multi-query one, a layer at a time.
+"""Convert a pretrained checkpoint to a multi-query one, one layer at a time.
 
-plan      configuration and headers: what will be read, pooled and written, or why it cannot be
+plan      configuration and headers: what is read, pooled and written, or why that is impossible
 walk      per layer: source tensors -> canonical layer -> pooled layer -> output shard
-save      configuration, code, tokenizer, `conversion.json`, model card; then the directory gets its name
+save      configuration, code, tokenizer, `conversion.json`, model card; then the directory is renamed
 """
 
 import os
@@ -41,7 +41,7 @@ from .widths import budget_components, choose_widths
 
 
 def carry_out(job: Conversion) -> ConversionRecord:
-    """Convert as a resolved job says, and write the result."""
+    """Run a resolved conversion and write the result."""
     check_device(job.device)
     source = open_any(job)
     companions = companions_of(source)
@@ -55,7 +55,7 @@ def carry_out(job: Conversion) -> ConversionRecord:
         layers = walk(plan, maker, writer)
         said = [*companions.doubts(), *warnings_of(plan, maker, writer)]
         record = record_of(plan, job, maker, writer, layers, said)
-        (partial / REPORT_FILE).write_text(record.to_json() + "\n", encoding="utf-8")  # whole, as all of `partial` is
+        (partial / REPORT_FILE).write_text(record.to_json() + "\n", encoding="utf-8")  # renamed as a whole
         write_card(partial, record, companions.card, plan.output)
         write_config(plan, final_config(plan, maker), partial)
         companions.check(partial)
@@ -67,7 +67,7 @@ def carry_out(job: Conversion) -> ConversionRecord:
 
 
 def converted(job: ModelConversion) -> PreTrainedModel:
-    """The model that a resolved job asks for: on the CPU, or where the model is that it is made from."""
+    """Run a resolved conversion in memory; the model is on the source model's device, or the CPU."""
     check_device(job.device)
     source = open_any(job)
     plan, maker = prepare(source, job, scratch=Path(tempfile.gettempdir()))
@@ -84,7 +84,7 @@ def open_any(job: Conversion | ModelConversion) -> AnySource:
     """The source of a job: a checkpoint's directory or hub id, or a model in memory."""
     if isinstance(job.source, str | os.PathLike):
         if job.tokenizer is not None:
-            raise ConversionError("`tokenizer` goes with a model in memory; a checkpoint has its own")
+            raise ConversionError("`tokenizer` is for a model in memory; a checkpoint has its own")
         return open_source(job.source, job.revision)
     if job.revision is not None:
         raise ConversionError("`revision` is for hub ids; the source is a model in memory")
@@ -96,15 +96,15 @@ def companions_of(source: AnySource) -> Beside | Given:
 
 
 def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, HeadMaker]:
-    """The plan of a conversion, and what makes its heads.
+    """The plan of a conversion and the maker of its heads.
 
     Args:
-        source: that is converted.
-        job: resolved.
-        scratch: directory for what memory should not hold.
+        source: the source.
+        job: the resolved job.
+        scratch: directory for large temporary files.
 
     Raises:
-        ConversionError: where the conversion is impossible.
+        ConversionError: if the conversion is impossible.
     """
     if job.target == "native" and source.config.model_type in NATIVE_ONLY:
         plan = own_class_plan(source, job)

@@ -1,4 +1,4 @@
-"""What a checkpoint is and what a conversion would make of it, from its configuration alone."""
+"""Describe a checkpoint and what its conversion would give, from its configuration alone."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from .source import Source, read_source
 
 
 def describe(job: Inspection) -> dict[str, Any]:
-    """What [`Inspection.run`] gives."""
+    """Implementation of [`Inspection.run`]."""
     directory, commit = locate(job.source, job.revision, weights=False)
     raw = read_json(directory / "config.json")
     result: dict[str, Any] = {"source": job.source, "family": raw.get("model_type"), "conversion": None}
@@ -58,7 +58,7 @@ def describe(job: Inspection) -> dict[str, Any]:
 
 
 def _converted(directory: Path, trained: bool) -> dict[str, Any]:
-    if trained and "command" not in read_json(directory / REPORT_FILE):  # trained without a conversion before
+    if trained and "command" not in read_json(directory / REPORT_FILE):  # trained without conversion
         source = Origin.read(directory).source
         return {"convertible": False, "reason": f"it was trained from {source}"} | _own(directory)
     record = ConversionRecord.read(directory)
@@ -75,15 +75,15 @@ def _converted(directory: Path, trained: bool) -> dict[str, Any]:
 
 
 def _own(directory: Path) -> dict[str, Any]:
-    """What the configuration of this package's own classes says; nothing of another class."""
+    """Describe a configuration of this package's classes; empty for other classes."""
     canonical: dict[str, Any] = {config.model_type: config for config in (MQAConfig, MQASeq2SeqConfig)}
     model_type = read_json(directory / "config.json").get("model_type")
     if model_type not in canonical:
         return {}
     try:
         return _describe(canonical[model_type].from_pretrained(directory))
-    except Exception as error:  # whatever a configuration class raises for values that it refuses
-        raise ConversionError(f"{directory / 'config.json'} describes no model: {error}") from error
+    except Exception as error:  # configuration classes raise any type
+        raise ConversionError(f"{directory / 'config.json'} is not a valid configuration: {error}") from error
 
 
 def _describe(config: CanonicalConfig) -> dict[str, Any]:

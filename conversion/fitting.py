@@ -1,24 +1,24 @@
-"""The best shared key/value head in closed form, one function a formula; float64.
+"""The best shared key/value head in closed form, one function per formula; float64.
 
-One shared head has to stand for m old ones. Averaging them keeps what they have in common coordinate by coordinate,
+One shared head replaces m old ones. Averaging keeps what they have in common coordinate by coordinate,
 though nothing aligns the coordinates of two heads: any invertible map of a head's keys (per rotary frequency: any
 complex factor) can be undone in its queries, and any map of its values in the output projection. Fitted heads use
-that freedom. With the moments of what the layer really sees, the best subspace follows from an eigendecomposition.
+that freedom: the best subspace follows from an eigendecomposition of moments of the layer's actual inputs.
 
     m old heads of one new head, d hidden size, D key width, Dv value width, J frequencies; rank, width of the new head
 
     x    [d + 1] input of the attention with a 1 appended, which carries biases;  S = E[x x'] [d + 1, d + 1]
     w_k  [m, D, d + 1], w_v [m, Dv, d]                projections of the old heads
-    w_q  [n, D, d + 1], w_o [n, d, Dv], head_of [n]   of the query heads that share the new head, and whose each was
+    w_q  [n, D, d + 1], w_o [n, d, Dv], head_of [n]   of the query heads of the new head, and their old heads
 
-Everything takes and gives float64. Rank-deficient moments are handled by leaving out what they do not contain.
+All inputs and outputs are float64. Directions outside the range of rank-deficient moments are left out.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-# Relative to the largest: eigenvalues below are rounding, not signal.
+# Smaller eigenvalues, relative to the largest, are rounding errors.
 RANK_TOLERANCE = 1e-12
 
 
@@ -55,7 +55,7 @@ def root(matrix: torch.Tensor) -> torch.Tensor:
 def shrunk(moment: torch.Tensor, amount: float = 1e-4) -> torch.Tensor:
     """A moment with its diagonal raised by `amount` of itself.
 
-    Calibration tokens do not span what a model may meet; directions that they lack keep a small weight, and with room
+    Calibration tokens do not span all inputs; directions that they lack keep a small weight, and with room
     for all of them nothing is lost. Relative to each diagonal entry, since a few are larger than the others by orders.
     """
     return moment + amount * torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
@@ -90,7 +90,7 @@ def subspace(stacked: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def inverse(s: torch.Tensor) -> torch.Tensor:
-    """1 / s, zero where s is."""
+    """1 / s, or 0 where s is 0."""
     return torch.where(s > 0, 1.0 / torch.where(s > 0, s, torch.ones_like(s)), torch.zeros_like(s))
 
 
@@ -105,7 +105,7 @@ def rotary_gram(spread: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
 
 
 def choose_frequencies(energies: torch.Tensor, pairs: int) -> torch.Tensor:
-    """How many components each frequency gets where `pairs` of them are shared out by energy: [J].
+    """Number of components per frequency [J], with `pairs` in all, chosen by energy.
 
     Args:
         energies: [J, m], of each frequency's Gram matrix, largest first.
@@ -123,9 +123,9 @@ def rotary_keys(
     energy: torch.Tensor,
     counts: torch.Tensor,
 ) -> Keys:
-    r"""Keys that are rotated: component j is paired with j + J to the complex number w_j, J = D/2.
+    r"""Rotated keys: components j and j + J form the complex number w_j, J = D/2.
 
-    Only a complex factor per frequency commutes with the rotation, so each frequency j has a subspace of its own, of
+    Only a complex factor per frequency commutes with the rotation, so each frequency j has its own subspace, of
     the m heads. With the query energy P_aj = Σ_{h of a} E|q_hj|² and the spread F_j of the keys, the Hermitian Gram
     matrix G_j[a, b] = √(P_aj P_bj) F_j[a, b] has the top eigenvectors U (as many as the frequency has components), and
 
@@ -161,7 +161,7 @@ def rotary_components(
     nth = torch.cat([torch.arange(n) for n in counts.tolist()]) if len(frequencies) else frequencies
     U = vectors[frequencies, :, nth]  # [C, m]
     weight = energy[frequencies].sqrt()
-    # A head without queries at a frequency has no say there, and its (zero) queries need no key.
+    # A head without queries at a frequency does not count there, and its (zero) queries need no key.
     b = U * inverse(weight)
     scale = b.abs().square().mean(dim=1, keepdim=True).sqrt()
     rows = U.conj() * weight * scale
@@ -172,13 +172,13 @@ def rotary_components(
 def reduced(
     old: torch.Tensor, stacked: torch.Tensor, moment: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One projection Ŵ for those of several heads, by the best subspace of their weighted stack.
+    """One projection Ŵ that replaces those of several heads, from the best subspace of their weighted stack.
 
     With stacked · moment^½ = U s V', Ŵ = s⁻¹ U' stacked, scaled to the energy that an old head has on average.
 
     Args:
         old: [m, D, d], W_i.
-        stacked: [m·D, d], the same weighted by what is made of them.
+        stacked: [m·D, d], the same, weighted by their use.
         moment: [d, d], of the inputs.
 
     Returns:
@@ -203,7 +203,7 @@ def weighted_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, m
 def plain_keys(
     w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, seen: torch.Tensor, rank: int
 ) -> Keys:
-    """Keys that are not rotated; any invertible map of a key head can be undone in its queries.
+    """Unrotated keys; any invertible map of a key head can be undone in its queries.
 
     With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' (S `moment`, of the inputs of queries) and C = Cov(x) (of `seen`, the moment
     of those of keys; a constant added to every key is invisible to softmax), the stack of Σ_i^½ W_K,i C^½ = U s V'
@@ -240,7 +240,7 @@ def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: t
 
 
 def refit(outputs: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
-    """The output projection by ridge regression towards what it was.
+    """The output projection by ridge regression towards the original one.
 
     Args:
         outputs: Z'Z [r, r], of the new heads' outputs on the student's own inputs.

@@ -1,4 +1,4 @@
-"""What a conversion would read, write and need, from headers alone."""
+"""What a conversion would read, write and need in memory, from headers alone."""
 
 import os
 import shutil
@@ -23,19 +23,19 @@ from .source import open_source
 from .states import FitOptions
 from .widths import Widths, budget_components
 
-# Matrices [d, d] in float64 that fitting a latent holds at once: for each part of the heads, and besides. Measured.
+# Float64 matrices [d, d] held at once when a latent is fitted: per part of the heads, and in addition. Measured.
 LATENT_MATRICES = (10, 20)
 
 
 def forecast(job: Conversion) -> dict[str, Any]:
-    """What a resolved job would do, by name; sizes in bytes.
+    """Forecast of a resolved job, by name; sizes in bytes.
 
-    Memory is that of what is held at once: the largest part that is read, what is made of it, and the calibration
-    tokens with what is gathered of them. Python and its libraries come on top. With `cache_budget`, sizes are those of
-    equal widths. Where a latent's rebuilt keys are chosen by what they lose, weights are those of all keys, at most.
+    Memory counts what is held at once: the largest part read, its converted form, and the calibration tokens with
+    their moments; not Python and its libraries. With `cache_budget`, sizes are those of equal widths. If a latent's
+    rebuilt keys are chosen per layer, weights are an upper bound, with all keys.
 
     Raises:
-        ConversionError: where the conversion is impossible, or the weights of a hub id are not here.
+        ConversionError: if the conversion is impossible, or the weights of a hub id are not downloaded.
     """
     if job.calibrated and isinstance(job.calibration, str | os.PathLike):
         check_file(job.calibration, "`calibration`")
@@ -67,14 +67,15 @@ def forecast(job: Conversion) -> dict[str, Any]:
 
 
 def _here(job: Conversion) -> AnySource:
-    """The source, without fetching weights."""
+    """The source, without downloading weights."""
     if not isinstance(job.source, str):
         return open_model(job.source, job.tokenizer)
     source = open_source(job.source, job.revision, weights=False)
     weights = [path for kind in ("*.safetensors", "*.bin") for path in source.directory.glob(kind)]
     if source.revision is not None and not weights:
         raise ConversionError(
-            f"the weights of {source.name} are not here, and a dry run fetches nothing; fetch them first: hf download "
+            f"the weights of {source.name} are not downloaded, and a dry run downloads nothing; download them "
+            f"first: hf download "
             f"{source.name}"
         )
     return source
@@ -84,7 +85,7 @@ def _plan(source: AnySource, job: Conversion) -> Plan:
     if job.target == "native" and source.config.model_type in NATIVE_ONLY:
         return own_class_plan(source, job)
     reading = make_reading(source, job)
-    latent = job.method == "latent"  # whose plan is of equal sizes by itself
+    latent = job.method == "latent"  # whose plan has equal sizes anyway
     return make_plan(
         reading, job, None if latent or not job.cache_budget else _equal_widths(reading, job.cache_budget)
     )
@@ -108,7 +109,7 @@ def _equal_widths(reading: Reading, budget: str) -> Mapping[str, Widths]:
 
 
 def _part(plan: Plan, part: Part) -> int:
-    """Bytes that a part takes: what is read, what is written of it, and one tensor in float32 on the way."""
+    """Bytes of a part: what is read, what is written, and one tensor in float32."""
     read = [plan.reading.reader.tensors[step.name] for step in part.reads]
     written = sum(plan.tensors[step.name].nbytes for step in part.writes)
     widest = max(info.nbytes * 4 // info.dtype.itemsize for info in read)
@@ -116,7 +117,7 @@ def _part(plan: Plan, part: Part) -> int:
 
 
 def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
-    """Bytes that a calibration takes in memory, and in a mapped file."""
+    """Bytes of a calibration in memory and in a mapped file."""
     config, options = plan.reading.config, FitOptions()
     tensors = plan.reading.reader.tensors
     outside = sum(4 * tensors[s.name].numel for part in plan.parts if part.layer is None for s in part.reads)
@@ -134,7 +135,7 @@ def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
             mapped += held
         else:
             memory += held
-        memory += held // 16  # the held-out ones once more
+        memory += held // 16  # the held-out ones again
     new = max(heads_of(plan.pooled).values())
     if job.method == "latent":
         heads = max(heads_of(config)[name] for name in plan.reading.attentions)

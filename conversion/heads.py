@@ -21,7 +21,7 @@ from .widths import rotated_pairs
 
 @dataclass
 class FittedHeads:
-    """Tensors of an attention by name, the frequencies of its rotated pairs, and what was left out."""
+    """Tensors of an attention by name, the frequencies of its rotated pairs, and the discarded energy."""
 
     tensors: Tensors
     frequencies: list[int]
@@ -30,7 +30,7 @@ class FittedHeads:
 
 
 def groups(attention: MQAAttention, new: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Of each new head: the old heads and the query heads that share it, and whose each of the latter was."""
+    """For each new head: its old heads, its query heads, and the old head of each query head."""
     G, g = old_heads(attention), attention.num_key_value_groups
     m = G // new
     head_of = torch.arange(m, device=attention.k_proj.weight.device).repeat_interleave(g)
@@ -46,7 +46,7 @@ def augmented(linear: nn.Linear) -> torch.Tensor:
 
 
 def _shared_out(seen: Seen, R: int, pairs: int, choose: bool) -> torch.Tensor:
-    """[J]: how many rotated components each frequency gets, chosen by energy or all alike."""
+    """[J]: number of rotated components per frequency, chosen by energy or equal."""
     if not R:
         return torch.zeros(0, dtype=torch.long)
     if not choose:
@@ -61,13 +61,13 @@ def _shared_out(seen: Seen, R: int, pairs: int, choose: bool) -> torch.Tensor:
 
 
 def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, choose: bool) -> FittedHeads:
-    """Projections and biases of the new attention.
+    """Fit projections and biases of the new attention.
 
     Args:
-        attention: with all its heads.
-        seen: what it sees.
-        width_k, width_v: of a new head.
-        choose: whether the frequencies of rotated components are chosen by energy, instead of all alike.
+        attention: the attention with all its heads.
+        seen: its moments.
+        width_k, width_v: widths of a new head.
+        choose: whether to choose the frequencies of rotated components by energy instead of equally.
     """
     config = attention.config
     d, H = config.hidden_size, config.num_attention_heads
@@ -114,7 +114,7 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
 def pooled_heads(
     attention: MQAAttention, prefix: str, name: str, after: Mapping[str, int], method: str, generator: torch.Generator
 ) -> FittedHeads:
-    """The heads of a method that looks at no data; `prefix` of the attention's tensors, `name` among `heads_of`."""
+    """Heads of a method without calibration; `prefix` of the attention's tensors, `name` as in `heads_of`."""
     state = {f"{prefix}{n}": t.cpu() for n, t in attention.state_dict().items() if "relative_bias" not in n}
     pool_layer(
         state,
@@ -131,7 +131,7 @@ def pooled_heads(
 
 
 def folded_bias(attention: MQAAttention) -> torch.Tensor:
-    """The bias of the output [d] with that of the values in it: attention weights add up to 1."""
+    """The output bias [d] with the value bias folded in, as attention weights sum to 1."""
     output, value = attention.o_proj, attention.v_proj
     bias = torch.zeros(output.out_features, device=output.weight.device)
     bias = bias if output.bias is None else output.bias.clone()
@@ -142,8 +142,7 @@ def folded_bias(attention: MQAAttention) -> torch.Tensor:
 
 
 def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> Attention:
-    """The new attention: fitted projections, the bias of the old values in that of the output, beside what `fitted`
-    has for it."""
+    """The new attention with the fitted projections; the old value bias is added to the output bias."""
     device = old.k_proj.weight.device
     new = make_attention(config, number, cross=old.cross).float().eval()
     state = {name: t.to(device, torch.float32) for name, t in fitted.items()}
@@ -171,7 +170,7 @@ def heads_output(
 
 
 def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str) -> None:
-    """Refit the student's output projection (and bias, where it has one) to the teacher's attention output."""
+    """Refit the student's output projection (and bias, if any) to the teacher's attention output."""
     old, new = getattr(teacher, site), getattr(student, site)
     projection = new.o_proj
     r, d = projection.in_features, projection.out_features
@@ -200,8 +199,8 @@ def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, si
 def compare(
     stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, generator: torch.Generator
 ) -> dict[str, float]:
-    """On the held-out tokens: relative error of an attention's output, and the mean divergence KL(teacher || student)
-    of its weights in nats, over heads and queries."""
+    """Relative error of an attention's output on the held-out tokens, and the mean divergence KL(teacher || student)
+    of its weights in nats over heads and queries."""
     old, new = getattr(teacher, site), getattr(student, site)
     distance = size = divergence = 0.0
     count = 0

@@ -1,4 +1,4 @@
-"""`mqa-hf inspect`: what a checkpoint is, and what a conversion would make of it."""
+"""`mqa-hf inspect`: describe a checkpoint and what its conversion would give."""
 
 import os
 from collections.abc import Sequence
@@ -15,33 +15,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspection(Job[dict[str, Any]]):
-    """Say what a checkpoint is and what a conversion would make of it, without reading weights.
+    """Describe a checkpoint and what its conversion would give, without reading weights.
 
     Returns:
         Always: `source`, `family`, `convertible`, `reason` (why it cannot be converted, or only natively, else
-        `None`), `conversion` and `training` (what `conversion.json` of a converted checkpoint and `uptraining.json` of
-        a trained one say, else `None`). Where the configuration is understood: `layers`, `num_attention_heads`,
-        `num_key_value_heads`, `head_dim`, `parameters` and `kv_bytes_per_token` (16 bit, latents at theirs; `now` and,
-        where it can be converted, `after`); of a native conversion only what its `conversion.json` says. `latents`:
-        width, bits, heads and rebuilt key components by attention, where there are any. Where it can be converted:
-        `native`, the model type of the class of transformers that holds the result, or `False`.
+        `None`), `conversion` and `training` (the content of `conversion.json` of a converted checkpoint and
+        `uptraining.json` of a trained one, else `None`). If the configuration is supported: `layers`,
+        `num_attention_heads`, `num_key_value_heads`, `head_dim`, `parameters` and `kv_bytes_per_token` (at 16 bits, or
+        a latent's own bits; `now` and, if convertible, `after`); for a native conversion, only what its
+        `conversion.json` has. `latents`, if any: width, bits, heads and rebuilt key components by attention. If
+        convertible: `native`, the model type of the transformers class that can hold the result, or `False`.
 
     Raises:
-        MQAError: where there is no checkpoint at all.
+        MQAError: if `source` is not a checkpoint.
     """
 
     name = "inspect"
 
-    source: Annotated[
-        str | os.PathLike[str], Option("Directory or hub id, of an original or of a converted checkpoint.")
-    ]
+    source: Annotated[str | os.PathLike[str], Option("Directory or hub id of an original or converted checkpoint.")]
     _: KW_ONLY
     kv_heads: Annotated[
-        int, Option("Key/value heads of the conversion to describe; a divisor of the source's.", min=1)
+        int, Option("Number of key/value heads of the conversion; must divide the source's number.", min=1)
     ] = 1
     ignore_switch: Annotated[
         Sequence[str],
-        Option("An unknown switch in config.json that does not change the model's function; may be repeated."),
+        Option("Unknown switch in config.json to accept, as it does not change the outputs; may be repeated."),
     ] = ()
     revision: Annotated[str | None, Option("Branch, tag or commit of a hub id.")] = None
 

@@ -1,4 +1,4 @@
-"""The best latent of a layer in closed form, one function a formula; float64.
+"""The best latent of a layer in closed form, one function per formula; float64.
 
 One latent c = Z x stands for the keys and values of all heads: values are read from it, keys are rebuilt from it, and
 then rotated. What matters is what an error does to the attention's output, so keys are measured by how much the output
@@ -10,7 +10,7 @@ changes with them, and values by what the output projection makes of them.
     x    [d + 1] input of the attention with a 1 appended, which carries biases;  S = E[x x'] [d + 1, d + 1]
     w_q  [H, D, d + 1], w_k [G, D, d + 1], w_v [G, Dv, d], w_o [H, d, Dv]
 
-Everything takes and gives float64.
+All inputs and outputs are float64.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class Loss:
 
     @property
     def total(self) -> torch.Tensor:
-        """[2 P]: each term without any latent."""
+        """[2 P]: each term without a latent."""
         return torch.stack([(A * C).sum() for A, C in zip(self.metrics, self.moments)])
 
     def left(self, Z: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch
 
 
 def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latent that keeps most of keys and values together where all terms meet the same inputs.
+    """The latent that keeps most of keys and values together if all terms have the same inputs.
 
     With C^½ (Σ ρ_i A_i) C^½ = v s² v', Z = v' C^-½ of the largest s (Eckart and Young 1936), white on C.
     ρ_i = tr A_i C_i / tr A_i C brings the inputs of each term to C.
@@ -166,7 +166,7 @@ def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30
 
 
 def whitened(Y: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows that span the same."""
+    """Orthonormal rows with the same span."""
     return torch.linalg.qr(Y.mT)[0].mT
 
 

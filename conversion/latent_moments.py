@@ -1,4 +1,4 @@
-"""What an attention sees of the calibration tokens, as a latent for all its heads needs it.
+"""Moments of an attention on the calibration tokens, for fitting a latent.
 
 B sequences, T tokens of each, S tokens attended to, H query heads, G heads of keys and values, P parts of them that
 have moments of their own, d hidden size, J rotary frequencies
@@ -30,7 +30,7 @@ class LatentSeen:
         effects: [H], E_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖²: the squared change of the output with a logit of the head.
         sharpness: [H], E_n Σ_t p_nt²: what a query sees of errors of single values.
         spread: [J, G, G], as [`fitting.rotary_gram`] takes it; `None` where nothing is rotated.
-        tokens: how many were looked at.
+        tokens: number of tokens.
         rank: directions of the keys' inputs that the tokens span.
     """
 

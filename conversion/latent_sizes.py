@@ -1,4 +1,4 @@
-"""How large latents are: as asked for, or from a cache budget that goes to the layers that need it.
+"""Sizes of latents: as requested, or allocated to the layers from a cache budget.
 
 r numbers of a latent, W rebuilt components of keys
 """
@@ -22,26 +22,26 @@ Sizes = tuple[list[int], list[int]]  # r and W, a layer each
 
 
 def most_numbers(stack: MQAConfig, heads: int) -> int:
-    """The largest r that can be of use: the hidden size, or all keys and values of a token."""
+    """The largest useful r: the hidden size, or all keys and values of a token."""
     return min(stack.hidden_size, 2 * heads * stack.head_dim)
 
 
 def most_keys(stack: MQAConfig, heads: int, layer: int, attention: str) -> int:
-    """The largest W: all rotated components of all heads; 0 where nothing is rotated."""
+    """The largest W: all rotated components of all heads; 0 without rotary positions."""
     rotated = attention != "cross" and stack.rope_layers[layer]
     return heads * stack.rotary_dim if rotated else 0
 
 
 def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None:
-    """Raises ConversionError for attentions that cannot have latents, or not together."""
+    """Raise ConversionError for attentions that cannot have latents, or not together."""
     if "encoder" in attentions:
         raise ConversionError(
             "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
         )
     if len(counts := {heads_of(config)[name] for name in attentions}) > 1:
         raise ConversionError(
-            f"the attentions have {' and '.join(map(str, sorted(counts)))} key/value heads, and latents stand for as "
-            "many in all of them; choose one by `attention`"
+            f"the attentions have {' and '.join(map(str, sorted(counts)))} key/value heads, but latents need the "
+            f"same number in all; select one with `attention`"
         )
 
 
@@ -63,18 +63,19 @@ def check_sizes(config: CanonicalConfig, attentions: Sequence[str], job: Convers
     )
     if not most:
         raise ConversionError(
-            f"`key_width` is about rotated keys, and those of {' and '.join(attentions)} attention are not rotated; "
+            f"`key_width` counts rotated key components, but the keys of {' and '.join(attentions)} attention are "
+            f"not rotated; "
             "leave it out"
         )
     if job.key_width > most:
         raise ConversionError(
-            f"`key_width` {job.key_width:g} is more than the {most} rotated components that all keys have; {most} "
+            f"`key_width` {job.key_width:g} is more than the {most} rotated components of all keys; {most} "
             "loses nothing"
         )
 
 
 def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
-    """r of every layer where there is no budget; raises ConversionError where it is of no use or does not fit."""
+    """r of every layer without a budget; raises ConversionError if it is too large or not a valid multiple."""
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     most = most_numbers(stack, heads)
     step = check_step(most, attention, job)
@@ -90,7 +91,7 @@ def chosen_numbers(config: CanonicalConfig, attention: str, job: ConversionOptio
 
 
 def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOptions) -> Sizes:
-    """The same r and W in every layer; W is what is asked for, or all there is."""
+    """The same r and W in every layer; W as requested, or its maximum."""
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     layers = range(stack.num_hidden_layers)
     if job.cache_budget is None:
@@ -103,7 +104,7 @@ def equal_latents(config: CanonicalConfig, attention: str, job: ConversionOption
 
 
 def step_of(job: ConversionOptions) -> int:
-    """What r is a multiple of."""
+    """The number that r must be a multiple of."""
     return LATENT_BLOCK if job.latent_bits < 16 else 1
 
 
@@ -112,8 +113,8 @@ def check_step(most: int, attention: str, job: ConversionOptions) -> int:
     step = step_of(job)
     if step > most:
         raise ConversionError(
-            f"with `latent_bits` {job.latent_bits} a latent is a multiple of {step} numbers, and {most} hold all keys "
-            f"and values of {attention} attention; use `latent_bits` 16"
+            f"`latent_bits` {job.latent_bits} needs a latent of a multiple of {step} numbers, but {most} hold all "
+            f"keys and values of {attention} attention; use `latent_bits` 16"
         )
     return step
 
@@ -200,7 +201,7 @@ def latent_config(
         r, W = sizes[name]
         stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
         setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))
-        stack.output_bias = True  # which takes what all values have in common
+        stack.output_bias = True  # holds what all values have in common
         stack.value_bias = stack.key_bias = False
         if name == "cross":
             continue
@@ -212,5 +213,5 @@ def latent_config(
 
 
 def same(values: list[int]) -> int | list[int]:
-    """One number where all layers have the same."""
+    """A single number if all layers have the same."""
     return values[0] if len(set(values)) == 1 else values

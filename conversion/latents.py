@@ -1,4 +1,4 @@
-"""The latent of one attention: its tensors, and what each size would lose.
+"""The latent of one attention: its tensors, and the error of each size.
 
 H query heads, G heads of keys and values in P parts, D head width, R of it rotated, d hidden size, r latent width,
 C = W / 2 rebuilt complex components of keys
@@ -83,7 +83,7 @@ class Inputs:
 
 
 def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
-    """M [G, D, D]: what an error of each head's keys does to the output."""
+    """M [G, D, D]: the effect of an error of each head's keys on the output."""
     moments = latent_fitting.query_moments(w.w_q, seen.queries)
     G, scale = old_heads(attention), attention.scaling
     if not attention.rotary:
@@ -132,7 +132,7 @@ def fit_latent(
     seen: LatentSeen,
     generator: torch.Generator,
 ) -> FittedHeads:
-    """Projections of the new attention.
+    """Fit the projections of the new attention.
 
     Args:
         stream: the tokens before the layer.
@@ -213,7 +213,7 @@ def importance(w: Projections, M: torch.Tensor, seen: LatentSeen, K: torch.Tenso
 def rebuilt_keys(
     keys: torch.Tensor, spread: torch.Tensor, energy: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The components that are rebuilt of rotated keys.
+    """Choose the rotated key components to rebuild.
 
     Args:
         keys: [G, R, r + 1], from a latent with a 1 appended.
@@ -234,7 +234,7 @@ def rebuilt_keys(
 
 
 def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator: torch.Generator) -> LatentCurves:
-    """What each size of one attention's latent would lose; the tokens stand before the layer."""
+    """The error of each size of one attention's latent; `stream` is at the layer's input."""
     attention: MQAAttention = getattr(teacher, site)
     seen = look_for_latent(stream, teacher, teacher, site, generator)
     share, energy = output_sizes(stream, teacher, site)

@@ -1,7 +1,7 @@
-"""Loading a checkpoint's model, with nothing in it that the checkpoint does not say.
+"""Load the model of a checkpoint, with exactly the weights of the checkpoint.
 
-`from_pretrained` initialises missing weights at random and passes over those that it has no place for, with no more
-than a line in the log; what is trained or measured then is another model.
+`from_pretrained` initialises missing weights at random and ignores unknown ones, with no more than a line in the log,
+which would train or measure another model.
 """
 
 from collections.abc import Iterator
@@ -28,12 +28,12 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A checkpoint's model with its head, in evaluation mode, on the CPU.
+    """Load a checkpoint with its head, in evaluation mode, on the CPU.
 
     Args:
         checkpoint: directory or hub id.
-        config: in place of the checkpoint's own.
-        dtype: of the weights; "auto": as the checkpoint has them.
+        config: replaces the checkpoint's own.
+        dtype: data type of the weights; "auto": as in the checkpoint.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -50,9 +50,9 @@ def load_model(
                 dtype=dtype,
                 revision=revision,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are said by name below
+                ignore_mismatched_sizes=True,  # reported by name below
             )
-    except Exception as error:  # whatever reading a file that is no checkpoint's raises
+    except Exception as error:  # loaders raise any type
         raise ConversionError(f"{checkpoint} cannot be loaded: {error}") from error
     check_loaded(model, found, f"in {checkpoint}")
     return model.eval()
@@ -60,7 +60,7 @@ def load_model(
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """What transformers says of tensors is said by [`check_loaded`]."""
+    """Silence transformers' messages on tensors, which [`check_loaded`] reports."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -70,12 +70,12 @@ def quietly() -> Iterator[None]:
 
 
 def check_loaded(model: PreTrainedModel, found: dict[str, Any], where: str, allow_nonfinite: bool = False) -> None:
-    """Raises ConversionError where a model is not all that its weights say.
+    """Raise ConversionError if a model differs from its weights.
 
     Args:
-        model: that was loaded.
-        found: what transformers says of the loading.
-        where: the weights are, for the message.
+        model: the loaded model.
+        found: the loading info of transformers.
+        where: place of the weights, for the message.
         allow_nonfinite: whether tensors may hold NaN or infinity.
     """
     kind = model.config.model_type
@@ -86,14 +86,14 @@ def check_loaded(model: PreTrainedModel, found: dict[str, Any], where: str, allo
         f"{what}: {listing(names)}"
         for what, names in (
             ("tensors are missing", missing),
-            ("tensors have no place in this configuration", unused),
-            ("tensors have another shape", [_mismatch(*entry) for entry in found["mismatched_keys"]]),
+            ("tensors are not in this configuration", unused),
+            ("tensors have a different shape", [_mismatch(*entry) for entry in found["mismatched_keys"]]),
             ("tensors hold NaN or infinity", damaged),
         )
         if names
     ]
     if problems:
-        raise ConversionError(f"the weights {where} do not make the model: {'; '.join(problems)}")
+        raise ConversionError(f"the weights {where} do not fit the model: {'; '.join(problems)}")
 
 
 def _mismatch(name: str, found: Any, expected: Any) -> str:

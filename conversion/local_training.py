@@ -1,6 +1,6 @@
-"""Training of one converted attention on what the attention with all its heads gives at the same place.
+"""Train one converted attention on the output of the attention with all its heads.
 
-Closed forms fit one map at a time and to first order; a few hundred steps of all maps together win what they leave.
+Closed forms fit one map at a time and to first order; a few hundred steps on all of them reduce the error further.
 B sequences, T tokens of each, d hidden size
 """
 
@@ -13,8 +13,8 @@ from mqa_hf.layer_mqa import MQADecoderLayer
 from .heads import compare, heads_output, refit
 from .states import Stream
 
-ROWS = 4  # sequences of a step
-LEARNING_RATE = 0.01  # of numbers of size 1; each tensor's is relative to its root mean square
+ROWS = 4  # sequences per step
+LEARNING_RATE = 0.01  # scaled by the root mean square of each tensor
 WARMUP = 10
 
 
@@ -26,11 +26,10 @@ def train(
     steps: int,
     generator: torch.Generator,
 ) -> None:
-    """Train the student's attention for some steps of Adam, and refit its output projection again where
-    that is asked for.
+    """Train the student's attention for some steps of Adam, then refit its output projection if requested.
 
-    The error of a token counts relative to the size of the stream that it is added to. What was there before is put
-    back where it was nearer to the teacher on the held-out tokens.
+    The error of a token is relative to the size of the residual stream. The weights from before are restored if they
+    were nearer to the teacher on the held-out tokens.
     """
     new = getattr(student, site)
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}

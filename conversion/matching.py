@@ -1,4 +1,4 @@
-"""Which rule of its family a tensor's name is claimed by, and the step that follows from it."""
+"""Match tensor names to the rules of their family, and derive conversion steps."""
 
 import re
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ Layer = tuple[str, int]  # the stack, "" in a decoder-only model, and the number
 
 @dataclass(frozen=True)
 class TensorStep:
-    """What becomes of one tensor.
+    """The conversion of one tensor.
 
     Attributes:
-        name: on the checkpoint's side.
-        targets: canonical names; of `None` nothing is kept.
-        operation: between the two.
-        layer: that the targets are in; `None` outside the layers.
+        name: its name in the checkpoint.
+        targets: canonical names; results for `None` are dropped.
+        operation: the operation between the two.
+        layer: the layer of the targets; `None` outside the layers.
     """
 
     name: str
@@ -37,7 +37,7 @@ def template(name: str) -> tuple[str, int | None]:
 
 
 def layer_of(name: str) -> Layer | None:
-    """The layer that a canonical tensor is in."""
+    """The layer of a canonical tensor."""
     found = _CANONICAL_LAYER.match(name)
     return found and (found.group(1) or "", int(found.group(2)))
 
@@ -54,7 +54,7 @@ def spelled(name: str, family: Family) -> tuple[str, int | None]:
 
 
 def match(names: Iterable[str], family: Family) -> tuple[list[TensorStep], list[str]]:
-    """The steps that the family's rules make of tensor names, and the names that no rule claims."""
+    """The steps of the tensor names that a rule of the family matches, and the names without a rule."""
     if family.canonical:
         return [TensorStep(name, (name,), layer=layer_of(name)) for name in names], []
     rules = {rule.source: rule for rule in family.rules}
@@ -74,13 +74,13 @@ def match(names: Iterable[str], family: Family) -> tuple[list[TensorStep], list[
 
 
 def is_unused(name: str, model_type: str) -> bool:
-    """Whether a tensor is one that older files of a family hold and no class uses, such as a mask."""
+    """Whether a tensor is in older files of a family but not used by any class, such as a mask."""
     family = FAMILIES.get(model_type)
     return family is not None and spelled(name, family)[0] in family.ignored
 
 
 def is_optional(name: str, model_type: str) -> bool:
-    """Whether a tensor need not be in a file: the class computes it (sinusoids), or takes zeros (BART's bias)."""
+    """Whether a tensor may be missing: the class computes it (sinusoids) or uses zeros (BART's bias)."""
     family = FAMILIES.get(model_type)
     if family is None:
         return False

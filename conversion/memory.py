@@ -1,4 +1,4 @@
-"""A model in memory as the source of a conversion, and as its result.
+"""A model in memory as the source or result of a conversion.
 
 What is read is what `save_pretrained` would write, and what is made is what `from_pretrained` would load: weights are
 those of the way through files.
@@ -31,10 +31,10 @@ class ModelSource:
     """A model in memory, in place of a [`Source`].
 
     Attributes:
-        name: what it is called in messages and records.
+        name: its name in messages and records.
         config, raw: as they would be read from the checkpoint that the model would be saved as.
         model: the model.
-        tokenizer: that goes with it; a processor does too.
+        tokenizer: its tokenizer or processor.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ModelSource:
     directory: None = None
 
     def reader(self, allow_nonfinite: bool = False) -> "ModelReader":
-        """Its weights."""
+        """Reader of the weights."""
         return ModelReader(self.name, saved_state(self.model), allow_nonfinite)
 
 
@@ -54,7 +54,7 @@ AnySource = Source | ModelSource
 
 
 def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
-    """A loaded model as a source.
+    """Use a loaded model as a source.
 
     Raises:
         ConversionError: for what is no model of transformers, or one whose weights are not all there as numbers, and
@@ -62,7 +62,7 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     """
     kind = type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "merge_and_unload"):
-        raise ConversionError(f"this {kind} has an adapter of PEFT; merge it first (merge_and_unload)")
+        raise ConversionError(f"this {kind} has a PEFT adapter; merge it first (merge_and_unload)")
     if not isinstance(model, PreTrainedModel):
         raise ConversionError(f"`source` must be a path, a hub id or a model of transformers; got a {kind}")
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
@@ -71,14 +71,14 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     meta = [name for name, tensor in tensors.items() if tensor.is_meta]
     if meta:
         raise ConversionError(
-            f"{len(meta)} tensors of this {kind} are on meta, without numbers ({listing(meta, 3)}); load it whole, "
+            f"{len(meta)} tensors of this {kind} are on the meta device ({listing(meta, 3)}); load it whole, "
             "without offloading"
         )
     spread = [name for name, t in tensors.items() if type(t.data) is not torch.Tensor]
     if spread:
         raise ConversionError(
             f"{len(spread)} tensors of this {kind} are quantised or spread over processes ({listing(spread, 3)}); "
-            "convert it before"
+            f"convert it before that"
         )
     check_tokenizer(tokenizer)
     config = copy.deepcopy(model.config)
@@ -91,7 +91,7 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
 
 
 def check_tokenizer(given: Any) -> None:
-    """Raises ConversionError for what is neither a tokenizer nor a processor with one."""
+    """Raise ConversionError for anything but a tokenizer or a processor with one."""
     inner = getattr(given, "tokenizer", given)
     if given is not None and not (
         callable(inner) and hasattr(inner, "get_vocab") and callable(getattr(given, "save_pretrained", None))
@@ -112,7 +112,7 @@ class ModelReader:
     """The tensors of a model; a [`Reader`].
 
     Args:
-        name: of the model, for messages.
+        name: name of the model, for messages.
         state: the tensors.
         allow_nonfinite: read tensors with NaN or infinite entries too.
     """
@@ -138,7 +138,7 @@ class ModelWriter:
         allow_nonfinite: keep tensors with NaN or infinite entries too.
 
     Attributes:
-        state: the tensors; they share no memory with those that were given.
+        state: the tensors; they share no memory with the given ones.
     """
 
     def __init__(self, tensors: Mapping[str, TensorInfo], allow_nonfinite: bool = False):
@@ -180,13 +180,13 @@ def build(
 
 @dataclass(frozen=True)
 class Given:
-    """What goes with a model in memory: how it generates, and a tokenizer, where one was given."""
+    """Companions of a model in memory: generation configuration and, if given, a tokenizer."""
 
     model: PreTrainedModel
     given: Any
 
     def carry_over(self, partial: Path) -> None:
-        """Write it beside the weights of a result."""
+        """Write the files beside the weights of a result."""
         with loading("the generation configuration of the model"):
             self.generation().save_pretrained(partial)
         if self.given is not None:
@@ -194,7 +194,7 @@ class Given:
                 self.given.save_pretrained(partial)
 
     def check(self, partial: Path) -> None:
-        """Load what was written; raises ConversionError where it comes back as something else."""
+        """Load the written files; raises ConversionError if they load as another class."""
         load_settings(partial)
         for what, auto in load_parts(partial):
             given = getattr(self.given, "tokenizer", self.given) if what == "tokenizer" else self.given
@@ -202,30 +202,30 @@ class Given:
                 ours = auto.from_pretrained(partial, trust_remote_code=False)
             if not same_class(ours, given):
                 raise ConversionError(
-                    f"the given {what}, a {type(given).__name__}, comes back from the result as another "
+                    f"the given {what}, a {type(given).__name__}, loads from the result as a different "
                     f"{type(ours).__name__}"
                 )
 
     def doubts(self) -> list[str]:
-        """What the result lacks, in sentences."""
-        return [] if self.given is not None else ["no `tokenizer` was given, and none was written beside the weights"]
+        """What the result lacks, a sentence each."""
+        return [] if self.given is not None else ["no `tokenizer` was given, so none was saved with the weights"]
 
     def generation(self) -> GenerationConfig:
         return copy.deepcopy(getattr(self.model, "generation_config", None) or GenerationConfig())
 
     def tokenizer(self) -> Any:
-        """That of calibration texts: the given one, or that of where the model was loaded from.
+        """The tokenizer for calibration texts: the given one, or that of the checkpoint the model was loaded from.
 
         Raises:
-            MQAError: where there is none.
+            MQAError: if there is none.
         """
         if self.given is not None:
             return getattr(self.given, "tokenizer", self.given)
         if not self.model.name_or_path:
-            raise ConversionError("calibration of a model in memory takes a tokenizer for its text: give `tokenizer`")
+            raise ConversionError("calibration of a model in memory needs a tokenizer; pass `tokenizer`")
         return load_tokenizer(self.model.name_or_path)
 
     @property
     def card(self) -> Path | None:
-        """A model card to carry over from."""
+        """The directory of the model card to copy from."""
         return None

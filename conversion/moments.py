@@ -1,4 +1,4 @@
-"""What an attention sees of the calibration tokens; the notation is that of `fitting.py`.
+"""Moments of an attention on the calibration tokens, in the notation of `fitting.py`.
 
 B sequences, T tokens of each, S tokens attended to, H query heads, G old and K new key/value heads, d hidden size,
 J rotary frequencies
@@ -28,7 +28,7 @@ class Seen:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
         spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` where nothing is rotated.
-        tokens: how many were looked at.
+        tokens: number of tokens.
         rank: directions of the keys' inputs that the tokens span.
     """
 
@@ -74,7 +74,7 @@ def attention_weights(
 
 
 def choose_queries(stream: Stream, length: int, generator: torch.Generator) -> torch.Tensor:
-    """The positions at which attention is looked at."""
+    """Sample the positions at which attention is computed."""
     return torch.randperm(length, generator=generator)[: stream.options.queries].to(stream.device)
 
 
@@ -125,8 +125,8 @@ def look(
     Args:
         stream: the tokens.
         teacher, student: the layer with all its heads and the converted one, of which it is about `site`.
-        new: K/V heads that are asked for.
-        generator: of the queries that are looked at.
+        new: number of new key/value heads.
+        generator: for sampling queries.
     """
     attention: MQAAttention = getattr(teacher, site)
     d, H = stream.config.hidden_size, stream.config.num_attention_heads
@@ -172,13 +172,13 @@ def look(
 
 
 def numerical_rank(moment: torch.Tensor) -> int:
-    """Directions that a moment spans."""
+    """Numerical rank of a moment."""
     spectrum = torch.linalg.eigvalsh(moment)
     return int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
 
 
 def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | None]:
-    """What makes a fit doubtful, and of which attention that is to be said."""
+    """Reasons to doubt a fit, with the attention they apply to."""
     found: dict[str, str | None] = {}
     d = seen.queries.shape[0] - 1
     if seen.tokens < ENOUGH * d:
@@ -192,5 +192,5 @@ def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | No
     q = attention.q_proj.weight.view(H, attention.qk_head_dim, -1).square().sum((1, 2))
     dead = int(((by_head == 0) | (q == 0)).sum())
     if dead:
-        found["query heads of zeros have no say in the fit"] = f"{dead} in {where}"
+        found["query heads that are all zeros do not influence the fit"] = f"{dead} in {where}"
     return found

@@ -93,7 +93,7 @@ class SinusoidTable:
         return bool(((tensor.double() - expected).abs() <= 1e-6).all())
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        raise NotImplementedError("no class of transformers is written with a table of sinusoids")
+        raise NotImplementedError("no class of transformers stores a table of sinusoids")
 
 
 @dataclass(frozen=True)

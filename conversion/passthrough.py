@@ -67,7 +67,7 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
     shapes, after = _shapes(model), _shapes(_build(output))
     widths = {name: _head_dim(row, name, shape, before) for name, shape in shapes.items() if _pooled(row, name)}
     if len(set(widths.values())) != 1:
-        raise ConversionError(f"{before.model_type}: the heads of its layers are of different widths: {widths}")
+        raise ConversionError(f"{before.model_type}: the heads of its layers differ in width: {widths}")
     # Layers may share their weights, but each has a cache of its own.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False) if name.endswith(".weight")]
     layers = sum(_pooled(row, name) in (VALUE, FUSED) for name in names)
@@ -87,7 +87,7 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
     changed = [name for name in {**expected, **after} if expected.get(name) != after.get(name)]
     if changed:
         raise ConversionError(
-            f"{before.model_type}: more than the keys and values depends on the number of key/value heads: "
+            f"{before.model_type}: tensors other than keys and values depend on the number of key/value heads: "
             f"{listing(changed)}"
         )
     return OwnClass(output, config, pooled, model, after)
@@ -97,9 +97,11 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
     """Settle the conversion of a source in its own class; raises ConversionError where it is impossible."""
     kind = source.config.model_type
     if job.calibrated:
-        raise ConversionError(f"`method` shared needs a canonical model, which {kind} has none of")
+        raise ConversionError(
+            f"calibration needs a canonical model, which {kind} does not have; use `method` mean, first or random"
+        )
     if job.window is not None or job.attention not in (None, ("decoder",)):
-        raise ConversionError(f"`window` and `attention` are not for {kind} in its own class")
+        raise ConversionError(f"`window` and `attention` cannot be used with {kind}, which keeps its own class")
     if job.ignore_switch:
         raise ConversionError(f"`ignore_switch`: {kind} keeps its own class and every switch")
     own, row = own_class(source, job.kv_heads), NATIVE_ONLY[kind]
@@ -180,7 +182,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:  # whatever a class raises for a configuration that it cannot be built from
-        raise ConversionError(f"transformers builds no {config.model_type} of this config.json: {error}") from error
+        raise ConversionError(f"transformers cannot build this {config.model_type}: {error}") from error
 
 
 def _shapes(model: PreTrainedModel) -> dict[str, Shape]:
@@ -207,11 +209,11 @@ def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: Na
         # What the class leaves out, such as layers that predict further tokens, has the heads of the others.
         shape = shapes[expected[place(name)]] if place(name) in expected else of_kind.get(kind(name))
         if shape is None:
-            problems.append(f"{name} has no place in this configuration")
+            problems.append(f"{name} is not in this configuration")
         elif info.shape != shape:
             problems.append(
-                f"{name} has the shape {list(info.shape)}; {own.config.num_key_value_heads} key/value heads of width "
-                f"{own.config.head_dim} make it {list(shape)}"
+                f"{name} has the shape {list(info.shape)}; {own.config.num_key_value_heads} key/value heads of "
+                f"width {own.config.head_dim} need {list(shape)}"
             )
         elif info.unsuited:
             problems.append(f"{name} {info.unsuited}")

@@ -1,4 +1,4 @@
-"""What a conversion reads and writes, settled and checked from configurations and headers alone.
+"""The plan of a conversion, checked from configurations and headers alone.
 
 Every source tensor is matched to a rule of its family, and its canonical shape computed on `meta` and compared with
 the canonical model's; then the output's tensors are matched back to canonical ones. Whatever does not fit is an error
@@ -51,13 +51,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """A source that is understood.
+    """A supported source.
 
     Attributes:
         source, reader, family: where the weights come from.
-        config: the canonical configuration, with all of the source's K/V heads.
-        pooled: the same with the heads that are asked for.
-        attentions: those that get fewer heads.
+        config: the canonical configuration, with all key/value heads of the source.
+        pooled: the same with the requested heads.
+        attentions: the attentions to convert.
         parts: tensors outside the layers one by one, then layers, those of an encoder first.
     """
 
@@ -70,7 +70,7 @@ class Reading:
     parts: tuple[Part, ...]
 
     def read(self, part: Part) -> Tensors:
-        """The canonical tensors of a part, with all the source's heads."""
+        """Read the canonical tensors of a part, with all heads of the source."""
         found = self.reader.read(step.name for step in part.reads)
         canonical: Tensors = {}
         for step in part.reads:
@@ -83,15 +83,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion that can be carried out.
+    """A conversion that is known to be possible.
 
     Attributes:
         reading: what is read.
         pooled: the canonical configuration of the result. The frequencies of fitted heads are to come.
-        output: the configuration that is written: `pooled`, or that of a class of transformers.
+        output: the written configuration: `pooled`, or that of a transformers class.
         parts: what is read, and what is written with it.
-        zeros: tensors of the output that no canonical one stands for.
-        tensors: shape and dtype of what is written.
+        zeros: tensors of the output without a canonical counterpart, which are zero.
+        tensors: shape and dtype of the written tensors.
     """
 
     reading: Reading
@@ -103,16 +103,16 @@ class Plan:
 
     @property
     def native(self) -> bool:
-        """Whether a class of transformers holds the result."""
+        """Whether the result is of a transformers class."""
         return self.output is not self.pooled
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights that are written."""
+        """Size of the written weights in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def written(self, part: Part, canonical: Tensors) -> Tensors:
-        """The output's tensors of a part, from canonical ones with fewer heads."""
+        """Convert the canonical tensors of a part, with fewer heads, to those of the output."""
         config = decoder_of(self.pooled)
         return {
             step.name: step.operation.from_canonical(
@@ -135,10 +135,10 @@ def in_parts(steps: Sequence[TensorStep]) -> tuple[Part, ...]:
 def with_writes(
     parts: Sequence[Part], writes: Sequence[TensorStep], made: Mapping[str, Layer]
 ) -> tuple[tuple[Part, ...], tuple[str, ...]]:
-    """The parts, each with what is written with it, and the names of what is written with none.
+    """Assign the output's tensors to parts; returns the parts and the names of tensors without one.
 
     Args:
-        parts: what is read.
+        parts: the parts that are read.
         writes: steps of the output.
         made: canonical tensors that are not read, and the layer that they are made with.
     """
@@ -157,13 +157,13 @@ def with_writes(
 
 
 def surveyed(reading: Reading, job: ConversionOptions) -> bool:
-    """Whether all layers are looked at before the first is converted, to choose sizes by what they lose."""
+    """Whether all layers are surveyed before the conversion, to choose sizes by their error."""
     rotated = any(stack.position_embedding == "rotary" for stack in stacks_of(reading.config).values())
     return job.cache_budget is not None or (job.method == "latent" and job.key_width is None and rotated)
 
 
 def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
-    """Understand a source; raises ConversionError where it cannot be converted as asked."""
+    """Read configuration and headers of a source; raises ConversionError if it cannot be converted as requested."""
     family = family_of(source.config.model_type)
     config = canonical_config(source.config, source.raw, frozenset(job.ignore_switch))
     if family.canonical:
@@ -171,10 +171,10 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     reader = source.reader(job.allow_nonfinite)
     family, config = as_stored(family, config, reader)
     attentions = choose_attentions(config, job.attention)
-    with_heads(config, job.kv_heads, attentions)  # (before anything is compared)
+    with_heads(config, job.kv_heads, attentions)  # check before comparing values
     if job.calibrated and not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
         raise ConversionError(
-            f"`method` {job.method} calibrates on text, and this model hears; use mean, first or random"
+            f"`method` {job.method} calibrates on text, and this is a speech model; use mean, first or random"
         )
     if job.method == "latent":
         check_sizes(config, attentions, job)
@@ -185,12 +185,12 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
 
 
 def make_plan(reading: Reading, job: ConversionOptions, widths: Mapping[str, Widths] | None = None) -> Plan:
-    """Settle a conversion; raises ConversionError where it is impossible.
+    """Plan a conversion; raises ConversionError if it is impossible.
 
     Args:
-        reading: of the source.
-        job: resolved.
-        widths: of each layer's heads, by attention, in place of the job's.
+        reading: the source.
+        job: the resolved job.
+        widths: widths per layer, by attention, instead of the job's.
     """
     source, config, pooled = reading.source, reading.config, reading.pooled
     if job.calibrated:
@@ -242,7 +242,7 @@ def same_values(reader: Reader, names: Sequence[str]) -> bool:
 
 
 def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Widths] | None) -> CanonicalConfig:
-    # Classes of transformers have all frequencies alike.
+    # Transformers classes have the same number of pairs for each frequency.
     chosen_frequencies = job.method == "shared" and job.target != "native"
     config = reading.config
     if job.method == "latent":
@@ -252,8 +252,8 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
     wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
     if job.target == "native" and wider:
         raise ConversionError(
-            "`target` native: classes of transformers have no heads wider than the source's, and where values "
-            "have a bias and the output has none, no place for the fitted one; use `target` mqa"
+            "`target` native: classes of transformers cannot hold heads wider than the source's, nor a fitted "
+            "output bias where only values have a bias; use `target` mqa"
         )
     return fitted
 
@@ -261,9 +261,9 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
 def _windowed(config: CanonicalConfig, window: int, target: str) -> CanonicalConfig:
     stack = decoder_of(config)
     if target == "native":
-        raise ConversionError("`window` is for `target` mqa: the classes of transformers keep the source's windows")
+        raise ConversionError("`window` is for `target` mqa; classes of transformers keep the source's windows")
     if stack.sliding_window and stack.sliding_window < window:
-        raise ConversionError(f"`window` {window} is wider than the source's own of {stack.sliding_window}")
+        raise ConversionError(f"`window` must be at most the source's {stack.sliding_window}, got {window}")
     layer_types = ["sliding_attention"] * stack.num_hidden_layers
     return with_stacks(config, decoder={"layer_types": layer_types, "sliding_window": window})
 
@@ -274,15 +274,15 @@ def read_steps(
     config: CanonicalConfig,
     equal: Callable[[str, str], bool] = lambda one, other: False,
 ) -> list[TensorStep]:
-    """How a source's tensors become the canonical model's, all its K/V heads still there.
+    """Steps from the source's tensors to those of the canonical model with all its key/value heads.
 
     Args:
-        tensors: what the source's headers say.
-        family, config: its row, and its canonical configuration.
+        tensors: the headers of the source.
+        family, config: its family and its canonical configuration.
         equal: whether two source tensors have the same values; a second copy of a weight is left out.
 
     Raises:
-        ConversionError: naming the tensors that are missing, that no rule claims, or whose shape does not fit.
+        ConversionError: naming tensors that are missing, without a rule or of the wrong shape.
     """
     matched, unclaimed = match(tensors, family)
     model = on_meta(config)
@@ -308,16 +308,16 @@ def read_steps(
         shapes = [tuple(result.shape) for result in results]
         if len(shapes) != len(wanted) or any(w is not None and s != w for s, w in zip(shapes, wanted)):
             fit = ", ".join(f"{target} {list(w)}" for target, w in zip(step.targets, wanted) if w is not None)
-            problems.append(f"{step.name} has the shape {list(info.shape)}, which does not give {fit}")
+            problems.append(f"{step.name} has the shape {list(info.shape)}, which does not fit {fit}")
             continue
         twice = [target for target in step.targets if target in produced]
         if not twice:
             produced.update({target: step.name for target in step.targets if target})
             steps.append(step)
         elif not equal(step.name, produced[twice[0]]):
-            problems.append(f"{step.name} and {produced[twice[0]]} both stand for {twice[0]}, and differ")
+            problems.append(f"{step.name} and {produced[twice[0]]} both hold {twice[0]}, but differ")
     if unclaimed:
-        problems.append(f"tensors that this configuration has no place for: {listing(unclaimed)}")
+        problems.append(f"tensors that are not in this configuration: {listing(unclaimed)}")
     attempted = {target for step in matched for target in step.targets}
     missing = [name for name in expected if name not in attempted]
     if missing:
@@ -354,12 +354,12 @@ def as_stored(family: Family, config: CanonicalConfig, reader: Reader) -> tuple[
 def write_steps(
     config: PreTrainedConfig, family: Family | None, available: set[str]
 ) -> tuple[list[TensorStep], Shapes]:
-    """How canonical tensors become those of the output, and the output's shapes.
+    """Steps from canonical tensors to those of the output, and the output's shapes.
 
     Args:
-        config: the output's configuration.
-        family: the row of the output's class; `None` where the output is canonical itself.
-        available: the canonical tensors that there are. A bias of the output that has none of its own is zero.
+        config: configuration of the output.
+        family: family of the output's class; `None` if the output is canonical.
+        available: names of the canonical tensors. A bias of the output without one is zero.
     """
     if family is None:
         assert isinstance(config, CanonicalConfig)

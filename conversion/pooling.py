@@ -1,4 +1,4 @@
-"""Making one key/value head out of several without looking at data.
+"""Merge several key/value heads into one without calibration.
 
 `mean`, `first` and `random` are the three that Ainslie et al. compare (GQA, arXiv 2305.13245, section 3.2 and
 figure 4). A projection of G heads of width D has the shape [G·D, d] (its bias [G·D]); neighbouring heads share a new
@@ -31,7 +31,7 @@ def first(heads: torch.Tensor, generator: torch.Generator, std: float) -> torch.
 
 
 def random(heads: torch.Tensor, generator: torch.Generator, std: float) -> torch.Tensor:
-    """Normal weights as a new model would have, zero biases: the floor to compare with."""
+    """Normal weights as in a new model, and zero biases: a baseline."""
     shape = (heads.shape[0], *heads.shape[2:])
     if heads.ndim == 3:
         return torch.zeros(shape)
@@ -42,14 +42,14 @@ METHODS: dict[str, Pool] = {"mean": mean, "first": first, "random": random}
 
 
 def attention_of(name: str) -> str:
-    """Which attention a canonical tensor belongs to: a decoder's over its own tokens, cross, or an encoder's."""
+    """The attention that a canonical tensor belongs to: decoder, cross or encoder."""
     if ".cross_attn." in name:
         return "cross"
     return "encoder" if name.startswith("model.encoder.") else "decoder"
 
 
 def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None) -> list[str]:
-    """The attentions to pool: those that are asked for, else the ones that a decoding step reads.
+    """The attentions to pool: the requested ones, or by default those that a decode step reads.
 
     Those are the decoder's own and, with an encoder, the cross-attention (arXiv 2305.13245, section 2.1; the encoder
     runs once, in parallel). The first paper pooled all three (arXiv 1911.02150, section 4).
@@ -67,11 +67,11 @@ def choose_attentions(config: CanonicalConfig, attentions: Sequence[str] | None)
 
 
 def check_divides(heads: int, kv_heads: int, where: str = "") -> None:
-    """Raises ConversionError where `kv_heads` does not divide the heads that the source has."""
+    """Raise ConversionError if `kv_heads` does not divide the source's heads."""
     if kv_heads < 1 or heads % kv_heads:
         divisors = [str(n) for n in range(1, heads + 1) if heads % n == 0]
         raise ConversionError(
-            f"`kv_heads` {kv_heads} does not divide the source's {heads} key/value heads{where}; possible: "
+            f"`kv_heads` must divide the source's {heads} key/value heads{where}, got {kv_heads}; use one of "
             f"{', '.join(divisors)}"
         )
 
@@ -80,7 +80,7 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
     """The same configuration with `kv_heads` key/value heads in the named attentions.
 
     Raises:
-        ConversionError: where `kv_heads` does not divide what the source has.
+        ConversionError: if `kv_heads` does not divide the source's heads.
     """
     for name in attentions:
         check_divides(
@@ -94,7 +94,7 @@ def with_heads(config: CanonicalConfig, kv_heads: int, attentions: Sequence[str]
 
 
 def relative(distance: float, size: float) -> float | None:
-    """A norm relative to another; of heads that are all zero nothing is lost, of NaN nothing is known."""
+    """A norm relative to another; 0 if `size` is 0, `None` if one is not finite."""
     if not math.isfinite(distance) or not math.isfinite(size):
         return None
     return distance / size if size else 0.0
@@ -116,7 +116,7 @@ def pool_layer(
         tensors: the layer's tensors by canonical name; `k_proj` and `v_proj` are replaced (`weight`, `bias`, and
             `scale`, the weight of a norm over the keys).
         before, after: K/V heads of each attention, as [`heads_of`] gives them.
-        attentions: those to pool; others are left as they are.
+        attentions: the attentions to pool; others are unchanged.
         method: a key of `METHODS`.
         generator, std: for `random`.
 
@@ -149,11 +149,11 @@ def pool_layer(
 
 
 class Pooling:
-    """The heads of a method that looks at no data, layer by layer.
+    """Makes the heads of methods without calibration, layer by layer.
 
     Args:
-        config, pooled: canonical, with the source's heads and with those that are asked for.
-        attentions: those that get fewer heads.
+        config, pooled: canonical, with the source's heads and with the requested ones.
+        attentions: the attentions to convert.
         method: a key of `METHODS`.
         seed: of `random`.
     """
@@ -166,12 +166,12 @@ class Pooling:
         self.generator = torch.Generator().manual_seed(seed)
 
     def outside(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Tensors outside the layers say nothing of heads."""
+        """Ignore tensors outside the layers."""
 
     def convert(
         self, layer: Layer, tensors: dict[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, float | None]]:
-        """A layer's tensors with fewer heads, and the errors of [`pool_layer`]."""
+        """Convert the tensors of a layer; returns them and the errors of [`pool_layer`]."""
         tensors = dict(tensors)
         errors = pool_layer(
             tensors,

@@ -1,4 +1,4 @@
-"""`conversion.json`: what a conversion was asked for, what it found, and what it lost."""
+"""`conversion.json`: options, result and errors of a conversion."""
 
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -13,20 +13,20 @@ Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 
 
 class BeforeAfter(BaseModel, Generic[N]):
-    """A number of the source and of the result."""
+    """A number for the source and the result."""
 
     before: N
     after: N
 
 
 class Latent(BaseModel):
-    """What an attention caches of a token in place of keys and values; sizes are lists where layers differ.
+    """What an attention caches per token in place of keys and values; sizes are lists if layers differ.
 
     Attributes:
-        width: numbers of the latent.
-        bits: of a stored number.
-        heads: key/value heads that it stands for.
-        key_components: of rotated keys that are rebuilt from it.
+        width: latent width.
+        bits: bits per stored number.
+        heads: key/value heads that it replaces.
+        key_components: rotated key components rebuilt from it.
     """
 
     width: Sizes
@@ -47,14 +47,14 @@ class Latent(BaseModel):
 
 
 def span(sizes: Sizes) -> str:
-    """A size, or the least and the largest of those that layers have."""
+    """A size as text, or the range over layers."""
     if isinstance(sizes, int):
         return f"{sizes:,}"
     return f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
 
 
 class HeldOutLoss(BeforeAfter[float]):
-    """Cross-entropy in nats a token on so many held-out tokens of the calibration text."""
+    """Cross-entropy in nats per token on held-out tokens of the calibration text."""
 
     tokens: int | None = None
     text: str | None = None
@@ -68,7 +68,7 @@ class Nonfinite(BaseModel):
 
 
 class _Sparse(BaseModel):
-    """Fields that were never set are not written; those that are no number are null."""
+    """Unset fields are not written; NaN and infinity become null."""
 
     model_config = ConfigDict(ser_json_inf_nan="null")
 
@@ -78,14 +78,14 @@ class _Sparse(BaseModel):
 
 
 class LayerRecord(_Sparse):
-    """What became of a layer; `stack` names that of an encoder-decoder model. Errors that are no number are `None`.
+    """Errors of a layer; `stack` is set for encoder-decoder models. Errors that are not finite are `None`.
 
     Attributes:
-        key_error, value_error: norm of what the new heads differ by from the old ones, relative to that of the old.
-        attention_error: of the attention's output on held-out tokens, likewise.
-        attention_kl: divergence of the attention weights from the old ones in nats, there.
+        key_error, value_error: norm of the difference between new and old heads, relative to the old.
+        attention_error: relative error of the attention's output on held-out tokens.
+        attention_kl: divergence of the attention weights from the old ones in nats, on the same tokens.
         discarded_key_energy, discarded_value_energy: the share that fitted heads leave out.
-        cross_...: the same of cross-attention.
+        cross_...: the same for cross-attention.
     """
 
     layer: int
@@ -104,7 +104,7 @@ class LayerRecord(_Sparse):
     cross_discarded_value_energy: float | None = None
 
     def errors(self) -> dict[str, float]:
-        """Those that are known, by name."""
+        """The known errors by name."""
         return {
             name: value
             for name, value in self
@@ -113,11 +113,11 @@ class LayerRecord(_Sparse):
 
 
 class Origin(Record):
-    """What a checkpoint was made from; of one that was trained without a conversion, all that is recorded.
+    """The origin of a checkpoint; all that is recorded for one trained without conversion.
 
     Attributes:
         source: directory or hub id.
-        revision: the commit, of a hub id.
+        revision: the commit of a hub id.
     """
 
     file = REPORT_FILE
@@ -127,24 +127,24 @@ class Origin(Record):
 
 
 class ConversionRecord(_Sparse, Origin):
-    """What a conversion did.
+    """The record of a conversion.
 
     Attributes:
         family, output: model types of the source and of the result.
-        options: those that made a difference.
+        options: options that decide the result.
         num_attention_heads: query heads of the decoder.
-        num_key_value_heads: of the decoder's self-attention.
+        num_key_value_heads: key/value heads of the decoder's self-attention.
         attentions: key/value heads of each attention: decoder, cross, encoder; 1 where there is a latent.
-        latents: what attentions have in place of keys and values.
+        latents: latents by attention, if any.
         kv_bytes_per_token, cross_kv_bytes_per_token: of the cache at 16 bits, and of latents at theirs, for a token
             and a source token.
-        parameters: of the result.
-        layers: of each layer, what was lost.
-        versions: of the libraries.
-        command: that makes it again.
-        nonfinite: with `allow_nonfinite`.
-        held_out_loss: where heads or output projections were fitted.
-        warnings: what makes the result doubtful, in sentences.
+        parameters: number of parameters of the result.
+        layers: errors of each layer.
+        versions: versions of the libraries.
+        command: command that repeats the conversion.
+        nonfinite: NaN and infinite entries, with `allow_nonfinite`.
+        held_out_loss: loss before and after, if heads or output projections were fitted.
+        warnings: reasons to doubt the result, a sentence each.
     """
 
     family: str
@@ -173,7 +173,7 @@ class Losses(BaseModel):
 
 
 class TrainingSummary(Record):
-    """What `inspect` says of a training, from `uptraining.json`."""
+    """The part of `uptraining.json` that `inspect` shows."""
 
     file = TRAINING_FILE
 

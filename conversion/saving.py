@@ -1,4 +1,4 @@
-"""What stands beside the weights of a result: its configuration and code, the record of the conversion, the card."""
+"""Files beside the weights of a result: configuration, code, record of the conversion, model card."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from .walk import HeadMaker
 
 
 def final_config(plan: Plan, maker: HeadMaker) -> PreTrainedConfig:
-    """The configuration of the result: the plan's, with the class's name and what the fit has chosen."""
+    """The configuration of the result: the plan's, with class name and fitted choices."""
     output: PreTrainedConfig = plan.output
     if isinstance(maker, Calibration) and not plan.native:
         chosen = {name: {"rope_frequencies": pairs} for name, pairs in maker.frequencies.items()}
@@ -52,7 +52,7 @@ def write_config(plan: Plan, config: PreTrainedConfig, partial: Path) -> None:
 def record_of(
     plan: Plan, job: Conversion, maker: HeadMaker, writer: Writer, layers: Sequence[LayerRecord], warnings: list[str]
 ) -> ConversionRecord:
-    """What `conversion.json` says."""
+    """The content of `conversion.json`."""
     source, before, after = plan.reading.source, plan.reading.config, plan.pooled
     heads_before, heads_after = heads_of(before), heads_of(after)
     found: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def record_of(
 
 
 def warnings_of(plan: Plan, maker: HeadMaker, writer: Writer) -> list[str]:
-    """What a person has to know before the result is used, in sentences."""
+    """Warnings for users of the result, a sentence each."""
     found = []
     if writer.nonfinite:
         entries, tensors = sum(writer.nonfinite.values()), len(writer.nonfinite)
@@ -96,9 +96,8 @@ def warnings_of(plan: Plan, maker: HeadMaker, writer: Writer) -> list[str]:
         found.append(f"{said}; {REPORT_FILE} names them" if written else f"{said}: {listing(writer.nonfinite)}")
     if plan.native and plan.output.model_type == "gpt_bigcode" and decoder_of(plan.pooled).positions_from_mask:
         found.append(
-            f"{plan.reading.source.config.model_type} counts positions from the first token that is no padding, and "
-            "gpt_bigcode from the first column: with rows that are padded on the left pass position_ids, as "
-            "generate() and vLLM do"
+            f"{plan.reading.source.config.model_type} counts positions from the first token after the padding, but "
+            f"gpt_bigcode from the first column; for left-padded rows pass position_ids, as generate() and vLLM do"
         )
     if plan.native:
         found += lost_in_transformers4(plan.output)

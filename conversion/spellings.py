@@ -1,8 +1,8 @@
 """`config.json` of a class of transformers, as transformers 5 and transformers 4 both read it.
 
 transformers 5 writes `rope_parameters`, `dtype` and new names of layer types. transformers 4, and servers built on it,
-do not know them and take the defaults of the class without a word. transformers 5 reads the old spellings too, so that
-both stand in the file and say the same.
+do not know them and silently use the defaults of the class. transformers 5 also reads the old spellings, so
+the file has both.
 """
 
 import math
@@ -43,7 +43,7 @@ _LOCAL_AND_GLOBAL = ("gemma3_text", "gemma3n_text")
 
 
 def both_spellings(config: PreTrainedConfig) -> dict[str, Any]:
-    """What `config.json` says of a configuration of transformers 5, old spellings beside the new ones."""
+    """The content of `config.json` for transformers 5, with the old spellings added."""
     written = config.to_diff_dict()
     if written.get("dtype") is not None:
         written["torch_dtype"] = written["dtype"]
@@ -59,7 +59,7 @@ def both_spellings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def lost_in_transformers4(config: PreTrainedConfig) -> list[str]:
-    """What transformers 4 cannot be told of a configuration of transformers 5, a sentence each."""
+    """What transformers 4 cannot represent of a configuration of transformers 5, a sentence each."""
     kind, written = config.model_type, config.to_diff_dict()
     lost = _lost_rope(kind, written.get("rope_parameters") or {})
     for name, values in _NEW_SWITCHES.get(kind, {}).items():
@@ -69,9 +69,9 @@ def lost_in_transformers4(config: PreTrainedConfig) -> list[str]:
     if kind == "dbrx" and theta != config.rope_parameters["rope_theta"]:
         lost.append(f"has the rope_theta of attn_config ({theta}), not that of rope_parameters")
     if kind == "qwen2_moe" and "sliding_attention" in (written.get("layer_types") or ()):
-        lost.append("gives windows to other layers than transformers 5 does")
+        lost.append("applies windows to other layers than transformers 5 does")
     return [
-        f"transformers 4 computes something else or refuses the result: its {kind} {what}; load it with transformers 5"
+        f"transformers 4 refuses the result or computes something else: its {kind} {what}; load it with transformers 5"
         for what in lost
     ]
 
@@ -84,7 +84,7 @@ def _lost_rope(kind: str, parameters: dict[str, Any]) -> list[str]:
         if rope_type not in _ROPE_TYPES.get(kind, _OLD_ROPE_TYPES):
             return [f"has no rope_type {rope_type!r}"]
         if kind == "phi3" and rope_type != "default" and not _is_phi3_longrope(parameters):
-            return ["takes no more of longrope than short_factor and long_factor"]
+            return ["reads only short_factor and long_factor of longrope"]
         return []
     full, sliding = (parameters.get(name) or {} for name in ("full_attention", "sliding_attention"))
     plain = sliding.get("rope_type") == "default"
@@ -96,7 +96,7 @@ def _lost_rope(kind: str, parameters: dict[str, Any]) -> list[str]:
 
 
 def _old_rope(kind: str, written: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_scaling` and their companions; nothing where transformers 4 has no place for them."""
+    """`rope_theta`, `rope_scaling` and related fields; empty if transformers 4 has no fields for them."""
     parameters = written.get("rope_parameters") or {}
     if "rope_type" in parameters:
         old = _flat_rope(kind, parameters)

@@ -1,4 +1,4 @@
-"""Calibration tokens on their way through the layers of a stack, in memory or in a mapped file.
+"""Hidden states of the calibration tokens at each layer of a stack, in memory or in a mapped file.
 
 B sequences, T tokens of each, S tokens attended to, H query heads, d hidden size
 """
@@ -20,23 +20,23 @@ from mqa_hf.layer_mqa import MQADecoderLayer
 from mqa_hf.modeling_mqa import MQAModel
 
 Tensors = dict[str, torch.Tensor]
-MAPPED_ABOVE = 8 * 2**30  # bytes of hidden states that are kept in memory; more lie in a mapped file
+MAPPED_ABOVE = 8 * 2**30  # bytes of hidden states kept in memory; larger ones are in a mapped file
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """How heads are fitted.
+    """Options of the fit.
 
     Attributes:
-        method: "shared", or one of those that look at no data, whose output projection is then refitted.
-        refit: whether the output projection is refitted.
-        steps: of training of each latent on its own output, after the closed form.
-        queries: positions of each sequence at which attention is looked at.
-        batch: sequences that pass a layer at once.
-        held_out: the last sequences, which nothing is fitted on; the report is about them.
+        method: "shared", "latent", or a method without calibration whose output projections are refitted.
+        refit: whether to refit output projections.
+        steps: training steps of each latent on the layer's own output, after the closed form.
+        queries: positions per sequence at which attention is sampled.
+        batch: sequences per forward pass of a layer.
+        held_out: number of last sequences, used only for the report.
         device: where layers run.
-        seed: of the choice of those positions.
-        scratch: directory for hidden states that memory should not hold.
+        seed: random seed of those positions.
+        scratch: directory for large hidden states.
     """
 
     method: str = "shared"
@@ -70,19 +70,19 @@ def layer_config(config: MQAConfig) -> MQAConfig:
 
 
 class Stream:
-    """The calibration tokens before a layer of one stack, as the *converted* layers below left them.
+    """Hidden states of the calibration tokens before a layer of one stack, after the *converted* layers below.
 
     Args:
-        prefix: of the stack's tensors in canonical names.
-        config: of the stack, with all the source's heads.
-        tokens, valid: ids [N, T], and which of them are no padding (`None`: all).
-        options: of the fit.
-        memory: the encoder's stream, of a decoder with one.
+        prefix: prefix of the stack's canonical tensor names.
+        config: configuration of the stack, with all heads of the source.
+        tokens, valid: ids [N, T], and a mask that is false for padding (`None`: no padding).
+        options: options of the fit.
+        memory: stream of the encoder, for the decoder of an encoder-decoder model.
 
     Attributes:
-        states: [N, T, d], as the student leaves them.
-        original: [held out, T, d], as the teacher does.
-        shell: the model of the stack without layers: embeddings, positions, masks, last norm.
+        states: [N, T, d], after the student's layers.
+        original: [held out, T, d], after the teacher's layers.
+        shell: the stack without layers: embeddings, positions, masks, last norm.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Stream:
 
     @torch.no_grad()
     def start(self) -> None:
-        """Embed the tokens; what the layers share are positions."""
+        """Embed the tokens and compute the positions that all layers share."""
         N, T = self.tokens.shape
         position_ids = torch.arange(T, device=self.device)[None]
         embed = self.shell.embed_tokens
@@ -126,7 +126,7 @@ class Stream:
                     states[rows] = self.memory.shell.leave(states[rows].to(self.device)).cpu()
 
     def room(self, *shape: int) -> torch.Tensor:
-        """An empty float32 tensor, in a mapped file where it is large."""
+        """An empty float32 tensor, in a mapped file if it is large."""
         count = torch.Size(shape).numel()
         scratch = self.options.scratch
         if 4 * count <= MAPPED_ABOVE or scratch is None:
@@ -134,10 +134,10 @@ class Stream:
         free = shutil.disk_usage(scratch).free
         if free < 4 * count:
             raise ConversionError(
-                f"the hidden states of the calibration tokens take {4 * count:,} bytes at {scratch}, "
-                f"where {free:,} are free; lower `calibration_tokens`"
+                f"the hidden states of the calibration tokens need {4 * count:,} bytes in {scratch}, which has "
+                f"{free:,} free; lower `calibration_tokens`"
             )
-        # Once it is mapped, it needs no name.
+        # A mapped file needs no name.
         with tempfile.NamedTemporaryFile(dir=scratch, prefix=".states-") as file:
             return torch.from_file(file.name, shared=True, size=count).view(shape)
 
@@ -146,11 +146,11 @@ class Stream:
             yield slice(i, min(i + self.options.batch, stop))
 
     def batches(self, held_out: bool = False) -> Iterator[slice]:
-        """The sequences that heads are fitted on, or those that are held out, so many at once."""
+        """Batches of the sequences to fit on, or of the held-out ones."""
         return self.rows(self.fitted_rows, len(self.tokens)) if held_out else self.rows(0, self.fitted_rows)
 
     def valid(self, rows: slice) -> torch.Tensor:
-        """[B, T]: which tokens are no padding."""
+        """[B, T]: mask of the tokens that are not padding."""
         if self._valid is None:
             return torch.ones(self.tokens[rows].shape, dtype=torch.bool, device=self.device)
         return self._valid[rows].to(self.device)
@@ -199,7 +199,7 @@ class Stream:
         raise AssertionError(f"a layer without {site}")
 
     def at(self, layer: MQADecoderLayer, site: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Where the student's tokens stand at an attention: its input, what it attends to, and the mask."""
+        """The student's states at an attention: its input, what it attends to, and the mask."""
         own, cross = self.masks(layer, rows)
         h = self.inputs(layer, site, self.states[rows].to(self.device), own)
         if site == "self_attn":
@@ -213,7 +213,7 @@ class Stream:
         return layer(x.to(self.device), own, memory, cross, position_embeddings=self.angles).cpu()
 
     def advance(self, teacher: MQADecoderLayer, student: MQADecoderLayer) -> None:
-        """Let the tokens pass the student, and the held-out ones the teacher beside it."""
+        """Pass the tokens through the student, and the held-out ones also through the teacher."""
         memory = self.memory
         for rows in self.rows(0, len(self.states)):
             source = None if memory is None else memory.states[rows].to(self.device)

@@ -1,4 +1,4 @@
-"""Reading, pooling or fitting, and writing, one layer after the other."""
+"""Read, pool or fit, and write one layer after the other."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,20 +26,20 @@ from .record import LayerRecord
 
 
 class HeadMaker(Protocol):
-    """What makes fewer heads of a layer's: [`Pooling`], or [`Calibration`], which fits them."""
+    """Makes the new heads of a layer: [`Pooling`], or [`Calibration`], which fits them."""
 
     def outside(self, tensors: Tensors) -> None:
-        """Look at tensors outside the layers, which come first."""
+        """Take tensors outside the layers, which come first."""
 
     def convert(self, layer: Layer, tensors: Tensors) -> tuple[Tensors, dict[str, Any]]:
-        """A layer's tensors with fewer heads, and what they differ by."""
+        """Convert the tensors of a layer; returns them and their errors."""
 
 
 def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
-    """Read, convert and write one layer after the other, and each tensor outside the layers by itself.
+    """Read, convert and write one layer after the other, and tensors outside the layers one by one.
 
     Returns:
-        Of each layer, what `maker` says of it.
+        The errors of each layer from `maker`.
     """
     count = sum(part.layer is not None for part in plan.parts)
     records: list[LayerRecord] = []
@@ -67,10 +67,10 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
 
 
 def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
-    """Walk over the layers without writing: what [`Calibration.survey`] finds, by attention, a layer each."""
+    """Walk over the layers without writing; returns the result of [`Calibration.survey`] per attention and layer."""
     curves: dict[str, list[Any]] = {}
     with _progress() as bar, torch.no_grad():
-        task = bar.add_task("looking at layers", total=len(reading.parts))
+        task = bar.add_task("surveying layers", total=len(reading.parts))
         for part in reading.parts:
             canonical = reading.read(part)
             if part.layer is None:
@@ -86,15 +86,14 @@ def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
 
 @contextmanager
 def decomposable(layer: Layer) -> Iterator[None]:
-    """Raises ConversionError in place of what LAPACK says of matrices that it cannot decompose."""
+    """Raise ConversionError in place of LAPACK's errors."""
     try:
         yield
     except torch.linalg.LinAlgError as error:
         stack, number = layer
         raise ConversionError(
-            f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: what its tokens give is too "
-            "large or too small for 64-bit numbers; look at the size of its weights, or use a `method` that looks at "
-            "no text"
+            f"nothing can be fitted in {stack + ' ' if stack else ''}layer {number}: its activations are too large "
+            f"or too small for float64; check its weights, or use a `method` without calibration"
         ) from error
 
 

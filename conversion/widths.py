@@ -1,4 +1,4 @@
-"""How wide fitted heads are: as asked for, or from a cache budget that goes to the layers that need it."""
+"""Widths of fitted heads: as requested, or allocated to the layers from a cache budget."""
 
 import copy
 import heapq
@@ -13,17 +13,17 @@ from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .canonical import CanonicalConfig, heads_of, stack_of
 
-STEP = 8  # components by which widths of a budget differ: what kernels like, and what 16-byte loads fit
+STEP = 8  # granularity of widths under a budget, in components; suits kernels and 16-byte loads
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What each width of one attention would leave out.
+    """The error of each width of one attention.
 
     Attributes:
         keys, values: share of the energy that is left out with 0, 1, ... components of each new head; convex, from 1
             down to 0 at the width of all old heads.
-        unit_keys, unit_values: width of an old head.
+        unit_keys, unit_values: widths of an old head.
         key_cost, value_cost: squared relative error of the attention's output with one old head's width of keys
             (values) and all of the other, times the output's share of the stream that it is added to.
     """
@@ -36,17 +36,17 @@ class Curves:
     value_cost: float
 
 
-Widths = tuple[list[int], list[int]]  # of keys and of values, a layer each
+Widths = tuple[list[int], list[int]]  # of keys and of values, by layer
 
 
 def choose_widths(curves: Sequence[Curves], components: int, step: int = STEP) -> Widths:
-    """Share out `components` of keys and values per token and new head among layers, where they reduce the error most.
+    """Allocate `components` of keys and values per token and new head to layers, where they reduce the error most.
 
     The error of an output is taken as its measured cost at one old head's width times the share of energy left out
     relative to that width's. The curves are convex, so the greedy choice is the best in steps of `step`.
 
     Raises:
-        ConversionError: where `components` are less than `step` for every key and value.
+        ConversionError: if `components` are fewer than `step` for every key and value.
     """
     slots = []  # (error at each width, width)
     for curve in curves:
@@ -66,16 +66,16 @@ def choose_widths(curves: Sequence[Curves], components: int, step: int = STEP) -
 
 
 def share_out(slots: Sequence[tuple[torch.Tensor, int]], costs: Sequence[float], total: float, step: int) -> list[int]:
-    """Sizes whose cost is at most `total`, chosen where each step reduces the error most for what it costs.
+    """Choose sizes with a cost of at most `total`; each step goes where it reduces the error most for its cost.
 
     Args:
-        slots: of each, the error at the sizes 0, 1, ..., convex, and the largest size.
-        costs: of one more, by slot.
-        total: of all.
-        step: by which sizes grow; each is at least one step.
+        slots: for each, the error at the sizes 0, 1, ..., convex, and the largest size.
+        costs: cost of one more, by slot.
+        total: maximum cost of all slots.
+        step: increment of sizes; each size is at least one step.
 
     Raises:
-        ValueError: with the least that is needed, where `total` is less.
+        ValueError: if `total` is too small, with the minimum.
     """
     sizes = [min(step, most) for _, most in slots]
     remaining = total - sum(size * cost for size, cost in zip(sizes, costs))
@@ -105,11 +105,11 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
 
     Args:
         budget: bytes per token at 16 bits a value, or a share of the source's cache such as "0.25" or "25%".
-        config: the source's.
+        config: configuration of the source.
         attention: "decoder" or "cross".
 
     Raises:
-        ConversionError: where it is no such number, or bytes where there are two caches.
+        ConversionError: if the budget is invalid, or in bytes for a model with two caches.
     """
     try:
         share = float(budget[:-1]) / 100 if budget.endswith("%") else float(budget)
@@ -119,7 +119,7 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
     if not (0 < share <= 1 or (share > 1 and share.is_integer() and not budget.endswith("%"))):
         raise ConversionError(f"`cache_budget` {budget} is neither a number of bytes nor a share such as 0.25 or 25%")
     if share > 1 and isinstance(config, MQASeq2SeqConfig):
-        raise ConversionError("`cache_budget` of an encoder-decoder model is a share: it has a cache for each side")
+        raise ConversionError("`cache_budget` of an encoder-decoder model must be a share, as both sides have a cache")
     return int(now * share if share <= 1 else share) // (2 * kv_heads)
 
 
@@ -141,22 +141,22 @@ def fitted_config(
     widths: Mapping[str, Widths] | None = None,
     choose_frequencies: bool = True,
 ) -> CanonicalConfig:
-    """The configuration of fitted heads.
+    """The configuration with fitted heads.
 
     Args:
-        config: with all the source's heads.
-        pooled: with the heads that are asked for.
-        attentions: those that are fitted.
-        factors: widths of keys and of values in units of an old head.
+        config: the configuration with all heads of the source.
+        pooled: the same with the requested heads.
+        attentions: the fitted attentions.
+        factors: widths of keys and values as multiples of an old head's.
         widths: by attention, chosen widths instead.
-        choose_frequencies: whether the fit chooses the frequencies of rotated pairs, instead of all alike.
+        choose_frequencies: whether the fit chooses the frequencies of rotated pairs instead of equal ones.
 
     Returns:
         `pooled` with those widths, the bias of values folded into that of the output, and a place for the frequencies
         that are chosen.
 
     Raises:
-        ConversionError: where a width is more than the old heads that a new one stands for have.
+        ConversionError: if a width exceeds that of the old heads that a new one replaces.
     """
     fitted = copy.deepcopy(pooled)
     for name in attentions:
@@ -168,8 +168,8 @@ def fitted_config(
         ):
             if factor > most:
                 raise ConversionError(
-                    f"{flag} {factor:g} is more than the {most} old heads that a new one stands for; {most} loses "
-                    "nothing"
+                    f"{flag} {factor:g} is more than the {most} old heads that each new one replaces; {most} loses "
+                    f"nothing"
                 )
             unit = getattr(stack, field)
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))

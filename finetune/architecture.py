@@ -1,4 +1,4 @@
-"""Configurations of models that are trained, and models of them with random weights."""
+"""Configurations of models to train, and models built from them with random weights."""
 
 import copy
 import difflib
@@ -31,10 +31,10 @@ EARLIER = {"rope_theta", "rope_scaling", "torch_dtype", "transformers_version", 
 
 
 def checkpoint_config(directory: Path) -> PreTrainedConfig:
-    """The configuration of a checkpoint; raises MQAError where there is none that can be read."""
+    """Read the configuration of a checkpoint; raises MQAError if that fails."""
     path = directory / "config.json"
     if not path.is_file():
-        raise MQAError(f"{directory} is no checkpoint: it has no config.json")
+        raise MQAError(f"{directory} is not a checkpoint: it has no config.json")
     check_layers(read_json(path), str(path))
     return load_config(directory)
 
@@ -49,36 +49,36 @@ def configuration(fields: dict[str, Any], option: str = "config") -> PreTrainedC
     config = read(fields, option)
     check_fields(fields, type(config), option)
     if getattr(config, "num_mel_bins", None):
-        raise MQAError(f"`{option}`: {config.model_type} models are of speech, and are not trained on text")
+        raise MQAError(f"`{option}`: {config.model_type} is a speech model, which cannot be trained on text")
     return config
 
 
 def read(fields: dict[str, Any], option: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**copy.deepcopy(fields))
-    except Exception as error:  # whatever the checks of a configuration raise
-        raise MQAError(f"`{option}` is no configuration: {shortened(error)}") from error
+    except Exception as error:  # checks of configurations raise any type
+        raise MQAError(f"`{option}` is not a valid configuration: {shortened(error)}") from error
 
 
 def shortened(error: Exception) -> str:
-    """What an error says, in one line that is not too long."""
+    """The message of an error as one line of limited length."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) < 300 else f"{said[:300]} ..."
 
 
 def check_layers(fields: dict[str, Any], where: str) -> None:
-    """Raise MQAError for a number of layers that no model has; lists of them would fill the memory."""
+    """Raise MQAError for an absurd number of layers, whose lists would fill the memory."""
     for stack in (fields, *(value for value in fields.values() if isinstance(value, dict))):
         for name in LAYERS:
             count = stack.get(name)
             if isinstance(count, int | float) and count > MOST_LAYERS:
-                raise MQAError(f"{where}: {name} is {count:,}; no model has as many layers")
+                raise MQAError(f"{where}: {name} is {count:,}, more layers than any model has")
 
 
 def check_fields(fields: dict[str, Any], kind: type[PreTrainedConfig], option: str) -> None:
-    """Raise MQAError for fields that a configuration's class does not know, and would pass over."""
+    """Raise MQAError for fields that the configuration class does not know and would ignore."""
     known = {*EARLIER, *kind.attribute_map}
-    with suppress(ValueError, TypeError):  # of classes that have no defaults
+    with suppress(ValueError, TypeError):  # classes without defaults
         known |= {*kind().to_dict()}
     known |= FAMILIES[kind.model_type].inert if kind.model_type in FAMILIES else set()
     for base in kind.__mro__:
@@ -95,10 +95,10 @@ def check_fields(fields: dict[str, Any], kind: type[PreTrainedConfig], option: s
 
 
 def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: str = "config") -> PreTrainedModel:
-    """A model with random weights in the class of its `model_type`, with an encoder in this package's class.
+    """Build a model with random weights, in the class of its `model_type`; encoder-decoders in this package's class.
 
     Raises:
-        MQAError: where the configuration that `option` names makes no model.
+        MQAError: if no model can be built from it; the message names `option`.
     """
     config = configuration(fields, option)
     if not config.is_encoder_decoder:
@@ -106,7 +106,9 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: st
         known = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None, "vocab_size": len(tokenizer)}
         config = read({**known, **fields}, option)
         if config.vocab_size < len(tokenizer):
-            raise MQAError(f"`{option}` has vocab_size {config.vocab_size}, and the tokenizer {len(tokenizer)}")
+            raise MQAError(
+                f"`{option}` has vocab_size {config.vocab_size}, but the tokenizer has {len(tokenizer)} entries"
+            )
         return made(AutoModelForCausalLM.from_config, config, option)
     if not config.model_type.startswith("mqa"):
         config = canonical_config(config, fields)
@@ -120,30 +122,30 @@ def build(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: st
 
 
 def made(kind: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, option: str) -> PreTrainedModel:
-    """What a class makes of a configuration; raises MQAError where it makes nothing, or more than the memory holds."""
+    """Build a model from a configuration; raises MQAError if that fails or the model exceeds the memory."""
     try:
         with torch.device("meta"):
             size = kind(copy.deepcopy(config)).num_parameters()
-    except Exception as error:  # whatever a class raises for shapes that are none
-        raise MQAError(f"`{option}` makes no model: {shortened(error)}") from error
+    except Exception as error:  # classes raise any type for invalid shapes
+        raise MQAError(f"`{option}` cannot be built: {shortened(error)}") from error
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.get_default_device().type != "meta" and 4 * size > memory:
         raise MQAError(
-            f"`{option}` makes a model of {size:,} parameters, {4 * size:,} bytes in float32; this machine has "
-            f"{memory:,} of memory"
+            f"`{option}` gives a model of {size:,} parameters, {4 * size:,} bytes in float32; this machine has "
+            f"{memory:,} bytes of memory"
         )
     return kind(config)
 
 
 def feed_forward_names(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Where a configuration says how wide feed-forward layers are: (dictionary, name) of each."""
+    """The fields with the width of feed-forward layers: (dictionary, name) of each."""
     names = ("intermediate_size", "d_ff", "ffn_dim", "n_inner")
     stacks = [fields, *(fields[side] for side in ("encoder", "decoder") if isinstance(fields.get(side), dict))]
     return [{"in": stack, "name": name} for stack in stacks for name in names if name in stack]
 
 
 def parameters(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, option: str = "config") -> int:
-    """Of a model of this configuration; nothing is allocated."""
+    """Number of parameters of a model, without allocating it."""
     with torch.device("meta"):
         return build(fields, tokenizer, option).num_parameters()
 
@@ -152,12 +154,12 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     """`fields` with feed-forward layers as wide as gives the parameters of `other`, to the nearest multiple of 8.
 
     Raises:
-        MQAError: where `fields` does not say how wide they are.
+        MQAError: if `fields` does not have their width.
     """
     fields = copy.deepcopy(fields)
     places = feed_forward_names(fields)
     if not places:
-        raise MQAError("`equal_parameters` needs a `config` that says how wide its feed-forward layers are")
+        raise MQAError("`equal_parameters` needs a `config` with the width of its feed-forward layers")
     widths = [place["in"][place["name"]] for place in places]
     goal, now = parameters(other, tokenizer, "equal_parameters"), parameters(fields, tokenizer)
     for place, width in zip(places, widths):
@@ -167,5 +169,5 @@ def widened(fields: dict[str, Any], other: dict[str, Any], tokenizer: PreTrained
     for place, width in zip(places, widths):
         place["in"][place["name"]] = width + more
     if min(widths) + more < 8:
-        raise MQAError(f"no feed-forward width makes {now:,} parameters {goal:,}")
+        raise MQAError(f"no feed-forward width turns {now:,} parameters into {goal:,}")
     return fields

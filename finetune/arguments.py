@@ -1,4 +1,4 @@
-"""A schedule as the arguments of transformers' Trainer."""
+"""Convert a schedule to the arguments of transformers' Trainer."""
 
 import math
 from dataclasses import fields
@@ -14,20 +14,20 @@ from mqa_hf.base.devices import processes
 from .options import Run
 
 NAMES = {field.name for field in fields(TrainingArguments)}
-# Its name in transformers before and after 5.20 or so.
+# The option's name before and after about transformers 5.20.
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in NAMES)
 
 
 def warmup_steps(share: float, steps: int) -> int:
-    """Of a training: its share, but at least 10 steps or a fifth of a short one.
+    """Number of warmup steps: the given share, but at least 10 steps or a fifth of a short training.
 
-    Adam's first steps move each weight by the whole rate, which a student near its teacher does not survive.
+    Adam's first steps move each weight by the full learning rate, which is too much for a student near its teacher.
     """
     return max(math.ceil(share * steps), min(10, steps // 5)) if share else 0
 
 
 def training_arguments(run: Run, steps: int, directory: Path) -> TrainingArguments:
-    """Of a training of so many steps, with its checkpoints in `directory`."""
+    """Arguments for a training of `steps` steps, with its checkpoints in `directory`."""
     assert run.learning_rate is not None, "a job is resolved first"
     micro, accumulation = run.split(processes().num_processes)
     gpu = torch.cuda.is_available()
@@ -73,7 +73,7 @@ def training_arguments(run: Run, steps: int, directory: Path) -> TrainingArgumen
         disable_tqdm=True,
         seed=run.seed,
     )
-    # Several GPUs are for several processes (accelerate launch); Trainer would put copies on all of them.
+    # Trainer would use DataParallel on several GPUs; here each process has one (accelerate launch).
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments

@@ -1,4 +1,4 @@
-"""What is said and done between the steps of a training."""
+"""Trainer callbacks: progress, the last evaluation, and saving on SIGTERM."""
 
 import signal
 import threading
@@ -15,10 +15,10 @@ from .options import LOSSES
 
 
 class Progress(TrainerCallback):
-    """A line for each log: tokens, tokens per second, model FLOP utilisation, losses, time left."""
+    """Prints a line per log: tokens, tokens per second, model FLOP utilisation, losses, time left."""
 
     def __init__(self, name: str, step_tokens: float, operations: float):
-        """`operations`: floating-point operations a token, forward and backward, the teacher's included."""
+        """`operations`: floating-point operations per token, forward and backward, including the teacher's."""
         self.name, self.step_tokens, self.operations = name, step_tokens, operations
         self.start, self.first = time.monotonic(), 0
         self.peak = peak_rate()
@@ -26,7 +26,7 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.start, self.first = time.monotonic(), state.global_step
         if state.global_step and state.is_world_process_zero:
-            say(f"{self.name}: goes on from step {state.global_step} of {state.max_steps}")
+            say(f"{self.name}: resumes from step {state.global_step} of {state.max_steps}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         done = state.global_step - self.first
@@ -51,7 +51,7 @@ class Progress(TrainerCallback):
 
 
 class LastStep(TrainerCallback):
-    """Evaluate after it; no checkpoint, since the result is saved at once."""
+    """Evaluates after the last step, without a checkpoint, as the result is saved right away."""
 
     def __init__(self, evaluate: bool):
         self.evaluate = evaluate
@@ -63,9 +63,9 @@ class LastStep(TrainerCallback):
 
 
 class SaveWhenTold(TrainerCallback):
-    """Where the process is told to stop (SIGTERM), a checkpoint after the step at hand, and the end.
+    """On SIGTERM, saves a checkpoint after the current step and stops.
 
-    Several processes get the signal at different steps, and would wait for each other; they stop where they are.
+    Several processes would get the signal at different steps and wait for each other, so they stop at once.
     """
 
     def __init__(self) -> None:

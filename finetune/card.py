@@ -1,4 +1,4 @@
-"""What a trained checkpoint's model card says of the training, with a picture of its curves."""
+"""The model card section on the training of a checkpoint, with a plot of its losses."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from mqa_hf.base.figures import can_draw, describe, panels, save
 from .records import Line, UptrainingRecord
 
 UNITS = {
-    "lm": "cross-entropy, nats a token",
-    "kl": "KL to the teacher, nats a token",
+    "lm": "cross-entropy, nats per token",
+    "kl": "KL to the teacher, nats per token",
     "hidden": "1 - cosine of hidden states",
     "attention": "relative error of attention",
 }
@@ -18,7 +18,7 @@ HEADING = "## Training after the conversion"
 
 
 def curves(record: UptrainingRecord) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By loss, "training" and "validation" as points (tokens, value), over all phases."""
+    """Points (tokens, value) over all phases, by loss and then "training" or "validation"."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     phases = [max((step_of(line) for line in lines), default=0) for lines in record.log.values()]
     size = record.tokens / max(sum(phases), 1)
@@ -40,12 +40,12 @@ def step_of(line: Line) -> int:
 
 
 def as_text(loss: float | None) -> str:
-    """A loss in a table; none where it was no number."""
+    """A loss as table text; empty if it was not finite."""
     return "" if loss is None else f"{loss:.3f}"
 
 
 def draw(record: UptrainingRecord, path: Path) -> bool:
-    """The curves as a PNG; false where matplotlib is not installed."""
+    """Plot the curves to a PNG; returns false if matplotlib is not installed."""
     if not can_draw():
         return False
     found = curves(record)
@@ -63,18 +63,18 @@ def draw(record: UptrainingRecord, path: Path) -> bool:
 
 
 def add_training_section(directory: Path, record: UptrainingRecord) -> None:
-    """Say in `README.md` how the checkpoint was trained; the section of an earlier training makes room."""
+    """Add how the checkpoint was trained to `README.md`, replacing the section of an earlier training."""
     options = record.options
     goals = ", ".join(f"{name} (weight {weight:g})" for name, weight in options["losses"])
     text = [
-        f"{record.tokens:,} tokens of {', '.join(part['source'] for part in options['dataset'])}, in steps of "
-        f"{options['batch_tokens']:,}; loss: {goals}"
+        f"Trained on {record.tokens:,} tokens of {', '.join(part['source'] for part in options['dataset'])}, in steps "
+        f"of {options['batch_tokens']:,} tokens; loss: {goals}"
         + (f", teacher `{options['teacher']}`" if options.get("teacher") else "")
         + f"; trained: {options['train']}; peak learning rate {options['learning_rate']:g}.",
         "",
     ]
     if options.get("attention_tokens"):
-        text += [f"The first {options['attention_tokens']:,} tokens fitted attention layers to the teacher's.", ""]
+        text += [f"The first {options['attention_tokens']:,} tokens fitted the attention layers to the teacher's.", ""]
     if record.validation:
         before, after = record.validation.before, record.validation.after
         text += ["| on validation text | before | after |", "|---|---|---|"]
@@ -89,7 +89,7 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     if record.command:
         text += ["```bash", record.command, "```", ""]
     card = directory / "README.md"
-    # Bytes of another encoding stay as they are.
+    # Bytes of other encodings are kept.
     said = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     said = said.replace("No training has followed.", "Training followed.")
     card.write_text(with_section(said, HEADING, "\n".join(text)), encoding="utf-8", errors="surrogateescape")

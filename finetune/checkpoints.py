@@ -1,7 +1,7 @@
-"""The directory of a training: what it began with, and the checkpoints that it goes on from.
+"""The working directory of a training: its options and the checkpoints that it resumes from.
 
-In it stand `options.json` (a training goes on only with the options that it began with) and a folder for each phase
-with the checkpoints of transformers' Trainer; `final` is the phase's result.
+It holds `options.json`, as a training only resumes with the same options, and a folder per phase with the checkpoints
+of transformers' Trainer; `final` is the result of the phase.
 """
 
 import json
@@ -20,10 +20,10 @@ OPTIONS_FILE = "options.json"
 
 
 def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
-    """Open a job's directory, or find it again.
+    """Open the working directory of a job, or reopen it.
 
     Raises:
-        MQAError: where one with other options lies there.
+        MQAError: if it holds a run with other options.
     """
     state = processes()
     with state.main_process_first():
@@ -37,8 +37,8 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
         gone_far = any(directory.glob("*/*/trainer_state.json")) or any(directory.glob("*/final/history.json"))
         if gone_far and before is None:
             raise MQAError(
-                f"{directory} holds an unfinished run, and {path.name} in it does not say which; begin again with "
-                "`restart`"
+                f"{directory} holds an unfinished run without readable options ({path.name}); start over with "
+                f"`restart`"
             )
         if gone_far and before is not None:
             changed = [n for n in sorted({*before, *options}) if before.get(n) != options.get(n)]
@@ -49,8 +49,8 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
                 said += "; " * (bool(said) and "files" in changed)
                 said += "files of the student, the teacher or the text have changed" * ("files" in changed)
                 raise MQAError(
-                    f"{directory} holds an unfinished run with other options: {said}. Go on with the same, or begin "
-                    "again with `restart`"
+                    f"{directory} holds an unfinished run with other options: {said}; use the same options, or "
+                    f"start over with `restart`"
                 )
             return
         if before != options:
@@ -63,7 +63,7 @@ def begin(directory: Path, options: dict[str, Any], restart: bool) -> None:
 
 
 def options_of(path: Path) -> dict[str, Any] | None:
-    """What an unfinished run began with; none where the file is not there, or not whole."""
+    """Options of an unfinished run; empty if the file is missing or incomplete."""
     try:
         return read_json(path)
     except MQAError:
@@ -71,15 +71,15 @@ def options_of(path: Path) -> dict[str, Any] | None:
 
 
 def check_disk(directory: Path, size: float) -> None:
-    """Raise MQAError where a checkpoint of `size` bytes does not fit."""
+    """Raise MQAError if a checkpoint of `size` bytes does not fit on the disk."""
     there = next(parent for parent in (directory, *directory.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < size:
-        raise MQAError(f"a checkpoint takes {size:,.0f} bytes, and {there} has {free:,} free")
+        raise MQAError(f"a checkpoint needs {size:,.0f} bytes, but {there} has {free:,} free")
 
 
 def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint that is whole: its state, which is written last, can be read. Others are removed."""
+    """The newest complete checkpoint, whose state, written last, is readable. Others are removed."""
     while (found := get_last_checkpoint(str(directory)) if directory.is_dir() else None) is not None:
         with suppress(OSError, ValueError):
             json.loads((Path(found) / "trainer_state.json").read_text())

@@ -1,4 +1,4 @@
-"""How much of the quality that a conversion costs a short training wins back, by start, loss and tokens:
+"""How much quality a short training recovers after a conversion, by start, loss and tokens:
 
     python -m mqa_hf.finetune.compare SOURCE OUTPUT --dataset train.jsonl --validation validation.jsonl \
         --pretraining-tokens 300000000
@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[dict[str, Any], str, float]] = {
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss above the best that the original comes to, by share of the pretraining tokens."""
+    """Plot the loss above the original's best, by share of the pretraining tokens."""
     from matplotlib.figure import Figure
 
     best = min(r["lm"] for r in results if r["run"] == ORIGINAL)
@@ -85,20 +85,22 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main(
     source: Annotated[Path, typer.Argument(help="The original.")],
     output: Annotated[Path, typer.Argument(help="Directory for results.")],
-    dataset: Annotated[str, typer.Option(help="Text to train and to fit heads on.")],
+    dataset: Annotated[str, typer.Option(help="Text to train and fit heads on.")],
     validation: Annotated[str, typer.Option(help="Text to measure on.")],
     pretraining_tokens: Annotated[int, typer.Option(help="Tokens that the original was trained on.")],
-    shares: Annotated[str, typer.Option(help="Of the pretraining tokens.")] = "0.05,0.01,0.005,0.001",
-    runs: Annotated[str | None, typer.Option(help="Names, with ; between them. Default: all.")] = None,
-    learning_rates: Annotated[str | None, typer.Option(help="To compare. Default: that of mqa-hf uptrain.")] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 32_768,
-    micro_batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
+    shares: Annotated[str, typer.Option(help="Shares of the pretraining tokens.")] = "0.05,0.01,0.005,0.001",
+    runs: Annotated[str | None, typer.Option(help="Names of runs, separated by ;. Default: all.")] = None,
+    learning_rates: Annotated[
+        str | None, typer.Option(help="Rates to compare. Default: that of mqa-hf uptrain.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 32_768,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
     validation_tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 262_144,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens to fit heads on.")] = 131_072,
-    device: Annotated[str, typer.Option(help="Where heads are fitted.")] = "cpu",
-    train: Annotated[str, typer.Option(help="all, attention or lora.")] = "all",
-    limit: Annotated[float, typer.Option(help="Begin no training after so many seconds.")] = float("inf"),
+    device: Annotated[str, typer.Option(help="Device to fit heads on.")] = "cpu",
+    train: Annotated[str, typer.Option(help="Weights to train: all, attention or lora.")] = "all",
+    limit: Annotated[float, typer.Option(help="Start no training after this many seconds.")] = float("inf"),
 ) -> None:
     """Compare starts and losses of uptraining."""
     warnings.simplefilter("ignore", ConversionWarning)
@@ -162,7 +164,7 @@ def main(
 
 
 def measure(job: Uptraining, key: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The lines before and after a training."""
+    """Measure before and after a training; returns both result lines."""
     start = time.monotonic()
     record = job.run()
     assert record.validation is not None
@@ -172,7 +174,7 @@ def measure(job: Uptraining, key: dict[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def show(results: Sequence[dict[str, Any]], console: Console) -> None:
-    """Validation loss by run and share of the pretraining tokens."""
+    """Print the validation loss by run and share of the pretraining tokens."""
     shares = sorted({r["share"] for r in results})
     table = Table(title="validation loss, nats a token, by share of the pretraining tokens", title_justify="left")
     table.add_column("run")

@@ -1,4 +1,4 @@
-"""Training text: mixtures of data sets, packed into rows for a decoder, or as pairs for an encoder-decoder model.
+"""Training text: mixtures of data sets, packed into rows for a decoder or paired for an encoder-decoder model.
 
 Everything is read through `datasets`: local text, JSON lines, parquet or CSV, or an id of the Hub, whole or streamed.
 """
@@ -38,14 +38,14 @@ from mqa_hf.modeling_mqa_seq2seq import shift_right
 from .options import Part, Training
 from .order import check_rows
 
-IGNORED = -100  # as everywhere in transformers: a position without a target
-BATCH = 256  # documents that are tokenised at once
+IGNORED = -100  # label of positions without a target in transformers
+BATCH = 256  # documents tokenised at once
 DATASET = "`dataset`"  # the option, for messages
-BUFFER = 10_000  # documents that a stream is shuffled among
+BUFFER = 10_000  # shuffle buffer of a stream, in documents
 
 
 def set_up_logs() -> None:
-    """What other libraries say: of reading and writing files no bars, and if nothing is to be said, no others."""
+    """Disable progress bars of file access in other libraries, and all of them if the verbosity is `QUIET`."""
     import datasets
 
     logging.disable_progress_bar()
@@ -54,10 +54,10 @@ def set_up_logs() -> None:
 
 
 def open_dataset(source: str, streaming: bool = False, option: str = DATASET) -> Any:
-    """The rows of a text file, or of what [`load`] takes; `option` named it, for messages.
+    """The rows of a text file or of any source of [`load`]; `option` is for messages.
 
     Raises:
-        MQAError: where there is none.
+        MQAError: if it cannot be read.
     """
     if not is_plain(source):
         return load(source, option, streaming)
@@ -74,7 +74,7 @@ def column_names(rows: Any) -> list[str]:
 def choose_columns(
     source: str, rows: Any, columns: Sequence[str], tokenizer: Any = None, option: str = DATASET
 ) -> Any:
-    """The same rows with one column "text", or with "source" and "target" where two columns are named.
+    """The same rows with one column "text", or "source" and "target" if two columns are named.
 
     Columns may also be languages of "translation", as the Hub's data sets of translations have them. Chats become text
     by the template of the tokenizer.
@@ -103,8 +103,7 @@ def choose_columns(
         (name,) = wanted
         if tokenizer is None:
             raise MQAError(
-                f"{option} {source}: {name} holds chats, which take a tokenizer with a template to become text; pass "
-                "`tokenizer`"
+                f"{option} {source}: {name} holds chats, which need a tokenizer with a chat template; pass `tokenizer`"
             )
 
         def chat(row: dict[str, Any]) -> dict[str, str]:
@@ -112,7 +111,7 @@ def choose_columns(
 
         text = datasets.Features({"text": datasets.Value("string")})
         return reading(f"{option} {source}", rows.map, chat, remove_columns=known, features=text)
-    # A part of a mixture, or the beginning of a stream, may have none.
+    # A part of a mixture or the beginning of a stream may have no rows.
     wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
     if wrong:
         raise no_text(source, option, wrong, features)
@@ -120,12 +119,12 @@ def choose_columns(
     rows = rows.select_columns(wanted)
     for old, new in zip(wanted, names):
         rows = rows if old == new else rows.rename_column(old, new)
-        rows = rows.cast_column(new, datasets.Value("string"))  # so that parts of a mixture are alike
+        rows = rows.cast_column(new, datasets.Value("string"))  # so that all parts have the same type
     return rows
 
 
 def reading(name: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """What `read` gives; raises MQAError for whatever it raises of a text that cannot be read."""
+    """The result of `read`, with MQAError in place of errors of reading."""
     try:
         return read(*args, **options)
     except (MQAError, StopIteration):
@@ -142,18 +141,18 @@ def mixture(
     tokenizer: Any = None,
     option: str = DATASET,
 ) -> Any:
-    """All parts in one data set, drawn at random by their weights until each has been read through.
+    """Mix all parts into one data set, drawn at random by weight until each has been read through.
 
     Args:
-        parts: of the mixture.
-        columns: one that holds text (default: "text"), or two, read by an encoder and written by a decoder.
-        streaming: whether rows are fetched as they are needed.
-        seed: of the order.
-        tokenizer: whose template makes text of chats.
-        option: that named the parts, for messages.
+        parts: parts of the mixture.
+        columns: one column of text (default: "text"), or two for encoder and decoder.
+        streaming: whether to fetch rows on demand.
+        seed: random seed of the order.
+        tokenizer: for the template of chats.
+        option: name of the option, for messages.
 
     Raises:
-        MQAError: for what cannot be read, columns that are not there, and weights that are none.
+        MQAError: for unreadable sources, missing columns and invalid weights.
     """
     import datasets
 
@@ -174,11 +173,11 @@ def mixture(
 
 def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
     for batch in read_batches(rows):
-        yield [text for text in batch[column] if text]  # none where a row has none
+        yield [text for text in batch[column] if text]  # skip rows without text
 
 
 def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
-    """Rows in batches; raises MQAError where one cannot be read."""
+    """Yield rows in batches; raises MQAError if one cannot be read."""
     found = rows.iter(batch_size=BATCH)
     with suppress(StopIteration):
         while True:
@@ -186,7 +185,7 @@ def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of `length` tokens without padding: documents one after another, each ended by eos.
+    """Pack documents, each followed by eos, into rows of `length` tokens without padding.
 
     Yields:
         `input_ids` [length], and `position_ids` [length], which start at 0 again with each document: transformers
@@ -250,7 +249,7 @@ def training_rows(
     seed: int = 0,
     option: str = DATASET,
 ) -> Any:
-    """The examples of a training run, as `datasets` keeps them: on disk, made once for the same text and options.
+    """The examples of a training run, cached on disk by `datasets` for the same text and options.
 
     Args:
         parts, columns, streaming, seed: see [`mixture`].
@@ -258,7 +257,7 @@ def training_rows(
         length: tokens of a row, or most tokens of either side of a pair.
         count: rows wanted; a text that gives fewer is read again by who trains, in another order.
         pairs: whether they are for an encoder-decoder model.
-        option: that named the parts, for messages.
+        option: name of the option, for messages.
 
     Returns:
         A `Dataset`, or, streaming, an endless `IterableDataset`.
@@ -271,7 +270,7 @@ def training_rows(
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
         raise MQAError(
-            "this tokenizer has no sentinels to hide spans behind; name two columns, such as `columns` en,de"
+            "this tokenizer has no sentinels for span corruption; name two columns, such as `columns` en,de"
         )
 
     # Here, so that what is wrong with it is said as it is.
@@ -332,7 +331,7 @@ def kept(rows: Callable[[], Iterator[dict[str, Any]]], names: Sequence[str], len
 
 
 def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """[B, T] of packed rows, and the token to be predicted at each position: `IGNORED` at the end of a document."""
+    """Batch packed rows [B, T], with the token to predict at each position; `IGNORED` at the end of a document."""
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
     positions = torch.from_numpy(np.stack([row["position_ids"] for row in rows])).long()
     labels = torch.full_like(ids, IGNORED)
@@ -341,7 +340,7 @@ def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def starts_with_last(config: Any) -> bool:
-    """Whether a model's decoder begins with the last label of a row, as mBART's class makes its input."""
+    """Whether the decoder input begins with the last label of a row, as in mBART."""
     return getattr(config, "start_is_last_label", config.model_type in ("mbart", "plbart"))
 
 
@@ -373,7 +372,7 @@ class CollatePairs:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a model is trained on.
+    """The training and validation rows of a model.
 
     Attributes:
         rows: of [`training_rows`].
@@ -389,7 +388,7 @@ class TrainingSet:
 
 
 def check_there(job: Training) -> None:
-    """Raises MQAError for a text of a job that is a file and not there."""
+    """Raise MQAError if a text file of a job is missing."""
     for part in job.parts:
         check_file(part.source, DATASET)
     if job.validation is not None:
@@ -397,7 +396,7 @@ def check_there(job: Training) -> None:
 
 
 def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
-    """The text of a job as a model with `config` reads it."""
+    """The text of a job, prepared for a model with `config`."""
     assert job.tokens is not None, "a job is resolved first"
     pairs, length = bool(config.is_encoder_decoder), job.sequence_length
     common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
@@ -405,7 +404,7 @@ def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
         check_rows(job, job.steps(length))
     with processes().main_process_first():
         validation = None
-        if job.validation is not None:  # first, since what is wrong with it is seen sooner
+        if job.validation is not None:  # first, so that its errors show early
             part, count = (Part(job.validation),), math.ceil(job.validation_tokens / length)
             validation = training_rows(part, tokenizer, length, count, option="`validation`", **common)
         # Pairs are short or long; so many there may be use for.
@@ -419,6 +418,6 @@ def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
 
 
 def mean_tokens(rows: Any) -> float:
-    """Tokens that the decoder writes of a pair: the mean of the first 1,000."""
+    """Mean number of decoder tokens per pair, over the first 1,000 pairs."""
     lengths = [len(row["labels"]) for row in itertools.islice(iter(rows), 1000)]
     return sum(lengths) / len(lengths)

@@ -1,4 +1,4 @@
-"""What an uptraining takes, before anything is loaded: steps, parameters, memory and disk."""
+"""Steps, parameters, memory and disk space of an uptraining, before anything is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ FLOAT32 = 4  # bytes
 
 
 def estimate(job: Uptraining) -> dict[str, Any]:
-    """What a job that is resolved would do.
+    """Forecast of a resolved job.
 
     Returns:
         Names say their units. Memory is that of a process with all of it: weights, gradients, AdamW's two moments and
@@ -55,7 +55,7 @@ def estimate(job: Uptraining) -> dict[str, Any]:
         first = trained(only_attention(student, teacher))
     model = select_parameters(student, teacher, job)
     learnt = trained(model)
-    saved = count(student) - held if job.train == "lora" else held  # adapters alone
+    saved = count(student) - held if job.train == "lora" else held  # only the adapters
     checkpoint = FLOAT32 * (saved + 2 * learnt) + (FLOAT32 * (held + 2 * first) if job.attention_tokens else 0)
     width = 2 if torch.cuda.is_available() else FLOAT32
     steps = job.steps(row_tokens)
@@ -77,7 +77,7 @@ def estimate(job: Uptraining) -> dict[str, Any]:
 
 
 def teacher_config(job: Uptraining, student: PreTrainedConfig) -> PreTrainedConfig:
-    """The teacher's, in the student's class."""
+    """The teacher's configuration in the student's class."""
     directory, _ = locate(str(job.teacher), job.teacher_revision, weights=False)
     config = load_config(directory)
     if student.model_type.startswith("mqa") and not config.model_type.startswith("mqa"):

@@ -1,11 +1,11 @@
-"""What a student is trained on: the next token, its teacher's distribution, its hidden states, its attention.
+"""Losses of a student: next token, teacher's distribution, hidden states, attention outputs.
 
     B batch, T tokens, d hidden size, V vocabulary, N = B·T
 
-The losses are computed inside the student's own `forward`, which [`Objective.attach`] replaces for the time of the
-training: whatever wraps the model (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) then has its parameters in place.
-Logits are made a chunk of tokens at a time and, where they are many, made again in the backward pass, so that neither
-the student's nor the teacher's [N, V] ever exists.
+The losses are computed inside the student's own `forward`, which [`Objective.attach`] replaces during training, so
+that wrappers (DDP, FSDP, DeepSpeed, PEFT, `torch.compile`) have its parameters in place. Logits are computed in chunks
+of tokens and, if there are many, recomputed in the backward pass, so that neither the student's nor the teacher's
+[N, V] is ever allocated.
 """
 
 import functools
@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 2**27  # logits of one chunk: half a gigabyte in float32
 
 
 def core(model: nn.Module) -> PreTrainedModel:
-    """The model with the head, without what PEFT puts around it."""
+    """The model with its head, without the PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
 
 
@@ -43,7 +43,7 @@ def logits_size(model: PreTrainedModel) -> int:
 def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [..., V] in float32 of the last hidden state [..., d], as the class's own `forward` makes them.
 
-    [`check_head`] holds this to be so for the class at hand.
+    [`check_head`] verifies this for the class.
     """
     scale, cap = after_head(model)
     logits = model.get_output_embeddings()(hidden).float()
@@ -53,7 +53,7 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What logits are multiplied by, and the soft cap that they get then."""
+    """The scale of the logits, and the soft cap applied afterwards."""
     config = model.config.get_text_config(decoder=True)
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
     return scale, getattr(config, "final_logit_softcapping", None)
@@ -66,7 +66,7 @@ def check_liger() -> None:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise MQAError where a class does to its logits what [`logits_of`] does not know of."""
+    """Raise MQAError if the class computes other logits than [`logits_of`]."""
     device = model.get_output_embeddings().weight.device
     words = logits_size(model)
     ids = torch.arange(8, device=device)[None] % words
@@ -81,14 +81,14 @@ def check_head(model: PreTrainedModel) -> None:
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
     if not error < 1e-2:
         raise MQAError(
-            f"{type(model).__name__} changes its logits after the head in a way that is not known here (they differ "
-            f"by {error:.1%}); convert with `target` mqa, which folds such things into the weights"
+            f"{type(model).__name__} changes its logits after the head in an unsupported way (they differ by "
+            f"{error:.1%}); convert with `target` mqa, which folds this into the weights"
         )
 
 
 def kept_elements(device: torch.device, chunk: int) -> int:
-    """Logits that are kept for the backward pass instead of made again: a twentieth of the device's memory, with
-    4 bytes for the student's and 4 for the teacher's; at least a chunk."""
+    """Number of logits kept for the backward pass instead of recomputed: a twentieth of the device's memory, at 4
+    bytes each for student and teacher; at least a chunk."""
     if device.type != "cuda":
         return chunk
     return max(chunk, torch.cuda.get_device_properties(device).total_memory // 20 // 8)
@@ -109,7 +109,7 @@ def chunk_losses(
         labels: [n].
         teacher_hidden: [n, d'] of the teacher.
         student, teacher: from hidden states to logits.
-        learn_lm: whether the cross-entropy has gradients.
+        learn_lm: whether the cross-entropy needs gradients.
 
     Returns:
         [2].
@@ -128,7 +128,7 @@ def chunk_losses(
 
 @dataclass
 class Objective:
-    """A weighted sum of losses, each in its own unit a token.
+    """A weighted sum of losses, each in its own unit per token.
 
     lm         | cross-entropy of the next token, nats
     kl         | KL(teacher ‖ student) of the next token's distribution at temperature 1, nats (arXiv 1503.02531)
@@ -137,18 +137,18 @@ class Objective:
                | input; mean over layers. It stands alone, and trains attention layers, each by itself.
 
     Args:
-        weights: of the losses that count.
-        teacher: frozen; needed by all but `lm`. Called as the student is: through whatever shards it.
-        chunk_elements: most logits at once.
-        liger: train with Liger's fused head and loss instead (evaluations stay as they are).
+        weights: weights of the losses by name.
+        teacher: frozen; needed by all but `lm`. Called through its sharding wrapper, like the student.
+        chunk_elements: maximum number of logits at once.
+        liger: train with Liger's fused head and loss; evaluation does not use them.
     """
 
     weights: dict[str, float]
     teacher: nn.Module | None = None
     chunk_elements: int = CHUNK_ELEMENTS
     liger: bool = False
-    _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # what hooks have caught in a forward pass
-    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # what they put in its place
+    _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # caught by hooks in a forward pass
+    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # put in place by hooks
 
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(LOSSES)
@@ -158,8 +158,8 @@ class Objective:
             raise MQAError(f"`loss` {', '.join(self.weights)} needs a teacher; pass `teacher`, or `loss` lm")
         if self.layerwise and len(self.weights) > 1:
             raise MQAError(
-                "`loss` attention gives each layer the teacher's input, where no other loss means anything; it stands "
-                "alone, or comes first with `attention_tokens`"
+                "`loss` attention gives each layer the teacher's input, so it cannot be combined with other losses; "
+                "use it alone, or first with `attention_tokens`"
             )
         if self.liger:
             check_liger()
@@ -170,7 +170,7 @@ class Objective:
 
     @contextmanager
     def attach(self, student: nn.Module) -> Iterator[None]:
-        """Within it, `forward` of student and teacher are [`student_forward`] and [`teacher_forward`]."""
+        """Replace `forward` of student and teacher by [`student_forward`] and [`teacher_forward`] in this context."""
         inner = core(student)
         models = [inner, *([] if self.teacher is None else [core(self.teacher)])]
         if self.teacher is not None:
@@ -238,9 +238,9 @@ class Objective:
         """The losses of a batch.
 
         Args:
-            labels: [B, T], the token to be predicted at each position; not shifted once more.
-            count: tokens that the whole step predicts, on all processes.
-            taught: what [`teacher_forward`] gave for the batch.
+            labels: [B, T], the token to predict at each position; already shifted.
+            count: predicted tokens of the whole step, over all processes.
+            taught: output of [`teacher_forward`] for the batch.
 
         Returns:
             `loss`: the weighted sum of all losses, over `count`. `sums`: of [`LOSSES`] in their order, then of tokens.
@@ -320,7 +320,7 @@ class Objective:
             teacher = core(self.teacher)  # type: ignore[arg-type]
             told: Any = teacher.get_output_embeddings()
             if cap is not None or head.bias is not None or hasattr(told.weight, "to_local"):
-                raise MQAError("`liger` has no KL for logits with a cap or a bias, nor for a sharded teacher")
+                raise MQAError("`liger` does not support KL with capped or biased logits or a sharded teacher")
             states = (taught["last"].flatten(0, 1) * after_head(teacher)[0]).to(dtype)
             divergence = LigerFusedLinearJSD(jsd_beta=0.0, ignore_index=IGNORED)
             mean = divergence(hidden, weight, states, told.weight.to(dtype), labels)
@@ -331,7 +331,7 @@ class Objective:
         """The sum over tokens of each attention layer's relative squared error, mean over layers.
 
         Args:
-            counted: [B, T], tokens of the decoder that count.
+            counted: [B, T], mask of the decoder tokens that count.
             source_mask: [B, S], those of an encoder.
         """
         errors = []
@@ -346,7 +346,7 @@ class Objective:
 
 
 def hidden_states(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """After the embedding and each layer, of the decoder where there are two stacks."""
+    """Hidden states after the embedding and each layer, of the decoder if there are two stacks."""
     found = outputs.get("hidden_states") or outputs.get("decoder_hidden_states")
     return tuple(found or ())
 
@@ -365,17 +365,17 @@ def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
             names.add(module)
     if not names:
         raise MQAError(
-            "`loss` attention and `attention_tokens` need a student whose attention layers differ from its teacher's "
-            "in shape, and go by the same names"
+            "`loss` attention and `attention_tokens` need a student whose attention layers have the names of the "
+            "teacher's and other shapes"
         )
     return [name for name, _ in student.named_modules() if name in names]
 
 
 def check_same(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise MQAError where the teacher's outputs are not those of a model like the student."""
+    """Raise MQAError if teacher and student differ in vocabulary or number of layers."""
     for what, one, other in (
         ("words", *map(logits_size, (student, teacher))),
         ("layers", *(getattr(m.config, "num_hidden_layers", 0) for m in (student, teacher))),
     ):
         if one != other:
-            raise MQAError(f"the student has {one} {what} and the teacher {other}; they must be the same model's")
+            raise MQAError(f"the student has {one} {what} and the teacher {other}; they must be of the same model")

@@ -1,6 +1,6 @@
 """Options that `mqa-hf uptrain` and `mqa-hf pretrain` share: text, schedule, logs and output.
 
-What `recorded="never"` marks does not decide the result: a run that was interrupted may go on with another value.
+Options with `recorded="never"` do not change the result; an interrupted run may resume with other values of them.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 MOST_TOKENS = 2**50
 MOST_BATCH_TOKENS = 2**31
-LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # and the packages that have them
+LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # and their packages
 
 LOSSES = ("lm", "kl", "hidden", "attention")
 TRAINED_ON, HOW, LOGS, OUTPUT = "What it is trained on", "How long and how", "Checkpoints and logs", "Output"
@@ -26,7 +26,7 @@ TRAINED_ON, HOW, LOGS, OUTPUT = "What it is trained on", "How long and how", "Ch
 
 @dataclass(frozen=True)
 class Part:
-    """A data set of a mixture, and its weight among the others."""
+    """A data set of a mixture and its weight."""
 
     source: str
     weight: float = 1.0
@@ -43,14 +43,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Data(Options, panel=TRAINED_ON):
-    """The text that is trained on."""
+    """The training and validation text."""
 
     _: KW_ONLY
     dataset: Annotated[
         Sequence[str],
         Option(
-            "Text file, JSON lines, parquet, or an id of the Hub's datasets (id:configuration[split]). Several are "
-            "mixed by their weights: SOURCE=WEIGHT.",
+            "Training text: a text, JSON lines or parquet file, or the id of a data set on the Hub "
+            "(id:configuration[split]). Repeat it to mix several by weight: SOURCE=WEIGHT.",
             metavar="SOURCE[=WEIGHT]",
         ),
     ]
@@ -58,9 +58,9 @@ class Data(Options, panel=TRAINED_ON):
         Sequence[str],
         Option("Column of the text (default: text) or of chats, or two for translation: en,de.", comma=True),
     ] = ()
-    streaming: Annotated[bool, Option("Fetch the text while training, instead of all of it before.")] = False
-    validation: Annotated[str | None, Option("Text that losses are measured on.")] = None
-    validation_tokens: Annotated[int, Option("Tokens of `validation` that are read.", min=1)] = 131_072
+    streaming: Annotated[bool, Option("Fetch the text during training instead of all of it first.")] = False
+    validation: Annotated[str | None, Option("Held-out text to measure losses on.")] = None
+    validation_tokens: Annotated[int, Option("Number of tokens to read from `validation`.", min=1)] = 131_072
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -69,65 +69,65 @@ class Data(Options, panel=TRAINED_ON):
 
 @dataclass(frozen=True)
 class Schedule(Options, panel=HOW):
-    """How long and how a model is trained, whatever on."""
+    """How long and how a model is trained."""
 
     _: KW_ONLY
     tokens: Annotated[
-        int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)
+        int | None, Option("Tokens to train on (decoder tokens), in whole steps.", min=1, below=MOST_TOKENS)
     ]
-    sequence_length: Annotated[int, Option("Tokens of a row.", min=2, below=2**24)] = 512
+    sequence_length: Annotated[int, Option("Tokens per row.", min=2, below=2**24)] = 512
     batch_tokens: Annotated[
         int,
         Option(
-            "Tokens of a step, on all processes together, rounded to whole rows. Pairs count as `sequence_length` "
-            "each.",
+            "Tokens per step over all processes, rounded to whole rows. A pair counts as `sequence_length` tokens.",
             min=1,
             below=MOST_BATCH_TOKENS,
         ),
     ] = 32_768
     micro_batch: Annotated[
         int | None,
-        Option("Rows at once on a process. Default: all of a step's, 16,384 tokens at most.", min=1),
+        Option("Rows per process and forward pass. Default: all of a step, up to 16,384 tokens.", min=1),
     ] = None
     learning_rate: Annotated[
         float | None,
         Option(
-            "Peak, of AdamW (0.9, 0.95); it falls to a tenth along a cosine. Default: by width, docs/uptraining.md.",
+            "Peak learning rate of AdamW (betas 0.9, 0.95); decays to a tenth along a cosine. Default: by model "
+            "width, see docs/uptraining.md.",
             above=0,
         ),
     ] = None
     warmup: Annotated[
-        float, Option("Share of the steps; at least 10 steps, or a fifth of a short training.", min=0, below=1)
+        float, Option("Share of warmup steps; at least 10 steps, or a fifth of a short training.", min=0, below=1)
     ] = 0.02
-    weight_decay: Annotated[float, Option("Of matrices.", min=0)] = 0.1
+    weight_decay: Annotated[float, Option("Weight decay of matrices.", min=0)] = 0.1
     bf16: Annotated[
         bool | None,
-        Option("Compute in bfloat16; weights and optimizer stay in float32. Default: on GPUs that can."),
+        Option("Compute in bfloat16; weights and optimizer stay in float32. Default: on GPUs that support it."),
     ] = None
-    gradient_checkpointing: Annotated[bool, Option("Less memory, more time.")] = False
+    gradient_checkpointing: Annotated[bool, Option("Recompute activations: less memory, more time.")] = False
     compile: Annotated[bool, Option("Use torch.compile.")] = False
-    seed: Annotated[int, Option("Of the order of rows, and of all that is random.", min=0, below=2**32)] = 0
+    seed: Annotated[int, Option("Random seed of the order of rows and everything else.", min=0, below=2**32)] = 0
 
     @property
     def rows(self) -> int:
-        """Rows of a step."""
+        """Rows per step."""
         return max(1, self.batch_tokens // self.sequence_length)
 
     def steps(self, row_tokens: float) -> int:
-        """Steps of the whole training, where a row predicts `row_tokens` in the mean."""
-        assert self.tokens is not None, "a job is resolved first"
+        """Number of steps in all, if a row predicts `row_tokens` tokens on average."""
+        assert self.tokens is not None, "resolve the job first"
         return math.ceil(self.tokens / (self.rows * row_tokens))
 
     def split(self, count: int) -> tuple[int, int]:
-        """Rows at once on each of `count` processes, and how often before a step.
+        """Rows per forward pass on each of `count` processes, and the number of passes per step.
 
         Raises:
-            MQAError: where they do not divide a step's rows.
+            MQAError: if they do not divide the rows of a step.
         """
         share = self.rows // count
         if share * count != self.rows:
             raise MQAError(
-                f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be shared by {count} "
+                f"a step of {self.rows} rows of {self.sequence_length} tokens cannot be split over {count} "
                 f"processes; set `batch_tokens` to a multiple of {count * self.sequence_length:,}"
             )
         micro = self.micro_batch
@@ -135,23 +135,23 @@ class Schedule(Options, panel=HOW):
             most = max(1, 16_384 // self.sequence_length)
             micro = next(n for n in range(min(share, most), 0, -1) if share % n == 0)
         if share % micro:
-            raise MQAError(f"`micro_batch` {micro} must divide the {share} rows that a process has in a step")
+            raise MQAError(f"`micro_batch` must divide the {share} rows per process and step, got {micro}")
         return micro, share // micro
 
 
 @dataclass(frozen=True)
 class Logs(Options, panel=LOGS):
-    """What is kept and shown on the way."""
+    """What is saved and shown during training."""
 
     _: KW_ONLY
     save_every: Annotated[int, Option("Steps between checkpoints. 0: about 20 in all.", min=0, recorded="never")] = 0
-    keep: Annotated[int, Option("Checkpoints that are kept.", min=1, recorded="never")] = 2
-    evaluate_every: Annotated[int, Option("Steps between evaluations. 0: at the start and the end.", min=0)] = 0
+    keep: Annotated[int, Option("Number of checkpoints to keep.", min=1, recorded="never")] = 2
+    evaluate_every: Annotated[int, Option("Steps between evaluations. 0: only at start and end.", min=0)] = 0
     log_every: Annotated[int, Option("Steps between log lines. 0: about 50 in all.", min=0, recorded="never")] = 0
     report_to: Annotated[
         Sequence[str] | None,
         Option(
-            "Where logs go beside standard error. Default: tensorboard and wandb, those that are installed.",
+            "Where to log in addition to standard error. Default: tensorboard and wandb, if installed.",
             choices=(*LOGGERS, "none"),
             comma=True,
             recorded="never",
@@ -166,50 +166,50 @@ class Logs(Options, panel=LOGS):
         most = 16 * (os.cpu_count() or 1)
         if self.workers is not None and self.workers > most:
             raise MQAError(
-                f"`workers` {self.workers:,} are more than this machine takes, which has {os.cpu_count()} processors; "
-                f"give {most} at most"
+                f"`workers` must be at most {most} on this machine with {os.cpu_count()} processors, got "
+                f"{self.workers:,}"
             )
         asked = self.report_to or ()
         if "none" in asked and len(asked) > 1:
-            raise MQAError(f"`report_to` none goes alone; got {', '.join(asked)}")
+            raise MQAError(f"`report_to` none cannot be combined with others; got {', '.join(asked)}")
         for name in asked:
             if name in LOGGERS and not any(importlib.util.find_spec(package) for package in LOGGERS[name]):
-                raise MQAError(f"`report_to` {name} is not installed here: pip install {name}")
+                raise MQAError(f"`report_to` {name} is not installed: pip install {name}")
 
 
 @dataclass(frozen=True)
 class Written(Options, panel=OUTPUT):
     """Where the result goes."""
 
-    output: Annotated[Path | str, Option("Directory to write. It appears only when it is whole.")]
+    output: Annotated[Path | str, Option("Directory to write. It appears only once it is complete.")]
     _: KW_ONLY
     overwrite: Annotated[bool, Option("Replace the checkpoint at `output`.", recorded="never")] = False
-    restart: Annotated[bool, Option("Begin again where an unfinished run lies.", recorded="never")] = False
+    restart: Annotated[bool, Option("Discard an unfinished run and start over.", recorded="never")] = False
 
 
 @dataclass(frozen=True)
 class Run(Logs, Schedule):
-    """A schedule with what is logged and kept of it: all that [`train`] reads of a job."""
+    """A schedule with its logs and checkpoints: all that [`train`] reads of a job."""
 
 
 @dataclass(frozen=True)
 class Training(Written, Run, Data, Job[R]):
-    """What both commands are: text, a schedule and an output, with checkpoints beside it while it is trained."""
+    """Options of both commands. During training, checkpoints are kept beside the output."""
 
     @property
     def place(self) -> Path:
-        """The directory of checkpoints, beside the output."""
+        """Directory of checkpoints, beside the output."""
         here = Path(self.output).resolve()
         return here.with_name(f".{here.name}.{self.name}")
 
     def decisive(self) -> dict[str, Any]:
-        """What decides the result, by the names that it has in result files."""
+        """Options that decide the result, by their names in result files."""
         found = self.recorded()
         del found["output"]
         return {**found, "dataset": [asdict(part) for part in self.parts]}
 
     def interrupted(self) -> str:
         if not any(self.place.glob("*/checkpoint-*")):
-            return "There was no checkpoint yet"
-        again = "without `restart` " * self.restart
-        return f"Checkpoints are in {self.place}; give the same command {again}again to go on"
+            return "No checkpoint was saved yet"
+        again = " without `restart`" * self.restart
+        return f"Checkpoints are in {self.place}; run the same command again{again} to resume"

@@ -9,14 +9,14 @@ from mqa_hf.base.errors import MQAError
 
 from .options import Schedule
 
-MOST_ROWS = 2**30  # their order is kept in memory, in 8 bytes each
-POOL = 50  # steps whose pairs are sorted by length together, as transformers has it
+MOST_ROWS = 2**30  # the order takes 8 bytes per row in memory
+POOL = 50  # steps whose pairs are sorted by length together, as in transformers
 
 
 def in_order(rows: Any, schedule: Schedule, steps: int) -> Any:
-    """The rows of so many steps, the same for any number of processes: all of them shuffled, all again, and so on.
+    """The rows of `steps` steps, the same for any number of processes: repeated passes, each shuffled anew.
 
-    The pairs of a step are of like length, as in arXiv 1706.03762, section 5.1: most of a step would be padding.
+    The pairs of a step have similar lengths, as in arXiv 1706.03762, section 5.1, to save padding.
     """
     check_rows(schedule, steps)
     generator = np.random.default_rng(schedule.seed)
@@ -33,17 +33,17 @@ def in_order(rows: Any, schedule: Schedule, steps: int) -> Any:
 
 
 def check_rows(schedule: Schedule, steps: int) -> None:
-    """Raises MQAError where a training reads more rows than can be put in order."""
+    """Raise MQAError if a training reads more rows than can be shuffled."""
     wanted = steps * schedule.rows
     if wanted > MOST_ROWS:
         raise MQAError(
-            f"`tokens` {schedule.tokens:,} are {wanted:,} rows, and {MOST_ROWS:,} at most are put in order; lower it, "
+            f"`tokens` {schedule.tokens:,} are {wanted:,} rows, but at most {MOST_ROWS:,} can be shuffled; lower it, "
             "raise `sequence_length`, or use `streaming`"
         )
 
 
 def by_like_length(rows: Any) -> bool:
-    """Whether they are pairs, and not streamed."""
+    """Whether the rows are pairs that are not streamed."""
     return hasattr(rows, "__len__") and "labels" in rows.column_names
 
 
@@ -52,6 +52,6 @@ def cut(order: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def by_length(order: np.ndarray, lengths: Any, rows: int, generator: np.random.Generator) -> np.ndarray:
-    """The same rows, those of like length in one step of so many; steps in random order."""
+    """The same rows, grouped into steps of similar length, with the steps in random order."""
     steps = cut(order[np.argsort(lengths[order], kind="stable")], rows)
     return np.concatenate([steps[i] for i in generator.permutation(len(steps))])

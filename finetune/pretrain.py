@@ -1,10 +1,10 @@
-"""`mqa-hf pretrain`: a small model from scratch, to convert it and to compare with.
+"""`mqa-hf pretrain`: train a small model from scratch, to convert it or compare with it.
 
     mqa-hf pretrain OUTPUT --config '{"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, ...}' \
         --dataset train.jsonl --validation validation.jsonl --tokens 100000000
 
-trains a byte-level BPE tokenizer on the text, then the model, and leaves a checkpoint that loads like any other. It is
-the same training as `mqa-hf uptrain`, without a student and a teacher: resumed, shared by processes, shown alike.
+trains a byte-level BPE tokenizer on the text, then the model, and writes a checkpoint that loads like any other. It
+resumes, runs on several processes and shows progress as `mqa-hf uptrain` does.
 """
 
 import json
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Model(Options, panel=TRAINED_ON):
-    """What is trained."""
+    """The model to train."""
 
     _: KW_ONLY
     config: Annotated[
         str | Mapping[str, Any],
         Option(
-            "model_type and fields of its configuration, as JSON or a file with it, or a published shape by name. The "
-            "vocabulary is the tokenizer's."
+            "Configuration of the model: JSON with model_type and other fields, a file with it, or the name of a "
+            "published shape. The vocabulary is the tokenizer's."
         ),
     ]
     equal_parameters: Annotated[
         str | Mapping[str, Any] | None,
         Option(
-            "Another configuration: the feed-forward layers of `config` become so wide that the model has as many "
-            "parameters as this one (arXiv 1911.02150, section 4.1)."
+            "Another configuration: widen the feed-forward layers of `config` until it has as many parameters as this "
+            "one (arXiv 1911.02150, section 4.1)."
         ),
     ] = None
-    tokenizer: Annotated[str | None, Option("Directory of a tokenizer. Default: one is trained on the text.")] = None
-    vocab_size: Annotated[int, Option("Entries of a tokenizer that is trained.", min=1)] = 8192
+    tokenizer: Annotated[str | None, Option("Directory of a tokenizer. Default: train one on the text.")] = None
+    vocab_size: Annotated[int, Option("Vocabulary size of a newly trained tokenizer.", min=1)] = 8192
 
     def __post_init__(self) -> None:
         for name in ("config", "equal_parameters"):
@@ -54,56 +54,55 @@ class Model(Options, panel=TRAINED_ON):
                 try:
                     object.__setattr__(self, name, json.dumps(dict(value)))
                 except (TypeError, ValueError, RecursionError) as error:
-                    raise MQAError(f"`{name}` is no JSON: {error}") from error
+                    raise MQAError(f"`{name}` is not JSON: {error}") from error
         super().__post_init__()
 
 
 @dataclass(frozen=True)
 class PretrainingSchedule(Schedule, panel=HOW):
-    """A schedule with what suits small models."""
+    """A schedule with defaults for small models."""
 
     _: KW_ONLY
-    tokens: Annotated[int, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)]
+    tokens: Annotated[int, Option("Tokens to train on (decoder tokens), in whole steps.", min=1, below=MOST_TOKENS)]
     batch_tokens: Annotated[
         int,
         Option(
-            "Tokens of a step, on all processes together, rounded to whole rows. Pairs count as `sequence_length` "
-            "each.",
+            "Tokens per step over all processes, rounded to whole rows. A pair counts as `sequence_length` tokens.",
             min=1,
             below=MOST_BATCH_TOKENS,
         ),
     ] = 65_536
     learning_rate: Annotated[
-        float, Option("Peak, of AdamW (0.9, 0.95); it falls to a tenth along a cosine.", above=0)
+        float, Option("Peak learning rate of AdamW (betas 0.9, 0.95); decays to a tenth along a cosine.", above=0)
     ] = 2e-3
 
 
 @dataclass(frozen=True)
 class Weights(Written, panel=OUTPUT):
-    """What is written, and where."""
+    """Output directory and data type."""
 
     _: KW_ONLY
-    dtype: Annotated[str, Option("Of the weights written; they are trained in float32.", choices=NUMBER_TYPES)] = (
+    dtype: Annotated[str, Option("Data type of the saved weights; training is in float32.", choices=NUMBER_TYPES)] = (
         "float32"
     )
 
 
 @dataclass(frozen=True)
 class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingRecord"]):
-    """Train a small model from scratch, to convert it or to compare with.
+    """Train a small model from scratch, to convert it or compare with it.
 
     Returns:
-        What stands in `pretraining.json`: options, parameters, loss, the log.
+        The content of `pretraining.json`: options, parameters, loss, the log.
 
     Raises:
-        MQAError: for what cannot be, and where training diverges.
+        MQAError: if the request is invalid, or if training diverges.
     """
 
     name = "pretrain"
 
     def decisive(self) -> dict[str, Any]:
         found = super().decisive()
-        del found["dtype"]  # of what is written in the end
+        del found["dtype"]  # only of the saved weights
         other = self.equal_parameters
         return {
             **found,
@@ -119,17 +118,17 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingReco
         return carry_out(self.resolve())
 
     def show(self, record: "PretrainingRecord", console: "Console") -> None:
-        """Say in a line how large the model is and how good."""
-        loss = "" if record.loss is None else f", loss {record.loss:.3f} nats a token"
+        """Print parameters, tokens and loss in a line."""
+        loss = "" if record.loss is None else f", loss {record.loss:.3f} nats per token"
         said = f"{self.output}: {record.parameters:,} parameters, {record.tokens:,} tokens{loss}"
         console.print(said, soft_wrap=True)
 
 
 def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[str, Any]:
-    """A configuration from JSON, from a file with it, or of a published shape by its name.
+    """Configuration from JSON, from a JSON file, or from the name of a published shape.
 
     Raises:
-        MQAError: where there is none, naming the option that said so.
+        MQAError: if it is none of these; the message names `option`.
     """
     if isinstance(said, Mapping):
         found: Any = dict(said)
@@ -142,15 +141,15 @@ def read_config(said: str | Mapping[str, Any], option: str = "config") -> dict[s
         except FileNotFoundError:
             raise MQAError(f"`{option}` is neither JSON, nor a file, nor one of {', '.join(SHAPES)}") from None
         except (OSError, ValueError, RecursionError) as error:
-            raise MQAError(f"`{option}` holds no JSON: {error}") from error
+            raise MQAError(f"`{option}` is not valid JSON: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise MQAError(f"`{option}` needs a model_type")
     return found
 
 
 def refuse(constant: str) -> None:
-    """What JSON does not have, and Python reads all the same: NaN and infinity."""
-    raise ValueError(f"{constant} is no number")
+    """Reject NaN and infinity, which are not JSON but which Python reads."""
+    raise ValueError(f"{constant} is not a number")
 
 
 pretrain = function(Pretraining)

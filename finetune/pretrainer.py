@@ -1,4 +1,4 @@
-"""Pretraining carried out: a tokenizer and a model are made, trained, and written."""
+"""Run a pretraining: make tokenizer and model, train, and write the result."""
 
 import shutil
 from contextlib import suppress
@@ -25,7 +25,7 @@ from .trainer import train
 
 
 def carry_out(job: Pretraining) -> PretrainingRecord:
-    """Train a model from scratch and write it, whole, with its tokenizer to the output of a job."""
+    """Train a model from scratch and write it with its tokenizer to the output of a job."""
     state = processes()
     set_up_logs()
     target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, PretrainingRecord.file)

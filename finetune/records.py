@@ -1,4 +1,4 @@
-"""What trainings leave beside their weights: `uptraining.json` and `pretraining.json`."""
+"""Result files of trainings: `uptraining.json` and `pretraining.json`."""
 
 from typing import Any
 
@@ -21,13 +21,13 @@ class UptrainingRecord(Record):
     """`uptraining.json` of a trained checkpoint.
 
     Attributes:
-        student: that was trained.
-        options: what decided the result, `dataset` and `losses` with their weights.
+        student: the checkpoint that was trained.
+        options: options that decide the result, `dataset` and `losses` with their weights.
         tokens: that were trained on.
-        validation: losses before and after, where there was validation text.
+        validation: losses before and after, if there was validation text.
         log: lines of each phase, `attention` and `main`.
-        versions: of what it was trained with.
-        command: that does it again.
+        versions: versions of the libraries.
+        command: command that repeats it.
     """
 
     file = TRAINING_FILE
@@ -45,11 +45,11 @@ class PretrainingRecord(Record):
     """`pretraining.json` of a model trained from scratch.
 
     Attributes:
-        options: what decided the result.
+        options: options that decide the result.
         config: fields of the configuration, as wide as `equal_parameters` made it.
-        parameters: of the model.
+        parameters: number of parameters.
         tokens: that were trained on.
-        loss: on validation text in the end, nats a token, where there was some.
+        loss: final loss on validation text, if any, in nats per token.
         log: lines of the training.
     """
 

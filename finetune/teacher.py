@@ -15,27 +15,27 @@ from mqa_hf.conversion.loading import load_model
 
 
 def describe_teacher(name: str, revision: str | None) -> dict[str, Any]:
-    """What [`inspect`] says of the teacher; raises MQAError where there is none."""
+    """Inspect the teacher; raises MQAError if it cannot be loaded."""
     try:
         return inspect(name, revision=revision)
     except MQAError as error:
-        raise MQAError(f"the teacher {name} cannot be had; say where it is with `teacher`. {error}") from error
+        raise MQAError(f"the teacher {name} cannot be loaded; name it with `teacher`: {error}") from error
 
 
 def load_teacher(
     name: str, revision: str | None, source: Path, student: PreTrainedModel, directory: Path
 ) -> PreTrainedModel:
-    """The original, in the student's class: layers go by the same names, and packed rows mean the same to both.
+    """Load the original in the student's class, with the same layer names and the same handling of packed rows.
 
     Args:
         name, revision: directory or hub id of the original. A checkpoint of another class than the student's is
             converted with all its heads, which changes nothing but names.
         source: directory of the student.
-        student: the same, loaded.
-        directory: where the original goes when it is converted.
+        student: the loaded student.
+        directory: directory for the converted original.
 
     Raises:
-        MQAError: where there is none, or it has another tokenizer than the student.
+        MQAError: if it cannot be loaded or its tokenizer differs from the student's.
     """
     own = student.config.model_type.startswith("mqa")
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
@@ -48,5 +48,5 @@ def load_teacher(
             name, revision = str(directory), None
         theirs = load_tokenizer(name, revision)
         if load_tokenizer(source).get_vocab() != theirs.get_vocab():
-            raise MQAError(f"the teacher {name} has another tokenizer than the student; it must be the original")
+            raise MQAError(f"the teacher {name} has a different tokenizer than the student; it must be the original")
     return load_model(name, dtype=dtype, revision=revision)

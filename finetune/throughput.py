@@ -1,4 +1,4 @@
-"""How fast uptraining is, beside a plain loop of transformers' Trainer on the same rows:
+"""Compare the speed of uptraining with transformers' Trainer on the same rows:
 
     python -m mqa_hf.finetune.throughput ORIGINAL CONVERTED --dataset text.jsonl
 
@@ -35,7 +35,7 @@ from .uptrainer import tokenizer_of
 
 
 class StepClock(TrainerCallback):
-    """The time of each log, which waits for the device since it reads the loss."""
+    """Records the time of each log, which synchronizes the device by reading the loss."""
 
     def __init__(self) -> None:
         self.times: list[tuple[int, float]] = []
@@ -45,7 +45,7 @@ class StepClock(TrainerCallback):
             self.times.append((state.global_step, time.perf_counter()))
 
     def seconds_per_step(self) -> float:
-        """The median between logs of the second half."""
+        """Median over the logs of the second half."""
         half = self.times[len(self.times) // 2 - 1 :]
         return statistics.median((end - start) / (last - first) for (first, start), (last, end) in pairwise(half))
 
@@ -65,14 +65,14 @@ def collate_joined(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def main(
     original: Annotated[Path, typer.Argument(help="The original.")],
-    converted: Annotated[Path, typer.Argument(help="What it was converted to.")],
+    converted: Annotated[Path, typer.Argument(help="Directory of the converted checkpoint.")],
     dataset: Annotated[str, typer.Option(help="Text to train on.")],
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 32_768,
-    micro_batch: Annotated[int | None, typer.Option(help="Rows at once.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each; the second half counts.")] = 60,
-    compile: Annotated[bool, typer.Option(help="torch.compile, for all of them.")] = False,
-    liger: Annotated[bool, typer.Option(help="Liger's losses too.")] = False,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens per step.")] = 32_768,
+    micro_batch: Annotated[int | None, typer.Option(help="Rows per forward pass.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps per run; the second half is timed.")] = 60,
+    compile: Annotated[bool, typer.Option(help="Use torch.compile in all runs.")] = False,
+    liger: Annotated[bool, typer.Option(help="Also time Liger's losses.")] = False,
 ) -> None:
     """Compare tokens per second."""
     logging.disable_progress_bar()

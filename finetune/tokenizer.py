@@ -1,4 +1,4 @@
-"""The tokenizer of a model that is trained from scratch: one that is there, or one trained on the text."""
+"""The tokenizer of a model trained from scratch: an existing one, or one trained on the text."""
 
 import itertools
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from .options import Data
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SENTINELS = [f"<extra_id_{n}>" for n in range(100)]
-TOKENIZER_TEXTS = 200_000  # documents that the tokenizer is trained on, at most
+TOKENIZER_TEXTS = 200_000  # maximum number of documents to train the tokenizer on
 
 
 def train_tokenizer(texts: Iterable[str], size: int, pairs: bool = False) -> PreTrainedTokenizerFast:
@@ -37,7 +37,7 @@ def train_tokenizer(texts: Iterable[str], size: int, pairs: bool = False) -> Pre
 
 
 def trained_tokenizer(data: Data, size: int, directory: Path, pairs: bool, seed: int) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`, or one with `size` entries that is trained on the text now and put there."""
+    """Load the tokenizer in `directory`, or train one with `size` entries on the text and save it there."""
     if not (directory / "tokenizer.json").is_file():
         rows = (
             row

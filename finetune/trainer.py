@@ -1,4 +1,4 @@
-"""A training on transformers' Trainer: it shows where it is, can be killed at any step and goes on from there."""
+"""Training with transformers' Trainer: it shows progress and can be killed at any step and resumed."""
 
 import json
 import math
@@ -26,11 +26,11 @@ from .losses import LOSSES, Objective, core
 from .options import Run
 from .order import POOL, by_like_length, in_order
 
-DIVERGED = 1.5, 1.0  # a loss above this share of the first one, and so many more nats, is none that comes back
+DIVERGED = 1.5, 1.0  # diverged: a loss above 1.5 times the first one plus 1 nat
 
 
 class LossTrainer(Trainer):
-    """transformers' Trainer with an [`Objective`]: its losses are summed over tokens, whichever process has them."""
+    """transformers' Trainer with an [`Objective`], whose losses are summed over tokens of all processes."""
 
     objective: Objective
     model: nn.Module
@@ -57,7 +57,7 @@ class LossTrainer(Trainer):
         outputs = model(**inputs, count=num_items_in_batch, taught=taught)
         if torch.is_grad_enabled():  # DeepSpeed's engine is never in evaluation mode
             self._sums = self._sums + outputs["sums"]
-        loss = outputs["loss"] * self.accelerator.num_processes  # gradients are averaged over processes
+        loss = outputs["loss"] * self.accelerator.num_processes  # as gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -74,7 +74,7 @@ class LossTrainer(Trainer):
         return {prefix + name: mean for name, mean in means.items() if mean or name in self.objective.weights}
 
     def _check(self, loss: float, grad_norm: float) -> None:
-        """Stop where training has diverged. All processes see the same numbers."""
+        """Raise MQAError if training has diverged. All processes see the same numbers."""
         first = loss
         if math.isfinite(loss) and math.isfinite(grad_norm):
             logged = [(int(line["step"]), line["loss"]) for line in self.state.log_history if "loss" in line]
@@ -83,14 +83,14 @@ class LossTrainer(Trainer):
             share, more = DIVERGED
             if loss <= share * abs(first) + more:
                 return
-        began = f"; it began at {first:.4g}" if math.isfinite(first) else ""
+        began = f"; it was {first:.4g} at first" if math.isfinite(first) else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise MQAError(
-            f"training has diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
+            f"training diverged: at step {self.state.global_step} the loss is {loss:.4g} and the norm of the "
             f"gradient {grad_norm:.4g}{began}. "
-            + (f"{kept} has the last weights that are numbers. " if kept else "")
-            + f"Lower `learning_rate` ({self.args.learning_rate:g}) or raise `batch_tokens`, and begin again with "
-            "`restart`"
+            + (f"{kept} has the last finite weights. " if kept else "")
+            + f"Lower `learning_rate` ({self.args.learning_rate:g}) or raise `batch_tokens`, and start over with "
+            f"`restart`"
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -103,7 +103,7 @@ class LossTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """The mean of each loss over the tokens of the evaluation rows, while it trains."""
+        """The mean of each loss over the tokens of the evaluation rows, during training."""
         model = self.model_wrapped
         model.eval()
         total: Any = 0
@@ -134,8 +134,8 @@ def ends(logged: Sequence[tuple[int, float]], window: int) -> tuple[float, float
     """Mean losses of the first and of the last steps, at least `window` of each (fewer where there are no more).
 
     Args:
-        logged: step, and mean loss of the steps since the line before.
-        window: steps.
+        logged: step, and mean loss since the previous line.
+        window: number of steps.
     """
 
     def mean(lines: Sequence[tuple[int, float]]) -> float:
@@ -219,23 +219,23 @@ def train(
     directory: Path,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
-    """Train a model, or go on where a training was killed; the result stands in `directory/final`.
+    """Train a model, or resume a killed training; the result is saved in `directory/final`.
 
     Args:
-        name: of the phase, for people.
-        model: whose parameters that require gradients are trained, in place.
-        objective: what on; its teacher is moved to the device, and sharded as the model is.
-        run: how long and how.
-        text: what on; losses are measured on its validation rows at the start, at the end and on the way.
-        directory: of the phase.
-        callbacks: of transformers, more than those that show progress.
+        name: name of the phase, for messages.
+        model: its parameters that require gradients are trained in place.
+        objective: the losses; its teacher is moved to the device and sharded like the model.
+        run: the schedule.
+        text: the rows; losses are measured on its validation rows at the start, the end and in between.
+        directory: directory of the phase.
+        callbacks: transformers callbacks in addition to progress.
 
     Returns:
-        What was logged.
+        The log.
 
     Raises:
-        MQAError: where training diverges, rows are fewer than a step takes, or the disk is full.
-        SystemExit: where the process was told to stop (SIGTERM), after a checkpoint.
+        MQAError: if training diverges, there are fewer rows than a step takes, or the disk is full.
+        SystemExit: on SIGTERM, after a checkpoint.
     """
     state = processes()
     history = directory / "final" / "history.json"
@@ -247,7 +247,7 @@ def train(
     rows, steps = text.rows, run.steps(text.row_tokens)
     if hasattr(rows, "__len__") and len(rows) < run.rows:
         raise MQAError(
-            f"the text gives {len(rows)} rows of {run.sequence_length} tokens, and a step takes {run.rows}; "
+            f"the text gives {len(rows)} rows of {run.sequence_length} tokens, but a step takes {run.rows}; "
             "lower `batch_tokens` or add text"
         )
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -292,6 +292,6 @@ def carry_out(trainer: LossTrainer, saving: SaveWhenTold, directory: Path) -> No
             trainer.train(resume_from_checkpoint=found)
         if saving.told and trainer.state.global_step < trainer.state.max_steps:
             raise SystemExit(128 + signal.SIGTERM)
-    unset_hf_deepspeed_config()  # or what is read next would come in shards
+    unset_hf_deepspeed_config()  # otherwise models loaded later would be sharded
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

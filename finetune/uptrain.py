@@ -1,13 +1,13 @@
-"""`mqa-hf uptrain`: a short training of a converted checkpoint that wins its quality back.
+"""`mqa-hf uptrain`: recover the quality of a converted checkpoint with a short training.
 
-GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of the tokens of their pretraining. Here the
-original is the teacher, whose distribution says more about each token than the token itself; fewer tokens then do.
+GQA (arXiv 2305.13245, section 3.2) trained converted models on 5% of their pretraining tokens. Here the original is
+the teacher; its distribution says more about each token than the token itself, so fewer tokens are needed.
 
     mqa-hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
     accelerate launch -m mqa_hf uptrain CONVERTED OUTPUT --dataset text.jsonl --tokens 10000000
 
-are the same on one process and on many. The job keeps its checkpoints in `.OUTPUT.uptrain` beside the output, goes on
-from the last one when the same command is given again, and removes them once OUTPUT is whole.
+do the same on one process and on many. Checkpoints are kept in `.OUTPUT.uptrain` beside the output. The same command
+resumes from the last one; they are removed once OUTPUT is complete.
 """
 
 import math
@@ -29,78 +29,76 @@ if TYPE_CHECKING:
     from .records import UptrainingRecord
 
 NO_TEACHER = "none"
-# Times the hidden size, which counts as 512 at least; see docs/uptraining.md for the measurements.
+# Peak learning rate times hidden size (at least 512); measured in docs/uptraining.md.
 LEARNING_RATES = {"all": 0.35, "attention": 0.7, "lora": 2.0}
 NARROW = 512
-LATENT = 0.25  # times these, of students with latents, which begin near their teacher
-RANK = 32  # of adapters, unless told otherwise
+LATENT = 0.25  # factor on these for students with latents, which start near their teacher
+RANK = 32  # default rank of adapters
 
 
 @dataclass(frozen=True)
 class Student(Options):
-    """What is trained."""
+    """The checkpoint to train."""
 
     student: Annotated[str | os.PathLike[str], Option("Directory of the converted checkpoint.")]
 
 
 @dataclass(frozen=True)
 class Lesson(Options, panel=TRAINED_ON):
-    """What is learnt from the text, and from whom."""
+    """The teacher and the losses."""
 
     _: KW_ONLY
     teacher: Annotated[
         str | None,
         Option(
-            "Directory or hub id of the original. Default: the source that conversion.json names; none: no teacher."
+            "Directory or hub id of the original. Default: the source in conversion.json; none: train without teacher."
         ),
     ] = None
     teacher_revision: Annotated[
-        str | None, Option("Branch, tag or commit of a teacher on the Hub. Default: what conversion.json names.")
+        str | None, Option("Branch, tag or commit of a teacher on the Hub. Default: the one in conversion.json.")
     ] = None
     loss: Annotated[
         str | None,
         Option(
-            "lm, kl, hidden, attention, or a weighted sum such as kl=1,hidden=0.5. Default: kl with a teacher, else "
-            "lm."
+            "Loss: lm, kl, hidden, attention, or a weighted sum such as kl=1,hidden=0.5. Default: kl with a teacher, "
+            "else lm."
         ),
     ] = None
     attention_tokens: Annotated[
-        int, Option("Of `tokens`, those of a first stage that fits each attention layer to the teacher's.", min=0)
+        int, Option("Share of `tokens` for a first stage that fits each attention layer to the teacher's.", min=0)
     ] = 0
 
 
 @dataclass(frozen=True)
 class UptrainingSchedule(Schedule, panel=HOW):
-    """How long a student is trained, and what of it."""
+    """How long a student is trained, and which weights."""
 
     _: KW_ONLY
     tokens: Annotated[
-        int | None, Option("Tokens to train on (of the decoder), in whole steps.", min=1, below=MOST_TOKENS)
+        int | None, Option("Tokens to train on (decoder tokens), in whole steps.", min=1, below=MOST_TOKENS)
     ] = None
-    alpha: Annotated[float | None, Option("In place of `tokens`: a share of `pretraining_tokens`.", above=0)] = None
+    alpha: Annotated[float | None, Option("Instead of `tokens`: a share of `pretraining_tokens`.", above=0)] = None
     pretraining_tokens: Annotated[
         int | None, Option("Tokens that the original was trained on.", min=1, below=MOST_TOKENS)
     ] = None
     train: Annotated[
         str,
-        Option("What of the model: all, the attention layers, or adapters (lora).", choices=tuple(LEARNING_RATES)),
+        Option("Weights to train: all, the attention layers, or adapters (lora).", choices=tuple(LEARNING_RATES)),
     ] = "all"
-    lora_rank: Annotated[int, Option("Of the adapters, which are merged at the end.", min=1, below=2**16)] = RANK
-    dropout: Annotated[
-        bool | None, Option("Keep the model's own dropout. Default: unless it learns from its teacher.")
-    ] = None
-    liger: Annotated[bool, Option("Liger's fused losses, where installed.")] = False
+    lora_rank: Annotated[int, Option("Rank of the adapters, merged at the end.", min=1, below=2**16)] = RANK
+    dropout: Annotated[bool | None, Option("Keep the model's own dropout. Default: only with `loss` lm alone.")] = None
+    liger: Annotated[bool, Option("Use Liger's fused losses, if installed.")] = False
 
 
 @dataclass(frozen=True)
 class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Student):
-    """Train a converted checkpoint, with the original as its teacher, until it is (nearly) as good.
+    """Train a converted checkpoint to recover its quality, with the original as teacher.
 
     Returns:
-        What stands in `uptraining.json`: options, losses before and after, the log.
+        The content of `uptraining.json`: options, losses before and after, the log.
 
     Raises:
-        MQAError: for what cannot be, said before anything is trained; and where training diverges.
+        MQAError: if the request is invalid, before any training, or if training diverges.
     """
 
     name = "uptrain"
@@ -112,7 +110,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     @property
     def losses(self) -> dict[str, float]:
-        """Losses by name with their weights; of a job that is resolved."""
+        """Weights of the losses by name, for a resolved job."""
         return parse_losses(self.loss or "")
 
     def decisive(self) -> dict[str, Any]:
@@ -122,13 +120,13 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
 
     @property
     def all_tokens(self) -> int | None:
-        """Tokens to train on, given or as a share of the original's."""
+        """Tokens to train on, given or as a share of the pretraining tokens."""
         if self.alpha is not None and self.pretraining_tokens is not None:
             share = self.alpha * self.pretraining_tokens
             if not share < MOST_TOKENS:
                 raise MQAError(
-                    f"`alpha` {self.alpha:g} of `pretraining_tokens` {self.pretraining_tokens:,} are {share:.3g} "
-                    f"tokens; they must be below 2**{math.log2(MOST_TOKENS):g}"
+                    f"`alpha` {self.alpha:g} of `pretraining_tokens` {self.pretraining_tokens:,} is {share:.3g} "
+                    f"tokens; it must be below 2**{math.log2(MOST_TOKENS):g}"
                 )
             return max(1, round(share))
         return self.tokens
@@ -154,11 +152,11 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             ),
             (
                 self.rows % (self.micro_batch or 1) > 0,
-                f"`micro_batch` {self.micro_batch} must divide the {self.rows} rows that a step has",
+                f"`micro_batch` must divide the {self.rows} rows of a step, got {self.micro_batch}",
             ),
             (
                 not self.taught and self.teacher_revision is not None,
-                f"`teacher_revision` {self.teacher_revision} is of a teacher, and `teacher` is {NO_TEACHER}",
+                f"`teacher_revision` {self.teacher_revision} needs a teacher, but `teacher` is {NO_TEACHER}",
             ),
             (
                 self.lora_rank != RANK and self.train != "lora",
@@ -166,11 +164,11 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
             ),
             (
                 "attention" in losses and self.train == "lora",
-                "`loss` attention trains attention layers themselves; with `train` lora use `attention_tokens`",
+                "`loss` attention cannot be combined with `train` lora; use `attention_tokens`",
             ),
             (
                 tokens is not None and tokens <= self.attention_tokens,
-                f"`attention_tokens` {self.attention_tokens:,} must be fewer than all `tokens`, {tokens:,}",
+                f"`attention_tokens` must be below `tokens` {tokens:,}, got {self.attention_tokens:,}",
             ),
             (
                 self.attention_tokens > 0 and not self.taught,
@@ -180,15 +178,15 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         refuse(contradictions)
 
     def resolve(self) -> "Uptraining":
-        """With tokens, teacher, losses, learning rate and dropout settled.
+        """Fill in tokens, teacher, losses, learning rate and dropout.
 
         Raises:
-            MQAError: where the student is no checkpoint, names no source, or options contradict each other.
+            MQAError: if the student is not a checkpoint or names no source, or options contradict each other.
         """
         self.check()
         student = Path(self.student)
         if not (student / "config.json").is_file():
-            raise MQAError(f"{student} is no checkpoint: it has no config.json")
+            raise MQAError(f"{student} is not a checkpoint: it has no config.json")
         teacher, revision = self.teacher, self.teacher_revision
         if teacher is None:
             teacher, said = original_of(student)
@@ -221,7 +219,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         return estimate(self.resolve())
 
     def show(self, record: "UptrainingRecord", console: "Console") -> None:
-        """Say in a line what the losses became, and warn of those that are worse."""
+        """Print the losses before and after in a line, and warn if one rose."""
         said = f"{self.output}: trained on {record.tokens:,} tokens"
         measured = record.validation
         if measured is None:
@@ -234,29 +232,29 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         worse = [name for name, _ in record.options["losses"] if (after.get(name) or 0.0) > (before.get(name) or 0.0)]
         if worse:
             rate = record.options["learning_rate"]
-            said = f"{', '.join(worse)} on `validation` is higher after the training than before it; lower "
-            warn(as_flags(f"{said}`learning_rate` ({rate:g}), or train on more `tokens`", type(self)))
+            said = f"{', '.join(worse)} on `validation` is higher after training than before; lower "
+            warn(as_flags(f"{said}`learning_rate` ({rate:g}) or train on more `tokens`", type(self)))
 
 
 def default_learning_rate(train: str, hidden_size: int, latent: bool = False) -> float:
-    """The peak of the learning rate: falls with the width of the model, as pretraining rates do."""
+    """Default peak learning rate, which falls with the width of the model, as pretraining rates do."""
     return float(f"{LEARNING_RATES[train] * (LATENT if latent else 1.0) / max(hidden_size, NARROW):.2g}")
 
 
 def sizes_of(student: Path) -> tuple[int, bool]:
-    """The hidden size of a checkpoint, of the decoder where there are two stacks, and whether it has latents."""
+    """Hidden size of a checkpoint (of its decoder, if encoder-decoder), and whether it has latents."""
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
     stack = config.get_text_config(decoder=True) if config.is_encoder_decoder else config
     width = getattr(stack, "hidden_size", None)
     if not isinstance(width, int):
-        raise MQAError(f"{student} is no language model: its config.json has no hidden_size")
+        raise MQAError(f"{student} is not a language model: its config.json has no hidden_size")
     return width, getattr(stack, "kv_latent_dim", None) is not None
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """`kl`, or `kl=1,hidden=0.5`."""
+    """Parse `kl` or `kl=1,hidden=0.5`."""
     found = []
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
@@ -274,13 +272,13 @@ def parse_losses(text: str) -> dict[str, float]:
 
 
 def original_of(student: Path) -> tuple[str, str | None]:
-    """The source that `conversion.json` names, and its revision; raises MQAError where it names none."""
+    """Source and revision from `conversion.json`; raises MQAError if it names no source."""
     path = student / REPORT_FILE
     said = read_json(path) if path.is_file() else {}
     if not isinstance(said.get("source"), str) or not isinstance(said.get("revision"), str | None):
         raise MQAError(
-            f"{student} does not say what it was converted from (no source in {REPORT_FILE}); name its original with "
-            f"`teacher`, or train without one: `teacher` {NO_TEACHER}"
+            f"{student} has no source in {REPORT_FILE}; name its original with `teacher`, or train without one: "
+            f"`teacher` {NO_TEACHER}"
         )
     return said["source"], said.get("revision")
 

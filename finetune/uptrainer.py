@@ -1,4 +1,4 @@
-"""Uptraining carried out: the student and its teacher loaded, one stage or two of training, the result written."""
+"""Run an uptraining: load student and teacher, train in one or two stages, and write the result."""
 
 import copy
 import json
@@ -35,14 +35,14 @@ from .uptrain import Uptraining
 
 
 def carry_out(job: Uptraining) -> UptrainingRecord:
-    """Train a converted checkpoint and write it, whole, to the output of a job that is resolved."""
+    """Train a converted checkpoint and write it to the output of a resolved job."""
     state = processes()
     set_up_logs()
     source = Path(job.student)
     target = resolve_output(job.output, source, job.overwrite)
     config = checkpoint_config(source)
     check(job, config)
-    carried_over(source)  # before the training rather than after it
+    carried_over(source)  # check before training
     files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]
     known = [stamp for path in files for stamp in stamps(path)]
     begin(job.place, {"student": str(source.resolve()), "files": known, **job.decisive()}, job.restart)
@@ -52,16 +52,16 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     teacher = teacher_of(job, student)
     text = training_set(tokenizer, config, job)
-    set_seed(job.seed)  # adapters begin at random
+    set_seed(job.seed)  # adapters are initialised at random
     logs: dict[str, list[dict[str, float]]] = {}
     main: Uptraining = job
     if job.attention_tokens:
         student, logs["attention"] = attention_stage(job, student, teacher, text)
-        teacher = teacher_of(job, student)  # the first may be in shards by now
+        teacher = teacher_of(job, student)  # the first one may be sharded by now
         main = replace(job, tokens=int(job.tokens or 0) - job.attention_tokens, seed=(job.seed + 1) % 2**32)
     trained = select_parameters(student, teacher, job)
     objective = Objective(job.losses, teacher, liger=job.liger)
-    if job.attention_tokens and job.streaming:  # other rows than the first stage's
+    if job.attention_tokens and job.streaming:  # skip the rows of the first stage
         text = replace(text, rows=training_set(tokenizer, config, main).rows)
     logs["main"] = train("uptraining", trained, objective, main, text, job.place / "main")
 
@@ -73,7 +73,7 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
 
 
 def check(job: Uptraining, config: Any) -> None:
-    """Raise MQAError for what cannot be trained as the job says."""
+    """Raise MQAError if the student cannot be trained as requested."""
     if job.train == "lora":
         try:
             import peft  # noqa: F401
@@ -84,7 +84,7 @@ def check(job: Uptraining, config: Any) -> None:
     if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
         raise MQAError("encoder-decoder models are trained in this package's class; convert with `target` mqa")
     if getattr(config, "num_mel_bins", None):
-        raise MQAError("speech models are not trained on text")
+        raise MQAError("speech models cannot be trained on text")
     stack = config.get_text_config(decoder=True)
     longest = getattr(stack, "max_position_embeddings", None)
     bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")
@@ -95,10 +95,10 @@ def check(job: Uptraining, config: Any) -> None:
 
 
 def tokenizer_of(directory: Path, size: int) -> Any:
-    """The tokenizer of a checkpoint whose model has `size` words."""
+    """Load the tokenizer of a checkpoint whose model has a vocabulary of `size`."""
     tokenizer = load_tokenizer(directory)
     if len(tokenizer) > size:
-        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} words and the model {size}")
+        raise MQAError(f"the tokenizer in {directory} has {len(tokenizer)} entries, but the model {size}")
     return tokenizer
 
 
@@ -150,7 +150,7 @@ def without_dropout(config: Any) -> Any:
 def attention_stage(
     job: Uptraining, student: PreTrainedModel, teacher: PreTrainedModel | None, text: TrainingSet
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
-    """The first stage: attention layers alone, each by itself, to the teacher's outputs."""
+    """The first stage: train only attention layers, each on the teacher's outputs."""
     objective = Objective({"attention": 1.0}, teacher)
     short = replace(job, tokens=job.attention_tokens)
     model, directory = only_attention(student, teacher), job.place / "attention"
@@ -159,7 +159,7 @@ def attention_stage(
 
 
 def describe(job: Uptraining, row_tokens: float, logs: dict[str, list[dict[str, float]]]) -> UptrainingRecord:
-    """What stands in `uptraining.json`."""
+    """The content of `uptraining.json`."""
     measured = [line for lines in logs.values() for line in lines if "eval_lm" in line]
 
     def losses(line: dict[str, float]) -> dict[str, float | None]:
@@ -178,7 +178,7 @@ def describe(job: Uptraining, row_tokens: float, logs: dict[str, list[dict[str, 
 
 
 def write(job: Uptraining, target: Path, config: Any, record: UptrainingRecord) -> None:
-    """Write the trained checkpoint beside its place: everything of the student's but the weights, and those."""
+    """Write the trained checkpoint beside its place: the student's other files and the trained weights."""
     source, final = Path(job.student), job.place / "main" / "final"
     if job.train == "lora":
         import peft
@@ -196,7 +196,7 @@ def write(job: Uptraining, target: Path, config: Any, record: UptrainingRecord) 
         settings = {path.name: path.read_bytes() for kind in ("*.json", "*.py") for path in partial.glob(kind)}
         model.save_pretrained(partial)
         for name, content in settings.items():
-            (partial / name).write_bytes(content)  # as the student has them, its code too; not the index of shards
+            (partial / name).write_bytes(content)  # unchanged, including code; not the index of shards
         for logs in job.place.glob("*/runs"):
             shutil.copytree(logs, partial / "runs" / logs.parent.name)
         record.write(partial)
@@ -209,7 +209,7 @@ def write(job: Uptraining, target: Path, config: Any, record: UptrainingRecord) 
 
 
 def carried_over(student: Path) -> list[Path]:
-    """All files of a student but its weights; raises MQAError for one that is a link to elsewhere."""
+    """All files of a student but its weights; raises MQAError for links to other places."""
     left_out = (*SAFETENSORS, *PICKLES)
     found = [p for p in student.iterdir() if p.is_file() and not any(p.match(pattern) for pattern in left_out)]
     found += student.glob(CHAT_TEMPLATES)

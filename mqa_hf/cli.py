@@ -1,6 +1,6 @@
 """The `mqa-hf` command: each job is a command, with the options that its fields declare.
 
-What takes long to import is imported by what runs. Errors that are meant for a person are one line, with exit code 1.
+Slow imports happen when a job runs. Errors are printed as one line, with exit code 1.
 """
 
 from importlib.metadata import version

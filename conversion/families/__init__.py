@@ -116,7 +116,7 @@ def family_of(model_type: Any) -> Family:
                 'config.json has no model_type; add it, as the class in its "architectures" says (T5 is "t5")'
             )
         raise ConversionError(
-            f"no family {model_type!r} in the table; it has {', '.join(sorted(FAMILIES))}. "
+            f"unsupported model type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}. "
             "CONTRIBUTING.md says how to add one"
         )
     return FAMILIES[model_type]
@@ -175,7 +175,7 @@ def canonical_config(
     except MQAError:
         raise
     except (ValueError, ArithmeticError, AttributeError, TypeError, KeyError) as error:
-        raise ConversionError(f"{source.model_type}: config.json describes no model: {error}") from error
+        raise ConversionError(f"{source.model_type}: config.json is not a valid configuration: {error}") from error
     aliases = dict(source.attribute_map)
     read = recorder._read | {aliases.get(name, name) for name in recorder._read}
     if "rope_parameters" in read:
@@ -187,8 +187,8 @@ def canonical_config(
     if unknown:
         switches = ", ".join(f"{name}={raw[name]!r}" for name in sorted(unknown))
         raise ConversionError(
-            f"{source.model_type}: nothing is known of these switches in config.json: {switches}. If they do not "
-            "change what the model computes, name them with `ignore_switch`"
+            f"{source.model_type}: unknown switches in config.json: {switches}; if they do not change what the "
+            f"model computes, name them with `ignore_switch`"
         )
     return config
 
@@ -218,10 +218,10 @@ def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
         if wide:
             raise ConversionError(
                 f"its key or value heads are {listing(map(str, sorted(wide)))} wide; only heads of head_dim "
-                f"({stack.head_dim}) become fewer"
+                f"({stack.head_dim}) can be merged"
             )
         if stack.rope_frequencies is not None:
-            raise ConversionError("its heads are fitted ones (rope_frequencies); convert the original instead")
+            raise ConversionError("its heads are already fitted (rope_frequencies); convert the original instead")
 
 
 def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -66,7 +66,7 @@ def mpt(c: SourceConfig) -> dict[str, Any]:
     a.require("alibi_bias_max", 8, "the class of transformers has 8")
     unknown = set(c.attn_config.to_dict()) - set(MptAttentionConfig().to_dict())
     if unknown:
-        raise ConversionError(f"mpt: nothing is known of these switches in attn_config: {listing(unknown)}")
+        raise ConversionError(f"mpt: unknown switches in attn_config: {listing(unknown)}")
     return shared(
         c,
         intermediate_size=4 * c.hidden_size,

@@ -116,7 +116,7 @@ def head_dim(c: SourceConfig) -> int:
 def rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
     parameters = dict(c.rope_parameters)
     if "rope_type" not in parameters:
-        raise ConversionError("rope_parameters differ per layer type, which no canonical model has")
+        raise ConversionError("rope_parameters differ per layer type, which the canonical model does not support")
     if parameters["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
         raise ConversionError(f"transformers has no rope_type {parameters['rope_type']!r}")
     if not partial and parameters.pop("partial_rotary_factor", 1.0) != 1.0 and parameters["rope_type"] != "default":
@@ -160,8 +160,7 @@ def refuse(target: str, reasons: dict[str, bool]) -> None:
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
         raise ConversionError(
-            f"`target` native: {target}, the class that could hold this model, cannot: {'; '.join(found)}. "
-            "Use `target` mqa"
+            f"`target` native: {target} cannot hold this model: {'; '.join(found)}; use `target` mqa"
         )
 
 

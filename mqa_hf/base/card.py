@@ -7,12 +7,12 @@ FENCE = re.compile(r"\s*(```|~~~)")
 
 
 def with_section(text: str, heading: str, body: str) -> str:
-    """A card with this section: in place of the one with the same heading, else at the end. All else stays.
+    """Replace the section with this heading in a card, or append it.
 
     Args:
-        text: of the card.
-        heading: a line such as `## Use`; the section reaches to the next heading that is as high.
-        body: what stands under it.
+        text: the card.
+        heading: a line such as `## Use`; the section ends at the next heading of the same or a higher level.
+        body: the text under the heading.
     """
     lines = text.splitlines()
     level = len(heading) - len(heading.lstrip("#"))
@@ -24,7 +24,7 @@ def with_section(text: str, heading: str, body: str) -> str:
 
 
 def unfenced(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """The lines, with their numbers, that stand in no block of code."""
+    """Yield the lines outside code blocks, with their numbers."""
     fence = None
     for i, line in enumerate(lines):
         found = FENCE.match(line)

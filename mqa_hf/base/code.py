@@ -6,9 +6,9 @@ from typing import Any
 
 
 def runtime_files(model: Any) -> list[Path]:
-    """What `from_pretrained(..., trust_remote_code=True)` of a class imports; nothing of a class of transformers.
+    """The files that loading a class with `trust_remote_code=True` imports; none for a transformers class.
 
-    That is the module of the class and all that it imports of its own kind, as transformers finds it.
+    These are the module of the class and its relative imports, as transformers finds them.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 

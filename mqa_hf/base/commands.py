@@ -1,4 +1,4 @@
-"""From a job to its command: the options that its fields declare, and what all commands share."""
+"""Build the command of a job from its options, with the options that all commands share."""
 
 import inspect
 import json
@@ -22,7 +22,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
 
     def run(dry_run: bool = False, as_json: bool = False, quiet: bool = False, verbose: bool = False, **given: Any):
         if quiet and verbose:
-            raise MQAError("--quiet and --verbose contradict each other; give one of them")
+            raise MQAError("--quiet and --verbose cannot be combined; give one of them")
         console.set_verbosity(console.QUIET if quiet else console.VERBOSE if verbose else console.NORMAL)
         asked = None
         try:
@@ -38,7 +38,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
                 console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
             raise typer.Exit(code if isinstance(code, int) else 1) from None
         if os.environ.get("RANK", "0") != "0":
-            return  # of several processes, one says what came of it
+            return  # only the first process prints the result
         if as_json:
             typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=as_plain))
         elif dry_run:
@@ -49,10 +49,10 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
 
     parameters = [parameter(field, job) for field in options(job) if field.option.objects != "only"]
     switches = {
-        "quiet": "Say nothing but warnings and errors.",
-        "verbose": "Say what was derived from the options, and where an error comes from.",
+        "quiet": "Print only warnings and errors.",
+        "verbose": "Print derived options, and the traceback of an error.",
         "as_json": "Print the result as JSON.",
-        **({} if job.dry_run is Job.dry_run else {"dry_run": "Say what would be read and written, and do nothing."}),
+        **({} if job.dry_run is Job.dry_run else {"dry_run": "Print what would be read and written, and exit."}),
     }
     for name, said in switches.items():
         option = typer.Option("--" + name.removeprefix("as_").replace("_", "-"), help=said, rich_help_panel="General")
@@ -67,12 +67,12 @@ def switch(name: str, option: Any) -> inspect.Parameter:
 
 
 def as_plain(value: Any) -> Any:
-    """What JSON has in place of a record or a path."""
+    """Convert a record or a path to JSON."""
     return value.model_dump() if hasattr(value, "model_dump") else str(value)
 
 
 def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
-    """What typer reads of an option."""
+    """The typer parameter of an option."""
     option, default = field.option, field.default
     kind: Any = field.kind
     if field.many:
@@ -98,7 +98,7 @@ def parameter(field: Field, job: type[Job]) -> inspect.Parameter:
 
 
 def run_job(job: type[Job]) -> None:
-    """The entry point of a module that is a command by itself: `python -m MODULE`."""
+    """Entry point of a module that is run as `python -m MODULE`."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=SETTINGS)
     add_command(app, job)
     run_command(app)

@@ -1,4 +1,4 @@
-"""What is said on the way. It goes to standard error, so that standard output has results alone."""
+"""Messages and progress bars, on standard error; standard output is for results."""
 
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ _level = NORMAL
 
 
 def set_verbosity(level: int) -> None:
-    """How much is said: `QUIET` (nothing but warnings and errors), `NORMAL`, or `VERBOSE` (what was derived, and where
-    an error comes from, too).
+    """Set what is printed: `QUIET` (only warnings and errors), `NORMAL`, or `VERBOSE` (also derived options and
+    tracebacks).
     """
     global _level
     _level = level
@@ -40,7 +40,7 @@ def warn(text: str) -> None:
 
 
 def progress_bar(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
-    """A progress bar with these columns, shown unless the verbosity is `QUIET`; `transient`: gone in the end."""
+    """A progress bar with these columns, shown unless the verbosity is `QUIET`; `transient` removes it at the end."""
     from rich.progress import Progress
 
     return Progress(*columns, console=stderr(), transient=transient, disable=_level < NORMAL)

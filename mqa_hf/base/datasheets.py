@@ -1,4 +1,4 @@
-"""What devices can do at most, by name."""
+"""Peak figures of devices by name."""
 
 from dataclasses import dataclass
 

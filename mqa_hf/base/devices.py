@@ -15,19 +15,19 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in NUMBER_
 
 
 def check_device(device: str) -> None:
-    """Raises MQAError for a device on which nothing can be computed."""
+    """Raise MQAError if a device is unavailable."""
     if device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise MQAError(f"`device` {device}: PyTorch sees no CUDA device; use `device` cpu")
     try:
         made = torch.empty(0, device=device)
-    except Exception as error:  # whatever PyTorch raises for a name, or for a backend that is not there
+    except Exception as error:  # PyTorch raises several types for unknown names and backends
         raise MQAError(f"`device` {device}: {str(error).splitlines()[0]}") from error
     if made.is_meta:
-        raise MQAError("`device` meta holds no numbers; use cpu or cuda")
+        raise MQAError("`device` meta cannot compute; use cpu or cuda")
 
 
 def peak_rate() -> float | None:
-    """16-bit matrix operations a second on the data sheet of the GPU that is here."""
+    """16-bit matrix operations per second of the current GPU, from its data sheet; `None` if unknown."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name().lower().replace(" ", "")
@@ -39,7 +39,7 @@ def peak_rate() -> float | None:
 
 
 def processes() -> "PartialState":
-    """What this process is among those of the job; on a CPU too, which accelerate has to be told."""
+    """State of this process among those of the job, also on a CPU, which accelerate has to be told."""
     from datetime import timedelta
 
     from accelerate import PartialState

@@ -1,4 +1,4 @@
-"""How a command of this package starts and ends."""
+"""Start and end of a command: signals, warnings and errors."""
 
 import signal
 import sys
@@ -10,12 +10,12 @@ from typing import Any
 from . import console
 from .errors import ConversionWarning, MQAError
 
-STOPPED = 128 + signal.SIGTERM  # the exit code of a job that is told to stop
+STOPPED = 128 + signal.SIGTERM  # exit code of a terminated job
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run a command: errors meant for a person are printed as one message, with exit code 1."""
-    # A job that is told to stop cleans up like one that is interrupted by hand.
+    """Run a command; an MQAError is printed as one line, with exit code 1."""
+    # A terminated job cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     show = warnings.showwarning
 

@@ -1,25 +1,25 @@
-"""What goes wrong, in words for a person."""
+"""Errors and warnings for users."""
 
 from collections.abc import Iterable
 
 
 class MQAError(ValueError):
-    """What was asked for cannot be done. The message says what is wrong, with the numbers, and what to do.
+    """The request cannot be met. The message says what is wrong, with the numbers, and what to do.
 
     Parameters are named in backticks, as in Python; the command line shows them as flags.
     """
 
 
 class ConversionError(MQAError):
-    """A source that cannot be converted as asked."""
+    """The source cannot be converted as requested."""
 
 
 class ConversionWarning(UserWarning):
-    """What makes the result of a conversion doubtful, though it could be made."""
+    """The result of a conversion is doubtful."""
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """The first few names, and how many more there are."""
+    """The first names in order, and the number of the rest."""
     names = sorted(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -1,4 +1,4 @@
-"""Pictures of measurements in one style. matplotlib is imported where a picture is made."""
+"""Figures of measurements in one style. matplotlib is imported on use."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +18,13 @@ def can_draw() -> bool:
 
 
 def panels(number: int, width: float, height: float) -> tuple["Figure", list[Any]]:
-    """A figure with that many axes of this size in inches beside each other.
+    """A figure with `number` axes side by side, each of this size in inches.
 
     Raises:
-        MQAError: where matplotlib is not installed.
+        MQAError: if matplotlib is not installed.
     """
     if not can_draw():
-        raise MQAError("pictures need matplotlib: pip install 'mqa-hf[benchmark]'")
+        raise MQAError("figures need matplotlib: pip install 'mqa-hf[benchmark]'")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * number, height), layout="constrained")
@@ -35,7 +35,7 @@ def panels(number: int, width: float, height: float) -> tuple["Figure", list[Any
 
 
 def describe(axes: Any, x: str, y: str, title: str | None = None, legend: bool = True) -> None:
-    """Say what the axes are and, with a legend, the lines."""
+    """Label the axes and add a title and a legend."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if title is not None:
@@ -45,9 +45,9 @@ def describe(axes: Any, x: str, y: str, title: str | None = None, legend: bool =
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """As a PNG; raises MQAError where it cannot be written."""
+    """Save as PNG; raises MQAError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=140)
     except OSError as error:
-        raise MQAError(f"the picture {path} cannot be written: {error}") from error
+        raise MQAError(f"the figure {path} cannot be written: {error}") from error

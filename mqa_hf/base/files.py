@@ -1,4 +1,4 @@
-"""Files that are read and written whole."""
+"""Read and write whole files."""
 
 import json
 import os
@@ -16,7 +16,7 @@ TRAINING_FILE = "uptraining.json"
 def write_whole(path: Path, text: str) -> None:
     """Write a file in UTF-8, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")  # always the same: what a killed process leaves is written over
+    partial = path.with_name(f".{path.name}.partial")  # fixed name: overwrites leftovers of killed runs
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
@@ -26,7 +26,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises MQAError for a file that holds none."""
+    """Read a JSON object; raises MQAError if the file does not hold one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class OnceLoader(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice, of which the first would be passed over."""
+    """Refuses a mapping with the same key twice, of which YAML would ignore the first."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -45,13 +45,13 @@ class OnceLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
-                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice; keep one of them")
+                    raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is given twice; keep one of them")
                 seen.add((key.tag, key.value))
         return node
 
 
 def read_yaml(path: Any) -> Any:
-    """What stands in a YAML file, a `Path` or a package's; raises MQAError where it cannot be read."""
+    """Read a YAML file, a `Path` or package resource; raises MQAError if it cannot be read."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), OnceLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
@@ -59,9 +59,9 @@ def read_yaml(path: Any) -> Any:
 
 
 def stamps(path: str | os.PathLike) -> list[list[Any]]:
-    """What tells whether a file, or the files of a checkpoint, are still the same: name, bytes and time of each.
+    """Name, size and time of a file, or of the files of a checkpoint, to detect changes.
 
-    An id of the Hub has none.
+    Empty for an id on the Hub.
     """
     place = Path(path)
     kinds = (".json", ".safetensors", ".bin", ".model")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk and on the Hub: found, fetched, uploaded."""
+"""Find, download and upload checkpoints, on disk and on the Hub."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from .files import REPORT_FILE
 
 ADAPTER = "adapter_config.json"
 CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
-# What stands beside the weights and is carried over as it is.
+# Files beside the weights that are copied unchanged.
 COMPANIONS = (
     "tokenizer*",
     "vocab.*",
@@ -35,25 +35,25 @@ COMPANIONS = (
 )
 SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
 PICKLES = ("*.bin", "*.bin.index.json")
-# Of the HTTP library, which is not the same in every huggingface_hub: an answer that is an error, or none at all.
+# Base class of HTTP errors, whose library depends on the version of huggingface_hub.
 HTTPError: type[Exception] = HfHubHTTPError.__base__  # type: ignore[assignment]
 
 
 def locate(source: str | os.PathLike, revision: str | None = None, *, weights: bool) -> tuple[Path, str | None]:
-    """The directory of a checkpoint, and its commit where it is a hub id; arguments as in [`open_source`]."""
+    """The directory of a checkpoint and, for a hub id, its commit; arguments as in [`open_source`]."""
     directory, commit = Path(source), None
     try:
         if not directory.is_dir():
             if directory.exists():
                 raise MQAError(f"{source} is a file; give the directory of a checkpoint")
             if directory.is_absolute() or str(source).startswith((".", "~")):
-                raise MQAError(f"there is no directory {source}")
+                raise MQAError(f"the directory {source} does not exist")
             directory = _download(str(source), revision, weights)
             commit = directory.name
         elif revision is not None:
             raise MQAError(f"`revision` {revision} is for hub ids; {source} is a directory")
         if not (directory / "config.json").is_file():
-            raise MQAError(f"no config.json in {source}: it is not a checkpoint of transformers")
+            raise MQAError(f"{source} has no config.json; give the directory of a transformers checkpoint")
     except OSError as error:
         raise MQAError(f"{source} cannot be read: {error}") from error
     check_no_adapter(directory)
@@ -61,11 +61,11 @@ def locate(source: str | os.PathLike, revision: str | None = None, *, weights: b
 
 
 def check_no_adapter(directory: Path) -> None:
-    """Raises MQAError for a checkpoint that transformers loads together with an adapter."""
+    """Raise MQAError for a checkpoint that transformers loads together with an adapter."""
     if (directory / ADAPTER).is_file():
         raise MQAError(
-            f"{directory} holds an adapter of PEFT beside the weights ({ADAPTER}); merge it first (merge_and_unload), "
-            "or move it away"
+            f"{directory} has a PEFT adapter beside the weights ({ADAPTER}); merge it first (merge_and_unload) or "
+            f"remove it"
         )
 
 
@@ -84,7 +84,7 @@ def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
 
 
 def _files_on_hub(repo_id: str, revision: str | None) -> list[str]:
-    """The names of a repository's files; none without a network, where the cache holds what there is to have."""
+    """The names of a repository's files; empty without a network, where only the cache can be used."""
     if HF_HUB_OFFLINE:
         return []
     try:
@@ -96,7 +96,7 @@ def _files_on_hub(repo_id: str, revision: str | None) -> list[str]:
 
 
 def make_repository(repo_id: str, private: bool) -> None:
-    """Before the work, so that a missing token or a taken name is found while nothing is lost."""
+    """Create the repository before the work, so that a missing token or a taken name fails early."""
     try:
         HfApi().create_repo(repo_id, private=private, exist_ok=True)
     except (HTTPError, OSError, ValueError) as error:
@@ -109,7 +109,7 @@ def push(output: Path, repo_id: str) -> None:
             repo_id=repo_id,
             folder_path=output,
             commit_message="Convert with mqa-hf",
-            delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload that this one does not have
+            delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload
         )
     except (HTTPError, OSError, ValueError) as error:
-        raise MQAError(f"{output} is whole, but could not be pushed to {repo_id}: {error}") from error
+        raise MQAError(f"{output} is complete, but could not be pushed to {repo_id}: {error}") from error

@@ -1,4 +1,4 @@
-"""A job is a value: a frozen dataclass whose fields say once what each option is.
+"""A job is a frozen dataclass whose fields declare its options once.
 
     @dataclass(frozen=True)
     class Greeting(Job[str]):
@@ -10,9 +10,9 @@
 
         def run(self) -> str: ...
 
-From this come the command (`mqa_hf/cli.py`), the Python function ([`function`]), the steps of a recipe ([`Job.of`]),
-the recorded command ([`Job.command`]) and the documentation. Options that several jobs share are a dataclass of their
-own, a subclass of [`Options`], that the jobs inherit from; its `panel` is the heading above them in `--help`.
+The command (`mqa_hf/cli.py`), the Python function ([`function`]), the steps of a recipe ([`Job.of`]), the recorded
+command ([`Job.command`]) and the documentation are derived from it. Options that several jobs share are in a subclass
+of [`Options`] that the jobs inherit from; its `panel` is the heading above them in `--help`.
 """
 
 import dataclasses
@@ -39,22 +39,22 @@ R = TypeVar("R")
 J = TypeVar("J", bound="Options")
 
 NUMBER_TYPES = ("float32", "float16", "bfloat16")
-PLAIN = str | os.PathLike | numbers.Number | bytes | Mapping | None  # what is no object in memory
+PLAIN = str | os.PathLike | numbers.Number | bytes | Mapping | None  # types that are not an object in memory
 
 
 @dataclass(frozen=True)
 class Option:
-    """What an option is, beside its name, type and default.
+    """Declaration of an option, in addition to its name, type and default.
 
     Attributes:
         help: one or two sentences; other options are named in backticks.
-        min, above, below: bounds of a number; `above` and `below` are excluded.
-        choices: the values that it may have.
-        comma: whether a list is one word with commas on the command line; else the option is repeated.
-        recorded: whether the command in results shows it: where it is not the default, always, or never, because it
-            does not change the result.
-        metavar: what stands for the value in `--help`.
-        objects: whether Python may give an object in memory in its place, which is taken as it is: "also" or "only".
+        min, above, below: bounds of a number; `above` and `below` are exclusive.
+        choices: allowed values.
+        comma: whether a list is comma-separated on the command line; otherwise the option is repeated.
+        recorded: whether the recorded command shows it: "changed" (if it is not the default), "always" or "never" (it
+            does not change the result).
+        metavar: placeholder for the value in `--help`.
+        objects: whether Python callers may pass an object in memory, which is not checked: "also" or "only".
     """
 
     help: str
@@ -70,17 +70,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Field:
-    """An option of a class of [`Options`], with what its field says.
+    """An option together with the name, type and default of its dataclass field.
 
     Attributes:
-        name: of the field.
-        kind: `bool`, `int`, `float`, `str` or `Path`; of a list that of its items.
+        name: name of the field.
+        kind: `bool`, `int`, `float`, `str` or `Path`; for a list, the type of its items.
         many: whether it is a list.
         optional: whether it may be `None`.
-        default: its default; `MISSING` where it must be given.
+        default: its default; `MISSING` if it is required.
         positional: whether it is an argument of the command rather than an option.
         panel: heading in `--help`.
-        option: the rest.
+        option: its declaration.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Field:
         return self.default is dataclasses.MISSING
 
     def checked(self, value: Any) -> Any:
-        """The value in the field's own type; raises MQAError where it is none, or out of bounds."""
+        """Convert a value to the type of the field; raises MQAError if it does not fit or is out of bounds."""
         if value is None:
             if not self.optional:
                 raise MQAError(f"`{self.name}` must be {self.expected()}; got nothing")
@@ -146,7 +146,7 @@ class Field:
         return found
 
     def expected(self) -> str:
-        """What it takes, in words."""
+        """The values that it takes, in words."""
         option = self.option
         if option.choices:
             said = f"one of {', '.join(map(str, option.choices))}"
@@ -163,7 +163,7 @@ class Field:
         return f"a list, each {said}" if self.many else said
 
     def words(self, value: Any) -> list[str]:
-        """The words of a command line that set it to `value`."""
+        """Command-line words that set it to `value`."""
         if value is None or (self.many and not value):
             return []
         if self.kind is bool:
@@ -179,7 +179,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Options:
-    """Some options of jobs, checked when they are made. Fields are `Annotated[type, Option(...)]`."""
+    """A group of options, checked on construction. Fields are `Annotated[type, Option(...)]`."""
 
     panel: ClassVar[str | None] = None
 
@@ -198,21 +198,21 @@ class Options:
 
     @classmethod
     def of(cls: type[J], given: Mapping[str, Any]) -> J:
-        """From options by name, as a recipe has them, with or without underscores.
+        """Build from options by name, as in a recipe, with underscores or hyphens.
 
         Raises:
-            MQAError: for an option that there is not, one that is missing, and values that are none.
+            MQAError: if an option is unknown or missing, or a value does not fit.
         """
         known = {field.name: field for field in options(cls) if field.option.objects != "only"}
         named = {str(name).replace("-", "_"): value for name, value in given.items()}
         if len(named) < len(given):
             twice = next(name for name in named if {name, name.replace("_", "-")} <= given.keys() and "_" in name)
-            raise MQAError(f"`{twice}` is there twice, with and without underscores")
+            raise MQAError(f"`{twice}` is given twice, with underscores and with hyphens; keep one of them")
         for name, value in named.items():
             if name not in known:
                 close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(sorted(known))}"
-                raise MQAError(f"there is no option `{name}`{hint}")
+                hint = f"; did you mean `{close[0]}`?" if close else f"; use one of {', '.join(sorted(known))}"
+                raise MQAError(f"unknown option `{name}`{hint}")
             if known[name].option.objects:
                 known[name].checked(value)
         missing = [name for name, field in known.items() if field.required and named.get(name) is None]
@@ -222,35 +222,35 @@ class Options:
 
 
 class Job(Options, Generic[R]):
-    """Something to do, as a value: what was asked for, checked."""
+    """A command with its checked options."""
 
     name: ClassVar[str]  # of its command
 
     def resolve(self: J) -> J:
-        """The same with everything that is derived filled in, for every way in which a job is asked for."""
+        """Fill in all derived options."""
         return self
 
     def check(self) -> None:
-        """Raises MQAError for options that contradict each other, whatever is in files that may not be there yet."""
+        """Raise MQAError for options that contradict each other, without reading files, which may not exist yet."""
         self.resolve()
 
     def run(self) -> R:
-        """Do it."""
+        """Run the job."""
         raise NotImplementedError
 
     def show(self, result: R, console: "Console") -> None:
-        """Say what came of it."""
+        """Print a summary of the result."""
 
     def dry_run(self) -> dict[str, Any]:
-        """What would be read and written, by name, without doing it."""
+        """Return what would be read and written, by name, without running."""
         raise NotImplementedError
 
     def interrupted(self) -> str:
-        """What was kept of a job that was interrupted, and how to go on, in a sentence."""
+        """Say in a sentence what an interrupted job kept and how to resume it."""
         return ""
 
     def recorded(self) -> dict[str, Any]:
-        """The options that made a difference, as JSON has them."""
+        """Options that decide the result, as JSON values."""
         found = {f.name: getattr(self, f.name) for f in options(type(self)) if f.option.recorded != "never"}
         return {
             name: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
@@ -258,7 +258,7 @@ class Job(Options, Generic[R]):
         }
 
     def words(self) -> list[str]:
-        """The words of the command that does this: what is not as it is by default."""
+        """Words of the command that runs this job, without defaults."""
         arguments, flags, recorded = [], [], self.recorded()
         for field in options(type(self)):
             value = getattr(self, field.name)
@@ -269,12 +269,12 @@ class Job(Options, Generic[R]):
         return [self.name, *arguments, *flags]
 
     def command(self) -> str:
-        """The command that does this, to be typed in a shell."""
+        """The shell command that runs this job."""
         return shlex.join(["mqa-hf", *self.words()])
 
 
 def refuse(contradictions: Iterable[tuple[bool, str]], error: type[MQAError] = MQAError) -> None:
-    """Raise the first message whose condition holds: options that cannot be together."""
+    """Raise `error` with the first message whose condition holds."""
     for holds, said in contradictions:
         if holds:
             raise error(said)
@@ -309,7 +309,7 @@ def fields_of(cls: type[Options]) -> Iterator[Field]:
 
 
 def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
-    """The function that makes a job of its arguments and runs it; its help has all options."""
+    """A function that builds a job from its arguments and runs it; its docstring lists all options."""
 
     assert isinstance(job, type)
     assert issubclass(job, Job)
@@ -323,7 +323,7 @@ def function(job: Callable[P, Job[R]]) -> Callable[P, R]:
 
 
 def check_keywords(job: type[Job], given: Mapping[str, Any]) -> None:
-    """Raises TypeError, as Python does, for keywords that a job does not have."""
+    """Raise TypeError, as Python does, for unknown keywords."""
     known = [field.name for field in options(job)]
     for name in given:
         if name not in known:
@@ -333,7 +333,7 @@ def check_keywords(job: type[Job], given: Mapping[str, Any]) -> None:
 
 
 def describe(run: Callable[..., Any], job: type[Job], **defaults: Any) -> None:
-    """Give a function the name, signature and help of the job that it runs, with other defaults where given."""
+    """Give a function the name, signature and docstring of the job that it runs; `defaults` replace its defaults."""
     run.__name__ = run.__qualname__ = job.name
     run.__module__ = "mqa_hf"
     run.__doc__ = documentation(job)
@@ -350,19 +350,19 @@ def describe(run: Callable[..., Any], job: type[Job], **defaults: Any) -> None:
 
 
 def summary(job: type[Options]) -> str:
-    """A class's docstring before its sections."""
+    """The docstring of a class up to its sections."""
     return inspect.cleandoc(job.__doc__ or "").partition("\n\nReturns:")[0].partition("\n\nRaises:")[0]
 
 
 def documentation(job: type[Options]) -> str:
-    """The docstring of a job's function: that of the class, with its arguments."""
+    """The docstring of a job's function: the docstring of the class plus its arguments."""
     arguments = "\n".join(f"    {field.name}: {field.option.help}" for field in options(job))
     head = summary(job)
     return f"{head}\n\nArgs:\n{arguments}{inspect.cleandoc(job.__doc__ or '').removeprefix(head)}\n"
 
 
 def as_flags(message: str, cls: type[Options]) -> str:
-    """A message with the class's options as they are named on the command line."""
+    """Replace the options of `cls` in a message by their command-line flags."""
     known = {
         field.name: field.option.metavar or field.name.upper() if field.positional else field.flag
         for field in options(cls)

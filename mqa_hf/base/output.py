@@ -1,13 +1,13 @@
-"""The output directory: written beside its place, and there only when it is whole.
+"""Write the output directory beside its place and move it there once it is complete.
 
-Beside an output NAME lie, while it is written,
+While an output NAME is written, these are beside it:
 
 .NAME.lock          held by the process that writes, for as long as it lives
 .NAME.partial-*     what is written; in the end what was replaced, until it is removed
 .NAME.old-*         where two names cannot be swapped at once: what is being replaced, whole
 
-A process that is killed leaves them. Since the lock has gone with it, the next one for the same output sees that they
-are nobody's, puts back what was being replaced, and removes the rest.
+A killed process leaves them behind without the lock. The next process for the same output then restores what was being
+replaced and removes the rest.
 """
 
 import ctypes
@@ -27,33 +27,33 @@ from .files import REPORT_FILE
 
 try:
     import fcntl
-except ImportError:  # a system without such locks
+except ImportError:  # not available on this system
     fcntl = None  # type: ignore[assignment]
 
 
 def resolve_output(
     output: str | os.PathLike, source: Path | None, overwrite: bool, mark: str = REPORT_FILE, recover: bool = True
 ) -> Path:
-    """The absolute path of the output, links followed. What a killed process left there is cleared.
+    """Resolve the path of the output and clear what a killed process left there.
 
     Args:
         output: directory to write.
-        source: directory that is read, where there is one.
-        overwrite: whether what is at `output` may be replaced.
-        mark: file that what may be replaced has in it.
-        recover: whether to clear what a killed process left.
+        source: directory that is read, if any.
+        overwrite: whether an existing output may be replaced.
+        mark: file that an existing output must contain to be replaced.
+        recover: whether to clear the leftovers of a killed process.
 
     Raises:
-        MQAError: where writing there would lose something, or is impossible.
+        MQAError: if writing there would lose data or is impossible.
     """
     try:
         here, there = Path(output).resolve(), None if source is None else source.resolve()
         if here == there:
             raise MQAError(f"source and output are the same directory: {here}")
         if there is not None and (here in there.parents or there in here.parents):
-            raise MQAError(f"source {there} and output {here} lie in each other")
+            raise MQAError(f"source {there} and output {here} must not contain each other")
         if here in (Path.cwd(), *Path.cwd().parents):
-            raise MQAError(f"the working directory is or lies in {here}; give the output a name of its own")
+            raise MQAError(f"the working directory is {here} or is inside it; give another output")
         if here.is_mount():
             raise MQAError(f"{here} is a mount point, which cannot be replaced; give a directory in it")
         if recover and _left_over(here):
@@ -85,14 +85,14 @@ def _check_free(output: Path, overwrite: bool, mark: str) -> None:
 
 @contextmanager
 def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_FILE) -> Iterator[Path]:
-    """A directory beside `output` that takes its name at the end, or vanishes.
+    """A directory beside `output` that is renamed to it at the end, or removed on errors.
 
     Args:
         output: as [`resolve_output`] gives it; `overwrite` and `mark` as there.
-        size: bytes that it takes.
+        size: its size in bytes.
 
     Raises:
-        MQAError: where the disk is too small or cannot be written, or another process writes the same output.
+        MQAError: if the disk is too small or not writable, or another process writes the same output.
     """
     new_parents = [parent for parent in output.parents if not parent.exists()]
     try:
@@ -102,12 +102,12 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
                 _recover(output)
             free = shutil.disk_usage(output.parent).free
             if free < size:
-                raise MQAError(f"the result takes {size:,} bytes, and {output.parent} has {free:,} free")
+                raise MQAError(f"the result needs {size:,} bytes, but {output.parent} has {free:,} free")
             partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
             try:
                 partial.chmod(0o777 & ~_umask())
                 yield partial
-                _check_free(output, overwrite, mark)  # once more: a conversion takes a while
+                _check_free(output, overwrite, mark)  # again, as a conversion takes a while
                 _take_place(partial, output)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -125,10 +125,10 @@ def written_beside(output: Path, size: int, overwrite: bool, mark: str = REPORT_
 
 @contextmanager
 def _locked(output: Path) -> Iterator[bool]:
-    """Hold the output's lock; false where the file system has none, so that nothing is known of other processes.
+    """Hold the lock of the output; yields false if the file system has no locks.
 
     Raises:
-        BlockingIOError: where another process holds it.
+        BlockingIOError: if another process holds it.
     """
     path = output.with_name(f".{output.name}.lock")
     while True:
@@ -141,12 +141,12 @@ def _locked(output: Path) -> Iterator[bool]:
                     raise
                 except OSError:
                     alone = False
-            if alone and not _stands(path, file):  # whoever held it has just removed the file
+            if alone and not _stands(path, file):  # the previous holder has just removed the file
                 continue
             try:
                 yield alone
             finally:
-                with suppress(OSError):  # a system that keeps the names of open files
+                with suppress(OSError):  # some systems cannot unlink open files
                     path.unlink()
             return
 
@@ -159,20 +159,20 @@ def _stands(path: Path, file: IO) -> bool:
 
 
 def _left_over(output: Path) -> list[Path]:
-    """The directories of processes that write or wrote `output`."""
+    """Temporary directories of processes that write or wrote `output`."""
     name = re.compile(rf"\.{re.escape(output.name)}\.(partial|old)-\w{{8}}")
     return sorted(path for path in output.parent.glob(".*") if name.fullmatch(path.name))
 
 
 def _recover(output: Path) -> None:
-    """Put back what a killed process was replacing, and clear what it left. The lock is held."""
+    """Restore what a killed process was replacing and remove its leftovers. Needs the lock."""
     left, done = _left_over(output), []
     old = [path for path in left if path.name.startswith(f".{output.name}.old-")]
     if old and not output.exists():
         last = max(old, key=lambda path: path.stat().st_mtime)
         last.replace(output)
         left.remove(last)
-        done.append("put back what was there before")
+        done.append("restored the previous content")
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     removed = [path.name for path in left if not path.exists()]
@@ -189,9 +189,9 @@ def _umask() -> int:
 
 
 def _take_place(partial: Path, output: Path) -> None:
-    """Give `partial` the name of `output`, and the other way round where that is a directory with something in it."""
+    """Rename `partial` to `output`; swap them if `output` is a directory with content."""
     if not output.exists() or not any(output.iterdir()):
-        partial.replace(output)  # which fails where something has just come to be
+        partial.replace(output)  # fails if content has appeared meanwhile
         return
     if _swap(partial, output):
         return
@@ -203,11 +203,11 @@ def _take_place(partial: Path, output: Path) -> None:
         if old.exists() and not output.exists():
             old.replace(output)
         raise
-    old.replace(partial)  # what is called old may be put back; this is now to be removed
+    old.replace(partial)  # `old` names may be restored; this one must be removed
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Swap two names at once, so that neither is ever missing; false where the system or the file system cannot."""
+    """Swap two names atomically; returns false if the system or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux, or a C library older than glibc 2.28

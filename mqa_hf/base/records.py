@@ -1,4 +1,4 @@
-"""Result files with a type: each is one model, read and written here alone.
+"""Typed result files, each defined by one pydantic model.
 
     class Timing(Record):
         file = "timing.json"
@@ -6,9 +6,8 @@
 
         milliseconds: float
 
-A record has the version of its layout. One that a newer mqa-hf has written is refused; one without a version is of
-the first layout. Fields that a layout does not have are passed over. Those that are missing or of another type are
-named in one message with the file.
+A record has a version; one from a newer mqa-hf is refused, and one without a version has version 1. Unknown fields are
+ignored. Missing fields and those of the wrong type are named in one message with the file.
 """
 
 import json
@@ -24,7 +23,7 @@ T = TypeVar("T", bound="Record")
 
 
 class Record(BaseModel):
-    """What a result file holds."""
+    """Base class of result files."""
 
     model_config = ConfigDict(extra="ignore", ser_json_inf_nan="null", protected_namespaces=())
 
@@ -33,15 +32,15 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls: type[T], content: dict[str, Any], where: str) -> T:
-        """The record in a JSON object; `where` it stands is for messages.
+        """Parse a JSON object; `where` names it in messages.
 
         Raises:
-            MQAError: naming the fields that are missing or of another type.
+            MQAError: naming the fields that are missing or have the wrong type.
         """
         known, found = cls.model_fields["version"].default, content.get("version", 1)
         if isinstance(found, int) and found > known:
             raise MQAError(
-                f"{where} has layout {found}, and this mqa-hf knows {known} at most; update mqa-hf to read it"
+                f"{where} has version {found}, but this mqa-hf reads {known} at most; update mqa-hf to read it"
             )
         try:
             return cls.model_validate(content)
@@ -50,23 +49,23 @@ class Record(BaseModel):
                 f"{'.'.join(map(str, e['loc'])) or 'the whole'}: {e['msg'][:1].lower()}{e['msg'][1:]}"
                 for e in error.errors()
             ]
-            raise MQAError(f"{where} is no {cls.file} as mqa-hf writes it: {listing(problems, 4)}") from error
+            raise MQAError(f"{where} is not a valid {cls.file}: {listing(problems, 4)}") from error
 
     @classmethod
     def read(cls: type[T], path: Path) -> T:
-        """The record in a file, or in the file of its name in a directory.
+        """Read from a file, or from the record's file in a directory.
 
         Raises:
-            MQAError: where there is none, or it is no such record.
+            MQAError: if there is no valid record.
         """
         path = path / cls.file if path.is_dir() else path
         return cls.of(read_json(path), str(path))
 
     def write(self, path: Path) -> None:
-        """Write it whole, or not at all, to a file, or to the file of its name in a directory."""
+        """Write atomically to a file, or to the record's file in a directory."""
         path = path / self.file if path.is_dir() else path
         write_whole(path, self.to_json() + "\n")
 
     def to_json(self, indent: int | None = 2) -> str:
-        """As JSON; what is no number is null, and what was never set is left out."""
+        """Convert to JSON; NaN and infinity become null."""
         return json.dumps(self.model_dump(mode="json", exclude_unset=False), indent=indent, ensure_ascii=False)

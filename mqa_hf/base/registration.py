@@ -1,4 +1,4 @@
-"""Registering classes with transformers once it is imported, without importing it."""
+"""Register classes with transformers once it is imported, without importing it."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def when_imported(module: str, do: Callable[[], None]) -> None:
-    """Call `do` once a module is imported: now where it is already, else right after it."""
+    """Call `do` once a module is imported: now if it already is, else right after its import."""
     if module in sys.modules:
         do()
     else:
@@ -17,7 +17,7 @@ def when_imported(module: str, do: Callable[[], None]) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds one module as it would be found anyway, and has something done after it."""
+    """Finds one module as usual and calls `do` after its import."""
 
     def __init__(self, module: str, do: Callable[[], None]):
         self.module, self.do = module, do

@@ -1,6 +1,6 @@
 """Shapes of published models by name, so that plans and timings need no checkpoint.
 
-Each is what `config.json` of the checkpoint says about sizes, for the class of its `model_type`.
+Each holds the sizes in the checkpoint's `config.json`, for the class of its `model_type`.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def unique_names(checkpoints: Sequence[str]) -> list[str]:
-    """The last parts of paths or hub ids, as many as tell them apart."""
+    """The shortest distinct endings of paths or hub ids."""
     parts = [Path(said).resolve().parts if Path(said).exists() else Path(said).parts for said in checkpoints]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-depth:]).replace("/", "") for part in parts]

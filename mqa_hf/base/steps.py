@@ -1,7 +1,7 @@
-"""Jobs one after another, each of which is run once: what is done is not done again, what was begun goes on.
+"""Run jobs in order, each once: finished steps are skipped, unfinished ones resume.
 
-A file beside the results says which steps are done, and by which words: those of their commands, paths under the
-file's directory as they are from there, so that the whole can be moved.
+A record file beside the results lists the finished steps with the words of their commands. Paths under its directory
+are relative to it, so that the whole can be moved.
 """
 
 import json
@@ -19,18 +19,18 @@ from .errors import MQAError
 from .files import read_json, write_whole
 from .options import Job
 
-BEGUN = "begun"  # in the record, those that were begun
+BEGUN = "begun"  # key of started steps in the record
 
 
 @dataclass(frozen=True)
 class Step:
-    """A job, and what is there when it is done.
+    """A job and its result.
 
     Attributes:
-        job: to do. One with a costly result has the option `overwrite`.
-        result: the file that is there when it is done.
+        job: the job. One with a costly result has the option `overwrite`.
+        result: the file that exists once it is done.
         needs: steps whose results it reads.
-        costly: whether a result takes long to make again, so that it is replaced only when that is asked for.
+        costly: whether the result takes long to make, so that it is replaced only on request.
     """
 
     job: Job[Any]
@@ -55,7 +55,7 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
     """By step, the words of those that are done, and of those that were begun: none where a record was cut off.
 
     Raises:
-        MQAError: for a file that is no such record.
+        MQAError: if the file is not a valid record.
     """
     try:
         json.loads(record.read_text(encoding="utf-8"))
@@ -67,12 +67,12 @@ def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]
         if not isinstance(steps, dict) or not all(
             isinstance(words, list) and all(isinstance(word, str) for word in words) for words in steps.values()
         ):
-            raise MQAError(f"{record} does not say which steps are done; remove it to begin again")
+            raise MQAError(f"{record} is not a valid list of finished steps; remove it to start over")
     return done, begun
 
 
 def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list[str]]) -> None:
-    """Write the record; raises MQAError where that cannot be."""
+    """Write the record; raises MQAError if that fails."""
     try:
         write_whole(record, json.dumps({**done, **({BEGUN: begun} if begun else {})}, indent=2) + "\n")
     except OSError as error:
@@ -80,7 +80,7 @@ def write_record(record: Path, done: dict[str, list[str]], begun: dict[str, list
 
 
 def forget(new: Sequence[Path]) -> None:
-    """Remove a record that says nothing, and the directories that were made for it, as far as nothing else is there.
+    """Remove an empty record and the directories made for it, as far as they are empty.
 
     Args:
         new: the record and its directories, the innermost first.
@@ -92,7 +92,7 @@ def forget(new: Sequence[Path]) -> None:
 
 
 def unfinished(steps: Mapping[str, Step], record: Path) -> list[str]:
-    """Steps whose results are not there, or were made by another job."""
+    """Steps whose results are missing or were made by another job."""
     done, _ = read_record(record)
     return [
         name for name, step in steps.items() if not (step.result.is_file() and done.get(name) == step.words(record))
@@ -102,17 +102,17 @@ def unfinished(steps: Mapping[str, Step], record: Path) -> list[str]:
 def run_steps(
     steps: Mapping[str, Step], record: Path, name: str, overwrite: bool = False, keep_going: bool = False
 ) -> None:
-    """Run jobs whose results are not there yet, in order, and show what came of each.
+    """Run jobs whose results are missing, in order, and show each result.
 
     Args:
         steps: by name.
-        record: file beside the results that says which are done.
-        name: of what they are steps of, for messages.
-        overwrite: run a step that has changed, and those that need it, again.
-        keep_going: run steps that need none of those that failed, too, before the first error is raised.
+        record: file beside the results that lists finished steps.
+        name: name of the whole, for messages.
+        overwrite: rerun a step that has changed and those that need it.
+        keep_going: after a failure, run the steps that do not need it before raising the first error.
 
     Raises:
-        MQAError: where a step has changed and `overwrite` is false, and whatever the jobs raise.
+        MQAError: if a step has changed and `overwrite` is false; and whatever the jobs raise.
     """
     new = [path for path in (record, *record.parents) if not path.exists()]
     done, begun = read_record(record)
@@ -121,9 +121,9 @@ def run_steps(
         there, words = what.result.is_file(), what.words(record)
         if set(what.needs) & set(failed):
             continue
-        # A costly result appears whole; it may have come to be there just before its run was killed.
+        # A costly result appears atomically, maybe just before its run was killed.
         if there and words in (done.get(step), begun.get(step)):
-            say(f"{step}: done before")
+            say(f"{step}: already done")
             if step not in done:
                 done |= {step: begun.pop(step)}
                 write_record(record, done, begun)
@@ -133,8 +133,8 @@ def run_steps(
             if replaced and not overwrite:
                 made = f" ({shlex.join(done[step])})" if step in done else ""
                 raise MQAError(
-                    f"{what.result} was made by another command{made}, or from what has been made again since; give "
-                    f"{name} another output, or pass `overwrite` to run this step and those that need it again"
+                    f"{what.result} was made by another command{made} or from inputs that have changed since; give "
+                    f"{name} another output, or pass `overwrite` to rerun this step and those that depend on it"
                 )
             if there and not what.costly:
                 what.result.unlink()

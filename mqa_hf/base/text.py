@@ -19,16 +19,15 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load(source: str | os.PathLike, option: str = "`calibration`", streaming: bool = False) -> Any:
-    """The rows of a data file or of an id of the Hub's datasets, as `datasets` has them.
+    """Load the rows of a data file or a data set on the Hub with `datasets`.
 
     Args:
-        source: a file; `id`, `id:configuration`, or either with the split that is meant, `id[validation]` (default:
-            train).
-        option: that named the source, for messages.
-        streaming: whether rows are fetched as they are needed.
+        source: a file; `id` or `id:configuration`, with an optional split such as `id[validation]` (default: train).
+        option: name of the option, for messages.
+        streaming: whether to fetch rows on demand.
 
     Raises:
-        MQAError: where there are none.
+        MQAError: if it cannot be read.
     """
     path = Path(source)
     try:
@@ -45,43 +44,43 @@ def load(source: str | os.PathLike, option: str = "`calibration`", streaming: bo
         where, _, split = str(source).removesuffix("]").partition("[")
         name, _, configuration = where.partition(":")
         return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=streaming)
-    except Exception as error:  # whatever a loader raises for what it cannot read or fetch
+    except Exception as error:  # loaders raise any type
         raise MQAError(f"{option} {source} cannot be read: {error.__cause__ or error}") from error
 
 
 def format_of(path: Path) -> str | None:
-    """The loader of `datasets` for a data file, also a compressed one; `None` for what is none by its name."""
+    """The loader of `datasets` for a data file, also if compressed; `None` for other names."""
     return next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
 
 
 def check_file(source: str | os.PathLike, option: str) -> None:
-    """Raises MQAError for a file that is not there or holds no text, by its name and size; ids of the Hub pass."""
+    """Raise MQAError for a missing or empty file or an unknown format; ids on the Hub pass."""
     path = Path(source)
     if path.is_dir():
         raise MQAError(f"{option} {source} is a directory; give a file")
     known = path.suffix in PLAIN or format_of(path) is not None
     if not path.exists():
-        # An id of the Hub is a name, or an owner and a name; a configuration or a split may follow.
+        # An id on the Hub is NAME or OWNER/NAME, with an optional configuration or split.
         owner_and_name = str(source).partition(":")[0].count("/") <= 1
         if known or path.is_absolute() or str(source).startswith((".", "~")) or not owner_and_name:
-            raise MQAError(f"{option} {source}: there is no such file")
+            raise MQAError(f"{option} {source} does not exist")
         return
     if path.is_file() and not path.stat().st_size and path.suffix not in PLAIN:
         raise MQAError(f"{option} {source} is empty")
     if not (path.is_file() and known):
-        raise MQAError(f"{option} {source} is none of {', '.join((*PLAIN, *FORMATS))}")
+        raise MQAError(f"{option} {source} must be one of {', '.join((*PLAIN, *FORMATS))}")
 
 
 def is_plain(source: str | os.PathLike) -> bool:
-    """Whether it is a file that is one document."""
+    """Whether it is a plain text file, which is one document."""
     return Path(source).suffix in PLAIN and Path(source).is_file()
 
 
 class Texts(Sequence[str]):
-    """The texts of a column, read as they are asked for: of strings or of chats, "" where a row has none."""
+    """The texts of a column of strings or chats, read on demand; "" for rows without text."""
 
     def __init__(self, rows: Any, column: str, name: str, tokenizer: Any = None):
-        """`name` is for messages; a `tokenizer` makes texts of chats."""
+        """`name` is for messages; `tokenizer` has the template of chats."""
         self.rows, self.column, self.name, self.tokenizer = rows.select_columns([column]), column, name, tokenizer
 
     def __len__(self) -> int:
@@ -94,17 +93,17 @@ class Texts(Sequence[str]):
             cell = self.rows[index][self.column]
         except IndexError:
             raise
-        except Exception as error:  # whatever stands in a file that is no UTF-8
+        except Exception as error:  # such as invalid UTF-8
             raise MQAError(f"{self.name} cannot be read, row {index}: {error}") from error
         return (cell or "") if self.tokenizer is None else chat_text(cell, self.tokenizer)
 
 
 def chat_text(messages: Any, tokenizer: Any) -> str:
-    """A chat as the tokenizer's template writes it, without the bos that the tokenizer itself puts before a text.
+    """Format a chat with the tokenizer's template, without the bos that the tokenizer adds itself.
 
     Args:
         messages: `role` and `content` of each; `None`: no chat.
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
 
     Raises:
         MQAError: where the tokenizer has no template, or it does not take these messages.
@@ -112,13 +111,13 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
     if not messages:
         return ""
     try:
-        # Fields that other rows have are null in this one.
+        # `datasets` fills missing fields with null.
         said = [{name: value for name, value in message.items() if value is not None} for message in messages]
         if not all("role" in message for message in said):
             raise ValueError("messages need role and content")
         text = tokenizer.apply_chat_template(said, tokenize=False)
-    except Exception as error:  # whatever a template raises, and transformers where there is none
-        raise MQAError(f"the tokenizer makes no text of a chat ({str(messages)[:80]} ...): {error}") from error
+    except Exception as error:  # templates raise any type
+        raise MQAError(f"the chat template does not accept {str(messages)[:80]} ...: {error}") from error
     bos = tokenizer.bos_token
     if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(bos)
@@ -126,7 +125,7 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
 
 
 def features_of(rows: Any) -> Any:
-    """Columns and their types; of a stream that does not say, those of its first rows."""
+    """Columns and their types; for a stream without types, those of its first rows."""
     if rows.features is not None:
         return rows.features
     import datasets
@@ -139,7 +138,7 @@ def holds_text(feature: Any) -> bool:
 
 
 def holds_chats(feature: Any) -> bool:
-    """Whether it is a list of messages, each with `role` and `content`, or of objects that are not alike."""
+    """Whether it is a list of messages with `role` and `content`, or of objects of different types."""
     inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
     return type(inner).__name__ == "Json" or (isinstance(inner, dict) and {"role", "content"} <= set(inner))
 
@@ -163,7 +162,7 @@ def kind_of(feature: Any) -> str:
 
 
 def one_column(columns: Sequence[str], option: str) -> str | None:
-    """The column that a decoder-only model reads; raises MQAError where more are named."""
+    """The column that a decoder-only model reads; raises MQAError for more than one."""
     if len(columns) > 1:
         raise MQAError(
             f"{option} {','.join(columns)}: a decoder-only model reads one column, of texts or of chats (lists of "
@@ -173,18 +172,16 @@ def one_column(columns: Sequence[str], option: str) -> str | None:
 
 
 def given_texts(source: Any, option: str) -> Sequence[str] | None:
-    """Texts that were given themselves, in place of where they are; raises MQAError for a list of something else."""
+    """The texts, if `source` is a list of them; raises MQAError for a list of anything else."""
     if source is None or isinstance(source, str | os.PathLike):
         return None
     if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
-        raise MQAError(f"{option} must be where a text is, or a list of texts; got {str(source)[:80]!r}")
+        raise MQAError(f"{option} must be a file, an id on the Hub or a list of texts; got {str(source)[:80]!r}")
     for number, text in enumerate(source):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise MQAError(
-                f"{option}: text {number} holds half a character (a lone surrogate), at {error.start:,}; remove it"
-            ) from None
+            raise MQAError(f"{option}: text {number} has a lone surrogate at {error.start:,}; remove it") from None
     return source
 
 
@@ -198,14 +195,14 @@ def documents(
 
     Args:
         source: a text file, JSON lines, parquet or CSV (also compressed), or an id of the Hub's datasets. `None` is
-            Python's own reference manual, which every installation carries: English technical prose, enough to try
-            things out; text like the model's own is better. A list of texts is taken as it is.
-        column: that holds the text, or chats. Default: "text", else the first that holds text.
-        option: that named the source, for messages.
-        tokenizer: whose template makes texts of chats.
+            Python's reference manual, part of every installation: English technical prose, enough for a first try.
+            Text like the model's training data is better. A list of texts is taken as it is.
+        column: name of a column of text or chats. Default: "text", else the first with text.
+        option: name of the option, for messages.
+        tokenizer: for the template of chats.
 
     Raises:
-        MQAError: where there is no such text.
+        MQAError: if there is no such text.
     """
     if source is None:
         from pydoc_data.topics import topics
@@ -235,7 +232,7 @@ def documents(
 
 
 def read_plain(source: str | os.PathLike, option: str) -> str:
-    """A text file in UTF-8, or in UTF-16 with its mark; raises MQAError for one that is neither."""
+    """Read a text file in UTF-8, or UTF-16 with a byte order mark; raises MQAError for other encodings."""
     encoding = "utf-8"
     try:
         content = Path(source).read_bytes()
@@ -249,7 +246,7 @@ def read_plain(source: str | os.PathLike, option: str) -> str:
     except UnicodeDecodeError as error:
         at = error.start + (len(codecs.BOM_UTF8) if encoding == "utf-8-sig" else 0)
         raise MQAError(
-            f"{option} {source} is no {encoding.upper().removesuffix('-SIG')}, at byte {at:,}; save it as UTF-8"
+            f"{option} {source} is not {encoding.upper().removesuffix('-SIG')} at byte {at:,}; save it as UTF-8"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -257,16 +254,16 @@ def read_plain(source: str | os.PathLike, option: str) -> str:
 def pairs(
     source: str | os.PathLike | Sequence[str] | None, columns: Sequence[str], option: str = "`calibration`"
 ) -> tuple[Sequence[str], Sequence[str]] | None:
-    """The texts that an encoder reads and a decoder writes, or `None` where there is one text only.
+    """The texts that an encoder reads and a decoder writes, or `None` if there is only one text.
 
     Args:
         source: as in [`documents`].
         columns: of the two. Default: those of "translation", as the Hub's data sets of translations have them; also
             where the columns named are languages in there.
-        option: that named the source, for messages.
+        option: name of the option, for messages.
 
     Raises:
-        MQAError: where the columns do not exist, or hold no text.
+        MQAError: if the columns do not exist or hold no text.
     """
     if len(columns) > 2:
         raise MQAError(f"an encoder-decoder model takes one or two columns; got {', '.join(columns)}")
@@ -303,9 +300,9 @@ def token_rows(
 
     Args:
         texts: the documents.
-        tokenizer: of transformers.
-        length: of a row; what does not fill the last one is left out.
-        count: tokens wanted; fewer documents give fewer. Default: all.
+        tokenizer: a transformers tokenizer.
+        length: tokens per row; an incomplete last row is dropped.
+        count: maximum number of tokens. Default: all.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[torch.Tensor] = []
@@ -323,16 +320,16 @@ def token_rows(
 
 
 def load_tokenizer(checkpoint: str | os.PathLike, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint, a directory or a hub id; raises MQAError where there is none."""
+    """Load the tokenizer of a directory or hub id; raises MQAError if that fails."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
-    except Exception as error:  # whatever tokenizers raise for files that are none
+    except Exception as error:  # tokenizers raise any type
         raise MQAError(f"{checkpoint} has no tokenizer that can be loaded: {error}") from error
 
 
 def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
     if int(tokens.max()) >= vocab_size:
-        raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}; the model has {vocab_size}")
+        raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}, but the model has {vocab_size} embeddings")
 
 
 def calibration_tokens(
@@ -347,33 +344,33 @@ def calibration_tokens(
     """Token ids [N, length] of a calibration text; see [`documents`] and [`token_rows`].
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         source, column, count, length, seed: as there.
-        vocab_size: of the model, which every id must be below.
+        vocab_size: vocabulary size of the model.
 
     Raises:
-        MQAError: where there is too little text, or an id that the model does not have.
+        MQAError: if there is too little text, or an id outside the model's vocabulary.
     """
     tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
         raise MQAError(
-            f"the calibration text gives less than {2 * length} tokens; at least two sequences of {length} are needed"
+            f"the calibration text has fewer than {2 * length} tokens; give at least two sequences of {length}"
         )
     check_ids(tokens, vocab_size)
     return tokens
 
 
 def check_count(count: int, length: int) -> None:
-    """Raises MQAError for fewer tokens than two sequences of `length` have: one to fit on, one that is held out."""
+    """Raise MQAError for fewer than two sequences of `length` tokens: one to fit on, one held out."""
     if count < 2 * length:
         raise MQAError(
-            f"`calibration_tokens` {count:,} are less than two sequences of {length:,} tokens; raise it to "
-            f"{2 * length:,} at least, or lower `sequence_length`"
+            f"`calibration_tokens` must be at least two sequences of {length:,} tokens, got {count:,}; raise it to "
+            f"{2 * length:,} or lower `sequence_length`"
         )
 
 
 def sentinel_ids(tokenizer: Any) -> list[int]:
-    """The ids of T5's sentinels, where the tokenizer has them."""
+    """The ids of T5's sentinels, if the tokenizer has them."""
     found = (tokenizer.convert_tokens_to_ids(f"<extra_id_{n}>") for n in range(100))
     return [i for i in found if i and i != tokenizer.unk_token_id]
 
@@ -386,7 +383,7 @@ def corrupt_spans(
     Args:
         ids: of a text.
         sentinels: ids of the sentinels, in order.
-        rate, span: share of tokens that are hidden, and mean length of a span.
+        rate, span: share of hidden tokens, and mean length of a span.
     """
     count = min(max(1, round(len(ids) * rate / span)), len(sentinels) - 1, max(1, len(ids) // 2))
     starts = torch.randperm(len(ids), generator=generator)[:count].sort().values.tolist()
@@ -402,7 +399,7 @@ def corrupt_spans(
 
 
 def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, T] of rows of any lengths, padded on the right, and which tokens are none of the padding."""
+    """[N, T]: rows padded on the right, and a mask of the tokens that are not padding."""
     length = max(map(len, rows))
     tokens = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
     return tokens, torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
@@ -425,8 +422,8 @@ def seq2seq_tokens(
 
     Args:
         tokenizer, source, columns, seed: see [`calibration_tokens`] and [`pairs`].
-        count: tokens wanted, of both sides together.
-        length: most tokens of a side.
+        count: maximum number of tokens, both sides together.
+        length: maximum number of tokens per side.
         config: `MQASeq2SeqConfig` of the model.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -463,13 +460,13 @@ def seq2seq_tokens(
                 break
     if len(sources) < 2:
         raise MQAError(
-            f"the calibration text gives {len(sources)} examples; at least two are needed, of {length} tokens where "
-            "they are not pairs"
+            f"the calibration text has {len(sources)} examples; give at least two, of {length} tokens if they are "
+            f"not pairs"
         )
     pad = config.pad_token_id or 0
     start = config.decoder_start_token_id
     if start is None:
-        raise MQAError("config.json has no decoder_start_token_id, which the decoder's input begins with")
+        raise MQAError("config.json has no decoder_start_token_id, the first token of the decoder's input")
     longest = config.decoder.max_position_embeddings
     read, read_valid = padded(sources, pad)
     written, written_valid = padded([[start, *row][:longest] for row in targets], pad)

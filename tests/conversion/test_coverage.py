@@ -155,7 +155,7 @@ def test_a_refused_type_says_why(target, tmp_path):
 def test_rows_that_do_not_fit(qwen3):
     name = "model.layers.1.self_attn.k_proj.weight"
     edit(qwen3, lambda tensors: tensors.update({name: torch.zeros(40, 48)}))
-    match = rf"{name} has the shape \[40, 48\]; 4 key/value heads of width 8 make it \[32, 48\]"
+    match = rf"{name} has the shape \[40, 48\]; 4 key/value heads of width 8 need \[32, 48\]"
     refused_with(qwen3, match, target="native")
 
 
@@ -165,7 +165,7 @@ def test_a_projection_that_is_missing(qwen3):
 
 
 def test_heads_that_do_not_divide(qwen3):
-    refused_with(qwen3, "`kv_heads` 3 does not divide the source's 4", kv_heads=3, target="native")
+    refused_with(qwen3, "`kv_heads` must divide the source's 4 key/value heads, got 3", kv_heads=3, target="native")
 
 
 def test_quantised_weights(qwen3):

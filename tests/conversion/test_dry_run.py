@@ -128,7 +128,7 @@ def test_a_budget_reads_twice_and_is_kept(source, tmp_path):
 
 
 def test_what_cannot_be_done_is_said(source, tmp_path):
-    with pytest.raises(MQAError, match="`kv_heads` 4 does not divide"):
+    with pytest.raises(MQAError, match="`kv_heads` must divide .* got 4"):
         Conversion(source, tmp_path / "output", kv_heads=4).dry_run()
     convert(source, tmp_path / "output")
     with pytest.raises(MQAError, match="exists and is not empty"):
@@ -145,7 +145,9 @@ def test_weights_that_are_not_fetched_are_not_fetched(source, tmp_path, monkeypa
     for path in source.glob("*.safetensors*"):
         path.unlink()
     monkeypatch.setattr("mqa_hf.conversion.source.locate", lambda *given, weights: (source, "0123abc"))
-    with pytest.raises(MQAError, match="are not here, and a dry run fetches nothing; fetch them first: hf download"):
+    with pytest.raises(
+        MQAError, match="are not downloaded, and a dry run downloads nothing; download them first: hf download"
+    ):
         Conversion("someone/tiny", tmp_path / "output").dry_run()
 
 

@@ -289,7 +289,7 @@ def test_copies_of_the_embedding_in_old_files_are_left_out(tmp_path):
     assert sum("embed" in name or "lm_head" in name for name in load_file(tmp_path / "ours/model.safetensors")) == 1
     tensors["encoder.embed_tokens.weight"] += 1
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(MQAError, match=r"both stand for .*, and differ"):
+    with pytest.raises(MQAError, match=r"both hold .*, but differ"):
         convert(source, tmp_path / "other")
 
 
@@ -322,7 +322,7 @@ def test_inspection_counts_both_caches(tmp_path):
             "`attention` must be a list, each one of decoder, cross, encoder; got 'selfish'",
         ),
         ({"attention": []}, "`attention`"),
-        ({"kv_heads": 4}, "does not divide the source's 6 key/value heads of decoder attention"),
+        ({"kv_heads": 4}, "must divide the source's 6 key/value heads of decoder attention, got 4"),
         ({"target": "native"}, "`target` native"),
         ({"window": 0}, "`window` must be a whole number at least 2"),
         ({"window": 1}, "`window` must be a whole number at least 2"),

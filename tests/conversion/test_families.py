@@ -47,7 +47,7 @@ REFUSED = [
     ("mpt", "attn_config", {"clip_qkv": 6.0}, "clip_qkv=6.0"),
     ("mpt", "attn_config", {"prefix_lm": True}, "prefix_lm"),
     ("mpt", "attn_config", {"qk_ln": True}, "qk_ln"),
-    ("mpt", "attn_config", {"rope": True}, "nothing is known.*rope"),
+    ("mpt", "attn_config", {"rope": True}, "unknown switches.*rope"),
     ("mpt", "expansion_ratio", 2, "expansion_ratio=2"),
     ("mpt", "logit_scale", 0.5, "logit_scale=0.5"),
     ("mpt", "no_bias", False, "no_bias=False"),
@@ -236,7 +236,7 @@ def test_vectors_that_are_given_as_embeddings_are_scaled_where_the_source_scales
 @torch.no_grad()
 def test_opt_in_gpt_bigcode_is_warned_of_and_right_with_positions(tmp_path):
     source = save(make_model("opt", BY_FAMILY["opt"]), tmp_path / "source")
-    with pytest.warns(ConversionWarning, match="padded on the left pass position_ids"):
+    with pytest.warns(ConversionWarning, match="for left-padded rows pass position_ids"):
         report = convert(source, tmp_path / "native", target="native")
     assert "Warning: opt counts positions" in (tmp_path / "native" / "README.md").read_text()
     assert len(report.warnings) == 1

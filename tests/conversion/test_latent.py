@@ -141,7 +141,9 @@ def test_without_refit_output_projections_are_only_trained(tmp_path, monkeypatch
 
 def test_widths_of_keys_are_for_keys_that_are_rotated(tmp_path):
     source, _ = make("gpt2: as published", tmp_path)
-    with pytest.raises(MQAError, match="`key_width` is about rotated keys, and those of decoder attention are not"):
+    with pytest.raises(
+        MQAError, match="`key_width` counts rotated key components, but the keys of decoder attention are not"
+    ):
         convert(source, tmp_path / "no", key_width=4, **LATENT)
 
 
@@ -166,11 +168,11 @@ def test_what_cannot_be_is_said_before_layers_are_looked_at(tmp_path, monkeypatc
         ({"latent_bits": 3}, "`latent_bits` must be one of 16, 8, 4"),
         ({"key_width": 1000}, "`key_width` 1000 is more than the"),
         ({"key_width": 3}, "`key_width` of a latent must be an even number"),
-        ({"kv_heads": 2}, "`kv_heads` must be 1, not 2"),
+        ({"kv_heads": 2}, "`kv_heads` must be 1, got 2"),
         ({"value_width": 2}, "`latent` and `key_width` are a latent's sizes"),
         ({"cache_budget": "50%", "latent": 16}, "give either it or `latent`"),
         ({"target": "native"}, "no class of transformers holds a latent"),
-        ({"window": 4}, "`window` and `method` latent"),
+        ({"window": 4}, "`window` cannot be combined with `method` latent"),
         ({"method": "shared"}, "are for `method` latent, not shared"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
 @pytest.mark.parametrize(
     ("calibration", "match"),
     [
-        ([], "gives less than"),
+        ([], "has fewer than"),
         ([1, 2], "a list of texts"),
         (5, "a text or an object in memory"),
         ([b"text"], "a list of texts"),
@@ -185,9 +185,9 @@ def spoiled() -> PreTrainedModel:
     [
         (quantised, "is quantised"),
         (integers, "up_proj.weight is stored as torch.int8"),
-        (on_meta, r"9 tensors of this LlamaForCausalLM are on meta.*load it whole"),
-        (peft_model, "has an adapter of PEFT; merge it first"),
-        (with_adapter, "has an adapter of PEFT; merge it first"),
+        (on_meta, r"9 tensors of this LlamaForCausalLM are on the meta device.*load it whole"),
+        (peft_model, "has a PEFT adapter; merge it first"),
+        (with_adapter, "has a PEFT adapter; merge it first"),
         (spoiled, r"1 of the .* entries of model.layers.1.self_attn.k_proj.weight of the LlamaForCausalLM in memory"),
         (lambda: nn.Linear(2, 2), "must be a path, a hub id or a model of transformers; got a Linear"),
         (lambda: {"weight": torch.ones(2)}, "must be .*; got"),
@@ -211,15 +211,15 @@ def test_nan_is_kept_where_it_is_allowed():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"max_shard_size": "1GB"}, "`max_shard_size` is about files, and there is no `output`"),
-        ({"overwrite": True}, "`overwrite` is about files"),
-        ({"push_to_hub": "me/mqa"}, "`push_to_hub` is about files"),
+        ({"max_shard_size": "1GB"}, "`max_shard_size` needs `output`, the directory to write"),
+        ({"overwrite": True}, "`overwrite` needs `output`"),
+        ({"push_to_hub": "me/mqa"}, "`push_to_hub` needs `output`"),
         ({"revision": "main"}, "`revision` is for hub ids; the source is a model in memory"),
-        ({"method": "shared"}, "give `tokenizer`"),
+        ({"method": "shared"}, "pass `tokenizer`"),
         ({"tokenizer": "llama"}, "`tokenizer` must be an object in memory; got 'llama'"),
         ({"tokenizer": 3}, "`tokenizer` must be an object in memory; got 3"),
         ({"tokenizer": dict}, "`tokenizer` must be a loaded tokenizer .*; got a type"),
-        ({"kv_heads": 4}, "`kv_heads` 4 does not divide"),
+        ({"kv_heads": 4}, "`kv_heads` must divide"),
     ],
     ids=str,
 )

@@ -164,7 +164,7 @@ def test_code_of_the_result_that_is_not_complete_is_an_error(source, tmp_path, m
     monkeypatch.setattr(
         saving, "runtime_files", lambda model: [path for path in runtime_files(model) if path.name != "cache_mqa.py"]
     )
-    refused(source, tmp_path / "output", r"needs cache_mqa\.py, which is not there")
+    refused(source, tmp_path / "output", r"needs cache_mqa\.py, which is missing")
 
 
 def test_code_of_a_tokenizer_is_carried_over_and_not_run(source, tmp_path):
@@ -176,7 +176,7 @@ def test_code_of_a_tokenizer_is_carried_over_and_not_run(source, tmp_path):
     assert (tmp_path / "output" / "more.py").is_file()
     assert not (tmp_path / "ran").exists()
     (source / "more.py").unlink()
-    refused(source, tmp_path / "again", r"needs more\.py, which is not there")
+    refused(source, tmp_path / "again", r"needs more\.py, which is missing")
     (source / "more.py").write_bytes(b"\xff\xfe")
     refused(source, tmp_path / "again", r"more\.py cannot be read")
 
@@ -206,18 +206,18 @@ def test_a_link_that_leaves_the_source_is_refused(source, secret, tmp_path, name
     else:
         path.symlink_to(tmp_path / "nothing")
     where = secret if kind != "into nothing" else tmp_path / "nothing"
-    refused(source, tmp_path / "output", f"{name} leads to {where}, outside of the checkpoint")
+    refused(source, tmp_path / "output", f"{name} links to {where}, outside of the checkpoint")
 
 
 def test_chat_templates_that_are_links_to_elsewhere_are_refused(source, secret, tmp_path):
     templates = source / "additional_chat_templates"
     (secret.parent / "tools.jinja").write_text("a secret")
     templates.symlink_to(secret.parent)
-    refused(source, tmp_path / "output", r"tools\.jinja leads to .*elsewhere/tools\.jinja, outside")
+    refused(source, tmp_path / "output", r"tools\.jinja links to .*elsewhere/tools\.jinja, outside")
     templates.unlink()
     templates.mkdir()
     (templates / "tools.jinja").symlink_to(secret)
-    refused(source, tmp_path / "output", r"tools\.jinja leads to .*secret\.txt, outside")
+    refused(source, tmp_path / "output", r"tools\.jinja links to .*secret\.txt, outside")
     (templates / "tools.jinja").unlink()
     (templates / "tools.jinja").write_text("{{ messages }}")
     (templates / "others").symlink_to(secret.parent)
@@ -236,7 +236,7 @@ def test_code_that_lies_elsewhere_is_refused(source, secret, tmp_path, reference
     (source / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": {"AutoTokenizer": [f"{reference}.X", None]}})
     )
-    refused(source, tmp_path / "output", f"code.py leads to {code}, outside of the checkpoint")
+    refused(source, tmp_path / "output", f"code.py links to {code}, outside of the checkpoint")
 
 
 def test_an_import_that_leads_elsewhere_is_refused(source, secret, tmp_path):
@@ -244,7 +244,7 @@ def test_an_import_that_leads_elsewhere_is_refused(source, secret, tmp_path):
     (source / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["tokens.Mine", null]}}')
     for name in (f".{secret.parent}/code", "./../elsewhere/code"):
         (source / "tokens.py").write_text(f"from {name} import x\n")
-        refused(source, tmp_path / "output", "code.py leads to .*elsewhere/code.py, outside of the checkpoint")
+        refused(source, tmp_path / "output", "code.py links to .*elsewhere/code.py, outside of the checkpoint")
 
 
 def test_links_within_the_source_and_to_it_are_followed(source, tmp_path):
@@ -297,13 +297,13 @@ def test_a_snapshot_of_the_hubs_cache_may_link_to_its_own_blobs(source, secret, 
 
     blob = (snapshot / "LICENSE").resolve()
     blob.unlink()
-    refused(snapshot, tmp_path / "again", "LICENSE is a link to .*, which is not there")
+    refused(snapshot, tmp_path / "again", "LICENSE links to .*, which does not exist")
     blob.symlink_to(secret)
-    refused(snapshot, tmp_path / "again", f"LICENSE leads to {secret}, outside")
+    refused(snapshot, tmp_path / "again", f"LICENSE links to {secret}, outside")
     (snapshot / "LICENSE").unlink()
     other = in_the_cache(source, tmp_path / "other")
     (snapshot / "LICENSE").symlink_to(other / "LICENSE")
-    refused(snapshot, tmp_path / "again", "LICENSE leads to .*other/models--someone--tiny/blobs/.*, outside")
+    refused(snapshot, tmp_path / "again", "LICENSE links to .*other/models--someone--tiny/blobs/.*, outside")
 
 
 # What killed processes leave.
@@ -416,7 +416,7 @@ def test_a_process_that_is_killed_between_two_renames_loses_nothing(source, tmp_
     with pytest.raises(MQAError, match="exists and is not empty"):
         convert(source, output)
     said = capfd.readouterr().err
-    assert ("put back what was there before" in said) == (call == 2)
+    assert ("restored the previous content" in said) == (call == 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "source"]
     if call < 3:
         assert contents(output) == before

@@ -100,7 +100,7 @@ def test_a_latent_is_said_in_place_of_heads(home, tmp_path):
     assert "# source with one latent for all heads" in card
     assert f"| key/value heads | 6 | {said} |" in card
     assert "| cache, bytes per token (16 bit, latents 4) | 576 | 60 |" in card
-    assert "nats a token. No training has followed.\n" in card
+    assert "nats per token. No training has followed.\n" in card
     assert "and trained for 3 steps on the layer's own output" in card
     assert f"{report.held_out_loss.before:.3f} to {report.held_out_loss.after:.3f}" in card
     found = inspect(tmp_path / "ours")
@@ -160,7 +160,7 @@ def test_a_model_that_was_trained_and_never_converted_can_be_inspected(home, tmp
 
 
 def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, tmp_path):
-    with pytest.raises(MQAError, match=r"does not say what it was converted from.*`teacher` none"):
+    with pytest.raises(MQAError, match=r"has no source in conversion.json.*`teacher` none"):
         original_of(home / "source")
     words = ["uptrain", str(home / "source"), str(tmp_path / "out"), "--dataset", str(home / "text.jsonl")]
     result = CliRunner().invoke(app, [*words, "--tokens", "128"])
@@ -170,7 +170,7 @@ def test_a_student_that_was_never_converted_is_said_before_anything_runs(home, t
 
 def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path):
     convert(home / "source", tmp_path / "ours")
-    with pytest.raises(MQAError, match=r"the teacher .*gone cannot be had"):
+    with pytest.raises(MQAError, match=r"the teacher .*gone cannot be loaded"):
         train(home, tmp_path / "ours", tmp_path / "trained", str(tmp_path / "gone"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
@@ -182,7 +182,7 @@ def test_a_teacher_that_is_not_there_is_said_before_anything_runs(home, tmp_path
         ({"layers": [{"layer": 0, "key_error": "none"}]}, r"layers\.0\.key_error: .*number"),
         ({"layers": 2}, r"layers: .*list"),
         ({"command": None}, r"command: .*string"),
-        ({"version": 99}, r"has layout 99, and this mqa-hf knows 1 at most"),
+        ({"version": 99}, r"has version 99, but this mqa-hf reads 1 at most"),
     ],
     ids=str,
 )

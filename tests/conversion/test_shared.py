@@ -98,14 +98,14 @@ def test_the_default_text_is_there_without_a_network():
     [
         ({"head_width": 7}, "`key_width` 7 is more than the 6 old heads"),
         ({"head_width": 0}, "`head_width` must be a number above 0"),
-        ({"window": 4}, "`window` and `method` shared"),
+        ({"window": 4}, "`window` cannot be combined with `method` shared"),
         ({"device": "warp"}, "`device` warp: "),
         (
             {"method": "mean", "head_width": 2},
             "widths and `cache_budget` are for `method` shared and latent, not mean",
         ),
-        ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt: there is no such file"),
-        ({"calibration_tokens": 10}, "`calibration_tokens` 10 are less than two sequences of 32 tokens"),
+        ({"calibration": "/nowhere.txt"}, "`calibration` /nowhere.txt does not exist"),
+        ({"calibration_tokens": 10}, "`calibration_tokens` must be at least two sequences of 32 tokens, got 10"),
     ],
 )
 def test_requests_that_cannot_be(options, match, tmp_path):
@@ -144,7 +144,7 @@ def test_one_attention_alone_and_a_budget_for_both_caches(tmp_path):
     report = convert(source, tmp_path / "half", method="shared", cache_budget="50%", **text, **SMALL)
     for name in ("kv_bytes_per_token", "cross_kv_bytes_per_token"):
         assert 0.4 < getattr(report, name).after / getattr(report, name).before <= 0.5
-    with pytest.raises(MQAError, match="is a share"):
+    with pytest.raises(MQAError, match="must be a share"):
         convert(source, tmp_path / "bytes", method="shared", cache_budget="640", **text, **SMALL)
 
 

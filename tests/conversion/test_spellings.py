@@ -87,17 +87,17 @@ def test_what_transformers_4_reads_is_written(kind, fields, old):
          "scales no positions of sliding_attention"),
         ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": DEFAULT}}, "one rope_theta"),
         ("phi3", {**rope("longrope", **LONG, attention_factor=1.1), "original_max_position_embeddings": 32},
-         "no more of longrope than short_factor and long_factor"),
+         "only short_factor and long_factor of longrope"),
         ("gemma2", {"use_bidirectional_attention": True}, "has no switch use_bidirectional_attention, which is True"),
         ("gpt_oss", {"swiglu_limit": 3.0}, "has no switch swiglu_limit"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
-         "gives windows to other layers"),
+         "applies windows to other layers"),
         ("dbrx", {"attn_config": {**CONFIGS["dbrx"]["attn_config"], "rope_theta": 5e5}}, "attn_config"),
     ],
 )  # fmt: skip
 def test_what_transformers_4_cannot_read_is_said(kind, fields, message):
     (said,) = lost(kind, **fields)
-    assert said.startswith("transformers 4 computes something else or refuses the result")
+    assert said.startswith("transformers 4 refuses the result or computes something else")
     assert message in said
 
 

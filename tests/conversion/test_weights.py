@@ -47,8 +47,8 @@ def spoil(tensors):
 
 DAMAGES = {
     lose: rf"missing: {UP}",
-    add: r"no place in this configuration: model\.layers\.1\.mlp\.side_proj\.weight",
-    widen: rf"another shape: {UP} \[81, 48\] instead of \[80, 48\]",
+    add: r"not in this configuration: model\.layers\.1\.mlp\.side_proj\.weight",
+    widen: rf"a different shape: {UP} \[81, 48\] instead of \[80, 48\]",
     spoil: rf"NaN or infinity: {UP} \(1 of 3,840",
 }
 
@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):
     assert "--allow-nonfinite" in report.command
     text = (places / "other" / "conversion.json").read_text()
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == report.model_dump(mode="json")
-    with pytest.raises(MQAError, match="nothing is fitted to NaN"):
+    with pytest.raises(MQAError, match="nothing can be fitted to NaN"):
         convert(places / "source", places / "fitted", method="shared", allow_nonfinite=True)
 
 
@@ -161,5 +161,5 @@ def test_an_adapter_beside_the_weights_is_refused_by_all(places):
         lambda: trained(places),
         lambda: measured(places),
     ):
-        with pytest.raises(MQAError, match=r"adapter of PEFT beside the weights.*merge it first"):
+        with pytest.raises(MQAError, match=r"PEFT adapter beside the weights.*merge it first"):
             job()

@@ -72,7 +72,7 @@ def test_the_whole_job_and_nothing_of_it_twice(small, tmp_path, monkeypatch):
         assert f"{c['name']} writes" in result.output
     assert str((tmp_path / "demo" / "report" / "index.html").resolve()) in result.output
     again = run(tmp_path / "demo")
-    assert again.stderr.count("done before") == len(STEPS)
+    assert again.stderr.count("already done") == len(STEPS)
 
     monkeypatch.chdir(tmp_path / "demo")  # the same place by another path
     times = Path("times.jsonl").read_text()
@@ -105,8 +105,8 @@ def test_an_interrupted_demo_goes_on(small, tmp_path, monkeypatch):
     result = run(tmp_path / "demo", "--json")
     assert result.exit_code == 0, f"{result.output} {result.exception}"
     assert json.loads(result.stdout) == str((tmp_path / "demo" / "report" / "index.html").resolve())
-    assert result.stderr.count("done before") == 3
-    assert "goes on from step 2 of 4" in result.stderr
+    assert result.stderr.count("already done") == 3
+    assert "resumes from step 2 of 4" in result.stderr
     assert "no record" not in (tmp_path / "demo" / "times.jsonl").read_text()
 
 

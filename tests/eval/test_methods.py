@@ -76,7 +76,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     given = {"calibration": "a.txt", "validation": ["a.txt"]}
     with pytest.raises(MQAError, match="`device` abacus"):
         MethodComparison(source, **given, device="abacus").run()
-    with pytest.raises(MQAError, match="there is no directory"):
+    with pytest.raises(MQAError, match="does not exist"):
         MethodComparison(tmp_path / "nothing", **given).run()
     with pytest.raises(MQAError, match="`sweep` and `peers` are two tables"):
         MethodComparison(source, **given, sweep=True, peers=True).run()

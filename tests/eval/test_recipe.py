@@ -58,7 +58,7 @@ def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
     weights = tmp_path / "results" / "trained" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     result = run(tmp_path, recipe)
-    assert result.stderr.count("done before") == 3
+    assert result.stderr.count("already done") == 3
     assert weights.stat().st_mtime_ns == before
 
     recipe["uptrain"]["tokens"] = 512
@@ -67,7 +67,7 @@ def test_steps_run_once_in_order_and_again_only_when_asked(tmp_path, recipe):
     assert "--tokens 1024" in str(refused.exception)
     result = run(tmp_path, recipe, "--overwrite")
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("done before") == 1
+    assert result.stderr.count("already done") == 1
     report = json.loads((tmp_path / "results" / "trained" / "uptraining.json").read_text())
     assert report["tokens"] == 512
 
@@ -85,8 +85,8 @@ def test_an_interrupted_recipe_goes_on(tmp_path, recipe, monkeypatch):
     monkeypatch.undo()
     result = run(tmp_path, recipe)
     assert result.exit_code == 0, result.output
-    assert "convert: done before" in result.stderr
-    assert "goes on from step 4 of 8" in result.stderr
+    assert "convert: already done" in result.stderr
+    assert "resumes from step 4 of 8" in result.stderr
 
 
 def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
     assert json.loads(record.read_text())["begun"].keys() == {"uptrain"}
     result = run(tmp_path, recipe)
     assert result.exit_code == 0, result.output
-    assert "uptrain: done before" in result.stderr
+    assert "uptrain: already done" in result.stderr
     assert json.loads(record.read_text()) == whole
 
     recipe["uptrain"]["tokens"] = 512
@@ -152,14 +152,14 @@ def test_a_step_that_was_killed_just_after_its_result_is_done(tmp_path, recipe, 
         ({"uptrain": {"dataset": "x", "tokens": 9, "loss": "kk"}}, "uptrain: `loss` takes lm, kl, hidden, attention"),
         (
             {"uptrain": {"dataset": "x", "tokens": 9, "attention_tokens": 9}},
-            "uptrain: `attention_tokens` 9 must be fewer than all `tokens`, 9",
+            "uptrain: `attention_tokens` must be below `tokens` 9, got 9",
         ),
         ({"uptrain": {"dataset": [], "tokens": 9}}, "uptrain: `dataset` is empty; give a text"),
         ({"uptrain": {"dataset": ["x=nan"], "tokens": 9}}, "uptrain: `dataset` needs weights above 0; got [nan]"),
         ({"uptrain": {"dataset": ["x", "y=0"], "tokens": 9}}, "`dataset` needs weights above 0; got [1.0, 0.0]"),
         (
             {"uptrain": {"dataset": "x", "tokens": 9, "micro_batch": 3}},
-            "uptrain: `micro_batch` 3 must divide the 64 rows that a step has",
+            "uptrain: `micro_batch` must divide the 64 rows of a step, got 3",
         ),
         ({"convert": False}, "convert must hold options"),
         ({"convert": ""}, "convert must hold options"),
@@ -197,8 +197,8 @@ def test_an_output_that_is_a_file_is_said(tmp_path, recipe, output):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("source: a\noutput: b\nconvert:\nconvert:\n  method: first\n", "line 4: convert is there twice"),
-        ("source: a\noutput: b\nconvert: {kv_heads: 1, kv_heads: 2}\n", "line 3: kv_heads is there twice"),
+        ("source: a\noutput: b\nconvert:\nconvert:\n  method: first\n", "line 4: convert is given twice"),
+        ("source: a\noutput: b\nconvert: {kv_heads: 1, kv_heads: 2}\n", "line 3: kv_heads is given twice"),
     ],
 )
 def test_what_is_there_twice_is_refused(tmp_path, content, message):

@@ -198,7 +198,7 @@ def test_the_front_is_what_nothing_else_is_better_than():
 def test_what_is_no_result_is_said(measured, tmp_path):
     with pytest.raises(MQAError, match="nowhere cannot be read"):
         report(measured / "nowhere", output=tmp_path)
-    with pytest.raises(MQAError, match=r"text\.jsonl, line 1, is no benchmark\.jsonl as mqa-hf writes it"):
+    with pytest.raises(MQAError, match=r"text\.jsonl, line 1, is not a valid benchmark\.jsonl"):
         report(measured / "evaluation", benchmark=[measured / "text.jsonl"], output=tmp_path)
 
 
@@ -227,8 +227,8 @@ def with_cache(said, size):
         (lambda said: json.dumps({**said, "checkpoints": []}), "checkpoints: list should have at least 1 item"),
         (lambda said: json.dumps({**said, "checkpoints": {}}), "checkpoints: input should be a valid list"),
         (lambda said: json.dumps({**said, "settings": []}), "settings: input should be a valid dictionary"),
-        (lambda said: json.dumps({**said, "version": 2}), "evaluation.json has layout 2, and this mqa-hf knows 1"),
-        (lambda said: json.dumps(without(said, "settings")), "evaluation.json as mqa-hf writes it: settings: field"),
+        (lambda said: json.dumps({**said, "version": 2}), "evaluation.json has version 2, but this mqa-hf reads 1"),
+        (lambda said: json.dumps(without(said, "settings")), "is not a valid evaluation.json: settings: field"),
         (lambda said: json.dumps(without(said, "versions")), "versions: field required"),
         (
             lambda said: json.dumps(without(said, "checkpoints", 1, "next_token")),
@@ -256,9 +256,9 @@ def test_what_an_evaluation_lacks_is_said(measured, tmp_path, change, message):
     [
         ("conversion.json", '{"source": ', r"conversion\.json cannot be read"),
         ("conversion.json", "[]", r"conversion\.json holds a list, not an object"),
-        ("conversion.json", '{"layers": [5]}', r"conversion\.json as mqa-hf writes it: layers\.0"),
+        ("conversion.json", '{"layers": [5]}', r"is not a valid conversion\.json: layers\.0"),
         ("uptraining.json", "[1]", r"uptraining\.json holds a list, not an object"),
-        ("uptraining.json", "{}", r"uptraining\.json as mqa-hf writes it: .*tokens: field required"),
+        ("uptraining.json", "{}", r"is not a valid uptraining\.json: .*tokens: field required"),
         ("uptraining.json", json.dumps(STEPLESS), r"uptraining\.json: a line of its log has no step"),
         ("config.json", "[]", r"config\.json holds a list, not an object"),
         ("times.jsonl", "5\n", r"times\.jsonl is not a result file of mqa-hf benchmark: line 1 is not an object"),

@@ -230,7 +230,7 @@ def test_a_recipe_that_says_what_is_not_understood_is_refused(tmp_path, small, c
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {"sequence-lenth": 16}}, "small, pretrain: there is no option `sequence_lenth`; did you mean"),
+        ({"train": {"sequence-lenth": 16}}, "small, pretrain: unknown option `sequence_lenth`; did you mean"),
         ({"pretrain": {"warmup": 2}}, "small, pretrain: `warmup` must be a number at least 0 and below 1"),
         ({"convert": {"mean": {"method": "median", "loss": "lm"}}}, "small, convert: `method` must be one of mean"),
         ({"evaluate": {"beams": 0}}, "small, evaluate: `beams` must be a whole number at least 1"),

@@ -238,7 +238,7 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path):
         ("time_per_token_ms", "line 2, .* time_per_token_ms missing, and no error"),
         ('"time_per_token_ms": NaN', "line 2, .* time_per_token_ms: input should be a finite number"),
         ('"batch": "many"', "line 2, .* batch: input should be a valid integer"),
-        ('"version": 99', "line 2, has layout 99, and this mqa-hf knows 1 at most"),
+        ('"version": 99', "line 2, has version 99, but this mqa-hf reads 1 at most"),
     ],
 )
 def test_lines_that_are_none_are_named(tmp_path: Path, line: str | None, message: str):
@@ -305,7 +305,7 @@ def test_a_class_without_room_for_fewer_heads_is_replaced_by_ours():
         (("--output", "no/such/file"), "--output no/such/file must be a file in an existing directory"),
         (("--device", "cuda:99"), "--device cuda:99"),
         (("--device", "abacus"), "--device abacus: Expected one of cpu, cuda"),
-        (("--device", "meta"), "--device meta holds no numbers"),
+        (("--device", "meta"), "--device meta cannot compute"),
     ],
     ids=str,
 )

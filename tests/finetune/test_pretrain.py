@@ -112,20 +112,20 @@ def test_an_encoder_decoder_model_is_trained_on_pairs_and_on_hidden_spans(tmp_pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "nonesuch"}, "is no configuration"),
-        ({**CONFIG, "vocab_size": 10}, "has vocab_size 10, and the tokenizer"),
-        ({**CONFIG, "num_attention_heads": 5}, "is no configuration|divisible|multiple"),
+        ({"model_type": "nonesuch"}, "is not a valid configuration"),
+        ({**CONFIG, "vocab_size": 10}, "has vocab_size 10, but the tokenizer"),
+        ({**CONFIG, "num_attention_heads": 5}, "is not a valid configuration|divisible|multiple"),
         ({**CONFIG, "num_hidden_layer": 2}, "llama has no num_hidden_layer; did you mean num_hidden_layers"),
         ({**ENCODER_DECODER, "encoder": {**STACK, "causal": False, "heads": 2}}, "mqa has no heads"),
-        ({**CONFIG, "num_hidden_layers": 5_000_000_000}, "num_hidden_layers is 5,000,000,000; no model has as many"),
-        ({**CONFIG, "intermediate_size": 10**13}, "makes a model of 960,000,000,013,312 parameters"),
-        ({**CONFIG, "intermediate_size": 10**30}, "makes no model"),
-        ({**CONFIG, "hidden_act": "nonesuch"}, "makes no model: .*nonesuch"),
-        ({**CONFIG, "rms_norm_eps": float("nan")}, "NaN is no number"),
-        ({**CONFIG, "hidden_act": {1, 2}}, "is no JSON"),
+        ({**CONFIG, "num_hidden_layers": 5_000_000_000}, "num_hidden_layers is 5,000,000,000, more layers than any"),
+        ({**CONFIG, "intermediate_size": 10**13}, "gives a model of 960,000,000,013,312 parameters"),
+        ({**CONFIG, "intermediate_size": 10**30}, "cannot be built"),
+        ({**CONFIG, "hidden_act": "nonesuch"}, "cannot be built: .*nonesuch"),
+        ({**CONFIG, "rms_norm_eps": float("nan")}, "NaN is not a number"),
+        ({**CONFIG, "hidden_act": {1, 2}}, "is not JSON"),
         ({"hidden_size": 32}, "needs a model_type"),
-        ({"model_type": "whisper"}, "whisper models are of speech"),
-        ({"model_type": "llava"}, "makes no model"),
+        ({"model_type": "whisper"}, "whisper is a speech model"),
+        ({"model_type": "llava"}, "cannot be built"),
     ],
 )
 def test_a_configuration_that_is_none_is_said(tmp_path, text, config, message):
@@ -142,7 +142,7 @@ def test_feed_forward_layers_are_widened_to_equal_parameters(tmp_path):
     # 2 matrices of 32 x 24 are gone; 3 of 32 x f come, and f is a multiple of 8.
     assert wide["intermediate_size"] == 48 + 16
     assert multi_query["intermediate_size"] == 48
-    with pytest.raises(MQAError, match="how wide its feed-forward"):
+    with pytest.raises(MQAError, match="the width of its feed-forward"):
         widened({"model_type": "llama"}, multi_head, tokenizer)
 
 
