@@ -128,7 +128,7 @@ def test_a_budget_reads_twice_and_is_kept(source, tmp_path):
 
 
 def test_what_cannot_be_done_is_said(source, tmp_path):
-    with pytest.raises(MQAError, match="`kv_heads` must divide .* got 4"):
+    with pytest.raises(MQAError, match=r"`kv_heads` must divide .* got 4"):
         Conversion(source, tmp_path / "output", kv_heads=4).dry_run()
     convert(source, tmp_path / "output")
     with pytest.raises(MQAError, match="exists and is not empty"):

@@ -381,7 +381,7 @@ def test_the_command_plans_what_convert_takes(tmp_path: Path):
         ([qwen3, "--target", "mqa"], "converted in its own class only: .*; use --target native"),
         ([qwen3, "--widths", "2"], "--widths needs --target mqa"),
         ([llama, "--target", "native", "--widths", "1,2"], "--widths needs --target mqa"),
-        ([qwen3, "--kv-heads", "3"], "--kv-heads 3 does not divide the source's 4"),
+        ([qwen3, "--kv-heads", "3"], "--kv-heads must divide the source's 4 key/value heads, got 3"),
         ([bloom, "--target", "native"], "no class of transformers holds a bloom"),
         ([llama, "--target", "vllm"], "--target must be one of mqa, native"),
     ):

@@ -170,7 +170,7 @@ def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_
         ),
         (("--window", 4), "--window needs a model in this package's class"),
         (("--latents", 16), "latents need a model in this package's class; .* keeps its own"),
-        (("--kv-heads", 3), "--kv-heads 3 does not divide the source's 4"),
+        (("--kv-heads", 3), "--kv-heads must divide the source's 4 key/value heads, got 3"),
         (("--beams", 2), "--beams needs encoder-decoder shapes"),
         (("--largest-batch",), "--largest-batch needs decoder-only shapes on a GPU"),
     ):
@@ -232,7 +232,7 @@ def test_lines_are_read_as_they_were_written(tmp_path: Path):
     [
         (None, "times.jsonl is not a result file of mqa-hf benchmark: .*No such file"),
         ("", "times.jsonl is not a result file of mqa-hf benchmark: it is empty"),
-        ("{}", "times.jsonl, line 2, is no benchmark.jsonl as mqa-hf writes it: batch: field required"),
+        ("{}", "times.jsonl, line 2, is not a valid benchmark.jsonl: batch: field required"),
         ("[]", "times.jsonl is not a result file of mqa-hf benchmark: line 2 is not an object"),
         ('{"shape": ', "times.jsonl is not a result file of mqa-hf benchmark: line 2: Expecting value"),
         ("time_per_token_ms", "line 2, .* time_per_token_ms missing, and no error"),
