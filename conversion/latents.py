@@ -18,7 +18,7 @@ from .latent_moments import LatentSeen, look_for_latent, spread_of
 from .moments import old_heads
 from .states import Stream
 
-# Measured, SmolLM2 (docs/fitting.md): keys weigh twice what first order says, and half of the inputs of their metric
+# Measured, SmolLM2 (docs/latents.md): keys weigh twice what first order says, and half of the inputs of their metric
 # are those that attention looks at.
 KEY_WEIGHT = 2.0
 FELT = 0.5
