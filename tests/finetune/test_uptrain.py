@@ -466,7 +466,7 @@ def test_a_file_that_is_not_the_students_own_is_refused_before_training(home, tm
 
 def test_a_full_disk_is_seen_before_training(home, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(MQAError, match=r"and .* has 1,000 free"):
+    with pytest.raises(MQAError, match=r"but .* has 1,000 free"):
         job(home, tmp_path / "out").run()
 
 

@@ -212,9 +212,9 @@ def test_stacks_that_do_not_fit(fields, match):
 
 @pytest.mark.parametrize("implementation", ["flex_attention", "flash_attention_2"])
 def test_implementations_without_a_place_for_a_bias_are_refused(implementation):
-    with pytest.raises((ValueError, ImportError), match=r"bias of the attention logits|flash|Flash"):
+    with pytest.raises((ValueError, ImportError), match=r"bias on the attention logits|flash|Flash"):
         make(position_embedding="relative").model.decoder.set_attn_implementation(implementation)
-    with pytest.raises((ValueError, ImportError), match=r"bias of the attention logits|flash|Flash"):
+    with pytest.raises((ValueError, ImportError), match=r"bias on the attention logits|flash|Flash"):
         MQAModel._from_config(
             MQAConfig(position_embedding="alibi", alibi_slopes=[0.5] * 8), attn_implementation=implementation
         )
