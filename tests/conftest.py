@@ -5,6 +5,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Also for the processes that tests start: several of them with several threads each are ten times as slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
