@@ -81,15 +81,6 @@ class BenchmarkRecord(Record):
             raise ValueError(f"{' and '.join(missing)} missing, and no error")
         return self
 
-    def append(self, path: Path) -> None:
-        """Append the record to a file; raise MQAError if it cannot be written."""
-        line = json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
-        try:
-            with path.open("a", encoding="utf-8") as lines:
-                lines.write(line + "\n")
-        except OSError as error:
-            raise MQAError(f"{path} cannot be written: {error}") from error
-
     @classmethod
     def check_appendable(cls, path: Path) -> None:
         """Raise MQAError if a file's first line is not a record."""

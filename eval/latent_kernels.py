@@ -9,7 +9,7 @@ calls alternate between many caches and are replayed from a CUDA graph.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -195,12 +195,7 @@ def record(
     floor = max(reading, computing)
     one, every = plain
     return LatentKernelRecord(
-        batch=size.batch,
-        context=size.context,
-        heads=size.heads,
-        latent=size.latent,
-        components=size.components,
-        bits=size.bits,
+        **asdict(size),
         kernel_us=1e6 * seconds,
         ns_per_token=1e9 * seconds / tokens,
         floor_ns=1e9 * floor / tokens,

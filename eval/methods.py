@@ -32,6 +32,7 @@ from mqa_hf.conversion.convert import FITTED, convert
 from mqa_hf.conversion.inspect import inspect
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.source import load_config
+from mqa_hf.kernel_latent_plan_mqa import latent_bytes
 
 from .methods_picture import MethodRecord, check_new, draw
 from .peers import mean_loss, notes, peers_of, swapped
@@ -71,7 +72,7 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     rows.append((f"latent without training, {r} numbers", {"method": "latent", "latent": r, "fit_steps": 0}))
     share = str(r / (2 * heads * head_dim))
     rows.append((f"latent, {r} numbers on average", {"method": "latent", "cache_budget": share}))
-    if 0.1 * 4 * heads * head_dim >= LATENT_BLOCK // 2 + 4:  # the bytes of the smallest
+    if 0.1 * 4 * heads * head_dim >= latent_bytes(LATENT_BLOCK, 4, torch.bfloat16):  # room for the smallest
         tenth = {"method": "latent", "cache_budget": "0.1", "latent_bits": 4}
         rows.append(("latent at 4 bits, a tenth of the cache", tenth))
     return rows

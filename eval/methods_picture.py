@@ -45,14 +45,6 @@ class MethodRecord(Record):
     def method(self) -> str:
         return self.conversion.partition(", ")[0]
 
-    def append(self, path: Path) -> None:
-        """Add it to a file; raises MQAError where that cannot be written."""
-        try:
-            with path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise MQAError(f"{path} cannot be written: {error}") from error
-
 
 def read(path: Path) -> list[MethodRecord]:
     """The records of a file.

@@ -7,7 +7,6 @@ calls over the same prompts differ by `tokens` steps of the whole batch. The tim
 times, divided by `tokens`.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from mqa_hf.base.records import Record
 from mqa_hf.configuration_mqa import MQAConfig
 
 from .benchmark import pair
-from .contenders import contenders
+from .contenders import Contender, contenders
 from .shapes import read_shape
 
 
@@ -68,15 +67,19 @@ class VLLMTiming(Job[list[VLLMRecord]]):
 
     def resolve(self) -> "VLLMTiming":
         """With its head count; raises MQAError for what cannot be timed."""
+        for cell in self.cells:
+            pair(cell)
+        return replace(self, kv_heads=self.contender().kv_heads)
+
+    def contender(self) -> Contender:
+        """The shape with its heads in a class of transformers; raises MQAError where there is none."""
         source, config = read_shape(self.shape)
         if not isinstance(config, MQAConfig):
             raise MQAError(f"{self.shape} is no decoder-only model of this package; time it in vLLM itself")
         [model] = contenders(self.shape, source, config, [self.kv_heads], ["dynamic"])
         if model.run_config is model.config:
             raise MQAError(f"{self.shape} with {model.kv_heads} key/value heads has no class that vLLM knows")
-        for cell in self.cells:
-            pair(cell)
-        return replace(self, kv_heads=model.kv_heads)
+        return model
 
     def run(self) -> list[VLLMRecord]:
         job = self.resolve()
@@ -98,16 +101,12 @@ class VLLMTiming(Job[list[VLLMRecord]]):
             )  # fmt: skip
             found.append(record)
             if job.output is not None:
-                with job.output.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(record.model_dump()) + "\n")
+                record.append(job.output)
         return found
 
     def engine(self, vllm: Any, directory: Path) -> Any:
         """vLLM with the shape and random weights; no prefix is cached, all rows fit at once."""
-        source, config = read_shape(self.shape)
-        assert isinstance(config, MQAConfig)
-        [model] = contenders(self.shape, source, config, [self.kv_heads], ["dynamic"])
-        theirs, cells = model.run_config, [pair(cell) for cell in self.cells]
+        theirs, cells = self.contender().run_config, [pair(cell) for cell in self.cells]
         classes: Any = AutoModelForCausalLM._model_mapping
         theirs.architectures = [classes[type(theirs)].__name__]
         theirs.save_pretrained(directory)

@@ -254,7 +254,7 @@ def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens
             kind = "any"
     if like.dtype == torch.float32:
         kind = "float32"
-    kept = keys == "expanded" and KEEPING + ROUNDING * (attention.bits < 16)
+    kept = KEEPING + ROUNDING * (attention.bits < 16) if keys == "expanded" else 0.0
     return tokens * max(size / BANDWIDTH, computed / OPERATIONS[kind]) + kept
 
 

@@ -66,6 +66,15 @@ class Record(BaseModel):
         path = path / self.file if path.is_dir() else path
         write_whole(path, self.to_json() + "\n")
 
+    def append(self, path: Path) -> None:
+        """Append the record as a JSON line to a file; raise MQAError if it cannot be written."""
+        line = json.dumps(self.model_dump(exclude_none=True), ensure_ascii=False)
+        try:
+            with path.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+        except OSError as error:
+            raise MQAError(f"{path} cannot be written: {error}") from error
+
     def to_json(self, indent: int | None = 2) -> str:
         """Convert to JSON; NaN and infinity become null."""
         return json.dumps(self.model_dump(mode="json", exclude_unset=False), indent=indent, ensure_ascii=False)
