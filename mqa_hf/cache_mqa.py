@@ -220,15 +220,17 @@ class LatentLayer(DecodeLayer):
         """The latents [..., r] from the contents of the buffers."""
         return (held["codes"] if self.bits == 16 else unpack_latent(**held, bits=self.bits)).to(dtype)
 
-    def update_latents(self, made: torch.Tensor) -> torch.Tensor:
-        """Append latents [B, T, r] -> all latents [B, 1, S, r], rounded; those of the first call are not rounded."""
-        first = self.length
-        every = self.extend(self.packed(made[:, None]))
-        return made[:, None] if first == 0 else self.latents(made.dtype, every)
+    def append_latents(self, made: torch.Tensor) -> None:
+        """Append latents [B, T, r]."""
+        self.extend(self.packed(made[:, None]))
 
-    def latents(self, dtype: torch.dtype | None = None, every: int = 1) -> torch.Tensor:
-        """Latents in use, [rows, 1, length, r], of every `every`-th row."""
-        held = {name: buffer[::every, :, : self.length] for name, buffer in self.buffers().items()}
+    def latents(
+        self, dtype: torch.dtype | None = None, rows: int | None = None, some: slice = slice(None)
+    ) -> torch.Tensor:
+        """Latents in use, [B, 1, length, r], of the prompts `some`, if the cache has copies of `rows` prompts; by
+        default, of all rows."""
+        every = 1 if rows is None else self.shape[0] // rows
+        held = {name: buffer[::every, :, : self.length][some] for name, buffer in self.buffers().items()}
         return self.unpacked(held, dtype or self.dtype)
 
 

@@ -27,6 +27,7 @@ from .packing_mqa import rounded_latent
 from .positions_mqa import rotate, rotated_components
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+AT_ONCE = 2**27  # numbers of latents and their keys that are made at once from a cache
 
 
 class HeadLinear(nn.Module):
@@ -122,10 +123,20 @@ class MQALatentAttention(nn.Module):
         made = self.kv_proj(hidden_states if encoder_hidden_states is None else encoder_hidden_states)
         latent = rounded_latent(made, self.bits)
         if cache is not None:
-            keys, held = self.keep(made, latent, cache, position_embeddings, key_position_embeddings)
+            layers: Any = cache.layers
+            stored = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+            alone = hasattr(stored, "append_latents")  # without keys
+            if alone:
+                stored.append_latents(made)
+                length = stored.length
+            else:
+                keys, held = self.keep(latent, cache, position_embeddings)
+                length = held.shape[2]
             if self.cross and isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.is_updated[self.layer_idx] = True
-            if held.shape[2] != latent.shape[1]:
+            if length != latent.shape[1]:
+                if alone:
+                    return self.attend_by_rows(query, stored, key_position_embeddings, attention_mask, kwargs)
                 return self.attend_absorbed(query, keys, held, attention_mask, kwargs)
         return self.attend_by_head(query, latent, position_embeddings, attention_mask, kwargs)
 
@@ -142,24 +153,13 @@ class MQALatentAttention(nn.Module):
         return rounded_latent(self.kv_proj(x), self.bits)
 
     def keep(
-        self,
-        made: torch.Tensor,
-        latent: torch.Tensor,
-        cache: Cache,
-        angles: Angles | None,
-        all_angles: Angles | None,
+        self, latent: torch.Tensor, cache: Cache, angles: Angles | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Extend a cache by new latents [B, T, r], given unrounded (`made`) and rounded (`latent`).
+        """Extend one of transformers' caches, or one that holds keys, by new latents [B, T, r].
 
         Returns:
             The rotated keys [B, 1, S, W] (`None` without rotation) and the latents [B, 1, S, r] of all cached tokens.
         """
-        layers: Any = cache.layers
-        stored: Any = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-        if hasattr(stored, "update_latents"):  # it holds only latents
-            held = stored.update_latents(made)
-            alone = held.shape[2] == made.shape[1]
-            return None if alone or not self.rotary else self.rebuilt(held.squeeze(1), all_angles), held
         keys, values = self.as_cached(latent[:, None], angles)
         if isinstance(cache, QuantizedCache) and not self.qk_head_dim:
             values = keys  # an empty tensor cannot be quantised
@@ -208,6 +208,37 @@ class MQALatentAttention(nn.Module):
         key = latent if keys is None else keys if plain is None else torch.cat((keys, latent), dim=-1)
         output, weights = self.attend(self.absorbed, query, key, latent, mask, kwargs)
         return self.o_proj(self.v_up.read(output).flatten(2)), weights
+
+    def attend_by_rows(
+        self, query: torch.Tensor, stored: Any, angles: Angles | None, mask: Any, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend to a cache that holds only latents, a few rows at a time: the keys of all rows together can take many
+        times the memory of the cache.
+
+        Args:
+            query: rotated queries [B, H, T, D].
+            stored: the cache's layer, with B rows or a multiple of B.
+            angles: of all cached tokens, [B, 1, S, R] each.
+        """
+        B, size = len(query), stored.length * (self.qk_head_dim + self.kv_latent_dim)
+        whole = not (mask is None or isinstance(mask, torch.Tensor))  # a mask in blocks has no rows to select
+        rows = B if whole else max(1, AT_ONCE // size)
+        outputs: list[torch.Tensor] = []
+        weights: list[torch.Tensor] = []
+        for first in range(0, B, rows):
+            some = slice(first, first + rows)
+            latent = stored.latents(query.dtype, B, some)
+            keys = None
+            if self.rotary:
+                assert angles is not None
+                keys = self.rebuilt(latent.squeeze(1), (angles[0][some], angles[1][some]))
+            seen = mask[some] if isinstance(mask, torch.Tensor) and len(mask) == B else mask
+            own = {name: x[some] if name == "position_ids" and len(x) == B else x for name, x in kwargs.items()}
+            output, weight = self.attend_absorbed(query[some], keys, latent, seen, own)
+            outputs.append(output)
+            if weight is not None:
+                weights.append(weight)
+        return torch.cat(outputs), torch.cat(weights) if weights else None
 
     def attend(
         self, view: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, kwargs: Any

@@ -8,7 +8,7 @@ import torch
 from isolated import run_without_the_package
 from latents import MODELS, ROPE, ROTATED, WINDOWS, make, make_seq2seq, prompts, with_heads
 
-from mqa_hf import kernel_latent_mqa, latent_step_mqa, request_mqa, step_mqa
+from mqa_hf import kernel_latent_mqa, latent_mqa, latent_step_mqa, request_mqa, step_mqa
 from mqa_hf.base.code import runtime_files
 from mqa_hf.cache_mqa import KEYS, DecodeCache
 from mqa_hf.kernel_append_mqa import naive_append
@@ -186,6 +186,34 @@ def test_a_cache_that_is_given_is_continued(name, keys, bits, capacity, device):
         longer = torch.cat((found, more), 1)
         mask = torch.nn.functional.pad(text["attention_mask"], (0, 15), value=1)
         text = {"input_ids": longer, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("attention", ["mqa", "eager"])
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("name", ["rotary", "half of a head", "windows", "alibi"])
+def test_keys_of_a_long_cache_are_rebuilt_a_few_rows_at_a_time(name, bits, attention, monkeypatch):
+    model = make(MODELS[name], bits=bits)
+    model.set_attn_implementation(attention)
+    text, found = prompts(), []
+    for at_once in (latent_mqa.AT_ONCE, 2 * 9 * 128, 1):  # all rows, a few, one
+        monkeypatch.setattr(latent_mqa, "AT_ONCE", at_once)
+        cache = DecodeCache(model.config, rows=3, capacity=16, dtype=model.dtype, device="cpu", keys="rebuilt")
+        first = {"input_ids": text["input_ids"][:, :6], "attention_mask": text["attention_mask"][:, :6]}
+        with torch.no_grad():
+            model(**first, past_key_values=cache)
+            found.append(
+                model(
+                    text["input_ids"][:, 6:],
+                    attention_mask=text["attention_mask"],
+                    past_key_values=cache,
+                    output_attentions=attention == "eager",
+                )
+            )
+    whole, *others = found
+    for other in others:
+        assert torch.allclose(other.logits, whole.logits, atol=1e-12)
+        for one, same in zip(other.attentions or (), whole.attentions or ()):
+            assert torch.allclose(one, same, atol=1e-12)
 
 
 @pytest.mark.parametrize("keys", KEYS)
