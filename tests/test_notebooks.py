@@ -20,11 +20,22 @@ def run(name, **parameters):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def shown(cells):
+    """The losses that the notebook for a CPU shows."""
+    return eval(cells[3].outputs[-1]["data"]["text/plain"])
+
+
 def test_the_notebook_for_a_cpu():
     cells = run("cpu.ipynb")
-    losses = eval(cells[3].outputs[-1]["data"]["text/plain"])
+    losses = shown(cells)
     assert losses["latent"] < losses["fitted"] < losses["mean"]
     assert "latent |" in cells[-1].outputs[-1]["text"]
+    said = str([cell.outputs for cell in cells])
+    assert 'install "ipywidgets"' not in said
+    stored = [cell for cell in nbformat.read(NOTEBOOKS / "cpu.ipynb", as_version=4).cells if cell.cell_type == "code"]
+    assert shown(stored) == pytest.approx(losses, abs=0.02)
+    assert "/tmp" not in str(stored)
+    assert "site-packages" not in str(stored)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Messages and progress bars, on standard error; standard output is for results."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,7 +41,12 @@ def warn(text: str) -> None:
 
 
 def progress_bar(*columns: "ProgressColumn", transient: bool = False) -> "Progress":
-    """A progress bar with these columns, shown unless the verbosity is `QUIET`; `transient` removes it at the end."""
+    """A progress bar with these columns, shown unless the verbosity is `QUIET`; `transient` removes it at the end.
+
+    In a notebook it needs ipywidgets, without which rich would show a warning in place of each bar.
+    """
     from rich.progress import Progress
 
-    return Progress(*columns, console=stderr(), transient=transient, disable=_level < NORMAL)
+    console = stderr()
+    shown = _level >= NORMAL and not (console.is_jupyter and find_spec("ipywidgets") is None)
+    return Progress(*columns, console=console, transient=transient, disable=not shown)
