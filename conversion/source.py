@@ -17,19 +17,19 @@ from mqa_hf.base.hub import locate
 from .checkpoint import CheckpointReader, Reader
 from .families import OWN, check_known
 
-# Names of the number of layers; a damaged value would fill the memory.
+# Fields with the number of layers. A damaged value would exhaust memory.
 LAYERS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
     *("encoder_layers", "decoder_layers", "num_decoder_layers"),
 )
 MOST_LAYERS = 10_000
-# Fields of rotary positions whose type transformers does not check.
+# Rotary fields whose type transformers does not check.
 ROPE_NUMBERS = (
     *("rope_theta", "rope_local_base_freq", "rotary_emb_base", "partial_rotary_factor", "rotary_pct"),
     *("factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"),
     *("mscale", "mscale_all_dim", "original_max_position_embeddings"),
 )
-UNBOUNDED = "time_step_limit"  # of state-space layers, where infinity means no bound
+UNBOUNDED = "time_step_limit"  # a field of state-space layers, in which infinity means no bound
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Source:
     """A checkpoint directory and its configuration.
 
     Attributes:
-        name: as the user gave it: a hub id or a path.
+        name: the hub id or path that the user gave.
         directory: where the files are.
         revision: the commit, for a hub id.
-        config: as transformers reads it.
+        config: the configuration as transformers reads it.
         raw: the content of `config.json`.
     """
 
@@ -51,7 +51,7 @@ class Source:
     raw: dict[str, Any]
 
     def reader(self, allow_nonfinite: bool = False) -> Reader:
-        """Its weights, of which headers are read now."""
+        """Return a reader of the weights; reads their headers now."""
         return CheckpointReader(self.directory, allow_nonfinite)
 
 

@@ -1,7 +1,7 @@
-"""The table of families: where each canonical tensor lives in a source checkpoint, and what its config means.
+"""The family table: maps the tensors and configuration of each source family to the canonical model.
 
-Adding a family is adding a row to one of the modules here and a line in `tests/helpers/sources.py`; CONTRIBUTING.md
-walks through it. Names in the rules are without the base model's prefix on either side; `{}` is the layer.
+To add a family, add a row to one of the modules here and a case to `tests/helpers/sources.py`; see CONTRIBUTING.md.
+Names in the rules omit the base model's prefix on both sides; `{}` is the layer number.
 """
 
 import copy
@@ -47,11 +47,11 @@ FAMILIES: dict[str, Family] = {
     **encoder_decoder.FAMILIES,
 }
 
-# A model of this package's own classes that was trained with all its heads.
+# Models of this package's own classes, trained with all their heads.
 OWN = (MQAConfig.model_type, MQASeq2SeqConfig.model_type)
 CANONICAL = Family(prefixes=(), config=lambda _: {}, rules=(), canonical=True)
 
-# Switches that no model's function depends on, wherever they stand; how to generate is carried over by itself.
+# Switches that never change a model's outputs. Generation settings are carried over separately.
 INERT = (
     frozenset(PreTrainedConfig().to_dict())
     | frozenset(GenerationConfig().to_dict())
@@ -85,7 +85,7 @@ INERT = (
         *(f"{name}_token" for name in ("bos", "eos", "pad", "unk")),
     }
 )
-# Switches that change nothing while they have these values, in classes that do not read them.
+# Switches without effect at these values, in classes that do not read them.
 IDLE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "attention_bias": (False, None),
@@ -101,19 +101,20 @@ _ROPE_SPELLINGS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 
 
 def family_of(model_type: Any) -> Family:
-    """The row of a model type; raises ConversionError where there is none."""
+    """Return the row of a model type; raises ConversionError if there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in OWN:
             return CANONICAL
         if isinstance(model_type, str) and model_type in NATIVE_ONLY:
             raise ConversionError(
-                f"{model_type} is converted in its own class only: {NATIVE_ONLY[model_type].why}; use `target` native"
+                f"{model_type} can only be converted in its own class: {NATIVE_ONLY[model_type].why}; use "
+                "`target` native"
             )
         if isinstance(model_type, str) and model_type in REFUSED:
             raise ConversionError(f"{model_type} cannot be converted: {REFUSED[model_type]}")
         if model_type is None:
             raise ConversionError(
-                'config.json has no model_type; add it, as the class in its "architectures" says (T5 is "t5")'
+                'config.json has no model_type; add that of the class in its "architectures" ("t5" for T5)'
             )
         raise ConversionError(
             f"unsupported model type {model_type!r}; supported are {', '.join(sorted(FAMILIES))}. "
@@ -123,7 +124,7 @@ def family_of(model_type: Any) -> Family:
 
 
 def native_config(source: PreTrainedConfig, pooled: MQAConfig) -> PreTrainedConfig:
-    """That of the class of transformers which holds a pooled model; raises ConversionError where there is none."""
+    """Return the configuration of the transformers class for a pooled model; raises ConversionError if none fits."""
     native = family_of(source.model_type).native
     if native is None:
         raise ConversionError(
@@ -134,13 +135,13 @@ def native_config(source: PreTrainedConfig, pooled: MQAConfig) -> PreTrainedConf
 
 
 def check_known(model_type: Any) -> None:
-    """Raises ConversionError for a model type that cannot be converted at all."""
+    """Raise ConversionError for a model type that cannot be converted at all."""
     if not isinstance(model_type, str) or model_type not in NATIVE_ONLY:
         family_of(model_type)
 
 
 def check_not_quantised(raw: dict[str, Any]) -> None:
-    """Raises ConversionError for a `config.json` of quantised weights."""
+    """Raise ConversionError if `config.json` describes quantised weights."""
     if raw.get("quantization_config"):
         raise ConversionError(
             "the source's weights are quantised (quantization_config); dequantise them or convert the original"
@@ -150,15 +151,15 @@ def check_not_quantised(raw: dict[str, Any]) -> None:
 def canonical_config(
     source: PreTrainedConfig, raw: dict[str, Any], ignore: frozenset[str] = frozenset()
 ) -> MQAConfig | MQASeq2SeqConfig:
-    """The canonical configuration of a source, with all the K/V heads that the source has.
+    """Return the canonical configuration of a source, with all its key/value heads.
 
     Args:
         source: the configuration as transformers reads it.
-        raw: `config.json` as it stands.
-        ignore: switches that the caller knows to have no effect.
+        raw: the content of `config.json`.
+        ignore: unknown switches to accept because they have no effect.
 
     Raises:
-        ConversionError: for an unknown family, a switch that nothing reads, or one without a canonical equivalent.
+        ConversionError: for an unknown family, an unknown switch, or a switch without a canonical equivalent.
     """
     family = family_of(source.model_type)
     check_not_quantised(raw)
@@ -169,7 +170,7 @@ def canonical_config(
     recorder = SourceConfig(source)
     try:
         fields = family.config(recorder)
-        # T5's classes tie whatever the file says; a file that denies it has a head of its own.
+        # T5's classes always tie the embeddings, but a file with tie_word_embeddings=false has its own head.
         fields["tie_word_embeddings"] = bool(raw.get("tie_word_embeddings", fields["tie_word_embeddings"]))
         config = (MQASeq2SeqConfig if "decoder" in fields else MQAConfig)(**fields, dtype=source.dtype)
     except MQAError:
@@ -180,7 +181,7 @@ def canonical_config(
     read = recorder._read | {aliases.get(name, name) for name in recorder._read}
     if "rope_parameters" in read:
         read |= _ROPE_SPELLINGS
-    # Names that start with an underscore and are no field of the class are notes of whoever wrote the file.
+    # Names that start with an underscore and are not fields of the class are annotations.
     notes = {name for name in raw if name.startswith("_") and name not in type(source).__dataclass_fields__}
     tokens = {name for name in raw if name.endswith("_token_id")}
     unknown = set(raw) - read - family.inert - _inert(raw) - notes - tokens - ignore
@@ -194,22 +195,22 @@ def canonical_config(
 
 
 def _inert(raw: dict[str, Any]) -> frozenset[str]:
-    """The names in a `config.json` that change nothing, whatever the family."""
+    """Return the names in `config.json` that have no effect in any family."""
     return INERT | {name for name, values in IDLE.items() if name in raw and raw[name] in values}
 
 
 def own_config(
     source: MQAConfig | MQASeq2SeqConfig, raw: dict[str, Any], ignore: frozenset[str]
 ) -> MQAConfig | MQASeq2SeqConfig:
-    """That of a model of this package's classes, as it is; raises ConversionError for a switch that it has not."""
+    """Copy the configuration of a model of this package; raises ConversionError for an unknown switch."""
     unknown = set(raw) - set(type(source)().to_dict()) - _inert(raw) - ignore
     if unknown:
-        raise ConversionError(f"{source.model_type} has no switches {listing(unknown)} in config.json")
+        raise ConversionError(f"{source.model_type}: unknown switches in config.json: {listing(unknown)}")
     return copy.deepcopy(source)
 
 
 def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
-    """Raises ConversionError for a model of this package's classes whose heads do not become fewer: fitted ones."""
+    """Raise ConversionError if a model of this package has a latent or fitted heads, which cannot be merged."""
     for stack in [config] if isinstance(config, MQAConfig) else [config.encoder, config.decoder]:
         if stack.latent:
             raise ConversionError("it has a latent in place of keys and values; convert the original instead")
@@ -225,7 +226,7 @@ def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
 
 
 def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:
-    """Multiply a layer's projections by what the canonical model has no switch for, in place."""
+    """Multiply a layer's projections in place by the family's scales, for which the canonical model has no switch."""
     scales = {} if family.scales is None else family.scales(source, layer)
     for projection, scale in scales.items():
         for name, tensor in tensors.items():

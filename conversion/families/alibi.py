@@ -1,4 +1,4 @@
-"""Models with ALiBi (arXiv 2108.12409), and Falcon, which has it in some of its sizes."""
+"""Models with ALiBi (arXiv 2108.12409), including Falcon, which has it in some sizes."""
 
 import copy
 import math
@@ -16,24 +16,24 @@ from .base import ATTENTION, BIASED_LAYER, QKV, Family, Rule, SourceConfig, modu
 
 
 def geometric_slopes(heads: int) -> list[float]:
-    """The paper's slopes: 2^(-8/n), its square, ... of the n heads of the largest power of two, then, for the other
-    heads, every second one of the sequence for 2·n."""
+    """Return the paper's slopes: 2^(-8/n), its square, ... for the first n heads, where n is the largest power of two,
+    then every second slope for 2·n heads."""
     n = 2 ** int(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
     return slopes + [2.0 ** (-4 * (2 * i + 1) / n) for i in range(heads - n)]
 
 
 def mpt_slopes(heads: int) -> list[float]:
-    """MPT's: those of the next power of two, every second one first."""
+    """Return MPT's slopes: those for the next power of two, every second one first."""
     n = 2 ** math.ceil(math.log2(heads))
     slopes = [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
     return slopes if n == heads else (slopes[1::2] + slopes[::2])[:heads]
 
 
 def bloom(c: SourceConfig) -> dict[str, Any]:
-    c.require("apply_residual_connection_post_layernorm", False, "the residual stream would start at the norms")
+    c.require("apply_residual_connection_post_layernorm", False, "the residual stream would start after the norms")
     _ = c.pretraining_tp  # read only with slow_but_exact
-    c.require("slow_but_exact", False, "its class then leaves out biases where pretraining_tp is above 1")
+    c.require("slow_but_exact", False, "its class then omits biases if pretraining_tp is above 1")
     return shared(
         c,
         intermediate_size=4 * c.hidden_size,
@@ -52,18 +52,20 @@ def bloom(c: SourceConfig) -> dict[str, Any]:
 
 
 def mpt(c: SourceConfig) -> dict[str, Any]:
-    c.require("logit_scale", None, "the class of transformers does not apply it")
-    c.require("no_bias", True, "the class of transformers has no biases")
-    c.require("expansion_ratio", 4, "the class of transformers has 4")
+    c.require("logit_scale", None, "the transformers class does not apply it")
+    c.require("no_bias", True, "the transformers class has no biases")
+    c.require("expansion_ratio", 4, "the transformers class fixes it at 4")
     if c.norm_type not in ("low_precision_layernorm", "layernorm"):
-        raise ConversionError(f"mpt: norm_type={c.norm_type!r} is not supported; the class has layer norms only")
+        raise ConversionError(
+            f"mpt: norm_type={c.norm_type!r} is not supported; the transformers class has layer norms only"
+        )
     a = SourceConfig(c.attn_config)
-    a.require("attn_type", "multihead_attention", "the class of transformers has no other")
-    a.require("clip_qkv", None, "clipped keys and values are no linear map of their input")
-    a.require("qk_ln", False, "a norm across queries and keys does not commute with pooling")
-    a.require("prefix_lm", False, "a prefix is attended to in both directions")
-    a.require("alibi", True, "the class of transformers has no other positions")
-    a.require("alibi_bias_max", 8, "the class of transformers has 8")
+    a.require("attn_type", "multihead_attention", "the transformers class has no other")
+    a.require("clip_qkv", None, "clipped keys and values are not linear in their input")
+    a.require("qk_ln", False, "normalising queries and keys does not commute with pooling")
+    a.require("prefix_lm", False, "attention within a prefix is bidirectional")
+    a.require("alibi", True, "the transformers class has no other positions")
+    a.require("alibi_bias_max", 8, "the transformers class fixes it at 8")
     unknown = set(c.attn_config.to_dict()) - set(MptAttentionConfig().to_dict())
     if unknown:
         raise ConversionError(f"mpt: unknown switches in attn_config: {listing(unknown)}")
@@ -88,17 +90,19 @@ def mpt(c: SourceConfig) -> dict[str, Any]:
 def falcon(c: SourceConfig) -> dict[str, Any]:
     new, parallel, norms, bias = c.new_decoder_architecture, c.parallel_attn, c.num_ln_in_parallel_attn, c.bias
     one_head, kv_heads, dropout = c.multi_query, c.num_kv_heads, c.attention_dropout
-    c.require("apply_residual_connection_post_layernorm", False, "the class of transformers does not know it")
+    c.require("apply_residual_connection_post_layernorm", False, "the transformers class does not support it")
     heads, D = c.num_attention_heads, c.hidden_size // c.num_attention_heads
     if new and not parallel:
-        raise ConversionError("falcon: new_decoder_architecture without parallel_attn: its class cannot run it")
+        raise ConversionError("falcon: its class cannot run new_decoder_architecture without parallel_attn")
     if not new and norms == 2:
-        raise ConversionError("falcon: num_ln_in_parallel_attn=2 without new_decoder_architecture: nor can its class")
+        raise ConversionError(
+            "falcon: its class cannot run num_ln_in_parallel_attn=2 without new_decoder_architecture"
+        )
     if not new and not one_head and kv_heads != heads:
         raise ConversionError(f"falcon: num_kv_heads={kv_heads} needs new_decoder_architecture")
     fields = rope(c)
     if c.alibi:
-        # The class rounds slopes to bfloat16 and adds biases before the scale.
+        # The class rounds slopes to bfloat16 and adds biases before scaling.
         slopes = torch.tensor(geometric_slopes(heads)).bfloat16().tolist()
         scaled = [slope / D**0.5 for slope in slopes]
         fields = {"position_embedding": "alibi", "alibi_slopes": scaled}
@@ -177,7 +181,7 @@ FAMILIES = {
         prefixes=("transformer.",),
         config=bloom,
         rules=BLOOM_RULES,
-        # Of the framework that it was trained with; the class reads none of them.
+        # Settings of the training framework; the class reads none of them.
         inert=frozenset(
             {"attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "n_embed", "n_inner"}
             | {"offset_alibi", "skip_bias_add", "skip_bias_add_qkv", "unk_token_id"}
@@ -188,15 +192,14 @@ FAMILIES = {
         config=falcon,
         rules=FALCON_RULES,
         ignored=("h.{}.self_attention.rotary_emb.inv_freq",),
-        inert=frozenset({"ff_factor"}),  # stands beside ffn_hidden_size, and the class never reads it
+        inert=frozenset({"ff_factor"}),  # the class reads ffn_hidden_size instead
         native=native_falcon,
     ),
     "mpt": Family(
         prefixes=("transformer.",),
         config=mpt,
         rules=MPT_RULES,
-        # How to start and what to log; gradients (embedding_fraction); dropouts and positions that the class never
-        # reads.
+        # Initialisation, logging, gradients (embedding_fraction); dropouts and positions that the class never reads.
         inert=frozenset(
             {"embedding_fraction", "emb_pdrop", "init_config", "init_device", "learned_pos_emb", "resid_pdrop"}
             | {"tokenizer_name", "verbose"}

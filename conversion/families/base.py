@@ -1,4 +1,4 @@
-"""What a row of the family table is made of, and what rows share."""
+"""The types of the family table and the helpers that its rows share."""
 
 import copy
 from collections.abc import Callable
@@ -18,7 +18,7 @@ COPY = Copy()
 
 @dataclass(frozen=True)
 class Rule:
-    """A source tensor and the canonical tensors it becomes; a target of `None` is dropped (zeros on the way back)."""
+    """A source tensor and the canonical tensors it becomes; a target of `None` is dropped (zeros when reversed)."""
 
     source: str
     targets: tuple[str | None, ...]
@@ -26,10 +26,9 @@ class Rule:
 
 
 class SourceConfig:
-    """A source configuration that remembers which of its switches were read.
+    """A source configuration that records which of its switches were read.
 
-    A switch in `config.json` that no one reads would change the model's function unnoticed; see
-    [`canonical_config`].
+    An unread switch in `config.json` could change the model's outputs unnoticed; see [`canonical_config`].
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -42,7 +41,7 @@ class SourceConfig:
         return getattr(self._config, name)
 
     def require(self, name: str, value: Any, reason: str) -> None:
-        """Refuse any other value of a switch that the canonical model has no place for; `None` is also `False`."""
+        """Raise ConversionError unless a switch has the only supported value; `None` counts as `False`."""
         self.required[name] = (value, reason)
         found = getattr(self._config, name, value)
         self._read.add(name)
@@ -57,15 +56,15 @@ class Family:
     """One model type of transformers.
 
     Attributes:
-        prefixes: of the base model's tensors, as checkpoints of the full model and of the base model spell it.
-        config: the canonical configuration's fields from the source's configuration.
-        rules: where the tensors are.
+        prefixes: of tensor names in checkpoints of the full model and of the base model.
+        config: maps the source's configuration to the canonical fields.
+        rules: map the source's tensors to canonical ones.
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
-        inert: switches without effect on the function of the model in evaluation.
-        scales: factors on the outputs of a layer's projections that the canonical model has no switch for, by name.
-        canonical: whether names and configuration are canonical already; there are no `rules` then.
-        native: the class of transformers that holds the pooled model, or `None`; takes the source's configuration
-            and the converted one, gives that class's configuration.
+        inert: switches that do not change the model's outputs in evaluation mode.
+        scales: returns the factors on a layer's projections, by projection name, that have no canonical switch.
+        canonical: whether names and configuration are already canonical; `rules` is then empty.
+        native: takes the source's and the converted configuration and returns that of the transformers class that
+            holds the pooled model; `None` if no class can.
     """
 
     prefixes: tuple[str, ...]
@@ -78,7 +77,7 @@ class Family:
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
 
 
-# The layer of GPT-2, BLOOM, BART and their relatives: layer norms, a plain MLP, biases (a key's is invisible).
+# The layer of GPT-2, BLOOM, BART and their relatives: layer norms, a plain MLP, biases (softmax cancels a key's).
 BIASED_LAYER = {
     "norm_type": "layer_norm",
     "gated_mlp": False,
@@ -93,7 +92,7 @@ BIASED_LAYER = {
 
 
 def shared(c: SourceConfig, **fields: Any) -> dict[str, Any]:
-    """What every family spells alike."""
+    """Return the fields that every family names alike."""
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -130,22 +129,22 @@ def windows(c: SourceConfig, layer_types: list[str] | None = None) -> dict[str, 
 
 
 def one_window(c: SourceConfig) -> dict[str, Any]:
-    """Of families whose layers are alike: all sliding where there is a window."""
+    """Return the windows of a family with identical layers: all slide if a window is set."""
     kind = "full_attention" if c.sliding_window is None else "sliding_attention"
     return windows(c, [kind] * c.num_hidden_layers)
 
 
 def partial_factor(rotary_dim: int, head_dim: int) -> float:
-    """The factor of which transformers' `int(head_dim * factor)` is `rotary_dim`, whatever the rounding."""
+    """Return a factor for which transformers' `int(head_dim * factor)` is exactly `rotary_dim`."""
     factor = rotary_dim / head_dim
     return factor if int(head_dim * factor) == rotary_dim else (rotary_dim + 0.5) / head_dim
 
 
-# -- native homes ------------------------------------------------------------------------------------------------
+# -- native classes ----------------------------------------------------------------------------------------------
 
 
 def native_same_class(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
-    """The source's own class, with fewer key/value heads."""
+    """Return the configuration of the source's own class with fewer key/value heads."""
     native = copy.deepcopy(source)
     native.num_key_value_heads = config.num_key_value_heads
     return native
@@ -168,7 +167,7 @@ def refuse(target: str, reasons: dict[str, bool]) -> None:
 
 
 def module_rules(source: str, *targets: str | None, operation: Operation = COPY, bias: Operation | None = None):
-    """The rules of a module's weight and bias; the bias takes the same operation unless another is given."""
+    """Return the rules of a module's weight and bias; `bias` defaults to `operation`."""
     return tuple(
         Rule(f"{source}.{kind}", tuple(target and f"{target}.{kind}" for target in targets), op)
         for kind, op in (("weight", operation), ("bias", bias or operation))

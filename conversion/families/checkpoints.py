@@ -1,4 +1,4 @@
-"""Official checkpoints of each family, and the attention that they have; for the page of families."""
+"""Official checkpoints of each family and their attention type, for docs/families.md."""
 
 MULTI_HEAD, GROUPED, MULTI_QUERY = "multi-head", "grouped", "multi-query"
 

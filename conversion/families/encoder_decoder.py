@@ -13,7 +13,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_
 
 
 def _whole(c: SourceConfig, encoder: dict[str, Any], decoder: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """The fields of `MQASeq2SeqConfig`."""
+    """Return the fields of `MQASeq2SeqConfig`."""
     return {
         "encoder": {**encoder, "causal": False, "cross_num_key_value_heads": None},
         "decoder": decoder,
@@ -27,8 +27,8 @@ def _whole(c: SourceConfig, encoder: dict[str, Any], decoder: dict[str, Any], **
 
 
 def _t5(c: SourceConfig, scaled: bool, bias_per_layer: bool = False) -> dict[str, Any]:
-    """T5's layer: RMS norms, no biases, unscaled attention with a learned bias of the distance."""
-    _ = c.feed_forward_proj  # settled in is_gated_act and dense_act_fn
+    """T5's layer: RMS norms, no biases, unscaled attention with a learned relative position bias."""
+    _ = c.feed_forward_proj  # included in is_gated_act and dense_act_fn
     stack = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.d_model,
@@ -70,8 +70,8 @@ def mt5(c: SourceConfig) -> dict[str, Any]:
 
 
 def umt5(c: SourceConfig) -> dict[str, Any]:
-    c.require("scalable_attention", True, "the class of transformers has no other")
-    # Before transformers 5.24 the class scales by a switch that its configuration sets, whatever the file says.
+    c.require("scalable_attention", True, "the transformers class has no other")
+    # Before transformers 5.24, the class scales if tie_word_embeddings is set, which its configuration forces.
     return _t5(c, scaled=getattr(c, "scale_decoder_outputs", c.tie_word_embeddings), bias_per_layer=True)
 
 
@@ -106,7 +106,7 @@ def _t5_rules() -> tuple[Rule, ...]:
 def _bart(c: SourceConfig, *, pre_norm: bool, embedding_norm: bool, **fields: Any) -> dict[str, Any]:
     """BART's layer: layer norms before or after each sub-layer, biases everywhere.
 
-    Other fields are either stack's; a field called `encoder` or `decoder` holds what only that one has.
+    `fields` apply to both stacks, except that `encoder` and `decoder` hold the fields of one stack.
     """
     _ = c.encoder_layerdrop, c.decoder_layerdrop  # skip whole layers while training only
     own = {side: fields.pop(side, {}) for side in SIDES}
@@ -162,7 +162,7 @@ def bart(c: SourceConfig) -> dict[str, Any]:
 
 
 def mvp(c: SourceConfig) -> dict[str, Any]:
-    c.require("use_prompt", False, "its prompts are keys and values that no projection makes")
+    c.require("use_prompt", False, "its prompts are keys and values that do not come from a projection")
     return bart(c)
 
 
@@ -176,9 +176,9 @@ def plbart(c: SourceConfig) -> dict[str, Any]:
 
 
 def blenderbot(c: SourceConfig) -> dict[str, Any]:
-    c.require("layernorm_variant", "prelayernorm", "the class of transformers norms before each sub-layer")
-    c.require("extra_layer_norm", False, "the class of transformers has none")
-    _ = getattr(c, "do_blenderbot_90_layernorm", None)  # of the 90M model, which is another class
+    c.require("layernorm_variant", "prelayernorm", "the transformers class normalises before each sub-layer")
+    c.require("extra_layer_norm", False, "the transformers class has none")
+    _ = getattr(c, "do_blenderbot_90_layernorm", None)  # only for the 90M model, which has another class
     return _bart(c, pre_norm=True, embedding_norm=False, **_learned(c), **HEAD_BIAS)
 
 
@@ -189,7 +189,7 @@ def pegasus(c: SourceConfig) -> dict[str, Any]:
 def m2m_100(c: SourceConfig) -> dict[str, Any]:
     if c.decoder_start_token_id is not None and c.decoder_start_token_id == c.pad_token_id:
         raise ConversionError(
-            f"m2m_100: the decoder starts with the padding token ({c.pad_token_id}), which its class gives no position"
+            f"m2m_100: decoding starts with the padding token ({c.pad_token_id}), which has no position in its class"
         )
     # The first token's position follows that of padding.
     positions = _sinusoidal(c, sinusoidal_endpoint=True, position_offset=c.pad_token_id + 1, positions_from_mask=True)
@@ -211,7 +211,7 @@ def whisper(c: SourceConfig) -> dict[str, Any]:
         "max_position_embeddings": c.max_source_positions,
         "embedding_scale": 1.0,
     }
-    # The class computes the scale of `scale_embedding` and never applies it.
+    # The class computes the scale for `scale_embedding` but never applies it.
     decoder = {"max_position_embeddings": c.max_target_positions, "embedding_scale": 1.0}
     fields = _bart(
         c, pre_norm=True, embedding_norm=False, position_embedding="learned", encoder=encoder, decoder=decoder
@@ -269,14 +269,14 @@ def _t5_family(config, **fields: Any) -> Family:
         prefixes=("",),
         config=config,
         rules=_t5_rules(),
-        # Old files have a bias for the cross-attention too, which was never used.
+        # Old files also have a bias for cross-attention, which was never used.
         ignored=("decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight",),
         inert=frozenset({"classifier_dropout", "n_positions", "output_past", "is_gated_act", "dense_act_fn"}),
         **fields,
     )
 
 
-# Of fairseq's BART, in files whose class has one form only.
+# Switches of fairseq's BART in published files; the transformers class has only one form.
 _NOTES = frozenset(
     {"add_bias_logits", "add_final_layer_norm", "extra_pos_embeddings", "force_bos_token_to_be_generated"}
 )

@@ -82,8 +82,8 @@ def openai_gpt(c: SourceConfig) -> dict[str, Any]:
 
 def opt(c: SourceConfig) -> dict[str, Any]:
     _ = c.layerdrop  # skips whole layers while training only
-    c.require("learned_embeddings", True, "the class of transformers has learned positions")
-    c.require("scale_embeddings", False, "the class of transformers does not scale embeddings")
+    c.require("learned_embeddings", True, "the transformers class has learned positions")
+    c.require("scale_embeddings", False, "the transformers class does not scale embeddings")
     pre_norm, no_final_norm = c.do_layer_norm_before, c._remove_final_layer_norm
     return shared(
         c,
@@ -110,7 +110,7 @@ def opt(c: SourceConfig) -> dict[str, Any]:
 
 
 def gpt_neo(c: SourceConfig) -> dict[str, Any]:
-    _ = c.attention_types  # settled in attention_layers
+    _ = c.attention_types  # included in attention_layers
     window, kinds = c.window_size, {"global": "full_attention", "local": "sliding_attention"}
     layer_types = [kinds[kind] for kind in c.attention_layers]
     return shared(
@@ -155,9 +155,9 @@ def xglm(c: SourceConfig) -> dict[str, Any]:
     if c.hidden_size % 2:
         raise ConversionError(f"xglm: d_model={c.hidden_size} must be even for sinusoidal positions")
     if (c.pad_token_id or 0) >= 2:
-        # The class zeroes the row of this number in its table of positions, of which the first two are never used.
+        # The class zeroes this row of its position table. It never uses the first two rows.
         raise ConversionError(
-            f"xglm: with pad_token_id={c.pad_token_id} position {c.pad_token_id - 2} has no sinusoid"
+            f"xglm: pad_token_id={c.pad_token_id} zeroes the sinusoid of position {c.pad_token_id - 2}; use 0 or 1"
         )
     return _fairseq(
         c,
@@ -224,7 +224,7 @@ _GPT_NAMES = (
 
 
 def _gpt_rules(linear: Operation, fused: Operation, fused_bias: Operation) -> tuple[Rule, ...]:
-    # Without rotary positions softmax does not see a constant added to every key: its bias is dropped.
+    # Without rotary positions, softmax cancels a constant added to every key, so the key bias is dropped.
     return (
         *renamed(*_GPT_NAMES),
         Rule("h.{}.attn.c_attn.weight", tuple(f"{name}.weight" for name in QKV), fused),
@@ -235,7 +235,7 @@ def _gpt_rules(linear: Operation, fused: Operation, fused_bias: Operation) -> tu
     )
 
 
-# OPT, XGLM and BioGPT, whose final norm and head have names of their own.
+# OPT, XGLM and BioGPT; their final norms and heads have different names.
 _FAIRSEQ_RULES = (
     Rule("embed_positions.weight", ("embed_positions.weight",), DropRows(2)),
     *renamed(
@@ -300,7 +300,7 @@ FAMILIES = {
         config=gpt_bigcode,
         rules=_gpt_rules(Copy(), SplitGrouped(), SplitGrouped()),
         ignored=GPT_MASKS,
-        # The last two lines stand in the files of SantaCoder and StarCoder; the class reads none of them.
+        # SantaCoder and StarCoder have the last two lines in their files; the class reads none of them.
         inert=SUMMARY
         | {"attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "num_key_value_heads", "n_ctx"}
         | {"inference_runner", "max_batch_size", "max_sequence_length", "pad_key_length", "pre_allocate_kv_cache"}
@@ -340,4 +340,4 @@ FAMILIES = {
         ignored=("embed_positions.weights",),
     ),
 }
-FAMILIES["gpt-sw3"] = FAMILIES["gpt2"]  # another name that transformers knows it by
+FAMILIES["gpt-sw3"] = FAMILIES["gpt2"]  # transformers' other name for it

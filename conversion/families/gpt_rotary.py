@@ -84,7 +84,7 @@ def codegen(c: SourceConfig) -> dict[str, Any]:
 
 
 def phi(c: SourceConfig) -> dict[str, Any]:
-    c.require("qk_layernorm", False, "a norm across each query and key head does not commute with pooling")
+    c.require("qk_layernorm", False, "normalising queries and keys does not commute with pooling")
     return shared(
         c,
         intermediate_size=c.intermediate_size,
@@ -108,7 +108,7 @@ def phi(c: SourceConfig) -> dict[str, Any]:
 
 
 def native_phi(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
-    """GPT-J's layer is Phi's, once the rotary rows are in the half-split order."""
+    """GPT-J's layer is Phi's once its rotary rows are in half-split order."""
     return PhiConfig(
         **common_fields(config),
         hidden_size=config.hidden_size,
@@ -141,7 +141,7 @@ GPT_NEOX_RULES = (
     *module_rules("layers.{}.attention.query_key_value", *QKV, operation=SplitGrouped()),
 )
 
-# GPT-J's layer but for its queries, keys and values
+# GPT-J's layer without its queries, keys and values
 _GPTJ_RULES = renamed(
     ("wte", "embed_tokens"),
     ("h.{}.ln_1", "layers.{}.input_layernorm"),
@@ -178,7 +178,7 @@ FAMILIES = {
         config=codegen,
         rules=CODEGEN_RULES,
         ignored=("h.{}.attn.causal_mask",),
-        # "n_ctx" is read without effect, the others stand in published files and the class never reads them.
+        # "n_ctx" is read without effect; published files have the others, which the class never reads.
         inert=SUMMARY | {"n_ctx", "rotary", "scale_attn_weights"},
         native=native_phi,
     ),
@@ -191,7 +191,7 @@ FAMILIES = {
             "layers.{}.attention.masked_bias",
             "layers.{}.attention.rotary_emb.inv_freq",
         ),
-        # rotary_* are in rope_parameters; the *_prob are names that the class does not read.
+        # rotary_* are included in rope_parameters; the class does not read the *_prob names.
         inert=frozenset(
             {
                 "attention_probs_dropout_prob",
@@ -207,7 +207,7 @@ FAMILIES = {
         config=gptj,
         rules=GPTJ_RULES,
         ignored=(*GPT_MASKS, "h.{}.attn.embed_positions"),
-        # "rotary" and "scale_attn_weights" stand in published files, and the class never reads them.
+        # Published files have "rotary" and "scale_attn_weights", which the class never reads.
         inert=SUMMARY | {"rotary", "scale_attn_weights"},
         native=native_phi,
     ),

@@ -1,4 +1,4 @@
-"""Llama and every family that is its layer plus biases, windows or another norm."""
+"""Llama and the families that only add biases, windows or another norm to its layer."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ from .base import (
 def llama_layer(
     c: SourceConfig, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool, **fields: Any
 ) -> dict[str, Any]:
-    """Llama's layer: RMS norms before attention and MLP, rotary positions, a gated MLP; `fields` where one differs."""
+    """Llama's layer: RMS norms before attention and MLP, rotary positions, a gated MLP; `fields` override these."""
     return shared(
         c,
         **{
@@ -58,7 +58,7 @@ def ministral(c: SourceConfig) -> dict[str, Any]:
 
 
 def qwen2(c: SourceConfig) -> dict[str, Any]:
-    _ = c.use_sliding_window, c.max_window_layers  # both are settled in layer_types
+    _ = c.use_sliding_window, c.max_window_layers  # both are included in layer_types
     return llama_layer(c, qkv_bias=True, output_bias=False, mlp_bias=False, **windows(c))
 
 
@@ -77,7 +77,7 @@ def seed_oss(c: SourceConfig) -> dict[str, Any]:
 
 
 def smollm3(c: SourceConfig) -> dict[str, Any]:
-    _ = c.no_rope_layer_interval, c.use_sliding_window  # settled in no_rope_layers and layer_types
+    _ = c.no_rope_layer_interval, c.use_sliding_window  # included in no_rope_layers and layer_types
     return {**llama(c), **windows(c), "rope_layers": [bool(rotary) for rotary in c.no_rope_layers]}
 
 
@@ -126,13 +126,13 @@ def _llama_family(
         config=config,
         rules=rules,
         ignored=("layers.{}.self_attn.rotary_emb.inv_freq",),
-        # The last three stand in the files of SmolLM2 and Falcon 3; the class reads none.
+        # SmolLM2 and Falcon 3 have the last three in their files; the class reads none of them.
         inert=inert | {"pretraining_tp", "is_llama_config", "rope_interleaved", "activation"},
         native=native_same_class,
     )
 
 
-# The names in LG's files; the class of transformers is Llama's.
+# The names in LG's files; the transformers class is Llama's.
 EXAONE_RULES = (
     *LLAMA_RULES,
     *renamed(

@@ -1,7 +1,7 @@
-"""Model types whose layers the canonical model has no form for, but whose own class takes fewer key/value heads.
+"""Model types that the canonical model cannot express, but whose own class supports fewer key/value heads.
 
-`--target native` pools their key and value projections and copies everything else byte for byte. A row says why
-`--target mqa` is refused and where the projections are.
+`--target native` pools their key and value projections and copies everything else byte for byte. A row gives
+the reason to refuse `--target mqa` and the names of the projections.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ class NativeOnly:
 
     Attributes:
         why: what the canonical model cannot express, as a clause.
-        key, value: the projections of a layer, as their names end; `{}` is the layer. Rows are heads.
-        key_norm: a norm over all the heads of a key together, of one weight for each row of `key`. With equal heads
-            its mean square is that of one head, so that pooling it like a bias is exact.
-        fused: instead of `key` and `value`, one projection of the rows of queries, keys and values in this order.
-        heads: the field of the configuration that says how many heads there are.
-        off: switches under which the heads cannot be pooled, and why.
+        key, value: name suffixes of a layer's projections; `{}` is the layer number. Rows are heads.
+        key_norm: a norm over all heads of a key together, with one weight per row of `key`. With equal heads its mean
+            square is that of one head, so pooling it like a bias is exact.
+        fused: one projection with the rows of queries, keys and values in this order, in place of `key` and `value`.
+        heads: the configuration field with the number of key/value heads.
+        off: switches that rule out pooling, and why.
     """
 
     why: str
@@ -33,22 +33,26 @@ class NativeOnly:
 _JOINT_NORM = "layers.{}.self_attn.k_norm"
 
 EXPERTS = NativeOnly("its feed-forward layers are mixtures of experts")
-HEAD_NORM = NativeOnly("its queries and keys are normalised by head")
-HEAD_NORM_EXPERTS = NativeOnly("its queries and keys are normalised by head and it mixes experts")
-GATED = NativeOnly("its attention output is gated, its queries and keys are normalised by head and it mixes experts")
-JOINT_NORM = NativeOnly("its queries and keys are normalised over all heads together", key_norm=_JOINT_NORM)
-JOINT_NORM_EXPERTS = NativeOnly(
-    "its queries and keys are normalised over all heads together and it mixes experts", key_norm=_JOINT_NORM
+HEAD_NORM = NativeOnly("it normalises queries and keys per head")
+HEAD_NORM_EXPERTS = NativeOnly("it normalises queries and keys per head and has mixture-of-experts layers")
+GATED = NativeOnly(
+    "it gates the attention output, normalises queries and keys per head and has mixture-of-experts layers"
 )
-SANDWICH = NativeOnly("it normalises the outputs of attention and feed-forward layers too")
+JOINT_NORM = NativeOnly("it normalises queries and keys over all heads together", key_norm=_JOINT_NORM)
+JOINT_NORM_EXPERTS = NativeOnly(
+    "it normalises queries and keys over all heads together and has mixture-of-experts layers", key_norm=_JOINT_NORM
+)
+SANDWICH = NativeOnly("it also normalises the outputs of attention and feed-forward layers")
 SINKS = NativeOnly("its attention has learned sinks")
-SINKS_EXPERTS = NativeOnly("its attention has learned sinks and it mixes experts")
-MULTIPLIERS = NativeOnly("it multiplies embeddings, residuals, attention and logits by constants of its own")
-MULTIPLIERS_EXPERTS = NativeOnly("it multiplies embeddings and residuals by constants of its own and mixes experts")
+SINKS_EXPERTS = NativeOnly("its attention has learned sinks and it has mixture-of-experts layers")
+MULTIPLIERS = NativeOnly("it multiplies embeddings, residuals, attention and logits by constants")
+MULTIPLIERS_EXPERTS = NativeOnly(
+    "it multiplies embeddings and residuals by constants and has mixture-of-experts layers"
+)
 STATE_SPACE = NativeOnly("some of its layers are state-space models")
 CONVOLUTIONS = NativeOnly("some of its layers are convolutions")
-LINEAR = NativeOnly("some of its layers are linear attention")
-NO_ROW = NativeOnly("the family table has no row for it")
+LINEAR = NativeOnly("some of its layers use linear attention")
+NO_ROW = NativeOnly("no mapping to the canonical model is implemented")
 
 NATIVE_ONLY: dict[str, NativeOnly] = {
     "afmoe": GATED,
@@ -57,15 +61,15 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "aria_text": EXPERTS,
     "bamba": STATE_SPACE,
     "beam": GATED,
-    "bitnet": NativeOnly("it normalises between attention and its output projection, and in its feed-forward layers"),
+    "bitnet": NativeOnly("it normalises before the output projection of attention and in its feed-forward layers"),
     "cohere2_moe": EXPERTS,
-    "cohere_compass_text": NativeOnly("its rotary positions are multimodal, of several axes"),
+    "cohere_compass_text": NativeOnly("its rotary positions are multimodal, with several axes"),
     "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
     "dots1": HEAD_NORM_EXPERTS,
     "ernie4_5_moe": EXPERTS,
     "exaone4": HEAD_NORM,
     "exaone_moe": HEAD_NORM_EXPERTS,
-    "falcon_h1": NativeOnly("its layers hold a state-space model beside attention"),
+    "falcon_h1": NativeOnly("its layers combine attention with a state-space model"),
     "flex_olmo": JOINT_NORM_EXPERTS,
     "flint": SINKS_EXPERTS,
     "gemma2": SANDWICH,
@@ -92,7 +96,7 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm3": CONVOLUTIONS,
-    "llama4_text": NativeOnly("it attends in chunks and mixes experts"),
+    "llama4_text": NativeOnly("it attends in chunks and has mixture-of-experts layers"),
     "mellum": HEAD_NORM_EXPERTS,
     "minimax": LINEAR,
     "minimax_m2": JOINT_NORM_EXPERTS,
@@ -111,7 +115,9 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "qwen3_5_text": LINEAR,
     "qwen3_moe": HEAD_NORM_EXPERTS,
     "qwen3_next": LINEAR,
-    "qwen4_exp_text": NativeOnly("some of its layers are linear attention, others attend to what an index picks"),
+    "qwen4_exp_text": NativeOnly(
+        "some of its layers use linear attention, others attend to keys selected by an index"
+    ),
     "recurrent_gemma": NativeOnly(
         "some of its layers are recurrent",
         key="layers.{}.temporal_block.k_proj",

@@ -1,31 +1,23 @@
-"""Model types of transformers' causal and sequence-to-sequence mappings that are not converted, and why.
+"""Model types in transformers' causal and sequence-to-sequence mappings that cannot be converted, and why.
 
-A reason completes the sentence "... cannot be converted: ".
+A reason completes the message "... cannot be converted: ".
 """
 
 ENCODER = (
-    "it is an encoder of BERT's kind, which the mapping lets run with a causal mask; its class has as many key/value "
-    "heads as query heads, and the family table has no row for encoders"
+    "it is a BERT-like encoder that can also run with a causal mask; its class has as many key/value heads as query "
+    "heads, and encoders are not supported"
 )
-NO_ATTENTION = "its layers are recurrent or state-space models and have no keys and values to share"
-LATENT = (
-    "its attention is multi-head latent attention: keys and values are cached as one latent vector for all heads "
-    "already"
-)
-LATENT_HYBRID = f"{LATENT}, and its other layers are linear attention"
-MULTIMODAL = (
-    "it is a multimodal model around a language model; convert the language model, saved as a checkpoint of its own"
-)
-MULTIMODAL_OTHER = "it is a multimodal model around a language model that has no place in the tables either"
-MULTIMODAL_TEXT = (
-    "it is a multimodal model around a language model, which AutoModelForCausalLM loads by itself; save that and "
-    "convert it"
-)
-AUDIO = "it is a model of audio codes, several for each step, not of text"
+NO_ATTENTION = "its layers are recurrent or state-space models, which have no keys and values to share"
+LATENT = "it uses multi-head latent attention, which already caches one latent vector for all heads"
+LATENT_HYBRID = f"{LATENT}, and its other layers use linear attention"
+MULTIMODAL = "it is multimodal; save its language model as a separate checkpoint and convert that"
+MULTIMODAL_OTHER = "it is multimodal, and its language model is not supported either"
+MULTIMODAL_TEXT = "it is multimodal; load its language model with AutoModelForCausalLM, save it and convert that"
+AUDIO = "it models audio codes, several per step, not text"
 OWN_HEADS = (
-    "its class has as many key/value heads as query heads, and the family table has no row that makes it canonical"
+    "its class has as many key/value heads as query heads, and no mapping to the canonical model is implemented"
 )
-SPEECH_AND_TEXT = f"it is the text part of a model of speech and text; {OWN_HEADS}"
+SPEECH_AND_TEXT = f"it is the text part of a speech and text model; {OWN_HEADS}"
 ENCODER_DECODER_EXPERTS = (
     "it is an encoder-decoder with mixtures of experts; its class has as many key/value heads as query heads"
 )
@@ -34,19 +26,17 @@ LOCAL_ENCODER = (
     "query heads"
 )
 TWO_CONFIGURATIONS = (
-    "its encoder and decoder have a configuration each, with key/value heads of their own; only models of one stack "
-    "are converted in their own class"
+    "its encoder and decoder have separate configurations and key/value heads; only single-stack models can be "
+    "converted in their own class"
 )
 WRAPPER = (
-    "it is any encoder joined to any decoder, with no layers of its own; its decoder would have to be converted "
+    "it joins any encoder to any decoder and has no layers of its own; the decoder would have to be converted "
     "together with its cross-attention"
 )
-UNEVEN = "its layers differ in the number and width of their key/value heads, and values may be the keys themselves"
-LOOPED = "some of its layers run several times, with keys and values of their own each time"
-FUSED_IN_FILES = (
-    "its files hold queries, keys and values in one tensor, which its class takes apart when it loads them"
-)
-KEY_CONVOLUTION = "each key and value head passes a short convolution of its own"
+UNEVEN = "its layers differ in the number and width of key/value heads, and keys may also serve as values"
+LOOPED = "some of its layers run several times, with separate keys and values each time"
+FUSED_IN_FILES = "its files store queries, keys and values in one tensor, which its class splits when loading"
+KEY_CONVOLUTION = "each key and value head has its own short convolution"
 
 REFUSED: dict[str, str] = {
     "audioflamingo3": MULTIMODAL,
@@ -57,20 +47,20 @@ REFUSED: dict[str, str] = {
     "bert-generation": ENCODER,
     "big_bird": ENCODER,
     "bigbird_pegasus": LOCAL_ENCODER,
-    "blenderbot-small": "its decoder normalises the embeddings before the positions are added, its encoder after",
-    "blt": "it is a model of bytes: encoder, decoder and patcher around a transformer, each with attention of its own",
+    "blenderbot-small": "its decoder normalises embeddings before adding positions, its encoder after",
+    "blt": "it is a byte model; its encoder, decoder and patcher each have their own attention",
     "camembert": ENCODER,
-    "cpmant": f"it attends in both directions within a prompt; {OWN_HEADS}",
+    "cpmant": f"its attention is bidirectional within a prompt; {OWN_HEADS}",
     "ctrl": OWN_HEADS,
     "data2vec-text": ENCODER,
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
-    "deepseek_v4": "its attention has one key/value head for all query heads already",
-    "diffllama": "its differential attention pairs key/value heads, of which its class needs an even number",
-    "doge": "each key/value head has a learned mask of its own, computed from all the values",
+    "deepseek_v4": "its attention already has one key/value head for all query heads",
+    "diffllama": "its differential attention pairs key/value heads, so its class needs an even number of them",
+    "doge": "each key/value head has its own learned mask, computed from all values",
     "dory": LOOPED,
-    "dots3_note": f"it is a multimodal model around a language model; {LATENT}",
+    "dots3_note": f"it is multimodal, and {LATENT}",
     "dots3_note_text": LATENT,
     "electra": ENCODER,
     "emu3": MULTIMODAL_OTHER,
@@ -82,12 +72,12 @@ REFUSED: dict[str, str] = {
     "gemma3": MULTIMODAL,
     "gemma3n": MULTIMODAL,
     "gemma4": MULTIMODAL_OTHER,
-    "gemma4_assistant": "it drafts for another model, whose keys and values it reads; it has none of its own",
+    "gemma4_assistant": "it is a draft model that reads another model's keys and values instead of its own",
     "gemma4_text": UNEVEN,
     "gemma4_unified": MULTIMODAL_OTHER,
-    "gemma4_unified_assistant": "it drafts for another model, whose keys and values it reads; it has none of its own",
+    "gemma4_unified_assistant": "it is a draft model that reads another model's keys and values instead of its own",
     "gemma4_unified_text": UNEVEN,
-    "git": "it is a captioning model: BERT's layers behind an image encoder, with as many key/value as query heads",
+    "git": "it is a captioning model: BERT layers and an image encoder, with as many key/value heads as query heads",
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT,
     "glmasr": MULTIMODAL,
@@ -95,12 +85,12 @@ REFUSED: dict[str, str] = {
     "gpt_neox_japanese": OWN_HEADS,
     "granite_speech": MULTIMODAL,
     "granite_speech_plus": MULTIMODAL,
-    "hrm_text": f"it passes two stacks of layers again and again, with a cache for each pass; {OWN_HEADS}",
+    "hrm_text": f"it runs two stacks of layers repeatedly, with a cache for each pass; {OWN_HEADS}",
     "hy_v4": LATENT,
     "inkling2_loop_text": KEY_CONVOLUTION,
     "inkling2_text": KEY_CONVOLUTION,
     "inkling_text": KEY_CONVOLUTION,
-    "jetmoe": "each expert of its attention holds a query head for every key/value head: the two numbers are tied",
+    "jetmoe": "each of its attention experts has one query head per key/value head, so the two numbers are tied",
     "kimi_linear": LATENT_HYBRID,
     "led": LOCAL_ENCODER,
     "llama4": MULTIMODAL_TEXT,
@@ -109,9 +99,9 @@ REFUSED: dict[str, str] = {
     "mamba": NO_ATTENTION,
     "mamba2": NO_ATTENTION,
     "megatron-bert": ENCODER,
-    "mimo_v2_flash": "its sliding layers have twice the key/value heads of the others, so none can have a single one",
+    "mimo_v2_flash": "its sliding layers have twice as many key/value heads as the others, so they cannot have one",
     "minicpm3": LATENT,
-    "minimax_m3_vl_text": "its sparse attention picks keys by an index head for each key/value head",
+    "minimax_m3_vl_text": "its sparse attention selects keys with one index head per key/value head",
     "mllama": MULTIMODAL_OTHER,
     "modernbert-decoder": OWN_HEADS,
     "moshi": AUDIO,
@@ -123,14 +113,14 @@ REFUSED: dict[str, str] = {
     "nllb-moe": ENCODER_DECODER_EXPERTS,
     "omniasr": MULTIMODAL,
     "pegasus_x": LOCAL_ENCODER,
-    "phi4_multimodal": "it is a multimodal model, with image and audio encoders and adapters for each in its layers",
-    "prophetnet": f"its decoder predicts several tokens ahead with a stream of attention for each; {OWN_HEADS}",
+    "phi4_multimodal": "it is multimodal, and its layers contain adapters for its image and audio encoders",
+    "prophetnet": f"its decoder predicts several tokens ahead, with one attention stream for each; {OWN_HEADS}",
     "qwen2_audio": MULTIMODAL,
     "qwen3_5": MULTIMODAL_TEXT,
     "qwen3_5_moe": MULTIMODAL_TEXT,
     "qwen3_asr": MULTIMODAL,
     "qwen4_exp": MULTIMODAL_TEXT,
-    "reformer": "its attention picks keys by hashing and keeps no keys and values",
+    "reformer": "its attention selects keys by hashing and caches no keys or values",
     "rembert": ENCODER,
     "roberta": ENCODER,
     "roberta-prelayernorm": ENCODER,
@@ -155,5 +145,5 @@ REFUSED: dict[str, str] = {
     "xlstm": NO_ATTENTION,
     "xmod": ENCODER,
     "youtu": LATENT,
-    "zaya": "it mixes queries and keys in convolutions and takes half of each value from the token before",
+    "zaya": "it mixes queries and keys with convolutions and takes half of each value from the previous token",
 }

@@ -1,4 +1,4 @@
-"""Rotary models that differ from Llama in norms, fused projections, the place of the MLP or a plain one."""
+"""Rotary models that differ from Llama in norms, fused projections or the MLP (parallel or not gated)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ from .base import (
 )
 from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer
 
-_QK_NORM = "a norm of queries and keys does not commute with pooling"
-_CLIPPED = "clipped keys and values are no linear map of their input"
+_QK_NORM = "normalising queries and keys does not commute with pooling"
+_CLIPPED = "clipped keys and values are not linear in their input"
 
 
 def stablelm(c: SourceConfig) -> dict[str, Any]:
@@ -68,11 +68,11 @@ def gemma(c: SourceConfig) -> dict[str, Any]:
 
 
 def phi3(c: SourceConfig) -> dict[str, Any]:
-    _ = c.original_max_position_embeddings  # settled in rope_parameters
+    _ = c.original_max_position_embeddings  # included in rope_parameters
     for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        c.require(name, False, "the class of transformers has no such bias")
-    for name in ("full_attn_mod", "interpolate_factor"):  # of Phi-4-mini
-        c.require(name, 1, "the class of transformers does not know it")
+        c.require(name, False, "the transformers class has no such bias")
+    for name in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini has these
+        c.require(name, 1, "the transformers class does not support it")
     return llama_layer(
         c,
         qkv_bias=False,
@@ -87,9 +87,9 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
 
 def cohere(c: SourceConfig) -> dict[str, Any]:
     c.require("use_qk_norm", False, _QK_NORM)
-    c.require("use_gated_activation", True, "the class of transformers has gated MLPs")
-    c.require("use_parallel_block", True, "the class of transformers has parallel residuals")
-    c.require("rotary_pct", 1.0, "the class of transformers rotates whole heads")
+    c.require("use_gated_activation", True, "the transformers class has gated MLPs")
+    c.require("use_parallel_block", True, "the transformers class has parallel residuals")
+    c.require("rotary_pct", 1.0, "the transformers class rotates whole heads")
     bias = c.attention_bias
     return llama_layer(
         c,
@@ -105,7 +105,7 @@ def cohere(c: SourceConfig) -> dict[str, Any]:
 
 
 def cohere2(c: SourceConfig) -> dict[str, Any]:
-    _ = getattr(c, "sliding_window_pattern", None)  # settled in layer_types
+    _ = getattr(c, "sliding_window_pattern", None)  # included in layer_types
     rotated = [kind == "sliding_attention" for kind in c.layer_types]
     return {**cohere(c), **windows(c), "rope_layers": rotated}
 
@@ -115,8 +115,8 @@ def glm(c: SourceConfig) -> dict[str, Any]:
 
 
 def starcoder2(c: SourceConfig) -> dict[str, Any]:
-    c.require("mlp_type", "default", "the class of transformers has a plain MLP")
-    c.require("norm_type", "layer_norm", "the class of transformers has layer norms")
+    c.require("mlp_type", "default", "the transformers class has a plain MLP")
+    c.require("norm_type", "layer_norm", "the transformers class has layer norms")
     bias = c.use_bias
     return llama_layer(
         c,
@@ -161,7 +161,7 @@ def granite(c: SourceConfig) -> dict[str, Any]:
 
 
 def _replaced(rules: tuple[Rule, ...], *new: Rule) -> tuple[Rule, ...]:
-    """The rules with those left out whose targets the new ones have."""
+    """Replace the rules that have the same targets as the new ones."""
     targets = {target for rule in new for target in rule.targets}
     return (*(rule for rule in rules if not targets & set(rule.targets)), *new)
 
@@ -220,10 +220,10 @@ FAMILIES = {
     "nemotron": _family(nemotron, NEMOTRON_RULES),
     "olmo": _family(olmo, LLAMA_RULES, frozenset({"pretraining_tp"})),
     "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),
-    # "embd_pdrop" is never read.
+    # The class never reads "embd_pdrop".
     "phi3": _family(phi3, PHI3_RULES, frozenset({"embd_pdrop"})),
     "stablelm": _family(stablelm, LLAMA_RULES),
-    # The older names of GPT-BigCode, which the class never reads.
+    # Older names from GPT-BigCode, which the class never reads.
     "starcoder2": _family(
         starcoder2,
         STARCODER2_RULES,

@@ -140,14 +140,14 @@ def test_another_name_of_a_family(tmp_path):
 def test_the_canonical_target_is_refused_with_the_way_out(qwen3):
     refused_with(
         qwen3,
-        "qwen3 is converted in its own class only: its queries and keys are normalised by head; use `target` native",
+        "qwen3 can only be converted in its own class: it normalises queries and keys per head; use `target` native",
     )
 
 
 @pytest.mark.parametrize("target", ["mqa", "native"])
 def test_a_refused_type_says_why(target, tmp_path):
     source = save(make_model("llama", LLAMA), tmp_path / "source")
-    for model_type, match in (("mamba", "no keys and values"), ("deepseek_v3", "latent"), ("bert", "BERT's kind")):
+    for model_type, match in (("mamba", "no keys and values"), ("deepseek_v3", "latent"), ("bert", "BERT-like")):
         edit_config(source, model_type=model_type)
         refused_with(source, f"{model_type} cannot be converted: .*{match}", target=target)
 
@@ -215,7 +215,7 @@ def test_inspection_says_the_same(qwen3):
     result = inspect(qwen3)
     theirs = AutoModelForCausalLM.from_pretrained(qwen3)
     assert (result["convertible"], result["native"]) == (True, "qwen3")
-    assert result["reason"] == "only with mqa-hf convert --target native: its queries and keys are normalised by head"
+    assert result["reason"] == "only with mqa-hf convert --target native: it normalises queries and keys per head"
     assert result["parameters"] == theirs.num_parameters()
     assert result["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
     assert (result["layers"], result["num_key_value_heads"], result["head_dim"]) == (2, 4, 8)

@@ -33,7 +33,7 @@ BY_FAMILY = {family: fields for family, _, fields in reversed(CASES)}  # the fir
 # (model type, switch, value, what the refusal says)
 REFUSED = [
     ("bloom", "apply_residual_connection_post_layernorm", True, "residual stream"),
-    ("bloom", "slow_but_exact", True, "leaves out biases"),
+    ("bloom", "slow_but_exact", True, "omits biases"),
     ("codegen", "n_head", 6, "multiple of 4"),
     ("codegen", "rotary_dim", 0, "rotary_dim=0"),
     ("cohere", "use_qk_norm", True, "does not commute"),
@@ -59,7 +59,7 @@ REFUSED = [
     ("stablelm", "qk_layernorm", True, "does not commute"),
     ("xglm", "add_cross_attention", True, "encoder-decoder"),
     ("xglm", "d_model", 45, "must be even"),
-    ("xglm", "pad_token_id", 5, "position 3 has no sinusoid"),
+    ("xglm", "pad_token_id", 5, "zeroes the sinusoid of position 3"),
 ]
 
 

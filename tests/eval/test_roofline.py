@@ -378,7 +378,7 @@ def test_the_command_plans_what_convert_takes(tmp_path: Path):
         assert result.exit_code == 0, result.output
         assert [r["kv_heads"][:4] for r in json.loads(result.output)["choices"]] == ["orig", "1"]
     for arguments, message in (
-        ([qwen3, "--target", "mqa"], "converted in its own class only: .*; use --target native"),
+        ([qwen3, "--target", "mqa"], "can only be converted in its own class: .*; use --target native"),
         ([qwen3, "--widths", "2"], "--widths needs --target mqa"),
         ([llama, "--target", "native", "--widths", "1,2"], "--widths needs --target mqa"),
         ([qwen3, "--kv-heads", "3"], "--kv-heads must divide the source's 4 key/value heads, got 3"),

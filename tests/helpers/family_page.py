@@ -28,15 +28,16 @@ HEAD = """# Families
 
 `python tests/helpers/family_page.py` makes this page from the family table; a test checks that it is current.
 
-Converted with all its heads, each family gives the logits of its own class in float32, for every listed configuration.
-Pooled with the mean, it gives those of its own class with its heads overwritten by their mean.
-[exactness.md](exactness.md) has the largest differences. The column *needs* lists required values; other values are
-refused, by name. Quantised checkpoints are refused, and so is any unknown switch in `config.json`
-(`--ignore-switch NAME` accepts one without effect).
+Converted with all its heads, each family reproduces the float32 logits of its own class for every tested
+configuration. Pooled with the mean, it reproduces those of its own class with the heads overwritten by their mean.
+[exactness.md](exactness.md) lists the largest differences. The column *needs* lists required values; other values
+raise an error that names the switch. Quantised checkpoints and unknown switches in `config.json` are refused
+(`--ignore-switch NAME` accepts a switch that has no effect).
 """
-OWN_CLASS = """The canonical model cannot express these. `--target native` pools their key and value projections and
-copies the rest. Each is tested like the families: the mean rule, and its own heads byte for byte."""
-OTHERS = "All other causal or sequence-to-sequence model types of transformers 5.17 to 5.24, with the reason."
+OWN_CLASS = """The canonical model cannot express these model types. `--target native` pools their key and value
+projections and copies the rest. The tests check pooling with the mean, and that a conversion with all heads
+equals the source byte for byte."""
+OTHERS = "All other causal and sequence-to-sequence model types of transformers 5.17 to 5.24, and the reasons."
 COLUMNS = (
     "family",
     "official checkpoints, for example",
