@@ -60,7 +60,7 @@ def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[str, dict[str, Any]]]:
-    """Same for latents: those with the bytes of 1, 2, ... values or keys of a head, and more numbers at fewer bits."""
+    """Same for latents: as wide as 1, 2, ... heads, and at fewer bits also wider."""
     most = min(hidden_size, 2 * heads * head_dim)
     rows: list[tuple[str, dict[str, Any]]] = []
     for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):

@@ -278,7 +278,7 @@ def at_the_limit(results: Results) -> Chart | None:
 
 
 def layer_errors(results: Results) -> Chart | None:
-    """Plot the error of each layer's attention output after the conversion, or of its keys and values, on separate axes."""
+    """Plot the error of each layer's attention output after the conversion, or of its keys and of its values."""
     panels: dict[str, Lines] = {}
     for name, conversion in results.conversions.items():
         if name in results.trainings:  # a trained checkpoint has its student's conversion

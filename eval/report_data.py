@@ -14,7 +14,7 @@ from mqa_hf.finetune.records import UptrainingRecord
 from .benchmark_record import BenchmarkRecord
 from .evaluation_record import CheckpointResult, EvaluationRecord
 
-NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # fields of config.json
+NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # fields without effect on speed
 OWN_ENGINE = "mqa-hf"
 FEW = 20  # documents; intervals over fewer are often too narrow
 Cell = tuple[int, int]  # batch and context

@@ -258,8 +258,8 @@ def pairs(
 
     Args:
         source: as in [`documents`].
-        columns: names of the two columns, or of two languages in a column "translation", as in data sets of translations
-            on the Hub. Default: the two languages of "translation".
+        columns: names of the two columns, or of two languages in a column "translation", as data sets on the Hub have
+            it. Default: the two languages of "translation".
         option: name of the option, for messages.
 
     Raises:
