@@ -95,7 +95,7 @@ def share_of_stream(stream: Stream, layer: MQADecoderLayer, site: str) -> float:
 
 
 def output_sizes(stream: Stream, layer: MQADecoderLayer, site: str) -> tuple[float, float]:
-    """That share, and E‖y‖² of the output on the same tokens; zeros without tokens or output."""
+    """The share of [`share_of_stream`], and E‖y‖² of the output y on the same tokens; 0 without tokens or output."""
     output = ended = 0.0
     count = 0
     for rows in stream.batches(held_out=True):

@@ -3,8 +3,8 @@
 The walk over the checkpoint yields one canonical layer at a time. The hidden states at its input (`states.py`) come
 from the *converted* layers below. The layer with all its heads is the teacher, which gives the inputs of each
 attention (`moments.py`) and its target output. The moments give the new heads (`heads.py`) and the error of each width
-(`budget.py`). Then the states pass the converted layer. The source's class is not needed, and only one layer and the
-states are held in memory.
+(`budget.py`). Then the states pass through the converted layer. The source's class is not needed, and only one layer
+and the states are held in memory.
 """
 
 import copy
@@ -181,7 +181,7 @@ class Calibration:
 
     @torch.no_grad()
     def survey(self, layer: Layer, tensors: Tensors) -> dict[str, Curves] | dict[str, LatentCurves]:
-        """The error of each width of a layer's attentions, by key of `heads_of`; the tokens pass the teacher."""
+        """Pass the tokens through a layer; returns the error of each width of its attentions, by key of `heads_of`."""
         stream, teacher = self.enter(layer, tensors)
         curves: dict[str, Any] = {}
         for site, name in self.sites(layer[0]):

@@ -55,8 +55,8 @@ def root(matrix: torch.Tensor) -> torch.Tensor:
 def shrunk(moment: torch.Tensor, amount: float = 1e-4) -> torch.Tensor:
     """A moment with its diagonal raised by `amount` of itself.
 
-    Calibration tokens do not span all inputs; directions that they lack keep a small weight, and with room
-    for all of them nothing is lost. Relative to each diagonal entry, since a few are larger than the others by orders.
+    Calibration tokens do not span all inputs. The directions that they lack get a small weight, so that nothing is
+    lost if there is room for all. The amount is relative because some diagonal entries are larger by orders.
     """
     return moment + amount * torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1))
 
@@ -95,10 +95,10 @@ def inverse(s: torch.Tensor) -> torch.Tensor:
 
 
 def rotary_gram(spread: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-    """G_j[a, b] = √(P_aj P_bj) F_j[a, b]: spread [J, m, m] and energy [J, m] -> [J, m, m], Hermitian.
+    """G_j[a, b] = √(P_aj P_bj) F_j[a, b]: spread F [J, m, m] and energy P [J, m] -> [J, m, m], Hermitian.
 
-    Softmax does not see what the keys of a query have in common. So F_j is not E[k k*] but the spread of the keys that
-    a query sees about their mean, E_n[Σ_t u_nt k_t k_t* - k̄_n k̄_n*], with u_n uniform over them and keys rotated.
+    Softmax ignores what all keys of a query have in common. F_j is therefore not E[k k*] but the spread of the rotated
+    keys that a query sees about their mean, E_n[Σ_t u_nt k_t k_t* - k̄_n k̄_n*], with u_n uniform over these keys.
     """
     weight = energy.sqrt().to(spread.dtype)
     return weight[..., None] * spread * weight[:, None]
@@ -108,7 +108,7 @@ def choose_frequencies(energies: torch.Tensor, pairs: int) -> torch.Tensor:
     """Number of components per frequency [J], with `pairs` in all, chosen by energy.
 
     Args:
-        energies: [J, m], of each frequency's Gram matrix, largest first.
+        energies: [J, m], eigenvalues of each frequency's Gram matrix, largest first.
     """
     J, m = energies.shape
     best = energies.flatten().argsort(descending=True, stable=True)[:pairs]
@@ -125,7 +125,7 @@ def rotary_keys(
 ) -> Keys:
     r"""Rotated keys: components j and j + J form the complex number w_j, J = D/2.
 
-    Only a complex factor per frequency commutes with the rotation, so each frequency j has its own subspace, of
+    Only a complex factor per frequency commutes with the rotation, so each frequency j has its own subspace of
     the m heads. With the query energy P_aj = Σ_{h of a} E|q_hj|² and the spread F_j of the keys, the Hermitian Gram
     matrix G_j[a, b] = √(P_aj P_bj) F_j[a, b] has the top eigenvectors U (as many as the frequency has components), and
 
@@ -205,9 +205,9 @@ def plain_keys(
 ) -> Keys:
     """Unrotated keys; any invertible map of a key head can be undone in its queries.
 
-    With Σ_i = Σ_{h of i} W_Q,h S W_Q,h' (S `moment`, of the inputs of queries) and C = Cov(x) (of `seen`, the moment
-    of those of keys; a constant added to every key is invisible to softmax), the stack of Σ_i^½ W_K,i C^½ = U s V'
-    gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose covariance is white, and
+    S is `moment`, of the inputs of queries. C = Cov(x) is that of the inputs of keys, whose moment is `seen`: softmax
+    ignores a constant added to every key. With Σ_i = Σ_{h of i} W_Q,h S W_Q,h', the stack of Σ_i^½ W_K,i C^½ = U s V'
+    gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose keys have covariance I, and
     Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
     """
     stacked = weighted_keys(w_k[..., :-1], w_q, head_of, moment)

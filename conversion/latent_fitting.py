@@ -1,11 +1,11 @@
 """The best latent of a layer in closed form, one function per formula; float64.
 
-One latent c = Z x stands for the keys and values of all heads: values are read from it, keys are rebuilt from it, and
-then rotated. What matters is what an error does to the attention's output, so keys are measured by how much the output
-changes with them, and values by what the output projection makes of them.
+One latent c = Z x replaces the keys and values of all heads. Values are computed from it; keys are rebuilt from it and
+then rotated. The loss is the error of the attention's output: an error of a key counts by how much it changes the
+output, and an error of a value by what the output projection makes of it.
 
-    H query heads, G heads of keys and values, D head width, R of it rotated, J = R / 2 frequencies, Dv value width,
-    d hidden size, r latent width, C rebuilt complex components of keys
+    H query heads, G heads of keys and values in P parts, h of a the query heads of head a, D head width, R rotated
+    components of it, Dv value width, d hidden size, r latent width
 
     x    [d + 1] input of the attention with a 1 appended, which carries biases;  S = E[x x'] [d + 1, d + 1]
     w_q  [H, D, d + 1], w_k [G, D, d + 1], w_v [G, Dv, d], w_o [H, d, Dv]
@@ -24,12 +24,13 @@ from .fitting import RANK_TOLERANCE, inverse
 
 @dataclass(frozen=True)
 class Loss:
-    """What a layer's output loses where x is replaced by what a latent keeps of it: P terms for keys and P for values.
+    """Error of an attention's output when a latent replaces its input x: P terms for keys, then P for values.
 
-    A term is tr A (C - C Z' (Z C Z')⁻¹ Z C): the metric A of an error, and the moment C of the inputs that it meets.
+    A term is tr A (C - C Z' (Z C Z')⁻¹ Z C), with the metric A of errors and the moment C of the inputs.
 
     Attributes:
-        metrics: A [2 P, d, d], W_K' M W_K of the heads of each part, then W_V' N W_V.
+        metrics: A [2 P, d, d]: W_K' M W_K of the heads of each part with M of [`key_metric`], then W_V' N W_V with N
+            of [`value_metric`].
         moments: C [2 P, d, d], centred for keys, attention-averaged for values.
     """
 
@@ -63,14 +64,14 @@ def query_moments(w_q: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 def turned_moments(
     moments: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], share: torch.Tensor
 ) -> torch.Tensor:
-    """E_δ[R_δ Q R_δ'] [..., D, D]: how keys that stand δ tokens before a query meet it.
+    """E_δ[R_δ Q R_δ'] [..., D, D]: the moment of queries as keys δ tokens before them see it.
 
-    q_n' R_n' R_t k = (R_δ q_n)' k with δ = n - t.
+    q_n' R_n' R_t k = (R_δ q_n)' k with δ = n - t, where R_n is the rotation at position n.
 
     Args:
         moments: Q [..., D, D].
         angles: cosines and sines [n, R] of n offsets δ, the first half of the sines negated.
-        share: [n], how often each offset occurs; adds up to 1.
+        share: [n], the share of each offset; adds up to 1.
     """
     total, D = torch.zeros_like(moments), moments.shape[-1]
     for cos, sin, weight in zip(*angles, share):
@@ -80,25 +81,25 @@ def turned_moments(
 
 
 def key_metric(moments: torch.Tensor, effects: torch.Tensor, heads: int, scale: float) -> torch.Tensor:
-    """M_a = scale² Σ_{h of a} e_h E[q_h q_h'] [G, D, D]: what an error of a key does to the output.
+    """M_a = scale² Σ_{h of a} e_h E[q_h q_h'] [G, D, D]: the effect of an error of a key on the output.
 
     Args:
         moments: of [`query_moments`], turned where keys are rotated.
         effects: e_h [H], the squared change of the output with one of the head's logits, summed over its keys.
         heads: G.
-        scale: of the logits.
+        scale: factor on the logits.
     """
     weighted = effects[:, None, None] * moments
     return scale**2 * weighted.unflatten(0, (heads, -1)).sum(1)
 
 
 def value_metric(w_o: torch.Tensor, heads: int) -> torch.Tensor:
-    """N_a = Σ_{h of a} W_O,h' W_O,h [G, Dv, Dv]."""
+    """N_a = Σ_{h of a} W_O,h' W_O,h [G, Dv, Dv]: the effect of an error of a value on the output."""
     return (w_o.mT @ w_o).unflatten(0, (heads, -1)).sum(1)
 
 
 def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch.Tensor:
-    """Σ_a W_a' M_a W_a [P, d, d] over the heads of each part, of metrics [G, D, D] and projections [G, D, d]."""
+    """Σ_a W_a' M_a W_a [P, d, d] over the heads of each part, from metrics M [G, D, D] and maps W [G, D, d]."""
     found = weight.new_empty(parts, weight.shape[-1], weight.shape[-1])
     for i, (M, W) in enumerate(zip(metric.chunk(parts), weight.chunk(parts))):
         found[i] = W.flatten(0, 1).mT @ (M @ W).flatten(0, 1)
@@ -106,10 +107,10 @@ def pulled_back(metric: torch.Tensor, weight: torch.Tensor, parts: int) -> torch
 
 
 def encoder(loss: Loss, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latent that keeps most of keys and values together if all terms have the same inputs.
+    """The latent with the least loss if all terms i of the loss have the same inputs.
 
-    With C^½ (Σ ρ_i A_i) C^½ = v s² v', Z = v' C^-½ of the largest s (Eckart and Young 1936), white on C.
-    ρ_i = tr A_i C_i / tr A_i C brings the inputs of each term to C.
+    With C^½ (Σ ρ_i A_i) C^½ = v s² v', Z = v' C^-½ of the largest s (Eckart and Young 1936), so that Z C Z' = I.
+    ρ_i = tr A_i C_i / tr A_i C corrects each term for its inputs having the moment C_i instead of C.
 
     Args:
         moment: C [d, d].
@@ -136,9 +137,10 @@ def roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30) -> torch.Tensor:
-    """Z [r, d] with less of Σ_i left_i(Z), each term with its own inputs, white on C again.
+    """Reduce Σ_i left_i(Z), each term with its own inputs, by L-BFGS from the Z [r, d] of [`encoder`].
 
-    There is no closed form for several inputs; L-BFGS from [`encoder`], in float32 and where C is the identity.
+    There is no closed form for several inputs. The steps are in float32, in coordinates in which C (`moment`) is the
+    identity. In the result, Z C Z' = I again; if it is not better, Z is returned.
     """
     half, back = roots(moment)
     total = loss.total.sum().clamp(min=1e-300)
@@ -161,7 +163,7 @@ def descended(loss: Loss, moment: torch.Tensor, Z: torch.Tensor, steps: int = 30
     with torch.enable_grad():
         optimizer.step(gained)
     found = whitened(Y.detach().double()) @ back
-    better = loss.left(found).sum() < loss.left(Z).sum()  # (never where float32 was not enough)
+    better = loss.left(found).sum() < loss.left(Z).sum()  # may be false: float32
     return found if better else Z
 
 
@@ -171,21 +173,21 @@ def whitened(Y: torch.Tensor) -> torch.Tensor:
 
 
 def decoder(weight: torch.Tensor, moment: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
-    """Ŵ = W · C · Z' (Z · C · Z')⁻¹ [..., r]: least squares from the latent, W [..., d]."""
+    """Ŵ = W · C · Z' (Z · C · Z')⁻¹ [..., r]: the least-squares map from Z x to W x, W [..., d]."""
     cross = moment @ Z.mT
     return weight @ cross @ pseudo_inverse(Z @ cross)
 
 
 def for_rounding(importance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """T [r, r] for a latent T c that loses least where all of it is rounded alike, c white.
+    """T [r, r] for which rounding T c with one step for all numbers costs least; c has covariance I.
 
-    Rounded with one step, T c gets an error of like size in each direction. With importance λ_i of the directions of
-    c, the loss Σ λ_i / a_i² for Σ a_i² fixed is least for a_i⁴ ∝ λ_i; a random rotation then gives each number a like
-    share of all directions.
+    Rounding makes equal errors in all directions of T c. If T scales direction i of c, of importance λ_i, by a_i, the
+    loss Σ λ_i / a_i² for Σ a_i² fixed is least for a_i⁴ ∝ λ_i. A random rotation then gives each number an equal share
+    of all directions.
 
     Args:
-        importance: [r, r], what an error of c costs.
-        generator: of the rotation.
+        importance: [r, r], the cost of an error of c, as a quadratic form.
+        generator: for the rotation.
     """
     energies, axes = torch.linalg.eigh(importance)
     sizes = energies.clamp(min=1e-3 * energies[-1].clamp(min=1e-300)) ** 0.25

@@ -1,7 +1,8 @@
 """Moments of an attention on the calibration tokens, for fitting a latent.
 
-B sequences, T tokens of each, S tokens attended to, H query heads, G heads of keys and values, P parts of them that
-have moments of their own, d hidden size, J rotary frequencies
+B sequences, T tokens of each, n sampled queries of these, S tokens attended to, H query heads, G heads of keys and
+values in P parts with moments of their own, Dv value width, d hidden size, r latent width, R rotated components of a
+head, J = R / 2 rotary frequencies
 """
 
 from dataclasses import dataclass
@@ -16,22 +17,22 @@ from . import fitting
 from .moments import Spread, attention_weights, choose_queries, numerical_rank, old_heads, projected
 from .states import Stream
 
-PARTS = 8  # at most: each needs matrices as large as the hidden size squared
+PARTS = 8  # at most; each needs d² matrices
 
 
 @dataclass
 class LatentSeen:
-    """Moments of an attention.
+    """Moments of an attention with weights p_nt of query n on token t, values v_t and v̄_n = Σ_t p_nt v_t.
 
     Attributes:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
-        felt: the same of keys' inputs [P, d + 1, d + 1], each weighted by what its logits do to the output.
+        felt: E[x x'] [P, d + 1, d + 1] of the inputs of keys, each weighted by the effect of its logits on the output.
         mixed: E[x̄ x̄'] [P, d + 1, d + 1] of the attention-averaged inputs.
         effects: [H], E_n Σ_t p_nt² ‖W_O (v_t - v̄_n)‖²: the squared change of the output with a logit of the head.
-        sharpness: [H], E_n Σ_t p_nt²: what a query sees of errors of single values.
-        spread: [J, G, G], as [`fitting.rotary_gram`] takes it; `None` where nothing is rotated.
+        sharpness: [H], E_n Σ_t p_nt²: the share of independent squared errors of values that averaging leaves.
+        spread: [J, G, G], for [`fitting.rotary_gram`]; `None` if nothing is rotated.
         tokens: number of tokens.
-        rank: directions of the keys' inputs that the tokens span.
+        rank: number of directions of the keys' inputs that the tokens span.
     """
 
     queries: torch.Tensor
@@ -46,14 +47,14 @@ class LatentSeen:
 
 
 def parts_of(heads: int) -> int:
-    """P of so many heads of keys and values."""
+    """P for this number of key/value heads: the largest divisor up to `PARTS`."""
     return next(n for n in range(min(heads, PARTS), 0, -1) if heads % n == 0)
 
 
 def look_for_latent(
     stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, generator: torch.Generator
 ) -> LatentSeen:
-    """Gather what the teacher's attention sees where the student's tokens stand; see [`moments.look`]."""
+    """Gather moments of the teacher's attention on the student's hidden states; see [`moments.look`]."""
     attention: MQAAttention = getattr(teacher, site)
     d, H, G = stream.config.hidden_size, stream.config.num_attention_heads, old_heads(attention)
     P = parts_of(G)
@@ -123,7 +124,7 @@ def logit_effects(attention: MQAAttention, weights: torch.Tensor, values: torch.
 
     Args:
         weights: p [B, H, n, S].
-        values: [B, G, S, Dv].
+        values: v [B, G, S, Dv].
     """
     H = weights.shape[1]
     w_o = attention.o_proj.weight.unflatten(1, (H, -1)).transpose(0, 1)  # [H, d, Dv]
@@ -147,9 +148,9 @@ def spread_of(
     """The spread [J, G, G] of keys that are rebuilt from latents; see [`fitting.rotary_gram`].
 
     Args:
-        layer: the converted layer, at whose attention `site` the tokens stand.
-        keys: [G, R, r + 1], from a latent with a 1 appended.
-        Z, center: [r, d] and [d], of latents Z (x - center).
+        layer, site: the converted layer, and the name of its attention.
+        keys: [G, R, r + 1], the maps to keys from a latent with a 1 appended.
+        Z, center: [r, d] and [d]; the latent is Z (x - center).
     """
     G, R, _ = keys.shape
     rotated = Spread(1, G, R // 2, stream.device)

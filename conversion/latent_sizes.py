@@ -17,8 +17,8 @@ from .widths import budget_components, share_out
 if TYPE_CHECKING:
     from .latents import LatentCurves
 
-STEP = 16  # by which sizes of layers differ: what matrix units multiply at once
-Sizes = tuple[list[int], list[int]]  # r and W, a layer each
+STEP = 16  # granularity of chosen sizes; the numbers that matrix units multiply at once
+Sizes = tuple[list[int], list[int]]  # r and W of each layer
 
 
 def most_numbers(stack: MQAConfig, heads: int) -> int:
@@ -33,7 +33,7 @@ def most_keys(stack: MQAConfig, heads: int, layer: int, attention: str) -> int:
 
 
 def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None:
-    """Raise ConversionError for attentions that cannot have latents, or not together."""
+    """Raise ConversionError for attentions that cannot have latents, alone or together."""
     if "encoder" in attentions:
         raise ConversionError(
             "a latent saves cache, and an encoder has none; leave encoder out of `attention`, or use another `method`"
@@ -46,7 +46,7 @@ def check_attentions(config: CanonicalConfig, attentions: Sequence[str]) -> None
 
 
 def check_sizes(config: CanonicalConfig, attentions: Sequence[str], job: ConversionOptions) -> None:
-    """Raises ConversionError, before any layer is looked at, for latents that a source cannot have as asked."""
+    """Raise ConversionError, before any layer is read, for sizes of latents that the source cannot have."""
     check_attentions(config, attentions)
     for name in attentions:
         if job.cache_budget is None:
@@ -109,19 +109,18 @@ def step_of(job: ConversionOptions) -> int:
 
 
 def check_step(most: int, attention: str, job: ConversionOptions) -> int:
-    """What r is a multiple of; raises ConversionError where that is more than all numbers that there are."""
+    """The number that r must be a multiple of; raises ConversionError if it is more than `most`."""
     step = step_of(job)
     if step > most:
         raise ConversionError(
-            f"`latent_bits` {job.latent_bits} needs a latent of a multiple of {step} numbers, but {most} hold all "
-            f"keys and values of {attention} attention; use `latent_bits` 16"
+            f"`latent_bits` {job.latent_bits} needs a latent width that is a multiple of {step}, but {most} numbers "
+            f"hold all keys and values of {attention} attention; use `latent_bits` 16"
         )
     return step
 
 
 def allowed_numbers(config: CanonicalConfig, attention: str, job: ConversionOptions) -> int:
-    """Numbers of latents, all layers together, that a cache budget allows; raises ConversionError where these are too
-    few."""
+    """The sum of all layers' latent widths that a cache budget allows; raises ConversionError if it is too small."""
     assert job.cache_budget is not None
     stack = stack_of(config, attention)
     layers, most = stack.num_hidden_layers, most_numbers(stack, heads_of(config)[attention])
@@ -131,8 +130,7 @@ def allowed_numbers(config: CanonicalConfig, attention: str, job: ConversionOpti
     least = layers * min(max(STEP, check_step(most, attention, job)), most)
     if allowed < least:
         raise ConversionError(
-            f"the cache budget allows {allowed} numbers of latents per token; the {layers} layers need at least "
-            f"{least}"
+            f"the cache budget allows {allowed} latent numbers per token; the {layers} layers need at least {least}"
         )
     return allowed
 
@@ -142,9 +140,9 @@ def choose_latents(
 ) -> Sizes:
     """r and W of each layer.
 
-    r is what is asked for, or shared out from a budget where it reduces the loss most. W, where it is not asked for,
-    is the least whose loss is below that of r. With a budget and a width, W is shared out too, so that all layers
-    together have no more operations than with this W everywhere. See [`check_sizes`] for what cannot be.
+    r is as requested, or allocated from a budget to the layers where it reduces the loss most. If W is not requested,
+    it is the least whose loss is below that of r. With a budget and a requested W, W is allocated too, so that all
+    layers together have no more operations than with this W in each. [`check_sizes`] rejects invalid requests.
     """
     stack, heads = stack_of(config, attention), heads_of(config)[attention]
     most = most_numbers(stack, heads)
@@ -172,7 +170,7 @@ def choose_latents(
 
 
 def fewest(curves: "LatentCurves", numbers: int, pairs: int) -> int:
-    """The fewest pairs of rebuilt components that cost less than what a latent of so many numbers leaves out."""
+    """The fewest pairs of rebuilt components whose loss is at most that of a latent of `numbers` numbers."""
     allowed = float(curves.latent[min(numbers, len(curves.latent) - 1)])
     step = STEP // 2
     return next((n for n in range(min(step, pairs), pairs, step) if float(curves.keys[n]) <= allowed), pairs)
@@ -186,13 +184,13 @@ def latent_config(
     Args:
         config: with all the source's heads.
         pooled: with one head.
-        attentions: those that are fitted.
-        sizes: of each of them.
-        bits: of a stored number.
+        attentions: the fitted attentions.
+        sizes: their r and W.
+        bits: bits per stored number.
 
     Returns:
-        `pooled` with latents, a bias of the output in which that of values is folded, and a place for the frequencies
-        that are chosen.
+        `pooled` with latents, the bias of values folded into the output bias, and placeholders for the chosen
+        frequencies.
     """
     check_attentions(config, attentions)
     fitted = copy.deepcopy(pooled)
@@ -201,7 +199,7 @@ def latent_config(
         r, W = sizes[name]
         stack.kv_latent_heads, stack.kv_latent_bits = heads, bits
         setattr(stack, "cross_kv_latent_dim" if name == "cross" else "kv_latent_dim", same(r))
-        stack.output_bias = True  # holds what all values have in common
+        stack.output_bias = True  # for what all values have in common
         stack.value_bias = stack.key_bias = False
         if name == "cross":
             continue

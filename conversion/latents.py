@@ -1,7 +1,7 @@
 """The latent of one attention: its tensors, and the error of each size.
 
-H query heads, G heads of keys and values in P parts, D head width, R of it rotated, d hidden size, r latent width,
-C = W / 2 rebuilt complex components of keys
+H query heads, G heads of keys and values in P parts, D head width, R rotated components of it, J = R / 2 rotary
+frequencies, Dv value width, d hidden size, r latent width, W key width (W / 2 rebuilt complex components)
 """
 
 from dataclasses import dataclass
@@ -18,20 +18,20 @@ from .latent_moments import LatentSeen, look_for_latent, spread_of
 from .moments import old_heads
 from .states import Stream
 
-# Measured, SmolLM2 (docs/latents.md): keys weigh twice what first order says, and half of the inputs of their metric
-# are those that attention looks at.
+# Measured on SmolLM2 (docs/latents.md): errors of keys count twice as much as to first order; half of the moment of
+# their inputs is weighted by the effect of their logits.
 KEY_WEIGHT = 2.0
 FELT = 0.5
 
 
 @dataclass(frozen=True)
 class LatentCurves:
-    """What each size of one attention's latent would lose: the squared error of the attention's output relative to it,
-    times the output's share of the stream that it is added to.
+    """The loss of each size of one attention's latent: the squared relative error of the attention's output, times the
+    output's share of the residual stream.
 
     Attributes:
-        latent: [d + 1], with 0, 1, ... numbers of the latent and all keys rebuilt.
-        keys: [G·R/2 + 1], with 0, 1, ... rebuilt complex components of keys and nothing lost by the latent.
+        latent: [d + 1], with a latent of 0, 1, ... numbers and all keys rebuilt.
+        keys: [G·R/2 + 1], with 0, 1, ... rebuilt complex components of keys and a lossless latent.
     """
 
     latent: torch.Tensor
@@ -60,8 +60,10 @@ class Projections:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the keys of each part meet, and then what the values do, as covariances [2 P, d, d] about means [2 P, d];
-    constants that all keys or all values have are kept as they are."""
+    """Covariances [2 P, d, d] and means [2 P, d] of the inputs of each part: first of keys, then of values.
+
+    A latent loses nothing of the means, which become biases.
+    """
 
     moments: torch.Tensor
     means: torch.Tensor
@@ -78,7 +80,7 @@ class Inputs:
 
     @property
     def center(self) -> torch.Tensor:
-        """[d, d]: the covariance that a latent is white on, that of all keys."""
+        """[d, d]: covariance of the inputs of all keys, for [`latent_fitting.encoder`]."""
         return self.moments[: len(self.moments) // 2].mean(0)
 
 
@@ -95,8 +97,8 @@ def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Pro
 
 
 def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, float]:
-    """Angles of the offsets between queries and the keys that they see, how often each occurs, and the factor that the
-    rotary type puts on both, which is taken out of the angles."""
+    """Angles of the offsets between queries and the keys that they see, the share of each offset, and the factor that
+    the rotary type applies to queries and keys, divided out of the angles."""
     assert stream.angles is not None
     assert stream.shell.rotary_emb is not None
     scaling = float(stream.shell.rotary_emb.attention_scaling)
@@ -108,7 +110,7 @@ def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor
 
 
 def loss_of(w: Projections, M: torch.Tensor, inputs: Inputs) -> Loss:
-    """What the output loses with a latent, M of [`key_metric`]."""
+    """The error of the attention's output as a function of the latent; M of [`key_metric`]."""
     P = len(inputs.moments) // 2
     metrics = torch.empty_like(inputs.moments)
     metrics[:P] = latent_fitting.pulled_back(KEY_WEIGHT * M, w.w_k[..., :-1], P)
@@ -117,7 +119,7 @@ def loss_of(w: Projections, M: torch.Tensor, inputs: Inputs) -> Loss:
 
 
 def energy_by_frequency(attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
-    """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: what an error of a rotated key does to the output, by frequency."""
+    """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: the effect of an error of a rotated key on the output, by frequency."""
     J, G = attention.config.rotary_dim // 2, old_heads(attention)
     moments = latent_fitting.query_moments(w.w_q[:, : 2 * J], seen.queries)
     power = moments.diagonal(dim1=1, dim2=2).unflatten(1, (2, J)).sum(1)  # [H, J]
@@ -136,10 +138,10 @@ def fit_latent(
 
     Args:
         stream: the tokens before the layer.
-        teacher, student: the layer with all its heads, and the converted one, of which it is about `site`: its sizes
-            are those of the student's attention.
-        seen: what the attention sees.
-        generator: of the queries that are looked at, and of a rotation.
+        teacher, student: the layer with all its heads, and the converted one, whose attention has the sizes to fit.
+        site: name of the attention's module.
+        seen: moments of the teacher's attention.
+        generator: for sampling queries, and for a rotation.
     """
     attention, new = getattr(teacher, site), getattr(student, site)
     w, inputs = Projections.of(attention), Inputs.of(seen)
@@ -169,7 +171,7 @@ def fit_latent(
     if attention.q_proj.bias is not None:
         fitted["q_proj.bias"] = attention.q_proj.bias
     R = attention.config.rotary_dim if attention.rotary else 0
-    if new.k_up is not None:  # (what these keys have in common is seen by no query)
+    if new.k_up is not None:  # no bias: softmax ignores what all keys share
         fitted["k_up.weight"] = K[:, R:]
     frequencies: list[int] = []
     if R:
@@ -186,10 +188,10 @@ def fit_latent(
 def decoded(
     weight: torch.Tensor, moments: torch.Tensor, means: torch.Tensor, Z: torch.Tensor, center: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maps from the latent Z (x - `center`) for those of heads, and what is to be added.
+    """Maps from the latent Z (x - `center`) in place of the heads' maps from x, and their offsets.
 
     Args:
-        weight: [G, N, d].
+        weight: [G, N, d], the heads' maps.
         moments, means: covariances [P, d, d] about means [P, d] of the inputs of each part.
 
     Returns:
@@ -203,7 +205,7 @@ def decoded(
 
 
 def importance(w: Projections, M: torch.Tensor, seen: LatentSeen, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """[r, r]: what an error of single latents costs, by keys K [G, D, r] and by values V [G, Dv, r]; M of
+    """[r, r]: the cost of an error of a single latent, with maps K [G, D, r] to keys and V [G, Dv, r] to values; M of
     [`key_metric`]."""
     N = latent_fitting.value_metric(seen.sharpness.sqrt()[:, None, None] * w.w_o, len(V))
     keys = latent_fitting.pulled_back(M, K, 1)
@@ -216,7 +218,7 @@ def rebuilt_keys(
     """Choose the rotated key components to rebuild.
 
     Args:
-        keys: [G, R, r + 1], from a latent with a 1 appended.
+        keys: [G, R, r + 1], the maps to keys from a latent with a 1 appended.
         spread, energy: [J, G, G] complex and [J, G]; see [`fitting.rotary_gram`].
         width: W.
 
@@ -245,12 +247,12 @@ def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator
     keys = torch.zeros(1)
     if seen.spread is not None:
         gram = fitting.rotary_gram(seen.spread, energy_by_frequency(attention, seen, w))
-        # An error of a complex component meets queries of any phase: half of its square.
+        # Half of the square on average, because the phase between an error and a query is arbitrary.
         energies = torch.linalg.eigvalsh(gram).clamp(min=0).flatten().sort(descending=True).values
         keys = left_out(energies * (KEY_WEIGHT * attention.scaling**2 / 2))
     return LatentCurves(left_out(s2) * relative, keys * relative)
 
 
 def left_out(energies: torch.Tensor) -> torch.Tensor:
-    """[n + 1]: what remains of energies, largest first, without the first 0, 1, ... of them."""
+    """[n + 1]: the sum of all but the first 0, 1, ... of n energies, given largest first."""
     return torch.cat((energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1))).cpu()

@@ -1,7 +1,7 @@
 """Load the model of a checkpoint, with exactly the weights of the checkpoint.
 
-`from_pretrained` initialises missing weights at random and ignores unknown ones, with no more than a line in the log,
-which would train or measure another model.
+`from_pretrained` initialises missing weights at random and ignores unknown ones with no more than a line in the log.
+Without a check, another model would be trained or measured.
 """
 
 from collections.abc import Iterator
@@ -37,8 +37,8 @@ def load_model(
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        ConversionError: where it cannot be loaded, or tensors are missing, have no place, have another shape, or hold
-            NaN or infinity.
+        ConversionError: if it cannot be loaded, or if tensors are missing, unknown, of another shape, or hold NaN or
+            infinity.
     """
     check_no_adapter(Path(checkpoint))
     try:

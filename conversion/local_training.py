@@ -28,8 +28,8 @@ def train(
 ) -> None:
     """Train the student's attention for some steps of Adam, then refit its output projection if requested.
 
-    The error of a token is relative to the size of the residual stream. The weights from before are restored if they
-    were nearer to the teacher on the held-out tokens.
+    The error of a token is relative to the size of the residual stream. The old weights are restored if they were
+    nearer to the teacher on the held-out tokens.
     """
     new = getattr(student, site)
     before = {name: tensor.clone() for name, tensor in new.state_dict().items()}
@@ -60,7 +60,7 @@ def train(
 
 
 def _loss(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, rows: slice) -> torch.Tensor:
-    """The squared error of the attention's output relative to it, both relative to the stream."""
+    """The squared relative error of the attention's output; tokens are weighted by 1 / ‖stream‖²."""
     with torch.no_grad():
         h, source, mask = stream.at(student, site, rows)
         expected = heads_output(stream, getattr(teacher, site), h, source, mask)[1]

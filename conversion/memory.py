@@ -1,7 +1,7 @@
 """A model in memory as the source or result of a conversion.
 
-What is read is what `save_pretrained` would write, and what is made is what `from_pretrained` would load: weights are
-those of the way through files.
+It reads the tensors that `save_pretrained` would write and makes the model that `from_pretrained` would load, so the
+weights are the same as in a conversion of files.
 """
 
 import copy
@@ -32,7 +32,7 @@ class ModelSource:
 
     Attributes:
         name: its name in messages and records.
-        config, raw: as they would be read from the checkpoint that the model would be saved as.
+        config, raw: as read from a checkpoint of the model.
         model: the model.
         tokenizer: its tokenizer or processor.
     """
@@ -57,8 +57,8 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     """Use a loaded model as a source.
 
     Raises:
-        ConversionError: for what is no model of transformers, or one whose weights are not all there as numbers, and
-            for what is no tokenizer.
+        ConversionError: if it is not a transformers model, if weights are on the meta device, quantised or sharded, or
+            if the tokenizer is not one.
     """
     kind = type(model).__name__
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "merge_and_unload"):
@@ -78,7 +78,7 @@ def open_model(model: Any, tokenizer: Any = None) -> ModelSource:
     if spread:
         raise ConversionError(
             f"{len(spread)} tensors of this {kind} are quantised or spread over processes ({listing(spread, 3)}); "
-            f"convert it before that"
+            f"convert it before quantising or sharding"
         )
     check_tokenizer(tokenizer)
     config = copy.deepcopy(model.config)

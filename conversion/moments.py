@@ -17,7 +17,7 @@ from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
 from . import fitting
 from .states import Stream
 
-ENOUGH = 4  # calibration tokens for each dimension of the hidden states; below, moments are mostly noise
+ENOUGH = 4  # calibration tokens per hidden dimension; with fewer, moments are mostly noise
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Seen:
     Attributes:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
-        spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` where nothing is rotated.
+        spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` if nothing is rotated.
         tokens: number of tokens.
-        rank: directions of the keys' inputs that the tokens span.
+        rank: number of directions of the keys' inputs that the tokens span.
     """
 
     queries: torch.Tensor
@@ -120,11 +120,12 @@ def look(
     new: int,
     generator: torch.Generator,
 ) -> Seen:
-    """Gather what the teacher's attention sees where the student's tokens stand.
+    """Gather moments of the teacher's attention on the student's hidden states.
 
     Args:
-        stream: the tokens.
-        teacher, student: the layer with all its heads and the converted one, of which it is about `site`.
+        stream: the tokens before the layer.
+        teacher, student: the layer with all its heads, and the converted one.
+        site: name of the attention's module.
         new: number of new key/value heads.
         generator: for sampling queries.
     """
@@ -185,7 +186,7 @@ def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | No
         few = f"{seen.tokens:,} calibration tokens are few for a hidden size of {d}"
         found[f"{few}; {ENOUGH * d:,} or more are better"] = None
     elif seen.rank < d:
-        spanned = f"the calibration text does not span what an attention can see, of {d} directions"
+        spanned = f"the calibration text spans only some of the {d} directions of an attention's input"
         found[spanned] = f"{seen.rank} in {where}"
     H = attention.o_proj.in_features // attention.v_head_dim
     by_head = attention.o_proj.weight.view(-1, H, attention.v_head_dim).square().sum((0, 2))

@@ -34,7 +34,7 @@ def _qkv_rows(config: MQAConfig) -> tuple[int, int, int]:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 at least, so that what is computed on the way is rounded once, when it is written."""
+    """In float32 or wider, so that results are rounded only once, when they are written."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -81,14 +81,14 @@ class Flatten:
 
 @dataclass(frozen=True)
 class SinusoidTable:
-    """[rows, d]: sinusoidal positions as a table, which is left out where it is the formula's ([`is_formula`])."""
+    """[rows, d]: sinusoidal positions as a table, left out if it equals the formula ([`is_formula`])."""
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
         return (tensor,)
 
     @staticmethod
     def is_formula(tensor: torch.Tensor, config: MQAConfig) -> bool:
-        """Whether a table is that of the paper's formula, but for how that is computed; one of 16 bits is rounded."""
+        """Whether a table equals the paper's formula up to 1e-6; a table in 16 bits does not, as it is rounded."""
         expected = sinusoids(torch.arange(len(tensor))[None].double(), config)[0]
         return bool(((tensor.double() - expected).abs() <= 1e-6).all())
 
@@ -149,10 +149,10 @@ class SplitStacked:
 
 @dataclass(frozen=True)
 class SplitGrouped:
-    """[G·(H/G + 2)·D, …]: for each K/V head the rows of its query heads, its key and its value.
+    """[G·(H/G + 2)·D, …]: for each key/value head the rows of its query heads, its key and its value.
 
-    With G = H that is query, key, value of each head (GPT-NeoX, BLOOM), with G = 1 all of them stacked (GPT-BigCode,
-    Falcon-7B), between them Falcon-40B.
+    With G = H, these are the query, key and value of each head (GPT-NeoX, BLOOM); with G = 1, all queries, then one
+    key and one value (GPT-BigCode, Falcon-7B). Falcon-40B is in between.
     """
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
@@ -167,7 +167,7 @@ class SplitGrouped:
 
 @dataclass(frozen=True)
 class DeinterleaveRotary:
-    """[heads·D, …]: rotary pairs in neighbouring rows (2j, 2j+1) <-> in rows j and j + R/2, R rotated rows a head.
+    """[heads·D, …]: rotary pairs in neighbouring rows (2j, 2j+1) <-> in rows j and j + R/2, of R rotated rows.
 
     Queries and keys are permuted alike, so their products stay the same.
     """
@@ -194,7 +194,7 @@ class DeinterleaveRotary:
 class SplitCodeGen:
     """[3·H·D, …]: four blocks, each of the query, value and key rows of H/4 heads; rotary pairs in neighbouring rows.
 
-    A block is what one of the four cores held on which CodeGen was trained.
+    CodeGen was trained on four cores, each of which held one block.
     """
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:

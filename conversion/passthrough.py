@@ -2,7 +2,7 @@
 
 Key and value projections are pooled, every other tensor is copied byte for byte under the name that it has on disk,
 which for experts is often not the name that it has in the model. So only the projections are checked against the
-class. It is built twice on `meta`, with the heads before and after, and nothing else may differ between the two.
+class. The class is built twice on `meta`, with the heads before and after; nothing else may differ.
 """
 
 import copy
@@ -34,11 +34,11 @@ class OwnClass:
     """A source and its class with fewer heads.
 
     Attributes:
-        output: the source's configuration with the heads that are asked for.
-        config, pooled: the attention of the layers that have keys and values, before and after. They say nothing else
-            of the model.
+        output: the source's configuration with the requested heads.
+        config, pooled: the attention of the layers that have keys and values, before and after, and nothing else of
+            the model.
         model: the source's class on `meta`.
-        shapes: of its parameters with the heads that are asked for.
+        shapes: shapes of the parameters with the requested heads.
     """
 
     output: PreTrainedConfig
@@ -49,7 +49,7 @@ class OwnClass:
 
 
 def own_class(source: AnySource, kv_heads: int) -> OwnClass:
-    """Settle what a source becomes from its configuration alone.
+    """Give a source in its own class fewer heads, from its configuration alone.
 
     Raises:
         ConversionError: for quantised weights, heads that do not divide, switches that do not fit, or a class where
@@ -94,7 +94,7 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
 
 
 def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
-    """Settle the conversion of a source in its own class; raises ConversionError where it is impossible."""
+    """Plan the conversion of a source in its own class; raises ConversionError if it is impossible."""
     kind = source.config.model_type
     if job.calibrated:
         raise ConversionError(
@@ -123,12 +123,12 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
     return Plan(reading, own.pooled, output, tuple(replace(p, writes=p.reads) for p in parts), (), tensors)
 
 
-# What a tensor is to the pooling, which goes by the end of a name.
+# Kinds of pooled tensors; `pooling.py` recognises them by these endings of names.
 KEY, VALUE, KEY_NORM, FUSED = "k_proj", "v_proj", "k_norm", "qkv"
 
 
 def _pooled(row: NativeOnly, name: str) -> str | None:
-    """Which of the pooled tensors a name is; `None` for one that is copied."""
+    """The kind of a pooled tensor; `None` for a tensor that is copied."""
     module, _, kind = template(name)[0].rpartition(".")
     if kind not in ("weight", "bias"):
         return None
@@ -139,7 +139,7 @@ def _pooled(row: NativeOnly, name: str) -> str | None:
 
 
 def _step(row: NativeOnly, name: str) -> TensorStep:
-    """A tensor keeps its name; the names within the walk are those that the pooling knows, or none that it does."""
+    """The step of a tensor, which keeps its name; only canonical names of pooled tensors are known to `pooling.py`."""
     pooled, kind, number = _pooled(row, name), name.rpartition(".")[2], template(name)[1]
     layer = None if number is None else ("", number)
     place = name.replace(".", "/")
@@ -177,11 +177,11 @@ def _with_heads(config: PreTrainedConfig, row: NativeOnly, kv_heads: int) -> Pre
 
 
 def _build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The class of a configuration, on `meta`."""
+    """Build the class of a configuration on `meta`."""
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except Exception as error:  # whatever a class raises for a configuration that it cannot be built from
+    except Exception as error:  # classes raise any type for an invalid configuration
         raise ConversionError(f"transformers cannot build this {config.model_type}: {error}") from error
 
 
@@ -190,7 +190,7 @@ def _shapes(model: PreTrainedModel) -> dict[str, Shape]:
 
 
 def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: NativeOnly) -> None:
-    """Every layer that has keys and values in the class has its projections, with the rows of all their heads."""
+    """Raise ConversionError unless each layer with keys and values has projections with the rows of all heads."""
     prefixes = (f"{own.model.base_model_prefix}.", "backbone.")
 
     def place(name: str) -> str:
@@ -206,7 +206,7 @@ def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: Na
     missing = [expected[key] for key in expected.keys() - {place(name) for name in found}]
     problems = [f"tensors missing for: {listing(missing)}"] if missing else []
     for name, info in found.items():
-        # What the class leaves out, such as layers that predict further tokens, has the heads of the others.
+        # Layers that the class ignores, such as those that predict further tokens, have the same heads.
         shape = shapes[expected[place(name)]] if place(name) in expected else of_kind.get(kind(name))
         if shape is None:
             problems.append(f"{name} is not in this configuration")

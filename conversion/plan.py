@@ -58,7 +58,7 @@ class Reading:
         config: the canonical configuration, with all key/value heads of the source.
         pooled: the same with the requested heads.
         attentions: the attentions to convert.
-        parts: tensors outside the layers one by one, then layers, those of an encoder first.
+        parts: each tensor outside the layers, then the layers, those of an encoder first.
     """
 
     source: AnySource
@@ -87,7 +87,7 @@ class Plan:
 
     Attributes:
         reading: what is read.
-        pooled: the canonical configuration of the result. The frequencies of fitted heads are to come.
+        pooled: the canonical configuration of the result. The fit adds the frequencies of its heads.
         output: the written configuration: `pooled`, or that of a transformers class.
         parts: what is read, and what is written with it.
         zeros: tensors of the output without a canonical counterpart, which are zero.
@@ -140,7 +140,7 @@ def with_writes(
     Args:
         parts: the parts that are read.
         writes: steps of the output.
-        made: canonical tensors that are not read, and the layer that they are made with.
+        made: canonical tensors that are made, not read, and their layers.
     """
     place = {target: i for i, part in enumerate(parts) for step in part.reads for target in step.targets if target}
     layers = {part.layer: i for i, part in enumerate(parts)}
@@ -210,7 +210,7 @@ def make_plan(reading: Reading, job: ConversionOptions, widths: Mapping[str, Wid
     read = {target: step.name for part in reading.parts for step in part.reads for target in step.targets if target}
     writes, shapes = write_steps(output, FAMILIES[output.model_type] if job.target == "native" else None, set(read))
     made = {}
-    if job.calibrated:  # what fits has tensors that the source has not: biases of the output, latents
+    if job.calibrated:  # fits add tensors: biases of the output, latents
         made = {
             name: layer
             for name in canonical_shapes(pooled)
@@ -328,11 +328,11 @@ def read_steps(
 
 
 def as_stored(family: Family, config: CanonicalConfig, reader: Reader) -> tuple[Family, CanonicalConfig]:
-    """The row and the configuration of a source by what its files hold: which table of positions, which biases.
+    """Adapt the family and the configuration of a source to its files: the table of positions and the biases.
 
-    BART's class takes zeros for a bias of the logits that the files do not have. Pegasus' and Marian's classes look
-    positions up in a table that the checkpoint holds. In 16 bits it is rounded, and what they compute from it is
-    another number, in whatever precision; so it is kept as a table of learned positions.
+    BART's class uses zeros if the files have no bias of the logits. Pegasus' and Marian's classes look positions up in
+    a table in the checkpoint. In 16 bits it is rounded and differs from the formula; it is then kept as a table of
+    learned positions.
     """
     steps, _ = match(reader.tensors, family)
     optional = {t for rule in family.rules if isinstance(rule.operation, Flatten) for t in rule.targets}

@@ -1,6 +1,6 @@
 """Merge several key/value heads into one without calibration.
 
-`mean`, `first` and `random` are the three that Ainslie et al. compare (GQA, arXiv 2305.13245, section 3.2 and
+`mean`, `first` and `random` are the methods that Ainslie et al. compare (GQA, arXiv 2305.13245, section 3.2 and
 figure 4). A projection of G heads of width D has the shape [G·D, d] (its bias [G·D]); neighbouring heads share a new
 one, as the query heads of a group are neighbours.
 """
@@ -122,8 +122,8 @@ def pool_layer(
 
     Returns:
         `key_error` and `value_error`, and with cross-attention `cross_key_error` and `cross_value_error`: the
-        Frobenius norm of what the new heads differ by from the heads they stand for, relative to the norm of those
-        heads; `None` where it is no number.
+        Frobenius norm of the difference between the new heads and the heads that they replace, relative to the norm of
+        the latter; `None` if not finite.
     """
     errors: dict[str, float | None] = {}
     for name, tensor in tensors.items():

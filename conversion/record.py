@@ -136,8 +136,8 @@ class ConversionRecord(_Sparse, Origin):
         num_key_value_heads: key/value heads of the decoder's self-attention.
         attentions: key/value heads of each attention: decoder, cross, encoder; 1 where there is a latent.
         latents: latents by attention, if any.
-        kv_bytes_per_token, cross_kv_bytes_per_token: of the cache at 16 bits, and of latents at theirs, for a token
-            and a source token.
+        kv_bytes_per_token, cross_kv_bytes_per_token: cache bytes per token and per source token, at 16 bits; latents
+            at their own bits.
         parameters: number of parameters of the result.
         layers: errors of each layer.
         versions: versions of the libraries.

@@ -44,7 +44,7 @@ def write_config(plan: Plan, config: PreTrainedConfig, partial: Path) -> None:
     written = both_spellings(config) if plan.native else config.to_diff_dict()
     written.pop("_name_or_path", None)
     if plan.native:
-        written.pop("auto_map", None)  # of code that the source brings along and its class in transformers replaces
+        written.pop("auto_map", None)  # names code of the source, which the transformers class replaces
     written["transformers_version"] = version("transformers")
     (partial / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 

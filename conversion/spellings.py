@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-# Where transformers 4 knows the types of layers by other names, which transformers 5 translates when it reads them.
+# Names of layer types in transformers 4, which transformers 5 translates when it reads them.
 _MAMBA = {"linear_attention": "mamba"}
 _OLD_LAYER_TYPES = {
     "granitemoehybrid": ("layer_types", {**_MAMBA, "full_attention": "attention"}),
-    # Versions of transformers 5 write this one in either way.
+    # Some versions of transformers 5 write the old name, others the new one.
     "lfm2": ("layer_types", {"linear_attention": "conv"}),
     "lfm2_moe": ("layer_types", {"linear_attention": "conv"}),
     "zamba": ("layers_block_type", _MAMBA),
@@ -23,14 +23,14 @@ _OLD_LAYER_TYPES = {
 _OLD_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
 
 _OLD_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-# Rope types that these classes know in transformers 4, where not all of them.
+# Rope types of these classes in transformers 4, which lack some of the types above.
 _ROPE_TYPES = {
     "dbrx": ("default",),
     "llama4_text": ("default", "llama3"),
     "nemotron": ("default",),
     "recurrent_gemma": ("default",),
 }
-# Switches that transformers 4 has not, and the values that it computes with.
+# Switches that transformers 4 lacks, and the values that it uses instead.
 _NEW_SWITCHES: dict[str, dict[str, tuple]] = {
     "bamba": {"time_step_limit": ([0.0, math.inf], None)},
     "falcon_h1": {"time_step_limit": ([0.0, math.inf], None)},
@@ -52,7 +52,7 @@ def both_spellings(config: PreTrainedConfig) -> dict[str, Any]:
     if config.model_type in _OLD_LAYER_TYPES:
         name, old_names = _OLD_LAYER_TYPES[config.model_type]
         written[name] = [old_names.get(kind, kind) for kind in written[name]]
-    for name in config.sub_configs:  # of DBRX, which refuses in transformers 4 what it does not know
+    for name in config.sub_configs:  # of DBRX, which in transformers 4 rejects unknown fields
         defaults = type(getattr(config, name))().to_dict() | {"hidden_size": written[name].get("hidden_size")}
         written[name] = {k: v for k, v in written[name].items() if k not in defaults or v != defaults[k]}
     return written | _old_rope(config.model_type, written)
@@ -116,12 +116,12 @@ def _flat_rope(kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
     }
     if "type" in scaling:  # the oldest name of rope_type, with older names of types
         scaling["type"] = scaling["rope_type"]
-    # Written out where there is none: some classes of transformers 4 scale by default.
+    # Null is written, too, because some classes of transformers 4 scale by default.
     old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
     if scaling["rope_type"] == "longrope":
         original = scaling["original_max_position_embeddings"]
         old["original_max_position_embeddings"] = original
-        if kind == "phi3" and _is_phi3_longrope(parameters):  # which counts the fields
+        if kind == "phi3" and _is_phi3_longrope(parameters):  # whose class rejects other fields
             old["rope_scaling"] = {"type": "longrope"} | {n: scaling[n] for n in ("short_factor", "long_factor")}
         elif scaling.get("factor") and scaling.get("attention_factor") is None:
             # transformers 4 derives it from the lengths, whatever the factor.

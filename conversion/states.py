@@ -52,7 +52,7 @@ class FitOptions:
 
 @dataclass(frozen=True)
 class Examples:
-    """Token ids [N, T]; `valid` [N, T] is false for padding, which stands on the right (`None`: there is none).
+    """Token ids [N, T]; `valid` [N, T] is false for padding, which is on the right (`None`: no padding).
 
     For an encoder-decoder model they are the decoder's input, and `source`, `source_valid` [N, S] the encoder's.
     """
@@ -100,7 +100,7 @@ class Stream:
         self.fitted_rows = len(tokens) - options.held_out
         empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": []}
         self.shell = MQAModel(MQAConfig(**{**config.to_dict(), **empty})).float().eval().to(self.device)
-        # The shell makes masks and positions for every layer; explicit ones, of which rows can be taken.
+        # The shell makes masks and positions for every layer. "eager" masks are tensors, so that rows can be taken.
         self.shell.config = copy.deepcopy(config)
         self.shell.config._attn_implementation = "eager"
         self.states = self.original = torch.empty(0)
@@ -120,7 +120,7 @@ class Stream:
         self.original = self.states[-self.options.held_out :].clone()
         x = self.states[:1].to(self.device)
         self.angles = None if self.shell.rotary_emb is None else self.shell.rotary_emb(x, position_ids)
-        if self.memory is not None:  # the encoder has ended
+        if self.memory is not None:  # the encoder's last layer is done
             for states in (self.memory.states, self.memory.original):
                 for rows in self.rows(0, len(states)):
                     states[rows] = self.memory.shell.leave(states[rows].to(self.device)).cpu()
@@ -161,7 +161,7 @@ class Stream:
         known = None if self._valid is None else self.valid(rows)
         position_ids = torch.arange(x.shape[1], device=self.device)[None]
         ready = self.shell.make_masks(x, known, position_ids, None)
-        T = x.shape[1]  # an encoder without padding needs no mask; here each has one
+        T = x.shape[1]  # an encoder without padding has no mask; add one
         ready = {name: torch.zeros(1, 1, T, T, device=self.device) if m is None else m for name, m in ready.items()}
         biased = self.shell.position_bias(ready, known, x, None)
         kind = self.config.layer_types[layer.self_attn.layer_idx]
@@ -175,10 +175,10 @@ class Stream:
         return own, cross
 
     def layer(self, config: MQAConfig, number: int, tensors: Tensors, strict: bool = True) -> MQADecoderLayer:
-        """A layer with a configuration's heads, of canonical tensors; without `strict`, of those that fit."""
+        """Make a layer with a configuration's heads from canonical tensors; without `strict`, from those that fit."""
         prefix = f"{self.prefix}layers.{number}."
         layer = MQADecoderLayer(config, number).float().eval()
-        known = layer.state_dict()  # a key bias that softmax does not see is among the tensors, but not in the layer
+        known = layer.state_dict()  # without the key bias, which softmax ignores
         state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
         state = {name: t for name, t in state.items() if name in known and (strict or t.shape == known[name].shape)}
         layer.load_state_dict(state, strict=strict)
@@ -188,7 +188,7 @@ class Stream:
         return layer
 
     def inputs(self, layer: MQADecoderLayer, site: str, x: torch.Tensor, mask: Any) -> torch.Tensor:
-        """The input of a layer's attention [B, T, d]; that of cross-attention is what its self-attention leaves."""
+        """The input of a layer's attention [B, T, d]; that of cross-attention follows the layer's self-attention."""
         for branches, after in layer.residuals(cross=self.memory is not None):
             norm, module = branches[0]
             h = x if norm is None else norm(x)

@@ -124,8 +124,8 @@ def budget_components(budget: str, config: CanonicalConfig, kv_heads: int, atten
 
 
 def rotated_pairs(width: int, rotary: int, head: int, heads: int) -> int:
-    """How many pairs of a new key head of `width` are rotated: as large a part as `rotary` of an old `head`, within
-    what `heads` of them have."""
+    """Number of rotated pairs of a new key head of `width`: the same share as `rotary` of an old `head`, as far as
+    `heads` old heads have enough rotated and plain components."""
     if not rotary:
         return 0
     pairs = round(width * rotary / head / 2)
@@ -152,8 +152,8 @@ def fitted_config(
         choose_frequencies: whether the fit chooses the frequencies of rotated pairs instead of equal ones.
 
     Returns:
-        `pooled` with those widths, the bias of values folded into that of the output, and a place for the frequencies
-        that are chosen.
+        `pooled` with those widths, the bias of values folded into the output bias, and placeholders for the chosen
+        frequencies.
 
     Raises:
         ConversionError: if a width exceeds that of the old heads that a new one replaces.

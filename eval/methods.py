@@ -60,7 +60,7 @@ def variants(heads: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[str, dict[str, Any]]]:
-    """The same of latents: those of as many bytes as 1, 2, ... of the heads, and more numbers of fewer bits."""
+    """Same for latents: as wide as 1, 2, ... heads, and at fewer bits also wider."""
     most = min(hidden_size, 2 * heads * head_dim)
     rows: list[tuple[str, dict[str, Any]]] = []
     for bits, sizes in ((16, (1, 2, 4, 8)), (8, (2, 3, 4, 8)), (4, (2, 3, 4, 8))):
@@ -72,7 +72,7 @@ def latent_variants(heads: int, head_dim: int, hidden_size: int) -> list[tuple[s
     rows.append((f"latent without training, {r} numbers", {"method": "latent", "latent": r, "fit_steps": 0}))
     share = str(r / (2 * heads * head_dim))
     rows.append((f"latent, {r} numbers on average", {"method": "latent", "cache_budget": share}))
-    if 0.1 * 4 * heads * head_dim >= latent_bytes(LATENT_BLOCK, 4, torch.bfloat16):  # room for the smallest
+    if 0.1 * 4 * heads * head_dim >= latent_bytes(LATENT_BLOCK, 4, torch.bfloat16):  # if the smallest latent fits
         tenth = {"method": "latent", "cache_budget": "0.1", "latent_bits": 4}
         rows.append(("latent at 4 bits, a tenth of the cache", tenth))
     return rows
@@ -104,7 +104,7 @@ class MethodComparison(Job[list[MethodRecord]]):
     picture: Annotated[Path | None, Option("PNG or SVG of the losses over the cache.")] = None
 
     def resolve(self) -> "MethodComparison":
-        """Itself; raises MQAError for a device that is not there and for files that cannot be written."""
+        """Return the job; raise MQAError for a missing device and for files that cannot be written."""
         check_device(self.device)
         if self.sweep and self.peers:
             raise MQAError("`sweep` and `peers` are two tables; ask for one of them")
@@ -129,7 +129,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         return found
 
     def rows(self, description: dict[str, Any]) -> Iterator[MethodRecord]:
-        """The original, its conversions, and peers, one after another."""
+        """Measure the original, its conversions and the peers, one after another."""
         texts, heads = self.texts(), description["num_key_value_heads"]
         cache = description["kv_bytes_per_token"]["now"]
         yield self.record("original", cache, self.losses(self.source, texts))
@@ -151,7 +151,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         )
 
     def peer_rows(self, heads: int, texts: Sequence[torch.Tensor]) -> Iterator[MethodRecord]:
-        """What people use instead, on the canonical model with all its heads in float32."""
+        """Measure the peers, on the canonical model with all its heads in float32."""
         model = convert(self.source, kv_heads=heads, dtype="float32").to(self.device)
         rows = self.tokens_of(self.calibration, self.calibration_tokens)
         start = self.start()
@@ -163,13 +163,13 @@ class MethodComparison(Job[list[MethodRecord]]):
             start = self.start()
 
     def start(self) -> float:
-        """The time, from where on memory is counted, too."""
+        """Return the time, and reset the peak of memory."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         return time.perf_counter()
 
     def taken(self, start: float) -> dict[str, float | None]:
-        """Seconds and memory since then."""
+        """Seconds and peak memory since [`start`]."""
         peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
         return {"seconds": round(time.perf_counter() - start, 1), "device_gib": peak}
 
@@ -189,7 +189,7 @@ class MethodComparison(Job[list[MethodRecord]]):
     def measured(
         self, name: str, options: dict[str, Any], output: Path, texts: Sequence[torch.Tensor]
     ) -> MethodRecord:
-        """A conversion with these options, and its losses."""
+        """Convert with these options, and measure the losses."""
         here = {"sequence_length": self.sequence_length, "dtype": "float32", "overwrite": True}
         if options["method"] == "latent" and self.key_width:
             options = {**options, "key_width": self.key_width}
@@ -202,7 +202,7 @@ class MethodComparison(Job[list[MethodRecord]]):
         return self.record(name, report.kv_bytes_per_token.after, self.losses(output, texts), **taken)
 
     def show(self, result: list[MethodRecord], console: Console) -> None:
-        """A table; how much of the gap between the mean's loss and the original's each closes."""
+        """Print a table, with the share of the gap between the mean's loss and the original's that each row closes."""
         title = f"{self.source.name}: loss in nats on {self.tokens:,} tokens, no training"
         table = Table(title=title, title_justify="left")
         texts = (Path(text).name.split(".")[0] for text in self.validation)

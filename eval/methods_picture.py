@@ -19,7 +19,7 @@ from mqa_hf.base.figures import NOTE, can_draw, describe, panels, save
 from mqa_hf.base.options import Job, Option
 from mqa_hf.base.records import Record
 
-LEAST = 1e-3  # nats, below which differences are drawn as if they were that
+LEAST = 1e-3  # nats; smaller differences are drawn at this value
 
 
 class MethodRecord(Record):
@@ -27,7 +27,7 @@ class MethodRecord(Record):
 
     Attributes:
         conversion: "METHOD, setting"; "original" in the first row.
-        peer: whether it is something else than a conversion of this package.
+        peer: whether it is an alternative to a conversion (`peers/`).
     """
 
     file = "results.jsonl"
@@ -47,10 +47,10 @@ class MethodRecord(Record):
 
 
 def read(path: Path) -> list[MethodRecord]:
-    """The records of a file.
+    """Read the records of a file.
 
     Raises:
-        MQAError: where a line is none, or the first is not the original's.
+        MQAError: if a line is not a record, or the first is not the original's.
     """
     found = []
     try:
@@ -71,7 +71,7 @@ def read(path: Path) -> list[MethodRecord]:
 
 
 def check_new(output: Path | None, picture: Path | None) -> None:
-    """Raises MQAError where results or a picture could not be written."""
+    """Raise MQAError if results or a picture cannot be written."""
     if output is not None and (output.exists() or not output.parent.is_dir()):
         raise MQAError(f"`output` {output} must be a new file in a directory that is there")
     if picture is not None and not can_draw():
@@ -107,8 +107,8 @@ class Panel:
 def draw(
     tables: Sequence[Sequence[MethodRecord]], path: Path, texts: Sequence[str] = (), without: str | None = None
 ) -> None:
-    """Loss above the original's over cache bytes, a panel for each table and text: a point for each row, and a line
-    through the best of each method.
+    """Plot the loss above the original's over cache bytes, with a panel for each table and text, a point for each row
+    and a line through the best of each method.
 
     Args:
         tables: rows, the original's first.
@@ -160,7 +160,7 @@ class MethodPicture(Job[None]):
     without: Annotated[str | None, Option("Regular expression of methods to leave out.")] = None
 
     def resolve(self) -> "MethodPicture":
-        """Itself; raises MQAError for a picture that cannot be drawn."""
+        """Return the job; raise MQAError for a picture that cannot be drawn."""
         check_new(None, self.picture)
         try:
             re.compile(self.without or "")

@@ -38,7 +38,7 @@ class Chart:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is at least as low as in both numbers: the Pareto front, from left to right."""
+    """The Pareto front, from left to right: points that no other point undercuts or equals in both numbers."""
     kept: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if not kept or y < kept[-1][1]:
@@ -52,7 +52,7 @@ def axes_of(width: float = WIDTH, height: float = HEIGHT) -> tuple[Any, Any]:
 
 
 def rows_of_axes(rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure, and as many axes under each other."""
+    """A figure with `rows` axes below each other."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -76,14 +76,14 @@ def label_axes(axes: Any, x: str, y: str) -> None:
 
 
 def short(name: str) -> str:
-    """A name as charts have it: without its middle where it is long."""
+    """A name for charts; the middle of a long one is left out."""
     half = (LONGEST - 1) // 2
     name = name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves such names out of legends
 
 
 def legend_above(figure: Any) -> None:
-    """What each line is, above all axes, where it covers nothing."""
+    """Put the legend above all axes, where it covers nothing."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         found, labels = axes.get_legend_handles_labels()
@@ -106,7 +106,7 @@ def legend_above(figure: Any) -> None:
 
 
 def plain_ticks(axis: Any) -> None:
-    """A few numbers on a logarithmic axis, as they are, also where there is hardly a power of ten."""
+    """Label a logarithmic axis with a few plain numbers, also if it spans less than a power of ten."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axis.axes.autoscale_view()
@@ -118,7 +118,7 @@ def plain_ticks(axis: Any) -> None:
 
 
 def number(value: float) -> str:
-    """With three digits, and all that it has before the point."""
+    """Format with three digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -127,13 +127,13 @@ def times(value: float) -> str:
 
 
 def trade(results: Results, costs: dict[str, float], what: str, said: Callable[[float], str]) -> Chart | None:
-    """Quality over a cost, one point a checkpoint, the Pareto front as a line.
+    """Plot quality over a cost, with one point per checkpoint and the Pareto front as a line.
 
     Args:
-        results: with the quality.
-        costs: by name.
-        what: the cost is, on its axis.
-        said: a cost in a sentence.
+        results: contain the quality.
+        costs: cost by checkpoint name.
+        what: label of the cost axis.
+        said: words a cost for a sentence.
     """
     if len(costs) < 2:
         return None
@@ -195,7 +195,7 @@ def time_trade(results: Results) -> Chart | None:
 
 
 def measured(results: Results) -> list[Timing]:
-    """Those without an error."""
+    """The timings without an error."""
     return [timing for timing in results.timings if timing.record.error is None]
 
 
@@ -203,7 +203,7 @@ Lines = dict[str, list[tuple[float, float]]]
 
 
 def draw_lines(axes: Any, results: Results, lines: Lines) -> None:
-    """Lines by name, with the markers and dashes of their checkpoints."""
+    """Plot lines by name, with the markers and dashes of their checkpoints."""
     for name, points in lines.items():
         look = series_of(results, name)
         drawn = {"marker": look.marker, "ls": look.dashes, "color": look.colour}
@@ -211,7 +211,7 @@ def draw_lines(axes: Any, results: Results, lines: Lines) -> None:
 
 
 def ends_finding(lines: Lines, x: str, unit: str, best: Callable[..., Any]) -> str:
-    """From where to where the first line goes, and the one that is best in the end."""
+    """Say where the first line and the one that is best at the end begin and end."""
     first, *others = lines
     shown = [first] + [best(others, key=lambda name: lines[name][-1][1])] * bool(others)
     (low, _), (high, _) = lines[first][0], lines[first][-1]
@@ -221,7 +221,7 @@ def ends_finding(lines: Lines, x: str, unit: str, best: Callable[..., Any]) -> s
 
 
 def over(results: Results, x: str, fixed: str, quantity: str, unit: str, best: Callable[..., Any]) -> Chart | None:
-    """A time over the batch or the context, with the other at its most frequent value."""
+    """Plot a time over the batch or the context, with the other at its most frequent value."""
     some = [t for t in measured(results) if not t.record.largest_batch and t.record.beams == 1]
     values = [getattr(t.record, fixed) for t in some]
     if not some:
@@ -255,7 +255,7 @@ def over_batch(results: Results) -> Chart | None:
 
 
 def at_the_limit(results: Results) -> Chart | None:
-    """Tokens a second with as many rows as fit into the device's memory."""
+    """Plot tokens per second with as many rows as fit into the device's memory."""
     some = [t for t in measured(results) if t.record.largest_batch]
     if not some:
         return None
@@ -278,10 +278,10 @@ def at_the_limit(results: Results) -> Chart | None:
 
 
 def layer_errors(results: Results) -> Chart | None:
-    """The error of each layer's attention output after the conversion, or of its keys and values: axes for each."""
+    """Plot the error of each layer's attention output after the conversion, or of its keys and of its values."""
     panels: dict[str, Lines] = {}
     for name, conversion in results.conversions.items():
-        if name in results.trainings:  # its conversion is that of the student
+        if name in results.trainings:  # a trained checkpoint has its student's conversion
             continue
         found = conversion.layers
         fitted = any(layer.attention_error is not None for layer in found)
@@ -313,7 +313,7 @@ def layer_errors(results: Results) -> Chart | None:
 
 
 def context_loss(results: Results) -> Chart | None:
-    """Loss over how many tokens stand before the predicted one."""
+    """Plot the loss over the number of tokens before the predicted one."""
     if not any(len(c.loss_by_context) > 1 for c in results.checkpoints):
         return None
     figure, axes = axes_of()
@@ -331,7 +331,7 @@ def context_loss(results: Results) -> Chart | None:
 
 
 def training_lines(results: Results) -> dict[str, dict[tuple[str, bool], list[tuple[float, float]]]]:
-    """By loss, then by name and whether it is of validation: trained tokens and the loss."""
+    """Points (trained tokens, loss), by kind of loss, then by name and whether it is on validation text."""
     kinds: dict[str, dict[tuple[str, bool], list[tuple[float, float]]]] = {}
     for name, found in results.trainings.items():
         if set(found.log) != {"main"}:  # stages have losses of their own
@@ -351,7 +351,7 @@ def training_lines(results: Results) -> dict[str, dict[tuple[str, bool], list[tu
 
 
 def training_curves(results: Results) -> Chart | None:
-    """Losses over the tokens of uptraining: of training as lines, of validation as points."""
+    """Plot losses over the tokens of uptraining: training as lines, validation as points."""
     from matplotlib.ticker import EngFormatter
 
     kinds = training_lines(results)
@@ -383,7 +383,7 @@ TRADE = (
     "Further left is cheaper. The dotted line is the Pareto front: no checkpoint is both better and cheaper than one "
     "on it. Bars are 95% confidence intervals."
 )
-# File name, heading, what it says, how it is drawn.
+# File name, heading, note, function that draws it.
 PICTURES: tuple[tuple[str, str, str, Callable[[Results], Chart | None]], ...] = (
     ("quality-time", "Quality and time per step", TRADE, time_trade),
     ("quality-cache", "Quality and cache size", TRADE, cache_trade),
@@ -402,7 +402,7 @@ PICTURES: tuple[tuple[str, str, str, Callable[[Results], Chart | None]], ...] = 
 
 
 def svg(figure: Any) -> str:
-    """The picture as part of a page, in the colours of its text."""
+    """The picture as SVG in a page, in the colours of its text."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -410,15 +410,15 @@ def svg(figure: Any) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = in_page_colours(buffer.getvalue())
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text[text.index("<svg") :], count=1, flags=re.DOTALL)
-    # Its size is the page's to choose.
+    # The page sets its size.
     return re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
     )
 
 
 def described(drawn: str, name: str, title: str, text: str) -> str:
-    """A picture as an image that has a title and a description; its identifiers begin with its name."""
-    drawn = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", drawn)  # those of two on a page must differ
+    """Give an SVG a title and a description; its identifiers begin with its name."""
+    drawn = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", drawn)  # identifiers on a page must differ
     begin, rest = drawn.split(">", 1)
     label = f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc"'
     title, text = escape(title), escape(text)
@@ -426,7 +426,7 @@ def described(drawn: str, name: str, title: str, text: str) -> str:
 
 
 def draw_pictures(results: Results, directory: Path) -> list[dict[str, str]]:
-    """All pictures that the results allow: as PNGs in `directory`, and as SVG for the page."""
+    """Draw all pictures that the results allow: as PNG in `directory`, and as SVG for the page."""
     found = []
     for name, title, says, draw in PICTURES:
         chart = draw(results)

@@ -14,16 +14,16 @@ from mqa_hf.finetune.records import UptrainingRecord
 from .benchmark_record import BenchmarkRecord
 from .evaluation_record import CheckpointResult, EvaluationRecord
 
-NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # of what is in config.json
+NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "rope_frequencies")  # fields without effect on speed
 OWN_ENGINE = "mqa-hf"
 FEW = 20  # documents; intervals over fewer are often too narrow
 Cell = tuple[int, int]  # batch and context
-# Of what was written: a metric, what it is called, how a value is said, and 1 where less is better, else -1.
+# Metrics of generated text: field, name, form of a value, and 1 if less is better, else -1.
 QUALITIES = (("bleu", "BLEU", "BLEU {:.1f}", -1), ("word_error_rate", "word errors", "{:.1%} word errors", 1))
 
 
 class ConversionSummary(Record):
-    """What a report shows of `conversion.json`, which of a checkpoint that was not converted has neither."""
+    """What a report shows of `conversion.json`; both fields are missing if the checkpoint was not converted."""
 
     file = REPORT_FILE
 
@@ -33,12 +33,12 @@ class ConversionSummary(Record):
 
 @dataclass(frozen=True)
 class Timing:
-    """A line of a benchmark, and the checkpoint of the evaluation that it is of.
+    """A line of a benchmark, and the evaluated checkpoint that it timed.
 
     Attributes:
         record: the line.
-        name: of the checkpoint; `None` where it is of none.
-        keys: how those of a latent were kept, where the checkpoint was timed in both ways.
+        name: name of the checkpoint; `None` if it timed another model.
+        keys: how keys of a latent were kept, if the checkpoint was timed both ways.
     """
 
     record: BenchmarkRecord
@@ -47,7 +47,7 @@ class Timing:
 
     @property
     def label(self) -> str:
-        """The checkpoint, or shape and model; the engine where it is not this package's."""
+        """The checkpoint, or shape and model, and the engine if it is not this package's."""
         record = self.record
         if self.name:
             keys = f", {self.keys} keys" if self.keys else ""
@@ -56,7 +56,7 @@ class Timing:
 
     @property
     def compared(self) -> bool:
-        """Whether it says how long a step of a checkpoint takes."""
+        """Whether it is the step time of a checkpoint in this package's engine."""
         return self.record.error is None and self.name is not None and self.record.engine == OWN_ENGINE
 
 
@@ -66,9 +66,9 @@ class Quality:
 
     Attributes:
         values: by checkpoint, the number and the ends of its interval.
-        title: what it is.
-        sign: 1 where less is better, else -1.
-        form: of a value in a sentence.
+        title: name of the number.
+        sign: 1 if less is better, else -1.
+        form: format of a value in a sentence.
     """
 
     values: dict[str, tuple[float, float, float]]
@@ -90,10 +90,10 @@ class Results:
     """All that a report shows.
 
     Attributes:
-        evaluation: what `mqa-hf evaluate` has written.
-        timings: of `mqa-hf benchmark`.
-        timed_as: the name of a checkpoint that was timed, for each one of the same shape that was not.
-        conversions, trainings: by name of the checkpoint, what stands beside its weights.
+        evaluation: results of `mqa-hf evaluate`.
+        timings: results of `mqa-hf benchmark`.
+        timed_as: for each checkpoint that was not timed, a timed one of the same shape, by name.
+        conversions, trainings: records beside a checkpoint's weights, by its name.
     """
 
     evaluation: EvaluationRecord
@@ -121,7 +121,7 @@ class Results:
         return sorted(shared, key=lambda cell: (cell[0] * cell[1], cell))
 
     def step_times(self, cell: Cell) -> dict[str, float]:
-        """Milliseconds a step, by checkpoint; of one with latents in the faster way to have their keys."""
+        """Milliseconds per step by checkpoint; with latents, those of the faster way to keep their keys."""
         measured: dict[str | None, float] = {}
         for timing in self.timings:
             record, name = timing.record, timing.name
@@ -132,7 +132,7 @@ class Results:
         return {name: time for name, time in found.items() if time is not None}
 
     def quality(self) -> Quality:
-        """BLEU with beams where there are translations, word errors where there are transcripts, else the loss."""
+        """BLEU with beams for translations, word errors for transcripts, else the loss."""
         first = self.checkpoints[0]
         kind, name, form, better = "next_token", "loss", "{:.3f} nats per token", 1
         title = "held-out loss, nats per token"
@@ -191,7 +191,7 @@ def read_results(evaluation: Path, benchmarks: Sequence[Path]) -> Results:
     timings: list[Timing] = []
     for file in benchmarks:
         for record in BenchmarkRecord.read_lines(file):
-            # With fewer heads than the checkpoint has, it is of another model.
+            # A model with fewer heads than the checkpoint is not the checkpoint.
             name = names.get(Path(record.shape).resolve()) or given.get(record.shape)
             timings.append(Timing(record, name if record.original else None))
     ways: dict[str | None, set[str | None]] = {}
@@ -226,7 +226,7 @@ def read_evaluation(place: Path) -> EvaluationRecord:
 
 
 def shape_of(directory: Path) -> str:
-    """What decides how long a step takes."""
+    """The fields of the configuration that determine the time of a step, as JSON."""
     path = directory / "config.json"
     said = read_json(path) if path.is_file() else {"directory": str(directory)}
     return json.dumps({name: value for name, value in said.items() if name not in NO_SHAPE}, sort_keys=True)

@@ -9,8 +9,8 @@ from .report_series import INK
 
 RADII = (9, 16, 26, 38, 52)  # points between a point and its name, near ones first
 ANGLES = (30, -30, 150, -150, 90, -90, 0, 180, 60, -60, 120, -120)
-MARKER = 5.0  # half the size of a marker with some air, in points
-LEADER = 12  # points from which a line says whose name it is
+MARKER = 5.0  # half the size of a marker and a margin, in points
+LEADER = 12  # distance in points from which a line connects a name to its point
 Point = tuple[float, float, float, float]  # x and y, and the lower and upper end of the interval of y
 
 
@@ -20,13 +20,13 @@ def label_points(
     """Write names beside points, and fix the layout of the figure.
 
     Args:
-        axes: with all else drawn.
-        points: with their names.
-        line: that names cover only where there is no other place.
-        size: of the text, in points.
+        axes: axes with everything else drawn.
+        points: names and points.
+        line: a line that names cover only if there is no other place.
+        size: size of the text, in points.
 
     Returns:
-        Whether there was room for all names; else none is written.
+        Whether there was room for all names; otherwise none is written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -55,7 +55,7 @@ def label_points(
         place, radius = (clear or free)[0]
         taken.append(place)
         chosen.append((name, (x, y), ((place.x0 - middle[0]) / scale, (place.y0 - middle[1]) / scale), radius))
-    figure.set_layout_engine("none")  # what is written would move the axes below it
+    figure.set_layout_engine("none")  # otherwise the names would move the axes
     for name, at, offset, radius in chosen:
         arrow = {"arrowstyle": "-", "lw": 0.6, "color": INK, "shrinkA": 0, "shrinkB": 5}
         axes.annotate(
@@ -72,7 +72,7 @@ def label_points(
 
 
 def point_box(axes: Any, point: Point, room: float) -> Any:
-    """The box of a point and its interval, in pixels, with so much room around it."""
+    """The box of a point and its interval in pixels, with a margin of `room`."""
     from matplotlib.transforms import Bbox
 
     x, y, low, high = point
@@ -81,7 +81,7 @@ def point_box(axes: Any, point: Point, room: float) -> Any:
 
 
 def places(point: Any, width: float, height: float, scale: float) -> Iterator[tuple[Any, float]]:
-    """Boxes of a text around a point in pixels, near ones first, and how far away they are in points."""
+    """Places for a text around a point, near ones first: boxes in pixels, and their distances in points."""
     from matplotlib.transforms import Bbox
 
     for radius in RADII:

@@ -24,7 +24,7 @@ from .report_series import COLOURS
 from .report_table import Table, table_of
 
 CONTENT = "report.json"
-MARK = b'<script type="application/json" id="data">'  # in every page of ours
+MARK = b'<script type="application/json" id="data">'  # in every page of this command
 CARD_HEADING = "## Quality and speed"
 CARD_PICTURES = ("quality-time", "quality-cache")
 
@@ -33,13 +33,13 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
     """Write the page, its pictures and its data to a directory; those of an earlier report are replaced.
 
     Args:
-        results: to show.
+        results: the results to show.
         output: the directory.
-        title: of the page.
+        title: title of the page.
         cards: whether the model cards of converted checkpoints get the table and pictures, too.
 
     Raises:
-        MQAError: where something else than a report is there, or it cannot be written.
+        MQAError: if `output` holds something other than a report, or cannot be written.
     """
     try:
         check_output(output)
@@ -47,7 +47,7 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
         content = json.dumps(content_of(results), indent=1, ensure_ascii=False)
         with TemporaryDirectory() as drawn:
             page = render(results, table, Path(drawn), title)
-            # Comes first: by it the directory is known as a report's, should this be killed.
+            # First, because it identifies the directory as a report's if this process is killed.
             write_whole(output / CONTENT, content + "\n")
             for name, *_ in PICTURES:
                 (output / f"{name}.png").unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def write_page(results: Results, output: Path, title: str | None, cards: bool) -
 
 
 def check_output(output: Path) -> None:
-    """Raises MQAError for a directory with files in it that no report has written."""
+    """Raise MQAError for a directory with files that are not a report's."""
     if output.exists() and not output.is_dir():
         raise MQAError(f"{output} is a file; give a directory")
     page, content = output / PAGE, output / CONTENT
@@ -79,7 +79,7 @@ def check_output(output: Path) -> None:
 
 
 def is_ours(content: Path) -> bool:
-    """Whether a file is what a report shows, as JSON has it: all that is there where the page is to be made again."""
+    """Whether a file is the content of a report, which is all that remains of an interrupted one."""
     try:
         return {"evaluation", "benchmark"} <= read_json(content).keys()
     except MQAError:
@@ -87,17 +87,17 @@ def is_ours(content: Path) -> bool:
 
 
 def content_of(results: Results) -> dict[str, Any]:
-    """What the page shows, as JSON has it."""
+    """The content of the page, as JSON."""
     timings = [{**t.record.model_dump(mode="json", exclude_none=True), "name": t.name} for t in results.timings]
     return {"evaluation": json.loads(results.evaluation.to_json()), "benchmark": timings}
 
 
 def commands_of(results: Results) -> dict[str, str]:
-    """The commands that made the results, by what they do."""
+    """The commands that made the results, by title."""
     commands: dict[str, str | None] = {"Evaluate": results.evaluation.command}
     for name in results.names:
         converted = results.conversions[name].command if name in results.conversions else None
-        if converted not in commands.values():  # a trained checkpoint has that of its student
+        if converted not in commands.values():  # a trained checkpoint has its student's
             commands[f"Convert {name}"] = converted
         if name in results.trainings:
             commands[f"Uptrain {name}"] = results.trainings[name].command
@@ -127,23 +127,23 @@ def render(results: Results, table: Table, output: Path, title: str | None) -> s
         device=", ".join(sorted({timing.record.device for timing in results.timings})),
         timed_as=[([n for n, o in results.timed_as.items() if o == other], other) for other in others],
         copied=table.tabbed(),
-        # No tag, nor a comment, which a browser would read a script within to the end of the page.
+        # Without "<": in a script, a browser would read tags, and a comment up to the end of the page.
         data=json.dumps(content_of(results), indent=1, ensure_ascii=False).replace("<", "\\u003c"),
     )
 
 
 def add_to_card(path: Path, found: CheckpointResult, results: Results, table: Table, shown: Path) -> None:
     """Put the table, two pictures and `model-index` into a converted checkpoint's model card; those of an earlier
-    report make room.
+    report are replaced.
 
     Args:
-        path: of the card.
+        path: path of the card.
         found: the checkpoint's results.
-        results, table: of the report.
+        results, table: those of the report.
         shown: directory of the pictures.
 
     Raises:
-        MQAError: where the card cannot be read.
+        MQAError: if the card cannot be read.
     """
     try:
         card = ModelCard.load(path)

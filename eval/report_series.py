@@ -1,4 +1,4 @@
-"""How a checkpoint looks in charts and tables: colour, marker and dashes, which print in black and white keeps."""
+"""How a checkpoint looks in charts and tables: colour, and marker and dashes for print in black and white."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from .report_data import Results
 
 INK = "#123456"  # stands in charts for the colour of the page's text
-# On light and on dark backgrounds: at least 3:1 against both backgrounds of the page in that mode.
+# For light and for dark backgrounds, with a contrast of at least 3:1 to both backgrounds of the page in that mode.
 COLOURS = (
     ("#5f6774", "#b4bac4"),
     ("#c0392b", "#ff8a80"),
@@ -23,13 +23,13 @@ DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0
 
 @dataclass(frozen=True)
 class Series:
-    """The look of a checkpoint, or of what else was timed.
+    """The look of a checkpoint, or of another timed model.
 
     Attributes:
-        number: of its colour.
-        marker: as matplotlib has it.
-        glyph: the same as text.
-        dashes: of its lines, as matplotlib has them.
+        number: index of its colour.
+        marker: its marker in matplotlib.
+        glyph: the marker as text.
+        dashes: line style in matplotlib.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Series:
 
     @property
     def colour(self) -> str:
-        """On a light background."""
+        """The colour on a light background."""
         return COLOURS[self.number][0]
 
 
 def series_of(results: Results, name: str) -> Series:
-    """The look of a checkpoint, or of what else was timed. After eight, colours come again with other markers."""
+    """The look of a checkpoint, or of another timed model. After eight, colours repeat with other markers."""
     names = results.names
     names += sorted({timing.label for timing in results.timings} - set(names))
     index = names.index(name)

@@ -9,9 +9,9 @@ from .evaluation_record import CheckpointResult
 from .report_data import Results
 from .report_series import Series, series_of
 
-DECIDING = 2  # columns of quality before those of cost; the others come after
+DECIDING = 2  # quality columns before the cost columns; the others follow them
 WIDEST = 7  # columns of a table on the page: as many as fit on paper
-# Heading, part of a checkpoint's results, name in it, form
+# Heading, part of a checkpoint's results, field in it, format
 NEXT_TOKEN = (
     ("loss, nats per token", "next_token", "loss", ".3f"),
     ("loss above the original's", "next_token", "loss_above_original", "+.3f"),
@@ -38,8 +38,8 @@ class Entry:
 
     Attributes:
         value: the number as text.
-        interval: what stands below it: its interval, or how it compares with the original's.
-        number: what the cell is sorted by; `None` where there is nothing to compare.
+        interval: text below it: its interval, or a comparison with the original's.
+        number: the value to sort by; `None` if there is none.
     """
 
     value: str = ""
@@ -51,7 +51,7 @@ class Entry:
 
     @property
     def sorted_by(self) -> str:
-        """The number as JavaScript reads it; "" for none, which is sorted last."""
+        """The number for JavaScript; "" for none, which is sorted last."""
         if self.number is None or math.isnan(self.number):
             return ""
         return repr(self.number) if math.isfinite(self.number) else f"{'-' * (self.number < 0)}Infinity"
@@ -79,7 +79,7 @@ class Table:
     Attributes:
         head: the headings.
         rows: one for each checkpoint.
-        groups: headings of groups of columns, and how many each has.
+        groups: headings of groups of columns, and the number of columns in each.
     """
 
     head: list[str]
@@ -87,7 +87,7 @@ class Table:
     groups: list[tuple[str, int]]
 
     def parts(self) -> list[Part]:
-        """Each group, divided where it is too wide for paper."""
+        """The groups of columns; those too wide for paper are divided."""
         found, begin = [], 0
         for title, count in self.groups:
             pieces = math.ceil(count / WIDEST)
@@ -98,7 +98,7 @@ class Table:
         return found
 
     def tabbed(self) -> str:
-        """As text with tabs, to copy into a spreadsheet."""
+        """The table as text with tabs, to copy into a spreadsheet."""
         lines = [["", *self.head], *([row.name, *map(str, row.cells)] for row in self.rows)]
         return "\n".join(map("\t".join, lines))
 
@@ -112,7 +112,7 @@ class Table:
 
 
 def quality_columns(results: Results) -> list[tuple[str, str, str, str]]:
-    """Heading, part, name and form of the numbers of quality; what decides comes first."""
+    """Heading, part, field and format of each quality column; the deciding ones come first."""
     first = results.checkpoints[0]
     if first.greedy is not None:
         names = TRANSCRIBED if first.greedy.word_error_rate is not None else TRANSLATED
@@ -152,7 +152,7 @@ def table_of(results: Results) -> Table:
     rows = []
     for found in results.checkpoints:
         entries = [
-            # The original is not above itself.
+            # The original has no difference from itself.
             Entry() if found is first and name.endswith("above_original") else measured(found, part, name, form)
             for _, part, name, form in columns
         ]
@@ -170,7 +170,7 @@ def table_of(results: Results) -> Table:
 
 
 def cache_entry(found: CheckpointResult, first: CheckpointResult) -> Entry:
-    """Cache bytes per token, compared with the original's, and the latent that it is."""
+    """Cache bytes per token, compared with the original's, and the latent, if any."""
     size = beside_original(found.kv_bytes_per_token, first.kv_bytes_per_token, ",", "smaller", "larger")
     said = [*filter(None, (size.interval, found.latent.name if found.latent else ""))]
     return Entry(size.value, "; ".join(said), size.number)
@@ -183,7 +183,7 @@ def measured(found: CheckpointResult, part: str, name: str, form: str) -> Entry:
 
 
 def entry(value: float | None, interval: Any, form: str) -> Entry:
-    """A number and its interval as texts; percent and thousands as `form` says."""
+    """A number and its interval in the format `form`."""
     if value is None or not isinstance(value, int | float):
         return Entry()
     ends = [format(x, form) for x in interval or () if math.isfinite(x)]

@@ -124,7 +124,7 @@ def choose_columns(
 
 
 def reading(name: str, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The result of `read`, with MQAError in place of errors of reading."""
+    """The result of `read`; errors of reading become an MQAError."""
     try:
         return read(*args, **options)
     except (MQAError, StopIteration):
@@ -254,13 +254,13 @@ def training_rows(
     Args:
         parts, columns, streaming, seed: see [`mixture`].
         tokenizer: of transformers.
-        length: tokens of a row, or most tokens of either side of a pair.
-        count: rows wanted; a text that gives fewer is read again by who trains, in another order.
+        length: tokens of a row, or maximum number of tokens of either side of a pair.
+        count: rows wanted. A text may give fewer; training then repeats them in another order.
         pairs: whether they are for an encoder-decoder model.
         option: name of the option, for messages.
 
     Returns:
-        A `Dataset`, or, streaming, an endless `IterableDataset`.
+        A `Dataset`, or an endless `IterableDataset` if streaming.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -273,10 +273,10 @@ def training_rows(
             "this tokenizer has no sentinels for span corruption; name two columns, such as `columns` en,de"
         )
 
-    # Here, so that what is wrong with it is said as it is.
+    # Outside of the generators, in which `datasets` would replace its errors.
     opened = mixture(parts, columns, streaming, seed, tokenizer, option)
     if pairs and len(columns) == 2 and not streaming:
-        count = min(count, len(opened))  # the same rows are kept once, however many more were wanted
+        count = min(count, len(opened))  # so that the cached rows do not depend on a larger count
 
     nothing = f"{', '.join(part.source for part in parts)}: no row of {length} tokens in the text; add text or lower "
     nothing += "`sequence_length`"
@@ -317,7 +317,7 @@ def training_rows(
 
 
 def kept(rows: Callable[[], Iterator[dict[str, Any]]], names: Sequence[str], length: int, made_of: Any) -> Any:
-    """Rows with lists of `length` numbers (-1: any) by these names, on disk; made once for what they are made of."""
+    """Cache rows on disk: columns of lists of `length` numbers (-1: any length), keyed by `made_of`."""
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -346,7 +346,7 @@ def starts_with_last(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class CollatePairs:
-    """[B, S] and [B, T] of pairs, padded on the right to a multiple of 8; to `length` where batches must be alike."""
+    """Batch pairs [B, S] and [B, T], padded on the right to a multiple of 8, or to `length` if it is set."""
 
     pad: int
     start: int
@@ -375,9 +375,9 @@ class TrainingSet:
     """The training and validation rows of a model.
 
     Attributes:
-        rows: of [`training_rows`].
-        collate: makes a batch of some of them.
-        row_tokens: that a row predicts: of pairs, in the mean, those that the decoder writes.
+        rows: from [`training_rows`].
+        collate: makes a batch of rows.
+        row_tokens: tokens that a row predicts; for pairs, the mean number of decoder tokens.
         validation: rows that losses are measured on.
     """
 
@@ -400,14 +400,14 @@ def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
     assert job.tokens is not None, "a job is resolved first"
     pairs, length = bool(config.is_encoder_decoder), job.sequence_length
     common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
-    if not (pairs or job.streaming):  # of pairs it is known when their lengths are
+    if not (pairs or job.streaming):  # for pairs, when their lengths are known
         check_rows(job, job.steps(length))
     with processes().main_process_first():
         validation = None
         if job.validation is not None:  # first, so that its errors show early
             part, count = (Part(job.validation),), math.ceil(job.validation_tokens / length)
             validation = training_rows(part, tokenizer, length, count, option="`validation`", **common)
-        # Pairs are short or long; so many there may be use for.
+        # Pairs may have one token each, so this is the most that can be used.
         wanted = job.tokens if pairs else job.steps(length) * job.rows
         rows = training_rows(job.parts, tokenizer, length, wanted, streaming=job.streaming, **common)
     if not pairs:

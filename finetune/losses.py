@@ -148,7 +148,7 @@ class Objective:
     chunk_elements: int = CHUNK_ELEMENTS
     liger: bool = False
     _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # caught by hooks in a forward pass
-    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # put in place by hooks
+    _given: dict[str, Any] = field(default_factory=dict, repr=False)  # inputs that hooks substitute
 
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(LOSSES)
@@ -217,8 +217,8 @@ class Objective:
     def teacher_forward(
         self, model: PreTrainedModel, hidden: torch.Tensor | None = None, **inputs: torch.Tensor
     ) -> Any:
-        """The teacher's hidden states (and what its attention layers read and wrote) of a batch; or, of `hidden`
-        [n, d], its logits [n, V]."""
+        """The teacher's hidden states for a batch, with the inputs and outputs of its attention layers; or, for
+        `hidden` [n, d], its logits [n, V]."""
         if hidden is not None:
             return logits_of(model, hidden)
         self._seen = {}
@@ -243,7 +243,7 @@ class Objective:
             taught: output of [`teacher_forward`] for the batch.
 
         Returns:
-            `loss`: the weighted sum of all losses, over `count`. `sums`: of [`LOSSES`] in their order, then of tokens.
+            `loss`: the weighted sum of all losses, divided by `count`. `sums`: each of [`LOSSES`], then the tokens.
         """
         self._seen, self._given = {}, {} if taught is None else taught["attention"]
         states = "hidden" in self.weights
@@ -256,7 +256,7 @@ class Objective:
         losses = dict.fromkeys(LOSSES, zero)
         if self.layerwise:
             losses["attention"] = self.attention_loss(counted, inputs.get("attention_mask"))
-            if not torch.is_grad_enabled():  # an evaluation: what the model does when nothing is replaced
+            if not torch.is_grad_enabled():  # in evaluation, also run the model with its own inputs
                 self._given = {}
                 outputs = model.base_model(**inputs, use_cache=False, output_hidden_states=states)
         if states:
@@ -266,7 +266,7 @@ class Objective:
             losses["hidden"] = (torch.stack(away).mean(0) * counted).sum()
         if not self.layerwise or not torch.is_grad_enabled():
             losses["lm"], losses["kl"] = self.token_losses(model, outputs.last_hidden_state, labels, taught)
-        self._seen = {}  # what is given stays: checkpointed layers run once more in the backward pass
+        self._seen = {}  # keep `_given`: checkpointed layers run again in the backward pass
         total = sum((self.weights[name] * losses[name] for name in self.weights), zero)
         sums = torch.stack([*(losses[name].detach() for name in LOSSES), counted.sum().float()])
         return {"loss": total / count, "sums": sums}
@@ -303,7 +303,7 @@ class Objective:
     def liger_losses(
         self, model: PreTrainedModel, hidden: torch.Tensor, labels: torch.Tensor, taught: dict[str, Any] | None
     ) -> torch.Tensor:
-        """[2]: the same by Liger's kernels (arXiv 2410.10989), those that have a weight; `hidden` [N, d]."""
+        """[2]: the same sums by Liger's kernels (arXiv 2410.10989), for losses with a weight; `hidden` [N, d]."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
         scale, cap = after_head(model)
@@ -332,14 +332,14 @@ class Objective:
 
         Args:
             counted: [B, T], mask of the decoder tokens that count.
-            source_mask: [B, S], those of an encoder.
+            source_mask: [B, S], mask of the encoder's tokens.
         """
         errors = []
         for name, (_, _, y) in self._seen.items():
             target = self._given[name][2].float()
             encoder = source_mask is not None and ".encoder." in f".{name}"
             weight = source_mask.float() if encoder and source_mask is not None else counted.float()
-            # Token by token: no number here depends on what else is in the batch.
+            # Relative per token, so that no value depends on the rest of the batch.
             error = (y.float() - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
             errors.append((error * weight).sum() * (counted.sum() / weight.sum().clamp_min(1)))
         return torch.stack(errors).mean()
@@ -352,15 +352,15 @@ def hidden_states(outputs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def attention_names(student: nn.Module, teacher: nn.Module) -> list[str]:
-    """The modules whose parameters differ in shape between the two, or are others (a latent's): the attentions that
-    were converted."""
+    """The converted attentions: modules whose parameters differ in shape from the teacher's or, with latents, in
+    name."""
     shapes = {name: p.shape for name, p in teacher.named_parameters()}
     known = {name for name, _ in teacher.named_modules()}
     names = set()
     for name, parameter in student.named_parameters():
         owner = name.rpartition(".")[0]
         parts = next(student.get_submodule(owner).children(), None)
-        module = owner if parts is not None else owner.rpartition(".")[0]  # some are the attention's own
+        module = owner if parts is not None else owner.rpartition(".")[0]  # some parameters are the attention's own
         if "layers." in name and module in known and shapes.get(name) != parameter.shape:
             names.add(module)
     if not names:

@@ -38,7 +38,7 @@ class LossTrainer(Trainer):
     def __init__(self, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
         self.objective = objective
-        self.model_accepts_loss_kwargs = True  # what compute_loss gives is over the tokens of the whole step
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._sums: Any = 0
         for printer in (PrinterCallback, ProgressCallback):
             self.remove_callback(printer)
@@ -78,7 +78,7 @@ class LossTrainer(Trainer):
         first = loss
         if math.isfinite(loss) and math.isfinite(grad_norm):
             logged = [(int(line["step"]), line["loss"]) for line in self.state.log_history if "loss" in line]
-            # Steps of pairs differ by how long these are: there, means over all lengths are compared.
+            # Steps of pairs differ in their lengths, so compare means over many steps.
             first, loss = ends(logged, POOL if by_like_length(self.train_dataset) else 1)
             share, more = DIVERGED
             if loss <= share * abs(first) + more:
@@ -118,8 +118,8 @@ class LossTrainer(Trainer):
         return metrics
 
     def _shared_batches(self, rows: Any) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of the rows in batches. All processes have as many batches, as a sharded model needs;
-        what is too much has no labels."""
+        """This process's share of the rows in batches. All processes get the same number of batches, as sharded models
+        need; rows added for that have no labels."""
         size = self.args.per_device_eval_batch_size
         count = -(-len(rows) // (size * self.accelerator.num_processes))
         first = self.accelerator.process_index * count * size
@@ -131,10 +131,10 @@ class LossTrainer(Trainer):
 
 
 def ends(logged: Sequence[tuple[int, float]], window: int) -> tuple[float, float]:
-    """Mean losses of the first and of the last steps, at least `window` of each (fewer where there are no more).
+    """Mean losses of the first and of the last steps, at least `window` of each if there are as many.
 
     Args:
-        logged: step, and mean loss since the previous line.
+        logged: for each log line, the step and the mean loss since the previous line.
         window: number of steps.
     """
 
@@ -152,7 +152,7 @@ def ends(logged: Sequence[tuple[int, float]], window: int) -> tuple[float, float
 
 
 def sum_in_float32(accelerator: Any) -> None:
-    """Let FSDP2 sum gradients and return losses in float32; accelerate has 16 bits for both beside the weights'."""
+    """Let FSDP2 sum gradients and return losses in float32; accelerate sets 16 bits for both and for weights."""
     plugin = accelerator.state.fsdp_plugin
     if isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(
@@ -161,7 +161,7 @@ def sum_in_float32(accelerator: Any) -> None:
 
 
 def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
-    """The teacher where the student's shards are: sharded (and offloaded) as the accelerate configuration says."""
+    """Shard the teacher (and offload it) like the student, as the accelerate configuration says."""
     accelerator = trainer.accelerator
     teacher.requires_grad_(False).eval()
     if trainer.is_deepspeed_enabled:
@@ -191,8 +191,8 @@ def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def without_cudnn_attention() -> Iterator[None]:
-    """PyTorch's other attention kernels only: from 2.11 on it prefers cuDNN's on Hopper GPUs, whose backward pass
-    gives NaN with a mask where lengths are 64 more than a multiple of 128 (pytorch/pytorch#196678)."""
+    """Disable cuDNN's attention kernels, which PyTorch from 2.11 on prefers on Hopper GPUs: with a mask, their
+    backward pass gives NaN for lengths that are 64 more than a multiple of 128 (pytorch/pytorch#196678)."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -202,7 +202,7 @@ def without_cudnn_attention() -> Iterator[None]:
 
 
 def operations_per_token(model: nn.Module, teacher: nn.Module | None, length: int) -> float:
-    """Multiplications and additions a token: 6 for each weight, 2 for each of the teacher's, and attention's own."""
+    """Operations per token: 6 per weight, 2 per weight of the teacher, and those of attention."""
     config = core(model).config
     stack = config.get_text_config(decoder=True)
     attention = 6 * stack.num_hidden_layers * length * stack.hidden_size
@@ -240,7 +240,7 @@ def train(
     state = processes()
     history = directory / "final" / "history.json"
     if history.is_file():
-        with suppress(ValueError):  # one that was being written is made again
+        with suppress(ValueError):  # a partly written one is made again
             logged = json.loads(history.read_text())
             if isinstance(logged, list):
                 return logged
@@ -278,7 +278,7 @@ def train(
 
 
 def carry_out(trainer: LossTrainer, saving: SaveWhenTold, directory: Path) -> None:
-    """Train from the last checkpoint in `directory`, or from the start; its teacher is put in place before."""
+    """Train from the last checkpoint in `directory`, or from the start, after preparing the teacher."""
     objective = trainer.objective
     if trainer.is_fsdp_enabled:
         sum_in_float32(trainer.accelerator)

@@ -137,7 +137,7 @@ def only_attention(model: PreTrainedModel, teacher: PreTrainedModel | None) -> P
 
 
 def without_dropout(config: Any) -> Any:
-    """A copy of a configuration, with all of its stacks, in which every probability of dropout is 0."""
+    """A copy of a configuration with every dropout probability 0, in all of its stacks."""
     config = copy.deepcopy(config)
     parts = (getattr(config, name, None) for name in config.sub_configs)
     for stack in (config, *(part for part in parts if part is not None)):

@@ -393,8 +393,8 @@ def naive_attend(
 
 @cache
 def attend_splits(programs: int, length: int, row: int, multiprocessors: int) -> int:
-    """The number of programs that share the keys of a row, for the least time, counted in keys read in sequence. There
-    are `programs` without sharing, and a key and a value take `row` bytes.
+    """Choose how many programs share the keys of a row, for the least time in units of keys read in sequence. Without
+    sharing there are `programs`; a key and a value take `row` bytes.
 
     Measured on an H100: one multiprocessor alone reads 1.6 times as fast as beside all others; starting a program
     takes as long as reading 64 keys, and merging as long as reading 68 KB.

@@ -44,8 +44,8 @@ def hopper_sizes(
 
 @cache
 def hopper_splits(programs: int, span: int, position: float, size: int, merged: int, multiprocessors: int) -> int:
-    """The number of programs that share the positions of a row, for the least time. There are `programs` without
-    sharing; a position takes one multiprocessor `position` seconds and has `size` bytes; each share adds `merged`
+    """Choose how many programs share the positions of a row, for the least time. Without sharing there are
+    `programs`; a position takes one multiprocessor `position` seconds and has `size` bytes; each share adds `merged`
     numbers to merge.
 
     Measured on an H200: one multiprocessor reads 20 GB/s beside all others and 1.6 times as much alone; starting takes

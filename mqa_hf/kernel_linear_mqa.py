@@ -197,7 +197,7 @@ def naive_linear(
 
 
 def linear_blocks(M: int, K: int, exact: bool) -> tuple[int, int, int, int]:
-    """Chosen by measuring 25 choices on an H100 with the shapes of a 7B model."""
+    """Choose `blocks` by size: the fastest of 25 choices on an H100 with the shapes of a 7B model."""
     if M == 1:
         block_k = min(1024, power(K))
         return 2048 // block_k, block_k, 4, 1

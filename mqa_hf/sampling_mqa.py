@@ -113,6 +113,6 @@ class Sampler(Text):
 
 
 def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Random numbers whose largest are a sample without replacement from softmax(scores), as `torch.multinomial`'s."""
+    """Random numbers; the places of the largest are a sample without replacement from softmax(scores)."""
     probabilities = scores.softmax(-1)
     return probabilities / torch.empty_like(probabilities).exponential_()

@@ -69,7 +69,7 @@ def seeds_of(records: Sequence[Record]) -> list[int]:
 
 
 def cell(values: Sequence[float], form: str, seeds: Sequence[int]) -> str:
-    """`mean ± half` on one line, with the number of values where the table has more seeds; empty without values."""
+    """`mean ± half` on one line, with the number of values if the table has more seeds; empty without values."""
     if not values:
         return ""
     middle, half = spread(values)
@@ -80,7 +80,7 @@ def cell(values: Sequence[float], form: str, seeds: Sequence[int]) -> str:
 
 
 def said(seeds: Sequence[int], more: str = "") -> str:
-    """What is so for a whole table."""
+    """The sentence below a table: its seeds, and `more`."""
     return f"\n\nSeeds {', '.join(map(str, seeds))}{more}."
 
 
@@ -200,7 +200,7 @@ def operations(records: Sequence[Record]) -> str:
 
 
 def conversions(records: Sequence[Record], task: str) -> str:
-    """Loss above the original's after shares of the pretraining tokens; of translations BLEU, too."""
+    """Loss above the original's after shares of the pretraining tokens; also BLEU for translations."""
     found, first = of(records, task=task, table="conversions"), originals(records, task)
     shares = sorted({r["share"] for r in found})
     models = {model: of(found, model=model) for model in dict.fromkeys(r["model"] for r in found)}
@@ -261,7 +261,7 @@ class Panel:
         self.seconds = {model: r["time_per_token_ms"] for r in self.times for model in r["models"]}
 
     def draw(self, axes: Any, points: Sequence[tuple[float, str, float]], line: str, **style: Any) -> None:
-        """Measured points (x, model, share), with intervals over seeds."""
+        """Draw measured points (x, model, share), with intervals over seeds."""
         known = [
             (x, *spread(values))
             for x, model, share in sorted(points)
@@ -273,7 +273,7 @@ class Panel:
             axes.errorbar(xs, middle, yerr=half, **options)
 
     def over_shares(self, axes: Any) -> str:
-        """Draw it over the share of training; what that axis is."""
+        """Draw the panel over the share of training; return the label of that axis."""
         for model in (m for m in self.models if "," not in m):
             shares = sorted({r["share"] for r in of(self.found, model=model)})
             self.draw(axes, [(100 * s, model, s) for s in shares if s or model != "original"], model)
@@ -283,7 +283,7 @@ class Panel:
         return "tokens of training, % of the pretraining"
 
     def over_sizes(self, axes: Any, kind: str) -> str:
-        """Draw it over the `kind` of size, cache or time, after 5% of the tokens; what that axis is."""
+        """Draw the panel over `kind` (cache or time) after 5% of the tokens; return the label of that axis."""
         sizes = self.cache if kind == "cache" else self.seconds
         for line in ("mean", "shared", "shared, width"):
             members = [m for m in self.models if line_of(m) == line or m == line.split(",")[0]]
@@ -300,8 +300,8 @@ class Panel:
 
 
 def picture(records: Sequence[Record], kind: str, path: Path) -> None:
-    """A picture of GQA's, with panels for each task: how much worse than the original a conversion is over the share
-    of training, or after 5% over cache bytes or the time of a step."""
+    """Draw a figure of the GQA paper with panels for each task: how much worse conversions are than the original, over
+    the share of training or, after 5%, over cache bytes or step time."""
     converted = of(records, table="conversions")
     panels = [
         Panel(records, task, field)

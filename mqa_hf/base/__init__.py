@@ -1,1 +1,1 @@
-"""What every part of the package stands on: errors, files, outputs, the Hub, text, devices, options."""
+"""Foundations of all parts of the package: errors, files, outputs, the Hub, text, devices, options."""

@@ -39,7 +39,7 @@ def peak_rate() -> float | None:
 
 
 def processes() -> "PartialState":
-    """State of this process among those of the job, also on a CPU, which accelerate has to be told."""
+    """State of this process among those of the job; accelerate has to be told if it runs on a CPU."""
     from datetime import timedelta
 
     from accelerate import PartialState

@@ -39,11 +39,11 @@ class Step:
     costly: bool = False
 
     def words(self, record: Path) -> list[str]:
-        """What tells it from another job: its command, paths under the record's directory as they are from there."""
+        """The words of its command, which identify it; paths under the record's directory are relative to it."""
         return [word.removeprefix(f"{record.parent}{os.sep}") for word in self.job.words()]
 
     def run(self, overwrite: bool) -> None:
-        """Do the job, and show what came of it on standard error: the result of all steps is another."""
+        """Run the job, and show its result on standard error, because standard output is for that of all steps."""
         job: Any = self.job
         job = replace(job, overwrite=True) if overwrite else job
         result, console = job.run(), stderr()
@@ -52,7 +52,7 @@ class Step:
 
 
 def read_record(record: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """By step, the words of those that are done, and of those that were begun: none where a record was cut off.
+    """The commands of finished and of started steps, by step; none if the record is missing or truncated.
 
     Raises:
         MQAError: if the file is not a valid record.
@@ -109,7 +109,7 @@ def run_steps(
         record: file beside the results that lists finished steps.
         name: name of the whole, for messages.
         overwrite: rerun a step that has changed and those that need it.
-        keep_going: after a failure, run the steps that do not need it before raising the first error.
+        keep_going: after a failure, run the steps that do not need the failed one, then raise the first error.
 
     Raises:
         MQAError: if a step has changed and `overwrite` is false; and whatever the jobs raise.

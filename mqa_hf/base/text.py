@@ -106,7 +106,7 @@ def chat_text(messages: Any, tokenizer: Any) -> str:
         tokenizer: a transformers tokenizer.
 
     Raises:
-        MQAError: where the tokenizer has no template, or it does not take these messages.
+        MQAError: if the tokenizer has no template, or the template does not accept these messages.
     """
     if not messages:
         return ""
@@ -258,8 +258,8 @@ def pairs(
 
     Args:
         source: as in [`documents`].
-        columns: of the two. Default: those of "translation", as the Hub's data sets of translations have them; also
-            where the columns named are languages in there.
+        columns: names of the two columns, or of two languages in a column "translation", as data sets on the Hub have
+            it. Default: the two languages of "translation".
         option: name of the option, for messages.
 
     Raises:
@@ -414,11 +414,11 @@ def seq2seq_tokens(
     config: Any,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Calibration tokens of an encoder-decoder model: source [N, S] and the decoder's input [N, T], each with which of
-    its tokens are no padding.
+    """Calibration tokens of an encoder-decoder model: source [N, S] and the decoder's input [N, T], each with a mask
+    of the tokens that are not padding.
 
-    Pairs of texts are taken as they are. Of one text, spans are hidden where the tokenizer has sentinels (T5), else
-    the decoder writes what the encoder reads.
+    Pairs of texts are used as they are. In a single text, spans are hidden if the tokenizer has sentinels (T5);
+    otherwise the decoder writes what the encoder reads.
 
     Args:
         tokenizer, source, columns, seed: see [`calibration_tokens`] and [`pairs`].

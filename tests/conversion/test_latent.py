@@ -163,7 +163,7 @@ def test_what_cannot_be_is_said_before_layers_are_looked_at(tmp_path, monkeypatc
         ({"latent": 1000}, "`latent` 1000 is more than the 48 numbers"),
         ({"latent": 20, "latent_bits": 4}, "`latent` must be a multiple of 32 with `latent_bits` 4; got 20"),
         ({"latent": 20, "latent_bits": 8}, "`latent` must be a multiple of 32 with `latent_bits` 8; got 20"),
-        ({"cache_budget": "8%"}, "allows 23 numbers of latents per token; the 3 layers need at least 48"),
+        ({"cache_budget": "8%"}, "allows 23 latent numbers per token; the 3 layers need at least 48"),
         ({"cache_budget": "50%", "key_width": 1000}, "`key_width` 1000 is more than the 48 rotated"),
         ({"latent_bits": 3}, "`latent_bits` must be one of 16, 8, 4"),
         ({"key_width": 1000}, "`key_width` 1000 is more than the"),
