@@ -17,7 +17,7 @@ from torch import nn
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.latent_mqa import MQALatentAttention
-from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer
+from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, scaled_logits
 
 from .budget import curves_of
 from .canonical import CanonicalConfig, heads_of, stacks_of
@@ -204,7 +204,8 @@ class Calibration:
         for name, states in (("before", stream.original), ("after", stream.states[held])):
             total = 0.0
             for i, x in enumerate(states):
-                logits = self.head(stream.shell.leave(x[None].to(self.device)))[0, :-1] * stream.config.logit_scale
+                logits = self.head(stream.shell.leave(x[None].to(self.device)))[0, :-1]
+                logits = scaled_logits(logits, stream.config)
                 total += float(nn.functional.cross_entropy(logits.float(), labels[i], reduction="sum"))
             result[name] = total / count
         return {**result, "tokens": count}

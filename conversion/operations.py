@@ -209,6 +209,51 @@ class SplitCodeGen:
         return torch.stack(parts).unflatten(1, (4, -1)).transpose(0, 1).flatten(0, 2)
 
 
+@dataclass(frozen=True)
+class HeadNormWeights:
+    """The weight or bias of a norm of queries or keys <-> [heads, D], a row for each head.
+
+    Attributes:
+        keys: whether the norm is that of keys.
+        shared: whether the source has one row [D] for all heads; otherwise [heads·D] or [heads, D].
+        add_one: whether the norm multiplies by 1 + weight.
+        interleaved: whether rotary pairs are neighbours, as in [`DeinterleaveRotary`].
+    """
+
+    keys: bool
+    shared: bool = True
+    add_one: bool = False
+    interleaved: bool = False
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        heads = config.num_key_value_heads if self.keys else config.num_attention_heads
+        rows = tensor.expand(heads, -1) if self.shared else tensor.reshape(heads, -1)
+        if self.interleaved:
+            (flat,) = DeinterleaveRotary().to_canonical(rows.reshape(-1), config)
+            rows = flat.unflatten(0, (heads, -1))
+        return (at_least_float32(rows) + 1 if self.add_one else rows.contiguous(),)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        rows = _only(tensors)
+        if self.add_one:
+            rows = at_least_float32(rows) - 1
+        if self.interleaved:
+            rows = DeinterleaveRotary().from_canonical((rows.flatten(),), config).unflatten(0, (len(rows), -1))
+        return rows[0] if self.shared else rows if self.interleaved else rows.flatten()
+
+
+@dataclass(frozen=True)
+class SwapHalves:
+    """[heads·D, …]: the halves of each head swapped, for rotations in the other direction (nanochat)."""
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        first, second = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).unbind(1)
+        return (torch.stack((second, first), 1).flatten(0, 2),)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        return self.to_canonical(_only(tensors), config)[0]
+
+
 Operation = (
     Copy
     | Transpose
@@ -221,4 +266,6 @@ Operation = (
     | SplitGrouped
     | SplitCodeGen
     | DeinterleaveRotary
+    | HeadNormWeights
+    | SwapHalves
 )

@@ -128,21 +128,22 @@ def pool_layer(
     errors: dict[str, float | None] = {}
     for name, tensor in tensors.items():
         projection = name.rsplit(".", 2)[-2]
-        if projection not in ("k_proj", "v_proj"):
+        if projection not in ("k_proj", "v_proj", "k_norm"):
             continue
         attention = attention_of(name)
         source_heads, kv_heads = before[attention], after[attention]
-        error = ("cross_" if attention == "cross" else "") + ("key" if projection == "k_proj" else "value") + "_error"
+        norm = projection == "k_norm"  # its weight has a row per head
+        error = ("cross_" if attention == "cross" else "") + ("value" if projection == "v_proj" else "key") + "_error"
         errors.setdefault(error, 0.0)
         if attention not in attentions or (kv_heads == source_heads and method != "random"):
             continue
         width = tensor.shape[0] // source_heads
         heads = at_least_float32(tensor).unflatten(0, (kv_heads, source_heads // kv_heads, width))
         pooled = METHODS[method](heads, generator, std)
-        if name.endswith(".weight"):
+        if name.endswith(".weight") and not norm:
             distance, size = float((heads - pooled.unsqueeze(1)).norm()), float(heads.norm())
             errors[error] = relative(distance, size)
-        elif method == "random" and name.endswith(".scale"):  # of a norm over the keys
+        elif method == "random" and name.endswith((".scale", "k_norm.weight")):  # of a norm over the keys
             pooled = torch.ones_like(pooled)
         tensors[name] = pooled.flatten(0, 1)
     return errors

@@ -189,12 +189,13 @@ class Stream:
 
     def inputs(self, layer: MQADecoderLayer, site: str, x: torch.Tensor, mask: Any) -> torch.Tensor:
         """The input of a layer's attention [B, T, d]; that of cross-attention follows the layer's self-attention."""
-        for branches, after in layer.residuals(cross=self.memory is not None):
+        for branches, after, leave in layer.residuals(cross=self.memory is not None):
             norm, module = branches[0]
             h = x if norm is None else norm(x)
             if module is getattr(layer, site):
                 return h
-            x = x + layer.added(module(h, position_embeddings=self.angles, attention_mask=mask)[0])
+            output = module(h, position_embeddings=self.angles, attention_mask=mask)[0]
+            x = x + layer.added(output if leave is None else leave(output))
             x = x if after is None else after(x)
         raise AssertionError(f"a layer without {site}")
 

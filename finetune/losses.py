@@ -55,8 +55,10 @@ def logits_of(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 def after_head(model: PreTrainedModel) -> tuple[float, float | None]:
     """The scale of the logits, and the soft cap applied afterwards."""
     config = model.config.get_text_config(decoder=True)
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    scaling = getattr(config, "logits_scaling", 1.0)
+    divided = 1 / scaling if config.model_type != "hyperclovax" else scaling  # which multiplies by it
+    scale = getattr(config, "logit_scale", 1.0) * divided
+    return scale, getattr(config, "logit_softcap", None) or getattr(config, "final_logit_softcapping", None)
 
 
 def check_liger() -> None:

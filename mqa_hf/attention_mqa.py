@@ -17,7 +17,34 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .configuration_mqa import MQAConfig
+
 ATTENTION_NAME = "mqa"
+AT_ONCE = 2**26  # logits that are capped at once
+ALIGNED = 8  # PyTorch's flash attention takes widths that are multiples of this
+
+
+class HeadNorm(nn.Module):
+    """Norm of queries or keys [B, heads, T, width]: of each head by itself, or of all heads together; `weight` and
+    `bias` [heads, width]."""
+
+    def __init__(self, config: MQAConfig, heads: int, width: int):
+        super().__init__()
+        self.centred = config.qk_norm_type == "layer_norm"
+        self.joint = config.qk_norm == "joint"
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(heads, width)) if config.qk_norm_affine else None
+        self.bias = nn.Parameter(torch.zeros(heads, width)) if config.qk_norm_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        over = (1, 3) if self.joint else (3,)
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centred:
+            y = y - y.mean(over, keepdim=True)
+        y = (y * torch.rsqrt(y.square().mean(over, keepdim=True) + self.eps)).to(x.dtype)
+        if self.weight is not None:
+            y = y * self.weight[:, None]
+        return y if self.bias is None else y + self.bias[:, None]
 
 
 def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -35,6 +62,8 @@ def mqa_attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     output_attentions: bool = False,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scaled dot-product attention over shared key/value heads.
@@ -47,15 +76,38 @@ def mqa_attention_forward(
         attention_mask: boolean (true: attend) or additive, [B or 1, 1 or H, T, S]; `None` is causal for T > 1, all
             of S for T = 1.
         output_attentions: also return the weights, which takes T·S memory per head.
+        softcap: cap of the logits.
+        s_aux: [H], a logit of each head that takes part in its softmax and has no value.
 
     Returns:
         The output [B, T, H, Dv], and the weights [B, H, T, S] if requested.
     """
     if output_attentions:
-        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+        return eager_attention_forward(
+            module, query, key, value, attention_mask, scaling, dropout, softcap=softcap, s_aux=s_aux
+        )
     B, H, T, D = query.shape
     G = key.shape[1]
     g = H // G
+    causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
+    if softcap is not None:
+        rows = max(1, AT_ONCE // (B * H * key.shape[2]))
+        mask = causal_mask(T, key.shape[2], query.device) if causal and T > 1 else attention_mask
+        parts = [
+            eager_attention_forward(
+                module, some, key, value, mask if mask is None else mask[:, :, i * rows : (i + 1) * rows], scaling,
+                dropout, softcap=softcap, s_aux=s_aux,
+            )[0]
+            for i, some in enumerate(query.split(rows, dim=2))
+        ]  # fmt: skip
+        return torch.cat(parts, dim=1), None
+    if s_aux is not None:
+        if causal and key.shape[2] > T > 1:  # prefill of a static cache: positions beyond T are empty
+            key, value = key[:, :, :T], value[:, :, :T]
+        width, scaling = value.shape[-1], D**-0.5 if scaling is None else scaling
+        wide = with_sink(query, key, value, attention_mask, s_aux / scaling, causal and T > 1)
+        out, _ = mqa_attention_forward(module, *wide, dropout, scaling, causal)
+        return out[:, out.shape[1] - T :, :, :width], None
 
     if T == 1:
         if attention_mask is not None and attention_mask.shape[1] > 1:
@@ -65,7 +117,6 @@ def mqa_attention_forward(
         )
         return out.reshape(B, 1, H, out.shape[-1]), None
 
-    causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
     if causal and key.shape[2] > T:  # prefill of a static cache: positions beyond T are empty
         key, value = key[:, :, :T], value[:, :, :T]
     if g == 1 or (query.is_cuda and attention_mask is None and D == value.shape[-1] <= 256):
@@ -102,6 +153,8 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same, in plain matrix products with a softmax in at least float32; shapes as in [`mqa_attention_forward`].
@@ -109,32 +162,93 @@ def eager_attention_forward(
     Returns:
         The output [B, T, H, Dv] and the weights [B, H, T, S].
     """
+    T, S = query.shape[2], key.shape[2]
+    if attention_mask is None and T > 1 and module.is_causal:
+        attention_mask = causal_mask(T, S, query.device)
+    weights = attention_weights(query, key, attention_mask, scaling, softcap, s_aux)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return mixed(weights, value).transpose(1, 2), weights
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """[B, H, T, D] and [B, G, S, D] -> [B, H, T, S]; the softmax is in float32 at least."""
     B, H, T, D = query.shape
     G, S = key.shape[1:3]
-    if attention_mask is None and T > 1 and module.is_causal:
-        # Aligned to the upper left, like PyTorch's `is_causal`: a static cache may be longer than its contents.
-        attention_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril()[None, None]
     scaling = D**-0.5 if scaling is None else scaling
-
     folded = query.reshape(B, G, H // G * T, D)
     weights = (torch.matmul(folded, key.transpose(2, 3)) * scaling).reshape(B, H, T, S)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    elif attention_mask is not None:
-        weights = weights + attention_mask
+    if softcap is not None:
+        weights = (weights / softcap).tanh() * softcap
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+    elif mask is not None:
+        weights = weights + mask
+    if sinks is not None:
+        weights = torch.cat((weights, sinks.to(weights.dtype)[None, :, None, None].expand(B, H, T, 1)), dim=-1)
     precise = torch.promote_types(query.dtype, torch.float32)
-    weights = nn.functional.softmax(weights, dim=-1, dtype=precise).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    out = torch.matmul(weights.reshape(B, G, H // G * T, S), value).reshape(B, H, T, -1)
-    return out.transpose(1, 2), weights
+    return nn.functional.softmax(weights, dim=-1, dtype=precise).to(query.dtype)[..., :S]
+
+
+def mixed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """[B, H, T, S] and [B, G, S, Dv] -> [B, H, T, Dv]."""
+    B, H, T, S = weights.shape
+    G = value.shape[1]
+    return torch.matmul(weights.reshape(B, G, H // G * T, S), value).reshape(B, H, T, -1)
+
+
+def causal_mask(T: int, S: int, device: torch.device) -> torch.Tensor:
+    """[1, 1, T, S], aligned to the upper left, like PyTorch's `is_causal`: a static cache may be longer than its
+    contents."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def with_sink(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+    causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Queries, keys, values and mask with another key in front, whose product with the queries of each head is `sinks`
+    [H] and whose value is 0. If `causal`, a query is put in front, too, so that those behind it see the new key.
+    """
+    B, H, T, D = query.shape
+    own = query.new_zeros(B, H, T, ALIGNED)
+    own[..., 0] = sinks.to(query.dtype)[:, None]
+    query = torch.cat((query, own), dim=-1)
+    if causal:
+        query = nn.functional.pad(query, (0, 0, 1, 0))
+    key = nn.functional.pad(key, (0, ALIGNED, 1, 0))
+    key[:, :, 0, D] = 1.0
+    value = nn.functional.pad(value, (0, ALIGNED if value.shape[-1] == D else 0, 1, 0))
+    if mask is not None:
+        mask = nn.functional.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
+    return query, key, value, mask
 
 
 def grouped(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[B, H, D] against [B, G, S, D] and [B, G, S, Dv] -> [B, H·Dv], with the queries of a group as one head's."""
     B, H, D = query.shape
     G = keys.shape[1]
+    if softcap is not None or sinks is not None:
+        weights = attention_weights(query[:, :, None], keys, mask, scale, softcap, sinks)
+        return mixed(weights, values).flatten(1)
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(len(mask), G, H // G, -1)
     out = nn.functional.scaled_dot_product_attention(

@@ -22,8 +22,10 @@ AUTO_MAP = {
 }
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
+BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the length of the text
 LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
-RESIDUALS = ("sequential", "post_norm", "parallel", "parallel_shared_norm")
+RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")
+QK_NORMS = (None, "head", "joint")
 
 
 def of_layer(value: Any, layer: int) -> Any:
@@ -62,10 +64,24 @@ class MQAConfig(PreTrainedConfig):
         kv_latent_bits (`int`): Bits per stored number of the latent: 16, 8 or 4. With 8 and 4, each latent has a
             scale and an offset in the model's type, and is rounded the same way without a cache.
         attention_scale (`float`, *optional*): Factor on the attention logits. Default: `head_dim ** -0.5`.
+        attention_softcap (`float`, *optional*): Cap c of the attention logits, c · tanh(logit / c) (Gemma 2). Default:
+            no cap.
+        attention_sinks (`bool`): Whether each query head has a learned logit that takes part in the softmax and has no
+            value (gpt-oss).
+        qk_norm (`str`, *optional*): Norm of queries and keys: `"head"`, of each head by itself (Qwen3), or `"joint"`,
+            of all heads together (OLMo 2). Its weight has a row per head either way. Default: none.
+        qk_norm_type (`str`, *optional*): `"rms_norm"` or `"layer_norm"`. Default: `norm_type`.
+        qk_norm_affine, qk_norm_bias (`bool`): Whether this norm has weights, and biases.
+        qk_norm_after_rotation (`bool`): Whether queries and keys are normalised after their rotation (HunYuan) instead
+            of before it.
+        query_scaling_beta (`float`, *optional*): Queries at position p are multiplied by
+            1 + beta · log(1 + ⌊p / `query_scaling_length`⌋) (Ministral 3). Default: they are not.
+        query_scaling_length (`int`, *optional*): Positions up to which this factor is 1.
         position_embedding (`str`): `"rotary"` (arXiv 2104.09864), `"learned"`, `"sinusoidal"` (arXiv 1706.03762),
             `"alibi"` (arXiv 2108.12409), `"relative"` (learned biases of bucketed distances, arXiv 1910.10683) or
             `"none"`.
-        rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them; used with `"rotary"`.
+        rope_parameters (`dict`, *optional*): Rotary parameters as transformers defines them, for all layers or by
+            layer type (Gemma 3); used with `"rotary"`.
         rope_frequencies (`list[list[int]]`, *optional*): Per layer, the index of each rotated pair's frequency among
             the model's `rotary_dim / 2`. With n entries, component j < n is paired with j + n, and components from 2n
             on are not rotated. Default: all frequencies in order, repeated every `head_dim` components.
@@ -95,14 +111,17 @@ class MQAConfig(PreTrainedConfig):
         scale_inputs_embeds (`bool`): Whether `embedding_scale` also applies to `inputs_embeds` (Granite).
         embedding_norm (`bool`): Whether a norm follows the embeddings.
         logit_scale (`float`): Factor on the logits.
+        logit_softcap (`float`, *optional*): Cap c of the logits, c · tanh(logit / c), after `logit_scale`. Default: no
+            cap.
         norm_type (`str`): `"rms_norm"` or `"layer_norm"`.
         norm_eps (`float`): Epsilon of every norm.
         norm_affine (`bool`): Whether norms have learned weights.
         norm_bias (`bool`): Whether layer norms with learned weights have biases.
         final_norm (`bool`): Whether a norm follows the last layer.
         residual (`str`): `"sequential"` (norm, attention, add; norm, MLP, add), `"post_norm"` (attention, add, norm;
-            MLP, add, norm), `"parallel"` (attention and MLP read the same input, each with its own norm) or
-            `"parallel_shared_norm"` (one norm for both).
+            MLP, add, norm), `"sandwich"` (as `"sequential"`, with another norm before each addition; Gemma 2),
+            `"output_norm"` (only the norms before the additions; OLMo 2), `"parallel"` (attention and MLP read the
+            same input, each with its own norm) or `"parallel_shared_norm"` (one norm for both).
         residual_multiplier (`float`): Factor on the outputs of attention and MLP before they are added to the residual
             stream (Granite).
         hidden_act (`str`): Activation of the MLP, a key of transformers' `ACT2FN`.
@@ -139,6 +158,15 @@ class MQAConfig(PreTrainedConfig):
     kv_latent_heads: int | None = None
     kv_latent_bits: int = 16
     attention_scale: float = None  # type: ignore[assignment]
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    qk_norm: str | None = None
+    qk_norm_type: str = None  # type: ignore[assignment]
+    qk_norm_affine: bool = True
+    qk_norm_bias: bool = False
+    qk_norm_after_rotation: bool = False
+    query_scaling_beta: float | None = None
+    query_scaling_length: int | None = None
     position_embedding: str = "rotary"
     rope_parameters: dict = None  # type: ignore[assignment]
     rope_frequencies: list[list[int]] | None = None
@@ -160,6 +188,7 @@ class MQAConfig(PreTrainedConfig):
     scale_inputs_embeds: bool = False
     embedding_norm: bool = False
     logit_scale: float = 1.0
+    logit_softcap: float | None = None
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
     norm_affine: bool = True
@@ -202,6 +231,8 @@ class MQAConfig(PreTrainedConfig):
                 setattr(self, name, self.head_dim)
         if self.attention_scale is None:
             self.attention_scale = self.head_dim**-0.5
+        if self.qk_norm_type is None:
+            self.qk_norm_type = self.norm_type
         if self.rope_layers is None:
             self.rope_layers = [self.position_embedding == "rotary"] * self.num_hidden_layers
         if self.layer_types is None:
@@ -235,9 +266,19 @@ class MQAConfig(PreTrainedConfig):
             ("position_embedding", POSITION_EMBEDDINGS),
             ("norm_type", NORM_TYPES),
             ("residual", RESIDUALS),
+            ("qk_norm", QK_NORMS),
+            ("qk_norm_type", NORM_TYPES),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        for name in ("attention_softcap", "logit_softcap", "query_scaling_length"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if (self.query_scaling_beta is None) != (self.query_scaling_length is None):
+            raise ValueError(
+                f"query_scaling_beta ({self.query_scaling_beta}) needs query_scaling_length "
+                f"({self.query_scaling_length}), and the other way round"
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
         for name in ("num_key_value_heads", "cross_num_key_value_heads", "kv_latent_heads"):
@@ -246,6 +287,7 @@ class MQAConfig(PreTrainedConfig):
                     f"num_attention_heads ({self.num_attention_heads}) must be divisible by {name} "
                     f"({getattr(self, name)})"
                 )
+        self._check_rope_by_type()
         if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
             raise ValueError(f"cross-attention needs sequential or post_norm residuals, got {self.residual!r}")
         buckets = self.relative_buckets // (2 if self.causal else 4)
@@ -274,7 +316,25 @@ class MQAConfig(PreTrainedConfig):
                 f"before), got {self.sliding_window}"
             )
 
+    def _check_rope_by_type(self):
+        if not self.rope_by_type:
+            return
+        missing = {kind for kind, turned in zip(self.layer_types, self.rope_layers) if turned} - set(self.rope_by_type)
+        if missing:
+            raise ValueError(f"rope_parameters has no parameters for {', '.join(sorted(missing))} layers")
+        if len({one.get("partial_rotary_factor", 1.0) for one in self.rope_by_type.values()}) > 1:
+            raise ValueError("rope_parameters by layer type must have the same partial_rotary_factor in all of them")
+        if any(one.get("rope_type") in BY_LENGTH for one in self.rope_by_type.values()):
+            raise ValueError(f"rope_parameters by layer type cannot be {' or '.join(BY_LENGTH)}")
+
     def _check_latents(self):
+        unknown = [
+            name
+            for name in ("qk_norm", "attention_softcap", "attention_sinks", "query_scaling_beta")
+            if getattr(self, name)
+        ]
+        if self.latent and unknown:
+            raise ValueError(f"a latent is not supported with {', '.join(unknown)}")
         if self.kv_latent_bits not in (16, 8, 4):
             raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
         if self.latent and (not isinstance(self.kv_latent_heads, int) or self.kv_latent_heads < 1):
@@ -317,7 +377,7 @@ class MQAConfig(PreTrainedConfig):
                     "rope_frequencies"
                 )
         else:
-            pairs, known = self.rope_frequencies[layer], self.rotary_dim // 2
+            pairs, known = self.rope_frequencies[layer], self.rotary_dim // 2 * max(1, len(self.rope_by_type))
             if 2 * len(pairs) > width or any(not 0 <= j < known for j in pairs):
                 raise ValueError(
                     f"rope_frequencies of layer {layer} must be at most {width // 2} numbers below {known}, got "
@@ -325,14 +385,31 @@ class MQAConfig(PreTrainedConfig):
                 )
 
     @property
+    def rope_by_type(self) -> dict[str, dict]:
+        """Rotary parameters by layer type, in the order of their frequencies; empty if all layers have the same."""
+        kinds = {name: one for name, one in (self.rope_parameters or {}).items() if isinstance(one, dict)}
+        return {name: kinds[name] for name in sorted(kinds)}
+
+    @property
     def rotary_dim(self) -> int:
         """Rotated components of a head with rotary positions: the first of every `head_dim`."""
-        return int(self.head_dim * (self.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+        one = next(iter(self.rope_by_type.values()), self.rope_parameters or {})
+        return int(self.head_dim * one.get("partial_rotary_factor", 1.0))
 
     @property
     def rope_by_length(self) -> bool:
         """Whether rotary frequencies depend on the length of the text."""
-        return (self.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+        return (self.rope_parameters or {}).get("rope_type") in BY_LENGTH
+
+    def layer_frequencies(self, layer: int) -> list[int] | None:
+        """Indices of the frequencies of a layer's rotated pairs; `None` if they are all, in order."""
+        if self.rope_frequencies is not None:
+            return self.rope_frequencies[layer]
+        if not self.rope_by_type:
+            return None
+        half = self.rotary_dim // 2
+        first = list(self.rope_by_type).index(self.layer_types[layer]) * half
+        return list(range(first, first + half))
 
     @property
     def latent(self) -> bool:

@@ -131,11 +131,12 @@ def _write(
 @jit
 def _attend_kernel(
     query, keys, values, key_scales, value_scales, out, partial, statistics, counters,
-    length, start, rows, slopes, table,
-    scale, splits, S, G, g, B, key_row, key_head, value_row, value_head, query_row, rows_row, length_step, table_width,
+    length, start, rows, slopes, table, sinks,
+    scale, softcap, splits, S, G, g, B, key_row, key_head, value_row, value_head, query_row, rows_row, length_step,
+    table_width,
     D: tl.constexpr, DV: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, FOLD: tl.constexpr,
     WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_ROWS: tl.constexpr, BIAS: tl.constexpr,
-    FROM_START: tl.constexpr, SCALED: tl.constexpr,
+    FROM_START: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -178,6 +179,10 @@ def _attend_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulated = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     log2e = 1.4426950408889634
+    if SINKS:  # noqa: SIM102 (one condition is known when the kernel is compiled)
+        if split == 0:  # one of the shares counts the sinks
+            largest = tl.load(sinks + q_head, mask=asked, other=0.0).to(tl.float32) * log2e
+            total += 1.0
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for block in range(low, high, BLOCK_N):
         n = block + tl.arange(0, BLOCK_N)
@@ -192,6 +197,8 @@ def _attend_kernel(
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=precision) * scale
         if SCALED:
             s *= tl.load(key_scales + (at * G + head) * S + n, mask=valid, other=0.0)[None, :]
+        if CAPPED:
+            s = (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0) * softcap
         s = _biased(s, n, valid, slope, table, q_head, asked, last, origin, scale, table_width, BIAS, FROM_START)
         s = tl.where(valid[None, :], s * log2e, float("-inf"))
         larger = tl.maximum(largest, tl.max(s, 1))
@@ -255,6 +262,8 @@ def attend(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     blocks: tuple[int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -277,6 +286,8 @@ def attend(
         key_scales, value_scales: float32 [R, G, S] of a float8 cache.
         counters: R · H int32 zeros, not shared with a call that may run at the same time; a few shares are then merged
             without a separate launch.
+        softcap: cap of the logits, before biases.
+        sinks: [H], a logit of each query head that takes part in its softmax and has no value.
         blocks: keys a program reads at once, warps, stages. Default: by size.
         splits: programs that share a row. Default: by size.
 
@@ -305,13 +316,14 @@ def attend(
         some if key_scales is None else key_scales, some if value_scales is None else value_scales,
         out, partial, statistics, counters if at_once else some,
         length, some if start is None else start, some if rows is None else rows,
-        some if slopes is None else slopes, some if table is None else table,
-        scale, splits, S, G, g, B, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        some if slopes is None else slopes, some if table is None else table, some if sinks is None else sinks,
+        scale, softcap or 1.0, splits, S, G, g, B, keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         query.stride(0), 0 if rows is None else rows.stride(0), 0 if len(length) == 1 else 1,
         0 if table is None else table.shape[1],
         D=D, DV=DV, KEY=keys.stride(2), VALUE=values.stride(2), FOLD=fold, WINDOW=window or 0,
         HAS_START=start is not None, HAS_ROWS=rows is not None, BIAS=bias,
         FROM_START=bool(bfloat16_from_start), SCALED=key_scales is not None,
+        CAPPED=softcap is not None, SINKS=sinks is not None,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
         SPLIT=0 if splits == 1 else 2 if at_once else 1,
         EXACT=query.dtype == torch.float32, num_warps=warps, num_stages=stages,
@@ -362,6 +374,8 @@ def naive_attend(
     key_scales: torch.Tensor | None = None,
     value_scales: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     blocks: tuple[int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -380,6 +394,8 @@ def naive_attend(
         row = torch.full_like(at, r) if rows is None else rows[b, at].long()
         k, v = (x[row, :, at].double().repeat_interleave(H // G, 1) for x in (keys, values))  # [n, H, D]
         logits = torch.einsum("hd,nhd->hn", query[b].double(), k) * scale
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
         if table is not None:
             logits += table[:, (last - 1 - at).clamp(max=table.shape[1] - 1)].double()
         if slopes is not None and bfloat16_from_start is None:
@@ -387,7 +403,9 @@ def naive_attend(
         elif slopes is not None:
             position = at - origin if bfloat16_from_start else at
             logits += (slopes.bfloat16()[:, None] * position).double() * scale
-        out.append(torch.einsum("hn,nhd->hd", logits.softmax(-1), v))
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.double()[:, None]), -1)
+        out.append(torch.einsum("hn,nhd->hd", logits.softmax(-1)[:, : len(at)], v))
     return torch.stack(out)
 
 

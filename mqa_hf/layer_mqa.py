@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_mqa import eager_attention_forward, project
+from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .compat_mqa import cache_name
 from .configuration_mqa import MQAConfig, of_layer
 from .latent_mqa import MQALatentAttention
@@ -27,6 +27,13 @@ def make_norm(config: MQAConfig) -> nn.Module:
     if config.norm_type == "rms_norm":
         return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_affine)
     return nn.LayerNorm(config.hidden_size, config.norm_eps, config.norm_affine, config.norm_bias)
+
+
+def scaled_logits(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """The logits [..., vocab_size] of a model, from those of its head."""
+    if config.logit_scale != 1.0:
+        logits = logits * config.logit_scale
+    return logits if config.logit_softcap is None else (logits / config.logit_softcap).tanh() * config.logit_softcap
 
 
 class MQAAttention(nn.Module):
@@ -55,12 +62,20 @@ class MQAAttention(nn.Module):
         self.rotary = config.rope_layers[layer_idx] and not cross
         sliding = config.layer_types[layer_idx] == "sliding_attention" and not cross
         self.sliding_window = config.sliding_window if sliding else None
-        chosen = config.rope_frequencies is not None and self.rotary
+        chosen = self.rotary and config.layer_frequencies(layer_idx) is not None
         self.register_buffer("rotated", rotated_components(config, layer_idx) if chosen else None, persistent=False)
         self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
         self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        normed = config.qk_norm is not None and not cross
+        self.q_norm = HeadNorm(config, H, self.qk_head_dim) if normed else None
+        self.k_norm = HeadNorm(config, G, self.qk_head_dim) if normed else None
+        self.norm_after_rotation = config.qk_norm_after_rotation
+        self.softcap = None if cross else config.attention_softcap
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks and not cross else None
+        # What the attention function gets besides the usual arguments, by the names that transformers' functions take.
+        self.capped = {} if self.softcap is None else {"softcap": self.softcap}
         owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
         self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
 
@@ -71,8 +86,12 @@ class MQAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
+        query_scale: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args besides those of transformers' attention layers:
+        query_scale: [B, 1, T, 1], a factor on the queries.
+        """
         B, T, _ = hidden_states.shape
         query = project(self.q_proj, hidden_states, self.qk_head_dim)
         cache, known = past_key_values, False
@@ -86,17 +105,19 @@ class MQAAttention(nn.Module):
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
             key = project(self.k_proj, states, self.qk_head_dim)
             value = project(self.v_proj, states, self.v_head_dim)
-            if self.rotary and position_embeddings is not None:
-                query, key = self.rotate(query, *position_embeddings), self.rotate(key, *position_embeddings)
+            query, key = self.placed(query, key, position_embeddings)
             if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
                 kwargs["cache"] = cache  # before 5.24, the attention function extends a paged cache
             elif cache is not None:
                 # From 5.24 on, a paged cache reads and sets the other arguments of the attention function.
-                beside = {"kwargs": kwargs} if CACHE == "cache" else {}
-                key, value = cache.update(key, value, self.layer_idx, **beside)
+                others = {"kwargs": kwargs} if CACHE == "cache" else {}
+                key, value = cache.update(key, value, self.layer_idx, **others)
                 if self.cross and isinstance(past_key_values, EncoderDecoderCache):
                     past_key_values.is_updated[self.layer_idx] = True
 
+        if query_scale is not None:
+            query = query * query_scale
+        beside = self.capped if self.sinks is None else {**self.capped, "s_aux": self.sinks}
         # vLLM looks for this call in the source of `forward`, and for the name of the cache in its arguments.
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -110,9 +131,23 @@ class MQAAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **beside,
             **kwargs,
         )
         return self.o_proj(output.reshape(B, T, -1)), weights
+
+    def placed(
+        self, query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalise and rotate queries [B, H, T, D] and keys [B, G, T, D]."""
+        turns = self.rotary and angles is not None
+        if turns and self.norm_after_rotation:
+            query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if turns and not self.norm_after_rotation:
+            query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
+        return query, key
 
     def as_computed(self) -> bool:
         """Whether the indices of rotated components, which are not in checkpoints, are set."""
@@ -159,15 +194,17 @@ class MQAMLP(nn.Module):
 
 
 class Residual(NamedTuple):
-    """One step of the residual stream: x -> after(x + f(norm(x))), with one sub-layer f or two in parallel.
+    """One step of the residual stream: x -> after(x + leave(f(enter(x)))), with one sub-layer f or two in parallel.
 
     Attributes:
-        branches: (norm, f) of each sub-layer; the norm may be `None`.
+        branches: (enter, f) of each sub-layer; the norm `enter` may be `None`.
         after: the norm of a post-norm layer, or `None`.
+        leave: the norm of a sub-layer's output, or `None`.
     """
 
     branches: tuple[tuple[nn.Module | None, nn.Module], ...]
     after: nn.Module | None = None
+    leave: nn.Module | None = None
 
 
 class MQADecoderLayer(GradientCheckpointingLayer):
@@ -178,11 +215,15 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = make_attention(config, layer_idx)
         self.mlp = MQAMLP(config)
-        self.input_layernorm = make_norm(config)
+        if config.residual != "output_norm":
+            self.input_layernorm = make_norm(config)
+        if config.residual in ("sandwich", "output_norm"):
+            self.attention_output_norm = make_norm(config)
+            self.mlp_output_norm = make_norm(config)
         if config.cross_num_key_value_heads:
             self.cross_attn = make_attention(config, layer_idx, cross=True)
             self.cross_attn_layernorm = make_norm(config)
-        if config.residual != "parallel_shared_norm":
+        if config.residual not in ("parallel_shared_norm", "output_norm"):
             self.post_attention_layernorm = make_norm(config)
 
     def forward(
@@ -194,6 +235,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         key_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        query_scale: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -203,17 +245,20 @@ class MQADecoderLayer(GradientCheckpointingLayer):
                 own: dict[str, Any] = {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
                 if key_position_embeddings is not None:
                     own["key_position_embeddings"] = key_position_embeddings
+                if query_scale is not None:
+                    own["query_scale"] = query_scale
             else:
                 own = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             return module(x, past_key_values=past_key_values, **own, **kwargs)[0]
 
         x = hidden_states
-        for branches, after in self.residuals(cross=encoder_hidden_states is not None):
+        for branches, after, leave in self.residuals(cross=encoder_hidden_states is not None):
             normed, known, outputs = x, None, []
             for norm, module in branches:
                 if norm is None or norm is not known:  # a shared norm is computed once
                     normed, known = x if norm is None else norm(x), norm
-                outputs.append(self.added(run(module, normed)))
+                output = run(module, normed)
+                outputs.append(self.added(output if leave is None else leave(output)))
             for output in outputs:
                 x = x + output
             x = x if after is None else after(x)
@@ -227,9 +272,19 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         """
         if self.residual == "parallel_shared_norm":
             return [Residual(((self.input_layernorm, self.self_attn), (self.input_layernorm, self.mlp)))]
+        if self.residual == "output_norm":
+            return [
+                Residual(((None, self.self_attn),), leave=self.attention_output_norm),
+                Residual(((None, self.mlp),), leave=self.mlp_output_norm),
+            ]
         attention, mlp = (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
         if self.residual == "parallel":
             return [Residual((attention, mlp))]
+        if self.residual == "sandwich":
+            return [
+                Residual((attention,), leave=self.attention_output_norm),
+                Residual((mlp,), leave=self.mlp_output_norm),
+            ]
         branches = [attention, *([(self.cross_attn_layernorm, self.cross_attn)] if cross else []), mlp]
         if self.residual == "post_norm":
             return [Residual(((None, module),), after=norm) for norm, module in branches]

@@ -21,19 +21,20 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_mqa import ATTENTION_NAME, eager_attention_forward
+from .attention_mqa import ATTENTION_NAME, HeadNorm, eager_attention_forward
 from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
 from .latent_mqa import HeadLinear, MQALatentAttention
-from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project
+from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
 from .positions_mqa import (
     BIAS_POSITIONS,
     Mask,
     MQARotaryEmbedding,
     PositionBias,
     make_masks,
+    query_scale,
     relative_bucket,
     rotated_components,
     sinusoids,
@@ -93,6 +94,12 @@ class MQAPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ATTENTIONS) and module.rotated is not None:  # not in the checkpoint
             init.copy_(module.rotated, rotated_components(module.config, module.layer_idx))
+        if isinstance(module, HeadNorm):
+            for weight, value in ((module.weight, 1.0), (module.bias, 0.0)):
+                if weight is not None:
+                    init.constant_(weight, value)
+        if isinstance(module, MQAAttention) and module.sinks is not None:
+            init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, HeadLinear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MQALatentAttention) and module.query_factors is not None:
@@ -112,6 +119,13 @@ class MQAPreTrainedModel(PreTrainedModel):
                 f"a latent has keys and values of different widths, which {name} does not support; use "
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
+        # Only what is listed takes these arguments; the others would ignore them.
+        for field, takes in (
+            ("attention_softcap", (ATTENTION_NAME, "eager", "flex_attention", "flash_attention_2")),
+            ("attention_sinks", (ATTENTION_NAME, "eager", "flex_attention")),
+        ):
+            if getattr(self.config, field, None) and name not in takes:
+                raise ValueError(f"{name} does not support {field}; use {' or '.join(takes)}")
         return name
 
 
@@ -192,6 +206,8 @@ class MQAModel(MQAPreTrainedModel):
         x = self.enter(inputs_embeds, position_ids)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, position_ids)
         kwargs.update(self.of_known_tokens(x, position_ids, cache))
+        if self.config.query_scaling_beta is not None:
+            kwargs["query_scale"] = query_scale(position_ids[:, None, :, None], self.config).to(x.dtype)
 
         biased = self.position_bias(masks, attention_mask, x, cache)
         for layer, layer_type in zip(self.layers, self.config.layer_types):
@@ -345,9 +361,7 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
+        logits = scaled_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -383,8 +397,10 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
                 f"continuous batching does not support the bias of {self.config.position_embedding} positions; use "
                 "generate()"
             )
-        if self.config.latent:
-            raise ValueError("continuous batching does not support latents; use generate()")
+        names = {"latent": "latents", "attention_softcap": "capped logits", "attention_sinks": "attention sinks"}
+        for field, what in names.items():
+            if getattr(self.config, field):
+                raise ValueError(f"continuous batching does not support {what}; use generate()")
         if self.config._attn_implementation == ATTENTION_NAME:
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

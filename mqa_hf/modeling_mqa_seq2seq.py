@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 from .configuration_mqa import MQAConfig
 from .configuration_mqa_seq2seq import MQASeq2SeqConfig
 from .decoding_mqa import Decoding, FastDecoding
+from .layer_mqa import scaled_logits
 from .modeling_mqa import CACHE, MQAModel, MQAPreTrainedModel
 
 
@@ -240,9 +241,7 @@ class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, Gener
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        if self.config.decoder.logit_scale != 1.0:
-            logits = logits * self.config.decoder.logit_scale
+        logits = scaled_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.decoder)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.decoder.vocab_size, **kwargs)

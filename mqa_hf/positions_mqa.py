@@ -45,11 +45,18 @@ def sinusoids(position_ids: torch.Tensor, config: MQAConfig) -> torch.Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
+def rope_init(rope_type: str) -> Callable:
+    """The function that computes the frequencies of a rope type."""
+    default = MQARotaryEmbedding.compute_default_rope_parameters
+    return default if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
+
+
 class MQARotaryEmbedding(nn.Module):
     """Cosines and signed sines of the rotary position embedding (arXiv 2104.09864), any of transformers' rope types.
 
     Returns `cos` and `sin`, each [B, 1, T, R] with R rotated components, for [`rotate`]; the first half of `sin` is
-    negated, which saves a negation and a concatenation each time it is used.
+    negated, which saves a negation and a concatenation each time it is used. With parameters by layer type, R counts
+    the components of all types, one type after the other (`MQAConfig.layer_frequencies`).
     """
 
     inv_freq: torch.Tensor
@@ -59,27 +66,39 @@ class MQARotaryEmbedding(nn.Module):
         super().__init__()
         # After loading on `meta`, transformers recomputes the buffers of modules with this name from these attributes.
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type = "default" if config.rope_by_type else config.rope_parameters["rope_type"]
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
-        default = self.rope_type == "default"
-        rope_init: Callable = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init(config)
+        self.attention_scaling: float | list[float]
+        inv_freq, self.attention_scaling = rope_init(self.rope_type)(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: MQAConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
-        base = config.rope_parameters["rope_theta"]
+    def compute_default_rope_parameters(
+        config: MQAConfig, device=None, layer_type: str | None = None, **kwargs
+    ) -> tuple[torch.Tensor, float | list[float]]:
+        """Frequencies [R / 2], and the factor of their cosines and sines; with parameters by layer type, those of all
+        types one after the other, with a factor for each type."""
+        if config.rope_by_type and layer_type is None:
+            each = [
+                rope_init(one["rope_type"])(config, device, layer_type=name)
+                for name, one in config.rope_by_type.items()
+            ]
+            return torch.cat([f for f, _ in each]), [float(scaling) for _, scaling in each]
+        parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
         dim = config.rotary_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
-        return 1.0 / base**exponents, 1.0
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        scaling: Any = self.attention_scaling
+        if isinstance(scaling, list):
+            scaling = torch.tensor(scaling, device=angles.device).repeat_interleave(angles.shape[-1] // len(scaling))
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
     def as_computed(self) -> bool:
@@ -108,11 +127,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int)
     return rotated.flatten(-2) if width > head_dim else rotated
 
 
+def query_scale(positions: torch.Tensor, config: MQAConfig) -> torch.Tensor:
+    """The factor on queries at these positions, in float32: 1 + beta · log(1 + ⌊position / length⌋)."""
+    assert config.query_scaling_beta is not None
+    assert config.query_scaling_length is not None
+    return 1.0 + config.query_scaling_beta * torch.log(1.0 + torch.floor(positions / config.query_scaling_length))
+
+
 def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
     """Indices of each rotated component's cosine and sine among those of all frequencies, for one layer."""
-    assert config.rope_frequencies is not None
-    pairs = torch.tensor(config.rope_frequencies[layer], dtype=torch.long)
-    return torch.cat((pairs, pairs + config.rotary_dim // 2))
+    pairs = torch.tensor(config.layer_frequencies(layer), dtype=torch.long)
+    return torch.cat((pairs, pairs + config.rotary_dim // 2 * max(1, len(config.rope_by_type))))
 
 
 def make_masks(

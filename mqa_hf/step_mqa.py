@@ -23,7 +23,8 @@ from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
 from .latent_mqa import Angles, MQALatentAttention
-from .positions_mqa import distance_bias
+from .layer_mqa import scaled_logits
+from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
 from .weights_mqa import Projections
@@ -216,6 +217,7 @@ class DecodeStep:
     def begin(self) -> None:
         """Clear what the layers of one step share."""
         self.newest_angles: Angles | None = None
+        self.newest_scale: torch.Tensor | None = None
         self.all_angles: Angles | None = None
         self.masks: dict[tuple[int | None, int | None], torch.Tensor | None] = {}
         self.source_mask: torch.Tensor | None = None
@@ -240,16 +242,14 @@ class DecodeStep:
             logits = self.linear(x, (self.model.lm_head,), norm=self.stack.norm)
         else:
             logits = self.linear(self.stack.leave(x), (self.model.lm_head,))
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
-        return logits
+        return scaled_logits(logits, self.config)
 
     def layer(self, layer: "MQADecoderLayer", x: torch.Tensor, i: int) -> torch.Tensor:
-        for branches, after in layer.residuals(cross=self.cross is not None):
+        for branches, after, leave in layer.residuals(cross=self.cross is not None):
             # The input of two sub-layers must not be overwritten before both have read it.
             inner = [self.branch(layer, module, norm, x, i) for norm, module in branches]
             for values, projection in inner:
-                x = self.add(x, values, projection)
+                x = self.add(x, values, projection, leave)
             x = x if after is None else after(x)
         return x
 
@@ -271,11 +271,17 @@ class DecodeStep:
             return latent_step_mqa.cross_attention(self, cross, query, i), cross.o_proj
         return self.cross_attention(cross, query, i), cross.o_proj
 
-    def add(self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module) -> torch.Tensor:
-        """The residual stream after a sub-layer that ends in this projection; it may be written in place."""
-        if self.config.residual_multiplier == 1.0:
+    def add(
+        self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module, norm: nn.Module | None = None
+    ) -> torch.Tensor:
+        """The residual stream after a sub-layer that ends in this projection and then this norm; it may be written in
+        place."""
+        if self.config.residual_multiplier == 1.0 and norm is None:
             return self.linear(inner, (module,), residual=x)
-        return torch.add(x, self.linear(inner, (module,)), alpha=self.config.residual_multiplier)
+        output = self.linear(inner, (module,))
+        if norm is not None:
+            output = self.linear.normed(output, norm)
+        return torch.add(x, output, alpha=self.config.residual_multiplier)
 
     def inner(self, mlp: "MQAMLP", x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         if mlp.gate_proj is None:
@@ -289,22 +295,27 @@ class DecodeStep:
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
         if self.triton:
-            turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated} if attention.rotary else {}
+            turned: dict[str, Any] = {}
+            if attention.rotary:
+                turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated}
             query = append(
                 joined, H, held.keys, held.values, self.length, positions=self.positions, head=attention.head_dim,
-                key_scales=key_scales, value_scales=value_scales, **turned,
+                key_scales=key_scales, value_scales=value_scales, **turned, **self.normalising(attention),
             )  # fmt: skip
+            scale = self.query_scale()
             out = attend(
-                query, held.keys, held.values, self.length, attention.scaling, **self.seen(attention, i),
-                key_scales=key_scales, value_scales=value_scales,
+                query if scale is None else query * scale, held.keys, held.values, self.length, attention.scaling,
+                **self.seen(attention, i), key_scales=key_scales, value_scales=value_scales,
+                softcap=attention.softcap, sinks=attention.sinks,
             )  # fmt: skip
             return out.flatten(1)
         q, k, v = joined.split([H * D, G * D, joined.shape[1] - (H + G) * D], -1)
         query, key, value = (
             part.view(len(part), -1, 1, width) for part, width in ((q, D), (k, D), (v, attention.v_head_dim))
         )
-        if attention.rotary:
-            query, key = attention.rotate(query, *self.angles()), attention.rotate(key, *self.angles())
+        query, key = attention.placed(query, key, self.angles() if attention.rotary else None)
+        scale = self.query_scale()
+        query = query if scale is None else query * scale[:, None]
         for name, new in (("key", key), ("value", value)):
             if scaled:
                 new, scale = to_float8(new)
@@ -312,7 +323,26 @@ class DecodeStep:
             self.write(getattr(held, name + "s"), new)
         keys, values = self.numbers(held, "key"), self.numbers(held, "value")
         mask = self.mask(attention.sliding_window, i, query.dtype)
-        return grouped(query.squeeze(2), keys, values, mask, attention.scaling)
+        return grouped(query.squeeze(2), keys, values, mask, attention.scaling, attention.softcap, attention.sinks)
+
+    def query_scale(self) -> torch.Tensor | None:
+        """[B, 1, 1], the factor on the queries of a step; `None` if there is none."""
+        if self.config.query_scaling_beta is None:
+            return None
+        if self.newest_scale is None:
+            self.newest_scale = query_scale(self.positions, self.config).to(self.dtype)[:, None, None]
+        return self.newest_scale
+
+    def normalising(self, attention: "MQAAttention") -> dict[str, Any]:
+        """Arguments of [`append`] for the norm of queries and keys."""
+        if attention.q_norm is None or attention.k_norm is None:
+            return {}
+        norm = attention.q_norm
+        return {
+            "norm": ("layer_norm" if norm.centred else "rms_norm", norm.joint, attention.norm_after_rotation),
+            "eps": norm.eps, "norm_weights": (norm.weight, attention.k_norm.weight),
+            "norm_biases": (norm.bias, attention.k_norm.bias),
+        }  # fmt: skip
 
     def seen(self, attention: "MQAAttention | MQALatentAttention", i: int) -> dict[str, Any]:
         """Arguments of [`attend`] for the part of the cache that a layer attends to."""

@@ -87,12 +87,7 @@ class Projections:
         normal = None if norm is None else kernel_norm(norm)
         if fits and len(x) == 1 and (norm is None or normal is not None):
             return fused_linear(x, weight, bias, *(normal or ()), activation=name, gated=gated, residual=residual)
-        if norm is None:
-            y = x
-        elif self.triton and normal is not None:
-            y = normalise(x, *normal)
-        else:
-            y = norm(x)
+        y = x if norm is None else self.normed(x, norm)
         if fits and len(x) <= MAX_SMALL_ROWS and len(weight) >= WIDE and x.element_size() == 2:
             return fused_linear(y, weight, bias, activation=name, gated=gated, residual=residual)
         if residual is not None and bias is None and y.is_cuda:
@@ -104,6 +99,11 @@ class Projections:
             first, *second = out.chunk(2, -1) if gated else (out,)
             out = activation(first) * second[0] if gated else activation(first)
         return out if residual is None else residual + out
+
+    def normed(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """norm(x) for x [B, d]."""
+        normal = kernel_norm(norm)
+        return normalise(x, *normal) if self.triton and normal is not None else norm(x)
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:

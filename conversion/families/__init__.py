@@ -15,7 +15,7 @@ from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..operations import at_least_float32
-from . import alibi, encoder_decoder, gpt, gpt_rotary, llama, variants
+from . import alibi, encoder_decoder, gpt, gpt_rotary, llama, normalised, variants
 from .base import COPY, Family, Rule, SourceConfig
 from .native_only import NATIVE_ONLY, NativeOnly
 from .refused import REFUSED
@@ -41,6 +41,7 @@ __all__ = [
 FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **variants.FAMILIES,
+    **normalised.FAMILIES,
     **gpt.FAMILIES,
     **gpt_rotary.FAMILIES,
     **alibi.FAMILIES,

@@ -114,13 +114,23 @@ def head_dim(c: SourceConfig) -> int:
 
 def rope(c: SourceConfig, partial: bool = False) -> dict[str, Any]:
     parameters = dict(c.rope_parameters)
-    if "rope_type" not in parameters:
-        raise ConversionError("rope_parameters differ per layer type, which the canonical model does not support")
-    if parameters["rope_type"] not in ("default", *ROPE_INIT_FUNCTIONS):
-        raise ConversionError(f"transformers has no rope_type {parameters['rope_type']!r}")
+    by_type = {name: one for name, one in parameters.items() if name in set(getattr(c, "layer_types", None) or ())}
+    if "rope_type" not in parameters and by_type:
+        each = [_rope(one, partial) for one in by_type.values()]
+        alike = all(one == each[0] for one in each)
+        parameters = each[0] if alike else dict(zip(by_type, each))
+    else:
+        parameters = _rope(parameters, partial)
+    return {"position_embedding": "rotary", "rope_parameters": parameters}
+
+
+def _rope(parameters: dict[str, Any], partial: bool) -> dict[str, Any]:
+    parameters = dict(parameters)
+    if parameters.get("rope_type") not in ("default", *ROPE_INIT_FUNCTIONS):
+        raise ConversionError(f"transformers has no rope_type {parameters.get('rope_type')!r}")
     if not partial and parameters.pop("partial_rotary_factor", 1.0) != 1.0 and parameters["rope_type"] != "default":
         raise ConversionError("partial_rotary_factor with a scaled rope type: the source's class cannot run it")
-    return {"position_embedding": "rotary", "rope_parameters": parameters}
+    return parameters
 
 
 def windows(c: SourceConfig, layer_types: list[str] | None = None) -> dict[str, Any]:

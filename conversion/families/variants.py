@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..operations import AddOne, SplitGateUp, SplitGrouped, SplitStacked
+from ..operations import AddOne, HeadNormWeights, SplitGateUp, SplitGrouped, SplitStacked
 from .base import (
     ATTENTION,
     QKV,
@@ -39,12 +39,13 @@ def stablelm(c: SourceConfig) -> dict[str, Any]:
 
 
 def persimmon(c: SourceConfig) -> dict[str, Any]:
-    c.require("qk_layernorm", False, _QK_NORM)
     return llama_layer(
         c,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
+        qk_norm="head" if c.qk_layernorm else None,
+        qk_norm_bias=bool(c.qk_layernorm),
         num_key_value_heads=c.num_attention_heads,
         norm_type="layer_norm",
         norm_eps=c.layer_norm_eps,
@@ -86,7 +87,6 @@ def phi3(c: SourceConfig) -> dict[str, Any]:
 
 
 def cohere(c: SourceConfig) -> dict[str, Any]:
-    c.require("use_qk_norm", False, _QK_NORM)
     c.require("use_gated_activation", True, "the transformers class has gated MLPs")
     c.require("use_parallel_block", True, "the transformers class has parallel residuals")
     c.require("rotary_pct", 1.0, "the transformers class rotates whole heads")
@@ -99,6 +99,7 @@ def cohere(c: SourceConfig) -> dict[str, Any]:
         norm_type="layer_norm",
         norm_eps=c.layer_norm_eps,
         norm_bias=False,
+        qk_norm="head" if getattr(c, "use_qk_norm", False) else None,
         residual="parallel_shared_norm",
         logit_scale=c.logit_scale,
     )
@@ -176,8 +177,27 @@ GEMMA_RULES = _replaced(LLAMA_RULES, *_ONE_PLUS_WEIGHT)
 NEMOTRON_RULES = GEMMA_RULES
 PHI3_RULES = _replaced(LLAMA_RULES, *_GATE_UP, *module_rules(f"{ATTENTION}qkv_proj", *QKV, operation=SplitStacked()))
 GLM_RULES = _replaced(INTERLEAVED_LLAMA_RULES, *_GATE_UP)
+COHERE_RULES = (
+    *INTERLEAVED_LLAMA_RULES,
+    *(
+        Rule(
+            f"{ATTENTION}{name}_norm.weight",
+            (f"{ATTENTION}{name}_norm.weight",),
+            HeadNormWeights(name == "k", shared=False, interleaved=True),
+        )
+        for name in "qk"
+    ),
+)
+_PERSIMMON_NORMS = tuple(
+    rule
+    for name in "qk"
+    for rule in module_rules(
+        f"{ATTENTION}{name}_layernorm", f"{ATTENTION}{name}_norm", operation=HeadNormWeights(name == "k")
+    )
+)
 PERSIMMON_RULES = _replaced(
     LLAMA_RULES,
+    *_PERSIMMON_NORMS,
     *module_rules(f"{ATTENTION}query_key_value", *QKV, operation=SplitGrouped()),
     *renamed(
         (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),
@@ -207,7 +227,7 @@ def _family(config: Callable, rules: tuple[Rule, ...], inert: frozenset[str] = f
 
 
 FAMILIES = {
-    "cohere": _family(cohere, INTERLEAVED_LLAMA_RULES, frozenset({"model_max_length", "pretraining_tp"})),
+    "cohere": _family(cohere, COHERE_RULES, frozenset({"model_max_length", "pretraining_tp"})),
     "cohere2": _family(
         cohere2,
         INTERLEAVED_LLAMA_RULES,

@@ -36,7 +36,6 @@ REFUSED = [
     ("bloom", "slow_but_exact", True, "omits biases"),
     ("codegen", "n_head", 6, "multiple of 4"),
     ("codegen", "rotary_dim", 0, "rotary_dim=0"),
-    ("cohere", "use_qk_norm", True, "does not commute"),
     ("falcon", "new_decoder_architecture", True, "cannot run"),  # with parallel_attn=False
     ("falcon", "num_kv_heads", 2, "needs new_decoder_architecture"),
     ("falcon", "num_ln_in_parallel_attn", 2, "num_ln_in_parallel_attn"),
@@ -53,7 +52,6 @@ REFUSED = [
     ("mpt", "no_bias", False, "no_bias=False"),
     ("mpt", "norm_type", "rmsnorm", "rmsnorm"),
     ("olmo", "clip_qkv", 8.0, "clip_qkv=8.0"),
-    ("persimmon", "qk_layernorm", True, "does not commute"),
     ("phi", "qk_layernorm", True, "does not commute"),
     ("phi3", "attention_bias", True, "no such bias"),
     ("stablelm", "qk_layernorm", True, "does not commute"),

@@ -75,6 +75,7 @@ FALCON = {
 }
 FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
 WIDE = {"hidden_size": 60, "num_attention_heads": 6, "head_dim": 16}  # head_dim is not hidden_size / heads
+MIXED = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
 def rope(rope_type: str, **parameters) -> dict:
@@ -251,6 +252,57 @@ CASES: list[tuple[str, str, dict]] = [
                                 "residual_multiplier": 0.22, "attention_multiplier": 0.3, "attention_bias": True,
                                 "mlp_bias": True, "tie_word_embeddings": True}),
     ("granite", "none", {**LLAMA}),
+    ("cohere", "normalised queries and keys", {**LLAMA, "num_key_value_heads": 3, "use_qk_norm": True,
+                                               "logit_scale": 1.0}),
+    ("persimmon", "normalised queries and keys", {**MHA, "qk_layernorm": True}),
+    ("internlm3", "grouped", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}),
+    ("iquestcoder", "wide heads", {**LLAMA, "head_dim": 16}),
+    ("qwen3", "grouped", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
+    ("qwen3", "biases, upper window, tied", {
+        **LLAMA, "head_dim": 8, "attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
+        "max_window_layers": 1, "tie_word_embeddings": True}),
+    ("olmo2", "grouped", {**LLAMA, "num_key_value_heads": 3}),
+    ("olmo2", "biases", {**LLAMA, "attention_bias": True}),
+    ("olmo3", "windows, two rotations", {**LLAMA, "num_key_value_heads": 2, **MIXED, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                           "original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+    ("olmo3", "windows, one rotation", {**LLAMA, **MIXED}),
+    ("exaone4", "windows, half of the layers rotated", {**LLAMA, "num_key_value_heads": 2, **MIXED}),
+    ("exaone4", "no windows", {**LLAMA, "sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    ("hunyuan_v1_dense", "grouped", {**LLAMA, "num_key_value_heads": 3, "head_dim": 8}),
+    ("hunyuan_v1_dense", "alpha, biases", {**LLAMA, "head_dim": 16, "attention_bias": True,
+                                           **rope("dynamic", alpha=3.0, factor=1.0)}),
+    ("nanochat", "capped logits", {**LLAMA, "num_key_value_heads": 3}),
+    ("nanochat", "no cap", {**LLAMA, "final_logit_softcapping": None, **rope("yarn", factor=4.0,
+                                                                           original_max_position_embeddings=16)}),
+    ("gemma2", "caps, windows", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, **MIXED,
+                                 "query_pre_attn_scalar": 12, "attn_logit_softcapping": 5.0,
+                                 "final_logit_softcapping": 9.0}),
+    ("gemma2", "no caps", {**LLAMA, "head_dim": 16, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+                           "sliding_window": 5, "tie_word_embeddings": False}),
+    ("gemma3_text", "windows, two rotations", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, **MIXED,
+                                               "query_pre_attn_scalar": 12}),
+    ("gemma3_text", "wide heads, scaled rotation", {
+        **LLAMA, "head_dim": 16, **MIXED, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}}),
+    ("vaultgemma", "caps, windows", {**LLAMA, "num_key_value_heads": 3, "head_dim": 8, **MIXED,
+                                     "query_pre_attn_scalar": 6, "attn_logit_softcapping": 4.0}),
+    ("glm4", "partial interleaved rotary", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}),
+    ("glm4", "biases", {**LLAMA, "head_dim": 16, "attention_bias": True}),
+    ("ministral3", "scaled queries", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None,
+                                      **rope("yarn", factor=4.0, original_max_position_embeddings=4,
+                                             llama_4_scaling_beta=0.5)}),
+    ("ministral3", "window 5", {**LLAMA, "head_dim": 8, "sliding_window": 5,
+                                **rope("default", original_max_position_embeddings=8, llama_4_scaling_beta=0.1)}),
+    ("hyperclovax", "norms on both sides, multipliers", {
+        **LLAMA, "num_key_value_heads": 2, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+        "residual_multiplier": 0.5, "attention_multiplier": 0.3}),
+    ("hyperclovax", "norms before only", {**LLAMA, "use_post_norm": False, "attention_bias": True}),
+    ("granite_swa", "sinks, windows", {**LLAMA, "num_key_value_heads": 3, **MIXED, "attention_multiplier": 0.3}),
+    ("granite_swa", "two rotations, a layer without", {**LLAMA, **MIXED, "attention_multiplier": 0.3,
+                                                       "layer_rope_theta": [100.0, 1000.0, 0.0]}),
 ]  # fmt: skip
 IDS = [f"{family}: {what}" for family, what, _ in CASES]
 
@@ -328,7 +380,7 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
     """The rows [heads, width] of each K/V head in a weight or bias, one tensor for keys and one for values."""
     family, H, G = model.config.model_type, model.config.num_attention_heads, kv_heads_of(model)
     index = torch.arange(rows)
-    if ".k_proj." in name or ".v_proj." in name:
+    if ".k_proj." in name or ".v_proj." in name or (family in ("cohere", "olmo2", "olmo3") and ".k_norm." in name):
         return [index.view(G, -1)]
     if family in ("gpt2", "openai-gpt", "mpt") and ("c_attn" in name or "Wqkv" in name):
         return list(index.view(3, H, -1)[1:])
