@@ -98,7 +98,7 @@ class MQAPreTrainedModel(PreTrainedModel):
             for weight, value in ((module.weight, 1.0), (module.bias, 0.0)):
                 if weight is not None:
                     init.constant_(weight, value)
-        if isinstance(module, MQAAttention) and module.sinks is not None:
+        if isinstance(module, ATTENTIONS) and module.sinks is not None:
             init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, HeadLinear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
