@@ -196,9 +196,11 @@ def fit_latent(
         fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
     frequencies = [attention.config.first_frequency(attention.layer_idx) + j for j in frequencies] if R else []
     left, total = loss.left(Z), loss.total
-    shares = [float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))]
+    keys_left, values_left = (
+        float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))
+    )
     unexplained = None if seen.vectors is None else seen.vectors.unexplained(w.w_k, seen.keys)
-    return FittedHeads(fitted, frequencies, *shares, unexplained)
+    return FittedHeads(fitted, frequencies, keys_left, values_left, unexplained)
 
 
 def query_norm(stream: Stream, attention: MQAAttention) -> dict[str, torch.Tensor]:
