@@ -65,20 +65,14 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "cohere2_moe": EXPERTS,
     "cohere_compass_text": NativeOnly("its rotary positions are multimodal, with several axes"),
     "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
-    "dots1": HEAD_NORM_EXPERTS,
-    "ernie4_5_moe": EXPERTS,
-    "exaone_moe": HEAD_NORM_EXPERTS,
     "falcon_h1": NativeOnly("its layers combine attention with a state-space model"),
-    "flex_olmo": JOINT_NORM_EXPERTS,
     "flint": SINKS_EXPERTS,
     "gemma3n_text": NativeOnly("its layers have several residual streams and share keys and values"),
-    "glm4_moe": EXPERTS,
     "gpt_oss": SINKS_EXPERTS,
     "granitemoe": MULTIPLIERS_EXPERTS,
     "granitemoe_swa": SINKS_EXPERTS,
     "granitemoehybrid": STATE_SPACE,
     "granitemoeshared": MULTIPLIERS_EXPERTS,
-    "hunyuan_v1_moe": HEAD_NORM_EXPERTS,
     "hy_v3": HEAD_NORM_EXPERTS,
     "jamba": STATE_SPACE,
     "kolibri1": HEAD_NORM_EXPERTS,
@@ -90,16 +84,11 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "llama4_text": NativeOnly("it attends in chunks and has mixture-of-experts layers"),
     "mellum": HEAD_NORM_EXPERTS,
     "minimax": LINEAR,
-    "minimax_m2": JOINT_NORM_EXPERTS,
-    "mixtral": EXPERTS,
     "nemotron_h": NativeOnly(STATE_SPACE.why, key="layers.{}.mixer.k_proj", value="layers.{}.mixer.v_proj"),
     "olmo_hybrid": NativeOnly(LINEAR.why, key_norm=_JOINT_NORM),
-    "olmoe": JOINT_NORM_EXPERTS,
     "phimoe": EXPERTS,
-    "qwen2_moe": EXPERTS,
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
-    "qwen3_moe": HEAD_NORM_EXPERTS,
     "qwen3_next": LINEAR,
     "qwen4_exp_text": NativeOnly(
         "some of its layers use linear attention, others attend to keys selected by an index"
@@ -109,7 +98,6 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
         key="layers.{}.temporal_block.k_proj",
         value="layers.{}.temporal_block.v_proj",
     ),
-    "solar_open": EXPERTS,
     "zamba": NativeOnly(
         STATE_SPACE.why,
         key="layers.{}.shared_transf.self_attn.k_proj",
@@ -122,3 +110,20 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
         off=(("use_shared_attention_adapter", "its adapters add to the keys and values of all heads"),),
     ),
 }
+
+# Types that are canonical as well, but whose own class stores experts in another form; the same for `--target native`.
+MIXTURES: dict[str, NativeOnly] = {
+    "dots1": HEAD_NORM_EXPERTS,
+    "ernie4_5_moe": EXPERTS,
+    "exaone_moe": HEAD_NORM_EXPERTS,
+    "flex_olmo": JOINT_NORM_EXPERTS,
+    "glm4_moe": EXPERTS,
+    "hunyuan_v1_moe": HEAD_NORM_EXPERTS,
+    "minimax_m2": JOINT_NORM_EXPERTS,
+    "mixtral": EXPERTS,
+    "olmoe": JOINT_NORM_EXPERTS,
+    "qwen2_moe": EXPERTS,
+    "qwen3_moe": HEAD_NORM_EXPERTS,
+    "solar_open": EXPERTS,
+}
+OWN_CLASS = {**NATIVE_ONLY, **MIXTURES}
