@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 
-from ..operations import Copy, Operation
+from ..operations import Copy, HeadNormWeights, Operation
 
 COPY = Copy()
 
@@ -186,6 +186,17 @@ def module_rules(source: str, *targets: str | None, operation: Operation = COPY,
 
 def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     return tuple(rule for source, target in pairs for rule in module_rules(source, target))
+
+
+def head_layer_norms() -> tuple[Rule, ...]:
+    """Return the rules of layer norms of queries and keys whose weights all heads share."""
+    return tuple(
+        rule
+        for name in "qk"
+        for rule in module_rules(
+            f"{ATTENTION}{name}_layernorm", f"{ATTENTION}{name}_norm", operation=HeadNormWeights(name == "k")
+        )
+    )
 
 
 ATTENTION = "layers.{}.self_attn."

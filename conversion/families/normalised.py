@@ -40,6 +40,12 @@ def olmo3(c: SourceConfig) -> dict[str, Any]:
     return {**olmo2(c), **windows(c)}
 
 
+def apertus(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    fields = {"gated_mlp": False, "qk_norm": "head"}
+    return llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, **fields)
+
+
 def exaone4(c: SourceConfig) -> dict[str, Any]:
     _ = c.sliding_window_pattern  # settled in layer_types
     every = c.sliding_window is None
@@ -198,6 +204,15 @@ VAULTGEMMA_RULES = _replaced(
 _OUTPUT_NORMS = renamed(("layers.{}.post_attention_layernorm", OUT), ("layers.{}.post_feedforward_layernorm", MLP_OUT))
 OLMO2_RULES = (*without(LLAMA_RULES, IN, MLP_IN), *_OUTPUT_NORMS, *head_norms(shared=False))
 EXAONE4_RULES = (*without(LLAMA_RULES, IN, MLP_IN), *_OUTPUT_NORMS, *head_norms())
+APERTUS_RULES = (
+    *without(LLAMA_RULES, IN, MLP_IN),
+    *renamed(("layers.{}.attention_layernorm", IN), ("layers.{}.feedforward_layernorm", MLP_IN)),
+    *(
+        Rule(name, (name,))
+        for name in (f"layers.{{}}.mlp.act_fn.{part}" for part in ("alpha_p", "alpha_n", "beta", "eps"))
+    ),
+    *head_norms(),
+)
 GLM4_RULES = (
     *GLM_RULES,
     *renamed(("layers.{}.post_self_attn_layernorm", OUT), ("layers.{}.post_mlp_layernorm", MLP_OUT)),
@@ -212,6 +227,7 @@ NANOCHAT_RULES = _replaced(
 SINKS = Rule(f"{ATTENTION}sinks", (f"{ATTENTION}sinks",))
 
 FAMILIES: dict[str, Family] = {
+    "apertus": _family(apertus, APERTUS_RULES),
     "exaone4": _family(exaone4, EXAONE4_RULES),
     "gemma2": _family(gemma2, GEMMA2_RULES, frozenset({"cache_implementation"})),
     "gemma3_text": _family(gemma3, GEMMA3_RULES, frozenset({"cache_implementation", "rope_local_base_freq"})),

@@ -10,6 +10,7 @@ from .base import (
     Family,
     Rule,
     SourceConfig,
+    head_layer_norms,
     module_rules,
     native_same_class,
     one_window,
@@ -188,16 +189,9 @@ COHERE_RULES = (
         for name in "qk"
     ),
 )
-_PERSIMMON_NORMS = tuple(
-    rule
-    for name in "qk"
-    for rule in module_rules(
-        f"{ATTENTION}{name}_layernorm", f"{ATTENTION}{name}_norm", operation=HeadNormWeights(name == "k")
-    )
-)
 PERSIMMON_RULES = _replaced(
     LLAMA_RULES,
-    *_PERSIMMON_NORMS,
+    *head_layer_norms(),
     *module_rules(f"{ATTENTION}query_key_value", *QKV, operation=SplitGrouped()),
     *renamed(
         (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),

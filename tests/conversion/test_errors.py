@@ -107,8 +107,8 @@ def test_a_switch_that_nothing_reads(source):
 
 
 def test_a_switch_without_a_canonical_equivalent(tmp_path):
-    source = save(make_model("phi", {**LLAMA, "hidden_size": 96, "qk_layernorm": True}), tmp_path / "source")
-    refused(source, "qk_layernorm=True is not supported")
+    source = save(make_model("olmo", {**LLAMA, "clip_qkv": 8.0}), tmp_path / "source")
+    refused(source, "clip_qkv=8.0 is not supported")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ REFUSED = [
     ("mpt", "no_bias", False, "no_bias=False"),
     ("mpt", "norm_type", "rmsnorm", "rmsnorm"),
     ("olmo", "clip_qkv", 8.0, "clip_qkv=8.0"),
-    ("phi", "qk_layernorm", True, "does not commute"),
     ("phi3", "attention_bias", True, "no such bias"),
     ("stablelm", "qk_layernorm", True, "does not commute"),
     ("xglm", "add_cross_attention", True, "encoder-decoder"),
