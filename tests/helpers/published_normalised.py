@@ -1,0 +1,187 @@
+"""`config.json` as published models have it, of types with normalised queries and keys, capped logits or sinks.
+
+name -> (parameters, query heads, K/V heads, config.json). The canonical model has a row of norm weights for each head,
+where most of these files have one for all.
+"""
+
+from typing import Any
+
+FILE = {"attention_dropout": 0.0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
+SILU = {**FILE, "hidden_act": "silu"}
+GEMMA = {
+    **FILE, "attention_bias": False, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+}  # fmt: skip
+LLLG = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+LLAMA3 = {"high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+          "rope_type": "llama3"}  # fmt: skip
+
+NORMALISED: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "Qwen3-8B": (8_190_735_360 + 36 * 38 * 128, 32, 8, {
+        **SILU, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 4096,
+        "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "gemma-2-9b": (9_241_705_984, 16, 8, {
+        **GEMMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3584,
+        "intermediate_size": 14336, "max_position_embeddings": 8192, "num_attention_heads": 16,
+        "num_hidden_layers": 42, "num_key_value_heads": 8, "rope_theta": 10000.0, "sliding_window": 4096,
+        "sliding_window_size": 4096, "torch_dtype": "float32", "vocab_size": 256000,
+    }),
+    "gemma-3-1b-pt": (999_885_952 + 26 * 3 * 256, 4, 1, {
+        **GEMMA, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "rope_local_base_freq": 10000, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262144,
+    }),
+    "gemma-3-270m": (268_098_176 + 18 * 3 * 256, 4, 1, {
+        **GEMMA, "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text",
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "hidden_size": 640,
+        "intermediate_size": 2048, "layer_types": [*(LLLG[:1] * 5), "full_attention"] * 3,
+        "max_position_embeddings": 32768, "num_attention_heads": 4, "num_hidden_layers": 18,
+        "num_key_value_heads": 1, "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1000000.0,
+        "sliding_window": 512, "use_bidirectional_attention": False, "vocab_size": 262144,
+    }),
+    "vaultgemma-1b": (1_038_741_120, 4, 4, {
+        **GEMMA, "architectures": ["VaultGemmaForCausalLM"], "model_type": "vaultgemma",
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_size": 1152,
+        "intermediate_size": 6912, "layer_types": ["full_attention"] * 26, "max_position_embeddings": 1024,
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 4, "rope_scaling": None,
+        "rope_theta": 10000.0, "sliding_window": 512, "vocab_size": 256000,
+    }),
+    "OLMo-2-1124-7B": (7_298_617_344, 32, 32, {
+        **SILU, "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False,
+        "eos_token_id": 100257, "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 500000, "tie_word_embeddings": False,
+        "torch_dtype": "float32", "vocab_size": 100352,
+    }),
+    "Olmo-3-1025-7B": (7_298_011_136, 32, 32, {
+        **SILU, "architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "attention_bias": False,
+        "eos_token_id": 100257, "hidden_size": 4096, "intermediate_size": 11008, "layer_types": LLLG * 8,
+        "max_position_embeddings": 65536, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06,
+        "rope_scaling": {"attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "yarn"},
+        "rope_theta": 500000, "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 100278,
+    }),
+    "GLM-4-9B-0414": (9_400_279_040, 32, 2, {
+        **SILU, "architectures": ["Glm4ForCausalLM"], "model_type": "glm4", "attention_bias": True,
+        "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_size": 4096, "intermediate_size": 13696,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 2, "pad_token_id": 151329, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 151552,
+    }),
+    "EXAONE-4.0-32B": (32_003_216_384 + 64 * 46 * 128, 40, 8, {
+        **SILU, "architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "bos_token_id": 1,
+        "eos_token_id": 361, "head_dim": 128, "hidden_size": 5120, "intermediate_size": 27392,
+        "layer_types": LLLG * 16, "max_position_embeddings": 131072, "num_attention_heads": 40,
+        "num_hidden_layers": 64, "num_key_value_heads": 8, "pad_token_id": 0, "reorder_qk_norm": True,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 16.0, **LLAMA3}, "rope_theta": 1000000,
+        "sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False, "vocab_size": 102400,
+    }),
+    "EXAONE-4.0-1.2B": (1_279_391_488 + 30 * 38 * 64, 32, 8, {
+        **SILU, "architectures": ["Exaone4ForCausalLM"], "model_type": "exaone4", "bos_token_id": 1,
+        "eos_token_id": 361, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 4096,
+        "layer_types": ["full_attention"] * 30, "max_position_embeddings": 65536, "num_attention_heads": 32,
+        "num_hidden_layers": 30, "num_key_value_heads": 8, "pad_token_id": 0, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 16.0, **LLAMA3}, "rope_theta": 1000000, "sliding_window": None,
+        "sliding_window_pattern": None, "tie_word_embeddings": True, "vocab_size": 102400,
+    }),
+    "Hunyuan-7B-Instruct": (7_504_568_320 + 32 * 38 * 128, 32, 8, {
+        **SILU, "add_classification_head": False, "architectures": ["HunYuanDenseV1ForCausalLM"],
+        "model_type": "hunyuan_v1_dense", "attention_bias": False, "attention_dropout": 0.1,
+        "attention_head_dim": 128, "bos_token_id": 127958, "cla_share_factor": 2, "class_num": 0,
+        "dense_list": [4096, 0], "eos_token_id": 127960, "head_dim": 128, "hidden_size": 4096, "im_end_id": 5,
+        "im_newline_id": 11, "im_start_id": 4, "intermediate_size": 14336, "mask_init_id": 12,
+        "max_position_embeddings": 262144, "mlp_bias": False, "norm_type": "rms", "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "org_vocab_size": 128167, "pad_id": 127961,
+        "pad_token_id": 127961, "pool_type": "last", "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0,
+                         "mscale_all_dim": 1.0, "type": "dynamic"},
+        "rope_theta": 10000.0, "sep_token_id": 127962, "text_end_id": 7, "text_start_id": 6,
+        "tie_word_embeddings": True, "use_cla": False, "use_qk_norm": True, "use_rotary_pos_emb": True,
+        "vocab_size": 128167,
+    }),
+    "Ministral-3-8B, its text model": (8_489_553_920, 32, 8, {
+        **SILU, "architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 128,
+        "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 262144,
+        "num_attention_heads": 32, "num_hidden_layers": 34, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_parameters": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1,
+                            "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384,
+                            "rope_theta": 1000000.0, "rope_type": "yarn", "type": "yarn"},
+        "sliding_window": None, "tie_word_embeddings": False, "vocab_size": 131072,
+    }),
+    "nanochat-d32": (1_879_048_192, 16, 16, {
+        **FILE, "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "attention_bias": False,
+        "bos_token_id": 65527, "eos_token_id": 65531, "final_logit_softcapping": 15.0, "hidden_act": "relu2",
+        "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 2048, "num_attention_heads": 16,
+        "num_hidden_layers": 32, "num_key_value_heads": 16, "pad_token_id": 65527, "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "vocab_size": 65536,
+    }),
+    "granite-swash-2b": (2_144_463_840, 20, 4, {
+        **SILU, "architectures": ["GraniteSWAForCausalLM"], "model_type": "granite_swa", "attention_bias": False,
+        "attention_multiplier": 0.0078125, "bos_token_id": 100257, "embedding_multiplier": 12.0,
+        "eos_token_id": 100257, "hidden_size": 2560, "intermediate_size": 8192,
+        "layer_rope_theta": [0.0, 10000.0, 10000.0, 10000.0] * 6, "layer_types": [*LLLG[3:], *LLLG[:3]] * 6,
+        "logits_scaling": 10.0, "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 20,
+        "num_hidden_layers": 24, "num_key_value_heads": 4, "residual_multiplier": 0.22, "rms_norm_eps": 1e-05,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "sliding_window": 128,
+        "tie_word_embeddings": True, "vocab_size": 100352,
+    }),
+    "internlm3-8b-instruct": (8_804_241_408, 32, 2, {
+        **SILU, "architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3",
+        "auto_map": {"AutoConfig": "configuration_internlm3.InternLM3Config"}, "bias": False, "bos_token_id": 1,
+        "eos_token_id": 2, "head_dim": 128, "hidden_size": 4096, "intermediate_size": 10240,
+        "max_position_embeddings": 32768, "num_attention_heads": 32, "num_hidden_layers": 48,
+        "num_key_value_heads": 2, "pad_token_id": 2, "qkv_bias": False, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"}, "rope_theta": 50000000, "vocab_size": 128512,
+    }),
+    "IQuest-Coder-V1-40B-Instruct": (39_794_283_520, 40, 8, {
+        **SILU, "architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder", "attention_bias": False,
+        "bos_token_id": 1, "clip_qkv": None, "eos_token_id": [2, 75864, 75869], "head_dim": 128,
+        "hidden_size": 5120, "intermediate_size": 27648, "max_position_embeddings": 131072, "mlp_bias": False,
+        "num_attention_heads": 40, "num_hidden_layers": 80, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 500000.0, "sliding_window": None, "tie_word_embeddings": False,
+        "use_sliding_window": False, "vocab_size": 76800,
+    }),
+    "HyperCLOVAX-SEED-Think-14B": (14_748_112_896, 48, 8, {
+        **SILU, "architectures": ["HyperCLOVAXForCausalLM"], "model_type": "hyperclovax", "attention_bias": False,
+        "attention_multiplier": 0.0078125, "bos_token_id": 100257, "embd_pdrop": 0.0, "embedding_multiplier": 10.0,
+        "eos_token_id": 100257, "head_dim": 128, "hidden_size": 6144, "initializer_range": 0.012727922061357854,
+        "intermediate_size": 14336, "logits_scaling": 0.125, "max_position_embeddings": 131072, "mlp_bias": False,
+        "num_attention_heads": 48, "num_hidden_layers": 38, "num_key_value_heads": 8, "pad_token_id": 100257,
+        "pretraining_tp": 1, "resid_pdrop": 0.0, "residual_multiplier": 1.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 100000000, "summary_first_dropout": 0.0, "tie_word_embeddings": False,
+        "use_post_norm": True, "vocab_size": 110592,
+    }),
+    "Apertus-8B-Instruct-2509": (8_053_338_176 + 32 * 38 * 128, 32, 8, {
+        **SILU, "architectures": ["ApertusForCausalLM"], "model_type": "apertus", "attention_bias": False,
+        "bos_token_id": 1, "eos_token_id": 68, "hidden_act": "xielu", "hidden_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 21504, "max_position_embeddings": 65536, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 8, "pad_token_id": 3, "post_norm": False, "qk_norm": True,
+        "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, **LLAMA3, "type": "llama3"}, "rope_theta": 12000000,
+        "tie_word_embeddings": False, "vocab_size": 131072,
+    }),
+    "persimmon-8b-base": (9_397_175_296 + 36 * 4 * 63 * 64, 64, 64, {
+        **FILE, "architectures": ["PersimmonForCausalLM"], "model_type": "persimmon", "bos_token_id": 71013,
+        "eos_token_id": 71013, "hidden_act": "relu2", "hidden_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 16384, "layer_norm_eps": 1e-05, "max_position_embeddings": 16384,
+        "num_attention_heads": 64, "num_hidden_layers": 36, "partial_rotary_factor": 0.5, "qk_layernorm": True,
+        "rope_scaling": None, "rope_theta": 25000.0, "tie_word_embeddings": False, "vocab_size": 262144,
+    }),
+    "c4ai-command-r-plus": (103_810_674_688, 96, 8, {
+        **SILU, "architectures": ["CohereForCausalLM"], "model_type": "cohere", "attention_bias": False,
+        "bos_token_id": 5, "eos_token_id": 255001, "hidden_size": 12288, "intermediate_size": 33792,
+        "layer_norm_eps": 1e-05, "logit_scale": 0.8333333333333334, "max_position_embeddings": 131072,
+        "model_max_length": 131072, "num_attention_heads": 96, "num_hidden_layers": 64, "num_key_value_heads": 8,
+        "pad_token_id": 0, "rope_theta": 75000000.0, "torch_dtype": "float16", "use_qk_norm": True,
+        "vocab_size": 256000,
+    }),
+}  # fmt: skip
