@@ -150,6 +150,8 @@ class Calibration:
             errors = compare(stream, teacher, student, site, self.generator)
             report |= {f"{name}{key}": value for key, value in errors.items()}
             if self.options.method in FITTED:
+                if fit.unexplained_key_energy is not None:
+                    report["unexplained_key_energy"] = fit.unexplained_key_energy
                 report[f"{name}discarded_key_energy"] = fit.discarded_key_energy
                 report[f"{name}discarded_value_energy"] = fit.discarded_value_energy
             result = {n: t for n, t in result.items() if f".{site}." not in n or ".relative_bias." in n}

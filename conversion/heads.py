@@ -21,12 +21,14 @@ from .widths import rotated_pairs
 
 @dataclass
 class FittedHeads:
-    """Tensors of an attention by name, the frequencies of its rotated pairs, and the discarded energy."""
+    """Tensors of an attention by name, the frequencies of its rotated pairs, the discarded energy, and the share of
+    normalised keys that no linear map of the input gives (`None`: keys are not normalised)."""
 
     tensors: Tensors
     frequencies: list[int]
     discarded_key_energy: float
     discarded_value_energy: float
+    unexplained_key_energy: float | None = None
 
 
 def groups(attention: MQAAttention, new: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
@@ -107,6 +109,8 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
         fitted["q_proj.bias"] = q[:, -1]
     if attention.k_proj.bias is not None:
         fitted["k_proj.bias"] = k[:, -1]
+    if attention.sinks is not None:
+        fitted["sinks"] = attention.sinks
     frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
     return FittedHeads(fitted, frequencies, discarded_k, discarded_v)
 
@@ -161,9 +165,9 @@ def heads_output(
     hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     output, _ = attention(
         h,
-        position_embeddings=stream.angles,
         attention_mask=mask,
         encoder_hidden_states=source if attention.cross else None,
+        **({} if attention.cross else stream.placing),
     )
     hook.remove()
     return seen[0], output

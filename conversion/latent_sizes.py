@@ -203,10 +203,14 @@ def latent_config(
         stack.value_bias = stack.key_bias = False
         if name == "cross":
             continue
+        stack.qk_norm_after_rotation, stack.qk_norm_affine = False, True  # queries alone are normalised
         stack.qk_head_dim = same(W)
         if stack.position_embedding == "rotary":
             half = stack.rotary_dim // 2
-            stack.rope_frequencies = [[c * half // max(n // 2, 1) for c in range(n // 2)] for n in W]
+            stack.rope_frequencies = [
+                [stack.first_frequency(i) + c * half // max(n // 2, 1) for c in range(n // 2)] if n else []
+                for i, n in enumerate(W)
+            ]
     return fitted
 
 

@@ -14,7 +14,7 @@ from . import fitting, latent_fitting
 from .budget import output_sizes
 from .heads import FittedHeads, augmented
 from .latent_fitting import Loss
-from .latent_moments import LatentSeen, look_for_latent, spread_of
+from .latent_moments import LatentSeen, look_for_latent, own_angles, query_factor, rotary_scaling, spread_of
 from .moments import old_heads
 from .states import Stream
 
@@ -48,11 +48,15 @@ class Projections:
     w_o: torch.Tensor
 
     @classmethod
-    def of(cls, attention: MQAAttention) -> "Projections":
+    def of(cls, attention: MQAAttention, seen: LatentSeen) -> "Projections":
+        """Those of the attention; normalised keys are replaced by their regression on the input."""
         H, G = attention.config.num_attention_heads, old_heads(attention)
+        w_k = augmented(attention.k_proj).unflatten(0, (G, -1))
+        if seen.vectors is not None:
+            w_k = seen.vectors.regression((1 - FELT) * seen.keys + FELT * seen.felt, FELT)
         return cls(
             augmented(attention.q_proj).unflatten(0, (H, -1)),
-            augmented(attention.k_proj).unflatten(0, (G, -1)),
+            w_k,
             attention.v_proj.weight.double().unflatten(0, (G, -1)),
             attention.o_proj.weight.double().unflatten(1, (H, -1)).transpose(0, 1),
         )
@@ -62,19 +66,20 @@ class Projections:
 class Inputs:
     """Covariances [2 P, d, d] and means [2 P, d] of the inputs of each part: first of keys, then of values.
 
-    A latent loses nothing of the means, which become biases.
+    A latent loses nothing of the means, which become biases: softmax ignores what all keys have in common, and its
+    weights add up to 1. With attention sinks neither is so, and the means count as 0.
     """
 
     moments: torch.Tensor
     means: torch.Tensor
 
     @classmethod
-    def of(cls, seen: LatentSeen) -> "Inputs":
+    def of(cls, seen: LatentSeen, sinks: bool) -> "Inputs":
         P, d = len(seen.mixed), len(seen.keys) - 1
         moments, means = seen.keys.new_empty(2 * P, d, d), seen.keys.new_empty(2 * P, d)
         for p in range(P):
             for i, one in ((p, (1 - FELT) * seen.keys + FELT * seen.felt[p]), (P + p, seen.mixed[p])):
-                means[i] = one[:-1, -1]
+                means[i] = 0.0 if sinks else one[:-1, -1]
                 moments[i] = one[:-1, :-1] - torch.outer(means[i], means[i])
         return cls(moments, means)
 
@@ -84,9 +89,16 @@ class Inputs:
         return self.moments[: len(self.moments) // 2].mean(0)
 
 
+def query_moments(seen: LatentSeen, w: Projections) -> torch.Tensor:
+    """E[q q'] [H, D, D] of each query head, before rotation."""
+    if seen.vectors is not None:
+        return seen.vectors.queries
+    return latent_fitting.query_moments(w.w_q, seen.queries)
+
+
 def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
     """M [G, D, D]: the effect of an error of each head's keys on the output."""
-    moments = latent_fitting.query_moments(w.w_q, seen.queries)
+    moments = query_moments(seen, w)
     G, scale = old_heads(attention), attention.scaling
     if not attention.rotary:
         return latent_fitting.key_metric(moments, seen.effects, G, scale)
@@ -99,13 +111,11 @@ def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Pro
 def offsets(stream: Stream, attention: MQAAttention) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, float]:
     """Angles of the offsets between queries and the keys that they see, the share of each offset, and the factor that
     the rotary type applies to queries and keys, divided out of the angles."""
-    assert stream.angles is not None
-    assert stream.shell.rotary_emb is not None
-    scaling = float(stream.shell.rotary_emb.attention_scaling)
-    T = stream.angles[0].shape[2]
+    angles, scaling = own_angles(stream, attention), rotary_scaling(stream, attention)
+    T = angles[0].shape[2]
     n = min(T, attention.sliding_window or T)
     share = torch.arange(T, T - n, -1, dtype=torch.float64, device=stream.device)
-    cos, sin = (a[0, 0, :n].double() / scaling for a in stream.angles)
+    cos, sin = (a[0, 0, :n].double() / scaling for a in angles)
     return (cos, sin), share / share.sum(), scaling
 
 
@@ -121,7 +131,7 @@ def loss_of(w: Projections, M: torch.Tensor, inputs: Inputs) -> Loss:
 def energy_by_frequency(attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:
     """P_aj = Σ_{h of a} e_h E|q_hj|² [J, G]: the effect of an error of a rotated key on the output, by frequency."""
     J, G = attention.config.rotary_dim // 2, old_heads(attention)
-    moments = latent_fitting.query_moments(w.w_q[:, : 2 * J], seen.queries)
+    moments = query_moments(seen, w)[:, : 2 * J, : 2 * J]
     power = moments.diagonal(dim1=1, dim2=2).unflatten(1, (2, J)).sum(1)  # [H, J]
     return (seen.effects[:, None] * power).unflatten(0, (G, -1)).sum(1).T
 
@@ -144,14 +154,14 @@ def fit_latent(
         generator: for sampling queries, and for a rotation.
     """
     attention, new = getattr(teacher, site), getattr(student, site)
-    w, inputs = Projections.of(attention), Inputs.of(seen)
+    w, inputs = Projections.of(attention, seen), Inputs.of(seen, attention.sinks is not None)
     M = key_metric(stream, attention, seen, w)
     loss = loss_of(w, M, inputs)
     rank, P = new.kv_latent_dim, len(seen.mixed)
     Z, _ = latent_fitting.encoder(loss, inputs.center, rank)
     if rank < len(loss.metrics[0]):
         Z = latent_fitting.descended(loss, inputs.center, Z)
-    center = seen.keys[:-1, -1]
+    center = seen.keys[:-1, -1] if attention.sinks is None else torch.zeros_like(seen.keys[:-1, -1])
     K, keys_offset = decoded(w.w_k[..., :-1], inputs.moments[:P], inputs.means[:P], Z, center)
     V, values_offset = decoded(w.w_v, inputs.moments[P:], inputs.means[P:], Z, center)
     constant = w.w_k[..., -1] + keys_offset
@@ -170,6 +180,10 @@ def fit_latent(
     }
     if attention.q_proj.bias is not None:
         fitted["q_proj.bias"] = attention.q_proj.bias
+    if attention.sinks is not None:
+        fitted["sinks"] = attention.sinks
+    if attention.q_norm is not None:
+        fitted |= query_norm(stream, attention)
     R = attention.config.rotary_dim if attention.rotary else 0
     if new.k_up is not None:  # no bias: softmax ignores what all keys share
         fitted["k_up.weight"] = K[:, R:]
@@ -180,9 +194,26 @@ def fit_latent(
         energy = energy_by_frequency(attention, seen, w)
         rows, factors, frequencies = rebuilt_keys(keys, spread, energy, new.qk_head_dim)
         fitted |= {"k_proj.weight": rows[:, :-1], "k_proj.bias": rows[:, -1], "query_factors": factors}
+    frequencies = [attention.config.first_frequency(attention.layer_idx) + j for j in frequencies] if R else []
     left, total = loss.left(Z), loss.total
-    shares = [float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))]
-    return FittedHeads(fitted, frequencies, *shares)
+    keys_left, values_left = (
+        float(left[part].sum() / total[part].sum().clamp(min=1e-300)) for part in (slice(P), slice(P, None))
+    )
+    unexplained = None if seen.vectors is None else seen.vectors.unexplained(w.w_k, seen.keys)
+    return FittedHeads(fitted, frequencies, keys_left, values_left, unexplained)
+
+
+def query_norm(stream: Stream, attention: MQAAttention) -> dict[str, torch.Tensor]:
+    """The norm of the new attention's queries; gains that follow the rotation are in the keys."""
+    norm = attention.q_norm
+    assert norm is not None
+    found: dict[str, torch.Tensor] = {}
+    if norm.weight is None or attention.norm_after_rotation:
+        shape = attention.config.num_attention_heads, attention.qk_head_dim
+        found["q_norm.weight"] = torch.full(shape, query_factor(stream, attention))
+    else:
+        found["q_norm.weight"] = norm.weight
+    return found if norm.bias is None else {**found, "q_norm.bias": norm.bias}
 
 
 def decoded(
@@ -241,7 +272,7 @@ def latent_curves(stream: Stream, teacher: MQADecoderLayer, site: str, generator
     seen = look_for_latent(stream, teacher, teacher, site, generator)
     share, energy = output_sizes(stream, teacher, site)
     relative = share / energy if energy else 0.0
-    w, inputs = Projections.of(attention), Inputs.of(seen)
+    w, inputs = Projections.of(attention, seen), Inputs.of(seen, attention.sinks is not None)
     loss = loss_of(w, key_metric(stream, attention, seen, w), inputs)
     _, s2 = latent_fitting.encoder(loss, inputs.center, 1)
     keys = torch.zeros(1)

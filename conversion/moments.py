@@ -51,12 +51,12 @@ def projected(
     """Queries and keys, rotated: [B, H, T, D] and [B, G, S, D]."""
     if isinstance(attention, MQALatentAttention):
         query = attention.queries(h, stream.angles)
+        query = query if stream.query_scale is None or attention.cross else query * stream.query_scale
         return query, attention.keys_by_head(attention.latents(source), stream.angles)
     query = project(attention.q_proj, h, attention.qk_head_dim)
     key = project(attention.k_proj, source, attention.qk_head_dim)
-    if attention.rotary and stream.angles is not None:
-        query, key = attention.rotate(query, *stream.angles), attention.rotate(key, *stream.angles)
-    return query, key
+    query, key = attention.placed(query, key, stream.angles)
+    return query if stream.query_scale is None or attention.cross else query * stream.query_scale, key
 
 
 def attention_weights(
@@ -69,7 +69,10 @@ def attention_weights(
     """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
     nothing = torch.zeros(*key.shape[:3], 1, device=query.device)
     mask = mask if mask.shape[2] == 1 else mask[:, :, chosen]
-    _, weights = eager_attention_forward(attention, query[:, :, chosen], key, nothing, mask, attention.scaling)
+    _, weights = eager_attention_forward(
+        attention, query[:, :, chosen], key, nothing, mask, attention.scaling,
+        softcap=attention.softcap, s_aux=attention.sinks,
+    )  # fmt: skip
     return weights, mask
 
 

@@ -176,12 +176,33 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
         raise ConversionError(
             f"`method` {job.method} calibrates on text, and this is a speech model; use mean, first or random"
         )
+    if job.calibrated:
+        check_fit(config, job)
     if job.method == "latent":
         check_sizes(config, attentions, job)
     config = with_fields(config, tie_word_embeddings=really_tied(source, reader, family, config))
     steps = read_steps(reader.tensors, family, config, equal=lambda *names: same_values(reader, names))
     pooled = with_heads(config, job.kv_heads, attentions)
     return Reading(source, reader, family, config, pooled, attentions, in_parts(steps))
+
+
+def check_fit(config: CanonicalConfig, job: ConversionOptions) -> None:
+    """Raise ConversionError for an attention that the method cannot be fitted to."""
+    stack = decoder_of(config)
+    reasons = {
+        "has normalised queries and keys": stack.qk_norm is not None,
+        "has rotary parameters by layer type": bool(stack.rope_by_type),
+    }
+    for reason, holds in reasons.items():
+        if holds and job.method == "shared":
+            raise ConversionError(
+                f"`method` shared cannot be fitted to this model, which {reason}; use latent or mean"
+            )
+    if stack.attention_sinks and stack.value_bias:
+        raise ConversionError(
+            f"`method` {job.method} cannot be fitted to a model with attention sinks and value biases; use mean or "
+            "first without `refit`"
+        )
 
 
 def make_plan(reading: Reading, job: ConversionOptions, widths: Mapping[str, Widths] | None = None) -> Plan:

@@ -85,6 +85,7 @@ class LayerRecord(_Sparse):
         attention_error: relative error of the attention's output on held-out tokens.
         attention_kl: divergence of the attention weights from the old ones in nats, on the same tokens.
         discarded_key_energy, discarded_value_energy: the share that fitted heads leave out.
+        unexplained_key_energy: the share of normalised keys that no linear map of the attention's input gives.
         cross_...: the same for cross-attention.
     """
 
@@ -96,6 +97,7 @@ class LayerRecord(_Sparse):
     cross_value_error: float | None = None
     attention_error: float | None = None
     attention_kl: float | None = None
+    unexplained_key_energy: float | None = None
     discarded_key_energy: float | None = None
     discarded_value_energy: float | None = None
     cross_attention_error: float | None = None

@@ -18,6 +18,7 @@ from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQADecoderLayer
 from mqa_hf.modeling_mqa import MQAModel
+from mqa_hf.positions_mqa import query_scale
 
 Tensors = dict[str, torch.Tensor]
 MAPPED_ABOVE = 8 * 2**30  # bytes of hidden states kept in memory; larger ones are in a mapped file
@@ -105,6 +106,7 @@ class Stream:
         self.shell.config._attn_implementation = "eager"
         self.states = self.original = torch.empty(0)
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.query_scale: torch.Tensor | None = None
         self.first: MQADecoderLayer | None = None  # whose relative bias all layers share
 
     @torch.no_grad()
@@ -120,6 +122,8 @@ class Stream:
         self.original = self.states[-self.options.held_out :].clone()
         x = self.states[:1].to(self.device)
         self.angles = None if self.shell.rotary_emb is None else self.shell.rotary_emb(x, position_ids)
+        if self.config.query_scaling_beta is not None:
+            self.query_scale = query_scale(position_ids[:, None, :, None], self.config)
         if self.memory is not None:  # the encoder's last layer is done
             for states in (self.memory.states, self.memory.original):
                 for rows in self.rows(0, len(states)):
@@ -154,6 +158,12 @@ class Stream:
         if self._valid is None:
             return torch.ones(self.tokens[rows].shape, dtype=torch.bool, device=self.device)
         return self._valid[rows].to(self.device)
+
+    @property
+    def placing(self) -> dict[str, Any]:
+        """Arguments of layers and attentions that depend on the positions."""
+        scale = {} if self.query_scale is None else {"query_scale": self.query_scale}
+        return {"position_embeddings": self.angles, **scale}
 
     def masks(self, layer: MQADecoderLayer, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The additive masks [B or 1, H or 1, T, S] of a layer's self- and cross-attention for some sequences."""
@@ -194,7 +204,7 @@ class Stream:
             h = x if norm is None else norm(x)
             if module is getattr(layer, site):
                 return h
-            output = module(h, position_embeddings=self.angles, attention_mask=mask)[0]
+            output = module(h, attention_mask=mask, **self.placing)[0]
             x = x + layer.added(output if leave is None else leave(output))
             x = x if after is None else after(x)
         raise AssertionError(f"a layer without {site}")
@@ -211,7 +221,7 @@ class Stream:
 
     def passed(self, layer: MQADecoderLayer, x: torch.Tensor, memory: Any, rows: slice) -> torch.Tensor:
         own, cross = self.masks(layer, rows)
-        return layer(x.to(self.device), own, memory, cross, position_embeddings=self.angles).cpu()
+        return layer(x.to(self.device), own, memory, cross, **self.placing).cpu()
 
     def advance(self, teacher: MQADecoderLayer, student: MQADecoderLayer) -> None:
         """Pass the tokens through the student, and the held-out ones also through the teacher."""

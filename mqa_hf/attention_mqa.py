@@ -36,12 +36,16 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(heads, width)) if config.qk_norm_affine else None
         self.bias = nn.Parameter(torch.zeros(heads, width)) if config.qk_norm_bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def bare(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm without its weight and bias."""
         over = (1, 3) if self.joint else (3,)
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.centred:
             y = y - y.mean(over, keepdim=True)
-        y = (y * torch.rsqrt(y.square().mean(over, keepdim=True) + self.eps)).to(x.dtype)
+        return (y * torch.rsqrt(y.square().mean(over, keepdim=True) + self.eps)).to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bare(x)
         if self.weight is not None:
             y = y * self.weight[:, None]
         return y if self.bias is None else y + self.bias[:, None]

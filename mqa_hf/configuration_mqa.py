@@ -69,7 +69,8 @@ class MQAConfig(PreTrainedConfig):
         attention_sinks (`bool`): Whether each query head has a learned logit that takes part in the softmax and has no
             value (gpt-oss).
         qk_norm (`str`, *optional*): Norm of queries and keys: `"head"`, of each head by itself (Qwen3), or `"joint"`,
-            of all heads together (OLMo 2). Its weight has a row per head either way. Default: none.
+            of all heads together (OLMo 2). Its weight has a row per head either way. With a latent, only queries have
+            it. Default: none.
         qk_norm_type (`str`, *optional*): `"rms_norm"` or `"layer_norm"`. Default: `norm_type`.
         qk_norm_affine, qk_norm_bias (`bool`): Whether this norm has weights, and biases.
         qk_norm_after_rotation (`bool`): Whether queries and keys are normalised after their rotation (HunYuan) instead
@@ -328,13 +329,10 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters by layer type cannot be {' or '.join(BY_LENGTH)}")
 
     def _check_latents(self):
-        unknown = [
-            name
-            for name in ("qk_norm", "attention_softcap", "attention_sinks", "query_scaling_beta")
-            if getattr(self, name)
-        ]
-        if self.latent and unknown:
-            raise ValueError(f"a latent is not supported with {', '.join(unknown)}")
+        if self.latent and self.qk_norm and self.qk_norm_after_rotation:
+            raise ValueError(
+                "a latent needs queries that are normalised before they are rotated; qk_norm_after_rotation is True"
+            )
         if self.kv_latent_bits not in (16, 8, 4):
             raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
         if self.latent and (not isinstance(self.kv_latent_heads, int) or self.kv_latent_heads < 1):
@@ -401,15 +399,20 @@ class MQAConfig(PreTrainedConfig):
         """Whether rotary frequencies depend on the length of the text."""
         return (self.rope_parameters or {}).get("rope_type") in BY_LENGTH
 
+    def first_frequency(self, layer: int) -> int:
+        """Index of the first frequency of a layer's type among those of all types."""
+        if not self.rope_by_type:
+            return 0
+        return list(self.rope_by_type).index(self.layer_types[layer]) * (self.rotary_dim // 2)
+
     def layer_frequencies(self, layer: int) -> list[int] | None:
         """Indices of the frequencies of a layer's rotated pairs; `None` if they are all, in order."""
         if self.rope_frequencies is not None:
             return self.rope_frequencies[layer]
         if not self.rope_by_type:
             return None
-        half = self.rotary_dim // 2
-        first = list(self.rope_by_type).index(self.layer_types[layer]) * half
-        return list(range(first, first + half))
+        first = self.first_frequency(layer)
+        return list(range(first, first + self.rotary_dim // 2))
 
     @property
     def latent(self) -> bool:

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_mqa import eager_attention_forward, project
+from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .configuration_mqa import MQAConfig, of_layer
 from .packing_mqa import rounded_latent
 from .positions_mqa import rotate, rotated_components
@@ -94,6 +94,11 @@ class MQALatentAttention(nn.Module):
         self.k_up = HeadLinear(G, r, plain) if plain else None
         self.v_up = HeadLinear(G, r, self.v_head_dim)
         self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        self.first_frequency = config.first_frequency(layer_idx) if self.rotary else 0
+        self.q_norm = HeadNorm(config, H, self.head_dim) if config.qk_norm is not None and not cross else None
+        self.softcap = None if cross else config.attention_softcap
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks and not cross else None
+        self.capped = {} if self.softcap is None else {"softcap": self.softcap}
         owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
         self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
         self.by_head = AttentionView(config, layer_idx, H // G, self.is_causal)
@@ -107,11 +112,13 @@ class MQALatentAttention(nn.Module):
         past_key_values: Cache | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         key_position_embeddings: Angles | None = None,
+        query_scale: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`MQAAttention.forward`]; `key_position_embeddings` are those of all tokens, if the cache keeps only
         latents."""
         query = self.queries(hidden_states, position_embeddings)
+        query = query if query_scale is None else query * query_scale
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -142,11 +149,36 @@ class MQALatentAttention(nn.Module):
 
     def queries(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:
         """[B, T, d] -> rotated queries [B, H, T, D]."""
-        query = project(self.q_proj, x, self.head_dim)
+        return self.turned(self.normed(project(self.q_proj, x, self.head_dim)), angles)
+
+    def normed(self, query: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, D] -> the same, normalised if the model does."""
+        return query if self.q_norm is None else self.q_norm(query)
+
+    def turned(self, query: torch.Tensor, angles: Angles | None) -> torch.Tensor:
+        """[B, H, T, D] -> the same, rotated."""
         if not self.rotary:
             return query
         assert angles is not None
-        return rotate(query, *angles, self.head_dim)
+        return rotate(query, *self.of_layer_type(angles), self.head_dim)
+
+    def of_layer_type(self, angles: Angles) -> Angles:
+        """The angles of this layer's type, from those of all layer types."""
+        half, total = self.config.rotary_dim // 2, angles[0].shape[-1] // 2
+        if half == total:
+            return angles
+        first = self.first_frequency
+        cos, sin = (
+            torch.cat((x[..., first : first + half], x[..., total + first : total + first + half]), dim=-1)
+            for x in angles
+        )
+        return cos, sin
+
+    def components(self) -> torch.Tensor:
+        """Indices of the query components that the rebuilt ones are multiplied with, [W]."""
+        assert self.rotated is not None
+        pairs = self.rotated[: self.qk_head_dim // 2] - self.first_frequency
+        return torch.cat((pairs, pairs + self.config.rotary_dim // 2))
 
     def latents(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, d] -> latents [B, S, r], rounded as in the cache."""
@@ -194,7 +226,8 @@ class MQALatentAttention(nn.Module):
         if self.k_proj is not None:
             assert angles is not None
             rows = nn.functional.linear(self.k_proj(latent), self.head_factors())
-            parts.append(rotate(rows.unflatten(-1, (self.heads, -1)).transpose(1, 2), *angles, angles[0].shape[-1]))
+            own = self.of_layer_type(angles)
+            parts.append(rotate(rows.unflatten(-1, (self.heads, -1)).transpose(1, 2), *own, own[0].shape[-1]))
         if self.k_up is not None:
             parts.append(self.k_up(latent))
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
@@ -255,6 +288,7 @@ class MQALatentAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            **(self.capped if self.sinks is None else {**self.capped, "s_aux": self.sinks}),
             **kwargs,
         )
 
@@ -266,7 +300,7 @@ class MQALatentAttention(nn.Module):
         wide = plain = None
         R = self.config.rotary_dim if self.rotary else 0
         if self.query_factors is not None:
-            real, imaginary = query[..., self.rotated].chunk(2, dim=-1)
+            real, imaginary = query[..., self.components()].chunk(2, dim=-1)
             groups = query.shape[1] // self.heads
             a, b = self.query_factors.repeat_interleave(groups, dim=1)[:, :, None]
             wide = torch.cat((a * real + b * imaginary, a * imaginary - b * real), dim=-1)
@@ -277,9 +311,8 @@ class MQALatentAttention(nn.Module):
     def head_factors(self) -> torch.Tensor:
         """[G·R, W]: map rebuilt components to each head's rotated ones, k_aj = Σ_{i: f_i = j} b_ai κ_i."""
         assert self.query_factors is not None
-        assert self.rotated is not None
         half = self.config.rotary_dim // 2
-        pairs = self.rotated[: self.qk_head_dim // 2]
+        pairs = self.components()[: self.qk_head_dim // 2]
         place = torch.arange(half, device=pairs.device)[:, None] == pairs  # [R/2, C]
         real, imaginary = torch.where(place, self.query_factors[:, :, None], 0.0)  # [G, R/2, C]
         upper, lower = torch.cat((real, -imaginary), dim=-1), torch.cat((imaginary, real), dim=-1)

@@ -23,7 +23,6 @@ from .kernel_latent_plan_mqa import hopper_sizes, latent_bytes
 from .kernel_launch_mqa import available, hopper, shared_memory
 from .latent_mqa import HeadLinear, MQALatentAttention
 from .packing_mqa import rounded_latent
-from .positions_mqa import rotate
 from .rules_mqa import contiguous_positions, decoder_stack
 from .weights_mqa import plain as is_plain
 
@@ -80,7 +79,8 @@ def plain_maps(attention: MQALatentAttention) -> bool:
 def alone_by_kernel(attention: MQALatentAttention) -> bool:
     """Whether the kernel attends to latents alone: not if the map to keys has an adapter or quantised weights."""
     rebuilt = attention.k_proj is None or is_plain(attention.k_proj)
-    return rebuilt and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
+    known = attention.softcap is None and attention.sinks is None and not attention.config.rope_by_type
+    return rebuilt and known and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
 
 
 def kept_by_kernel(attention: MQALatentAttention) -> bool:
@@ -93,16 +93,29 @@ def self_attention(step: "DecodeStep", attention: MQALatentAttention, joined: to
     """[B, H·D + r] -> [B, H·Dv]; the new token is written to the cache."""
     held: Any = step.cache.decode_layers[i]
     keys = isinstance(held, ExpandedLayer)
+    joined = with_queries(step, attention, joined)
     if step.triton and held.dtype == step.dtype and (kept_by_kernel if keys else alone_by_kernel)(attention):
         mixed = (attend_to_keys if keys else attend_to_latents)(step, attention, held, joined)
         return read_latent(mixed, attention.v_up.weight)
     query, made = joined.split([joined.shape[1] - attention.kv_latent_dim, attention.kv_latent_dim], -1)
     query = query.view(len(query), -1, 1, attention.head_dim)
-    if attention.rotary:
-        query = rotate(query, *step.angles(), attention.head_dim)
+    query = attention.turned(query, step.angles() if attention.rotary else None)
     key, latents = (with_keys if keys else alone)(step, attention, held, made)
     mask = step.mask(attention.sliding_window, i, query.dtype)
-    return read(attention, grouped(absorbed(attention, query), key, latents, mask, attention.scaling))
+    mixed = grouped(
+        absorbed(attention, query), key, latents, mask, attention.scaling, attention.softcap, attention.sinks
+    )
+    return read(attention, mixed)
+
+
+def with_queries(step: "DecodeStep", attention: MQALatentAttention, joined: torch.Tensor) -> torch.Tensor:
+    """[B, H·D + r], with the queries normalised and scaled if the model does so."""
+    scale = step.query_scale()
+    if attention.q_norm is None and scale is None:
+        return joined
+    query, made = joined.split([joined.shape[1] - attention.kv_latent_dim, attention.kv_latent_dim], -1)
+    query = attention.normed(query.view(len(query), -1, 1, attention.head_dim)).squeeze(2)
+    return torch.cat(((query if scale is None else query * scale).flatten(1), made), -1)
 
 
 def with_keys(
@@ -144,7 +157,10 @@ def attend_to_keys(
         torch.cat([*new, latent] if part else new, -1), query.shape[1], keys, values, step.length,
         cos=step.cos, sin=step.sin, positions=step.positions, frequency=attention.rotated,
     )  # fmt: skip
-    return attend(query, keys, values, step.length, attention.scaling, **step.seen(attention, attention.layer_idx))
+    seen = step.seen(attention, attention.layer_idx)
+    return attend(
+        query, keys, values, step.length, attention.scaling, softcap=attention.softcap, sinks=attention.sinks, **seen
+    )
 
 
 def attend_to_latents(

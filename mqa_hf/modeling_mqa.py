@@ -104,7 +104,7 @@ class MQAPreTrainedModel(PreTrainedModel):
                 init.constant_(getattr(module, name), value)
             for weight, alpha in ((module.alpha_p, 0.8), (module.alpha_n, 0.8 - module.CONSTANTS["beta"])):
                 init.constant_(weight, math.log(math.expm1(alpha)))
-        if isinstance(module, MQAAttention) and module.sinks is not None:
+        if isinstance(module, ATTENTIONS) and module.sinks is not None:
             init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, HeadLinear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)

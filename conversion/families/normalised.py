@@ -140,6 +140,8 @@ def ministral3(c: SourceConfig) -> dict[str, Any]:
     parameters = dict(c.rope_parameters)
     beta, length = parameters.pop("llama_4_scaling_beta", None), parameters.get("original_max_position_embeddings")
     parameters.pop("max_position_embeddings", None)
+    if parameters["rope_type"] == "default":
+        parameters.pop("original_max_position_embeddings", None)
     return llama_layer(
         c,
         qkv_bias=False,

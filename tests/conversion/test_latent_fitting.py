@@ -6,7 +6,7 @@ import torch
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.conversion import latent_fitting
 from mqa_hf.conversion.latent_fitting import Loss
-from mqa_hf.conversion.latent_moments import logit_effects
+from mqa_hf.conversion.latent_moments import Vectors, logit_effects
 from mqa_hf.conversion.latents import rebuilt_keys
 from mqa_hf.layer_mqa import MQAAttention
 from mqa_hf.packing_mqa import pack_latent, unpack_latent
@@ -153,3 +153,37 @@ def test_a_basis_for_rounding_loses_less_than_a_white_one():
     assert lost["chosen"] / lost["white"] == pytest.approx(
         float(roots.sum() ** 2 / r / roots.square().sum()), rel=0.15
     )
+
+
+@pytest.mark.parametrize("felt", [0.0, 1.0])
+@pytest.mark.parametrize("joint", ["head", "joint"])
+def test_normalised_keys_are_regressed_on_the_input(joint, felt):
+    """Against least squares on all tokens, weighted by what their logits do to the output."""
+    config = MQAConfig(
+        vocab_size=9, hidden_size=d, num_attention_heads=H, num_key_value_heads=G, head_dim=D, num_hidden_layers=1,
+        qk_norm=joint,
+    )  # fmt: skip
+    attention = MQAAttention(config, 0).double()
+    for norm in (attention.q_norm, attention.k_norm):
+        norm.weight.data.copy_(random(*norm.weight.shape))
+    B, T = 3, 40
+    x, weight = random(B, T, d), torch.rand(B, 1, T, dtype=torch.float64)
+    known = torch.ones(B, T, dtype=torch.bool)
+    known[0, 30:] = False
+    weight[0, :, 30:] = 0
+    vectors = Vectors(attention, 1.0, torch.device("cpu"))
+    with torch.no_grad():
+        vectors.add(x, x, known, known, weight)
+        keys = attention.k_norm(attention.k_proj(x).view(B, T, G, D).transpose(1, 2)).transpose(1, 2)[known]
+        queries = attention.q_norm(attention.q_proj(x).view(B, T, H, D).transpose(1, 2)).transpose(1, 2)[known]
+    inputs = torch.nn.functional.pad(x[known], (0, 1), value=1.0)
+    vectors.finish(len(inputs), len(inputs), weight.sum((0, 2)))
+    root = (weight[:, 0][known] if felt else torch.ones(len(inputs), dtype=torch.float64)).sqrt()[:, None]
+    moment = (inputs * root).mT @ (inputs * root) / root.square().sum()
+    maps = vectors.regression(moment[None], felt)
+    expected = torch.linalg.lstsq(inputs * root, (keys * root[..., None]).flatten(1)).solution.mT.view(G, D, d + 1)
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(vectors.queries, torch.einsum("nha,nhb->hab", queries, queries) / len(inputs))
+    if not felt:
+        left = (keys - torch.einsum("gad,nd->nga", maps, inputs)).square().sum() / keys.square().sum()
+        assert vectors.unexplained(maps, moment) == pytest.approx(float(left))
