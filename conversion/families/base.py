@@ -61,6 +61,7 @@ class Family:
         rules: map the source's tensors to canonical ones.
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches that do not change the model's outputs in evaluation mode.
+        stacked: modules with a numbered norm for each head; the rules read them as one tensor with a row for each.
         scales: returns the factors on a layer's projections, by projection name, that have no canonical switch.
         canonical: whether names and configuration are already canonical; `rules` is then empty.
         native: takes the source's and the converted configuration and returns that of the transformers class that
@@ -72,6 +73,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
+    stacked: tuple[str, ...] = ()
     scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
     canonical: bool = False
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)

@@ -176,6 +176,13 @@ NORMALISED: dict[str, tuple[int, int, int, dict[str, Any]]] = {
         "num_attention_heads": 64, "num_hidden_layers": 36, "partial_rotary_factor": 0.5, "qk_layernorm": True,
         "rope_scaling": None, "rope_theta": 25000.0, "tie_word_embeddings": False, "vocab_size": 262144,
     }),
+    "stablelm-2-12b": (12_143_185_920, 32, 8, {
+        **SILU, "architectures": ["StableLmForCausalLM"], "model_type": "stablelm", "bos_token_id": 100257,
+        "eos_token_id": 100257, "hidden_dropout": 0.0, "hidden_size": 5120, "intermediate_size": 13824,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "partial_rotary_factor": 0.25, "qk_layernorm": True, "rope_theta": 10000,
+        "tie_word_embeddings": False, "use_parallel_residual": True, "use_qkv_bias": False, "vocab_size": 100352,
+    }),
     "c4ai-command-r-plus": (103_810_674_688, 96, 8, {
         **SILU, "architectures": ["CohereForCausalLM"], "model_type": "cohere", "attention_bias": False,
         "bos_token_id": 5, "eos_token_id": 255001, "hidden_size": 12288, "intermediate_size": 33792,
