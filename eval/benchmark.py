@@ -63,7 +63,7 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
         Sequence[str],
         Option(
             "Keys of latents in this package's loop: rebuilt at each step, expanded (cached beside the latents), or "
-            "auto (the faster of the two that fits in memory).",
+            "auto (the faster by estimate that fits in memory).",
             choices=(AUTO, "rebuilt", "expanded"),
             comma=True,
         ),

@@ -45,7 +45,7 @@ class Decoding:
         cache_dtype: type of keys and values; `torch.float8_e4m3fn` halves the cache (with a scale per key and value,
             at a small loss of quality). Default: the model's type.
         keys: for models with latents: `"rebuilt"` caches only latents, and each step rebuilds the keys of all tokens;
-            `"expanded"` also caches the keys; `"auto"` takes the faster of the two that fits in memory. A
+            `"expanded"` also caches the keys; `"auto"` takes what an estimate says is faster and fits in memory. A
             [`DecodeCache`] passed to `generate()` has its own setting.
 
     Buffers and graph are kept for the next call of the same shape; [`Decoding.release`] frees them.
