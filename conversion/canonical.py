@@ -1,6 +1,7 @@
 """The canonical models: configurations, stacks, classes and auto classes."""
 
 import copy
+import math
 from typing import Any, TypeVar
 
 import torch
@@ -139,10 +140,17 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def model_shapes(model: PreTrainedModel) -> Shapes:
-    """Shapes of the parameters in a checkpoint of the model, in order; tied ones once."""
+    """Shapes of the tensors in a checkpoint of the model, in order; tied ones once."""
     tied = set(model.all_tied_weights_keys)
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False) if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def canonical_shapes(config: CanonicalConfig) -> Shapes:
     return model_shapes(on_meta(config))
+
+
+def count_parameters(config: CanonicalConfig) -> int:
+    """Number of parameters, tied ones once."""
+    model = on_meta(config)
+    constants = {name for name, _ in model.named_buffers()}
+    return sum(math.prod(shape) for name, shape in model_shapes(model).items() if name not in constants)

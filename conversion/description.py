@@ -1,6 +1,5 @@
 """Describe a checkpoint and what its conversion would give, from its configuration alone."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from mqa_hf.base.hub import locate
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
-from .canonical import CanonicalConfig, canonical_shapes, decoder_of, latents_of
+from .canonical import CanonicalConfig, count_parameters, decoder_of, latents_of
 from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
 from .inspect import Inspection
 from .passthrough import own_class
@@ -93,7 +92,7 @@ def _describe(config: CanonicalConfig) -> dict[str, Any]:
         "num_attention_heads": stack.num_attention_heads,
         "num_key_value_heads": stack.num_key_value_heads,
         "head_dim": stack.head_dim,
-        "parameters": sum(math.prod(shape) for shape in canonical_shapes(config).values()),
+        "parameters": count_parameters(config),
         "kv_bytes_per_token": {"now": config.kv_bytes_per_token},
     }
     latents = latents_of(config)

@@ -35,6 +35,7 @@ from .matching import Layer, TensorStep, layer_of, match
 from .memory import AnySource
 from .operations import Flatten, SinusoidTable
 from .pooling import choose_attentions, with_heads
+from .stacked import StackedReader
 from .widths import Widths, fitted_config
 
 Tensors = dict[str, torch.Tensor]
@@ -168,7 +169,9 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     config = canonical_config(source.config, source.raw, frozenset(job.ignore_switch))
     if family.canonical:
         check_own_heads(config)
-    reader = source.reader(job.allow_nonfinite)
+    reader: Reader = source.reader(job.allow_nonfinite)
+    if family.stacked:
+        reader = StackedReader(reader, family)
     family, config = as_stored(family, config, reader)
     attentions = choose_attentions(config, job.attention)
     with_heads(config, job.kv_heads, attentions)  # check before comparing values

@@ -145,6 +145,8 @@ def pool_layer(
             errors[error] = relative(distance, size)
         elif method == "random" and name.endswith((".scale", "k_norm.weight")):  # of a norm over the keys
             pooled = torch.ones_like(pooled)
+        elif method == "random" and norm:
+            pooled = torch.zeros_like(pooled)
         tensors[name] = pooled.flatten(0, 1)
     return errors
 

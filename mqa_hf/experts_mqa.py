@@ -10,6 +10,29 @@ from transformers.activations import ACT2FN
 from .configuration_mqa import MQAConfig
 
 
+class XIELU(nn.Module):
+    """Activation with learned curvatures of the positive and the negative side (arXiv 2411.13010; Apertus).
+
+    `beta` and `eps` are constants, which checkpoints of Apertus have, rounded to the type of their weights.
+    """
+
+    beta: torch.Tensor
+    eps: torch.Tensor
+    CONSTANTS = {"beta": 0.5, "eps": -1e-6}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.zeros(1))
+        self.alpha_n = nn.Parameter(torch.zeros(1))
+        for name, value in self.CONSTANTS.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positive = nn.functional.softplus(self.alpha_p) * x * x
+        negative = (self.beta + nn.functional.softplus(self.alpha_n)) * (torch.expm1(torch.min(x, self.eps)) - x)
+        return torch.where(x > 0, positive, negative) + self.beta * x
+
+
 class MQAMLP(nn.Module):
     """Up, activation (times gate), down; `width` is that of the inner layer."""
 
@@ -19,7 +42,7 @@ class MQAMLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
         self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = XIELU() if config.hidden_act == "xielu" else ACT2FN[config.hidden_act]
         self.dropout = config.activation_dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ Layers are in `layer_mqa.py`, positions in `positions_mqa.py`. Tensors are named
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
+from .experts_mqa import XIELU
 from .latent_mqa import HeadLinear, MQALatentAttention
 from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
 from .positions_mqa import (
@@ -98,6 +100,11 @@ class MQAPreTrainedModel(PreTrainedModel):
             for weight, value in ((module.weight, 1.0), (module.bias, 0.0)):
                 if weight is not None:
                     init.constant_(weight, value)
+        if isinstance(module, XIELU):
+            for name, value in module.CONSTANTS.items():
+                init.constant_(getattr(module, name), value)
+            for weight, alpha in ((module.alpha_p, 0.8), (module.alpha_n, 0.8 - module.CONSTANTS["beta"])):
+                init.constant_(weight, math.log(math.expm1(alpha)))
         if isinstance(module, ATTENTIONS) and module.sinks is not None:
             init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, HeadLinear):

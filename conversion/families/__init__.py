@@ -182,6 +182,7 @@ def canonical_config(
         raise ConversionError(f"{source.model_type}: config.json is not a valid configuration: {error}") from error
     aliases = dict(source.attribute_map)
     read = recorder._read | {aliases.get(name, name) for name in recorder._read}
+    read |= {alias for alias, name in aliases.items() if name in read}
     if "rope_parameters" in read:
         read |= _ROPE_SPELLINGS
     # Names that start with an underscore and are not fields of the class are annotations.

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
 
-from ..operations import Copy, Operation
+from ..operations import Copy, HeadNormWeights, Operation
 
 COPY = Copy()
 
@@ -61,6 +61,7 @@ class Family:
         rules: map the source's tensors to canonical ones.
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches that do not change the model's outputs in evaluation mode.
+        stacked: modules with a numbered norm for each head; the rules read them as one tensor with a row for each.
         scales: returns the factors on a layer's projections, by projection name, that have no canonical switch.
         canonical: whether names and configuration are already canonical; `rules` is then empty.
         native: takes the source's and the converted configuration and returns that of the transformers class that
@@ -72,6 +73,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
+    stacked: tuple[str, ...] = ()
     scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
     canonical: bool = False
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)
@@ -186,6 +188,17 @@ def module_rules(source: str, *targets: str | None, operation: Operation = COPY,
 
 def renamed(*pairs: tuple[str, str]) -> tuple[Rule, ...]:
     return tuple(rule for source, target in pairs for rule in module_rules(source, target))
+
+
+def head_layer_norms() -> tuple[Rule, ...]:
+    """Return the rules of layer norms of queries and keys whose weights all heads share."""
+    return tuple(
+        rule
+        for name in "qk"
+        for rule in module_rules(
+            f"{ATTENTION}{name}_layernorm", f"{ATTENTION}{name}_norm", operation=HeadNormWeights(name == "k")
+        )
+    )
 
 
 ATTENTION = "layers.{}.self_attn."

@@ -18,6 +18,7 @@ from .base import (
     Family,
     SourceConfig,
     common_fields,
+    head_layer_norms,
     module_rules,
     native_same_class,
     partial_factor,
@@ -84,13 +85,14 @@ def codegen(c: SourceConfig) -> dict[str, Any]:
 
 
 def phi(c: SourceConfig) -> dict[str, Any]:
-    c.require("qk_layernorm", False, "normalising queries and keys does not commute with pooling")
     return shared(
         c,
         intermediate_size=c.intermediate_size,
         num_key_value_heads=c.num_key_value_heads,
         norm_type="layer_norm",
         norm_eps=c.layer_norm_eps,
+        qk_norm="head" if c.qk_layernorm else None,
+        qk_norm_bias=bool(c.qk_layernorm),
         residual="parallel_shared_norm",
         hidden_act=c.hidden_act,
         gated_mlp=False,
@@ -161,15 +163,18 @@ GPTJ_RULES = (
 
 CODEGEN_RULES = (*_GPTJ_RULES, *module_rules("h.{}.attn.qkv_proj", *QKV, operation=SplitCodeGen()))
 
-PHI_RULES = renamed(
-    ("embed_tokens", "embed_tokens"),
-    ("layers.{}.input_layernorm", "layers.{}.input_layernorm"),
-    *((name, name) for name in QKV),
-    (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),
-    ("layers.{}.mlp.fc1", "layers.{}.mlp.up_proj"),
-    ("layers.{}.mlp.fc2", "layers.{}.mlp.down_proj"),
-    ("final_layernorm", "norm"),
-    ("lm_head", "lm_head"),
+PHI_RULES = (
+    *head_layer_norms(),
+    *renamed(
+        ("embed_tokens", "embed_tokens"),
+        ("layers.{}.input_layernorm", "layers.{}.input_layernorm"),
+        *((name, name) for name in QKV),
+        (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),
+        ("layers.{}.mlp.fc1", "layers.{}.mlp.up_proj"),
+        ("layers.{}.mlp.fc2", "layers.{}.mlp.down_proj"),
+        ("final_layernorm", "norm"),
+        ("lm_head", "lm_head"),
+    ),
 )
 
 FAMILIES = {

@@ -62,6 +62,11 @@ def qwen2(c: SourceConfig) -> dict[str, Any]:
     return llama_layer(c, qkv_bias=True, output_bias=False, mlp_bias=False, **windows(c))
 
 
+def iquestcoder(c: SourceConfig) -> dict[str, Any]:
+    c.require("clip_qkv", None, "the transformers class does not support it")
+    return llama(c)
+
+
 def cwm(c: SourceConfig) -> dict[str, Any]:
     return llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=c.mlp_bias, **windows(c))
 
@@ -155,7 +160,7 @@ FAMILIES = {
     "exaone": _llama_family(llama, EXAONE_RULES, frozenset({"embed_dropout"}), ("model.", "transformer.")),
     "helium": _llama_family(helium, INTERLEAVED_LLAMA_RULES),
     "internlm3": _llama_family(llama),
-    "iquestcoder": _llama_family(llama),
+    "iquestcoder": _llama_family(iquestcoder, inert=frozenset({"max_window_layers"})),
     "jais2": _llama_family(jais2),
     "llama": _llama_family(llama),
     "ministral": _llama_family(ministral),

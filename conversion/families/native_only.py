@@ -33,31 +33,15 @@ class NativeOnly:
 _JOINT_NORM = "layers.{}.self_attn.k_norm"
 
 EXPERTS = NativeOnly("its feed-forward layers are mixtures of experts")
-HEAD_NORM = NativeOnly("it normalises queries and keys per head")
-HEAD_NORM_EXPERTS = NativeOnly("it normalises queries and keys per head and has mixture-of-experts layers")
-GATED = NativeOnly(
-    "it gates the attention output, normalises queries and keys per head and has mixture-of-experts layers"
-)
-JOINT_NORM = NativeOnly("it normalises queries and keys over all heads together", key_norm=_JOINT_NORM)
-JOINT_NORM_EXPERTS = NativeOnly(
-    "it normalises queries and keys over all heads together and has mixture-of-experts layers", key_norm=_JOINT_NORM
-)
-SANDWICH = NativeOnly("it also normalises the outputs of attention and feed-forward layers")
-SINKS = NativeOnly("its attention has learned sinks")
-SINKS_EXPERTS = NativeOnly("its attention has learned sinks and it has mixture-of-experts layers")
-MULTIPLIERS = NativeOnly("it multiplies embeddings, residuals, attention and logits by constants")
-MULTIPLIERS_EXPERTS = NativeOnly(
-    "it multiplies embeddings and residuals by constants and has mixture-of-experts layers"
-)
+JOINT_NORM_EXPERTS = NativeOnly(EXPERTS.why, key_norm=_JOINT_NORM)
+GATED = NativeOnly("it gates the attention output and has mixture-of-experts layers")
 STATE_SPACE = NativeOnly("some of its layers are state-space models")
 CONVOLUTIONS = NativeOnly("some of its layers are convolutions")
 LINEAR = NativeOnly("some of its layers use linear attention")
-NO_ROW = NativeOnly("no mapping to the canonical model is implemented")
 
 NATIVE_ONLY: dict[str, NativeOnly] = {
     "afmoe": GATED,
-    "apertus": HEAD_NORM,
-    "apertus1p5_text": HEAD_NORM,
+    "apertus1p5_text": NativeOnly("its head has fewer rows than its embedding"),
     "aria_text": EXPERTS,
     "bamba": STATE_SPACE,
     "beam": GATED,
@@ -66,23 +50,23 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "cohere_compass_text": NativeOnly("its rotary positions are multimodal, with several axes"),
     "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
     "falcon_h1": NativeOnly("its layers combine attention with a state-space model"),
-    "flint": SINKS_EXPERTS,
+    "flint": EXPERTS,
     "gemma3n_text": NativeOnly("its layers have several residual streams and share keys and values"),
-    "gpt_oss": SINKS_EXPERTS,
-    "granitemoe": MULTIPLIERS_EXPERTS,
-    "granitemoe_swa": SINKS_EXPERTS,
+    "gpt_oss": EXPERTS,
+    "granitemoe": EXPERTS,
+    "granitemoe_swa": EXPERTS,
     "granitemoehybrid": STATE_SPACE,
-    "granitemoeshared": MULTIPLIERS_EXPERTS,
-    "hy_v3": HEAD_NORM_EXPERTS,
+    "granitemoeshared": EXPERTS,
+    "hy_v3": EXPERTS,
     "jamba": STATE_SPACE,
-    "kolibri1": HEAD_NORM_EXPERTS,
+    "kolibri1": EXPERTS,
     "laguna": GATED,
     "lara_mini": LINEAR,
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm3": CONVOLUTIONS,
     "llama4_text": NativeOnly("it attends in chunks and has mixture-of-experts layers"),
-    "mellum": HEAD_NORM_EXPERTS,
+    "mellum": EXPERTS,
     "minimax": LINEAR,
     "nemotron_h": NativeOnly(STATE_SPACE.why, key="layers.{}.mixer.k_proj", value="layers.{}.mixer.v_proj"),
     "olmo_hybrid": NativeOnly(LINEAR.why, key_norm=_JOINT_NORM),
@@ -113,17 +97,17 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
 
 # Types that are canonical as well, but whose own class stores experts in another form; the same for `--target native`.
 MIXTURES: dict[str, NativeOnly] = {
-    "dots1": HEAD_NORM_EXPERTS,
+    "dots1": EXPERTS,
     "ernie4_5_moe": EXPERTS,
-    "exaone_moe": HEAD_NORM_EXPERTS,
+    "exaone_moe": EXPERTS,
     "flex_olmo": JOINT_NORM_EXPERTS,
     "glm4_moe": EXPERTS,
-    "hunyuan_v1_moe": HEAD_NORM_EXPERTS,
+    "hunyuan_v1_moe": EXPERTS,
     "minimax_m2": JOINT_NORM_EXPERTS,
     "mixtral": EXPERTS,
     "olmoe": JOINT_NORM_EXPERTS,
     "qwen2_moe": EXPERTS,
-    "qwen3_moe": HEAD_NORM_EXPERTS,
+    "qwen3_moe": EXPERTS,
     "solar_open": EXPERTS,
 }
 OWN_CLASS = {**NATIVE_ONLY, **MIXTURES}

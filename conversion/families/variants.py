@@ -3,6 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from mqa_hf.configuration_mqa import MQAConfig
+
 from ..operations import AddOne, HeadNormWeights, SplitGateUp, SplitGrouped, SplitStacked
 from .base import (
     ATTENTION,
@@ -10,23 +14,24 @@ from .base import (
     Family,
     Rule,
     SourceConfig,
+    head_layer_norms,
     module_rules,
     native_same_class,
     one_window,
+    refuse,
     renamed,
     rope,
     windows,
 )
 from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer
 
-_QK_NORM = "normalising queries and keys does not commute with pooling"
 _CLIPPED = "clipped keys and values are not linear in their input"
 
 
 def stablelm(c: SourceConfig) -> dict[str, Any]:
-    c.require("qk_layernorm", False, _QK_NORM)
     return llama_layer(
         c,
+        qk_norm="head" if c.qk_layernorm else None,
         qkv_bias=c.use_qkv_bias,
         output_bias=False,
         mlp_bias=False,
@@ -36,6 +41,11 @@ def stablelm(c: SourceConfig) -> dict[str, Any]:
         hidden_dropout=c.hidden_dropout,
         **rope(c, partial=True),
     )
+
+
+def native_stablelm(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
+    refuse("StableLM's class", {"the norms of queries and keys are a tensor for each head": source.qk_layernorm})
+    return native_same_class(source, config)
 
 
 def persimmon(c: SourceConfig) -> dict[str, Any]:
@@ -188,22 +198,23 @@ COHERE_RULES = (
         for name in "qk"
     ),
 )
-_PERSIMMON_NORMS = tuple(
-    rule
-    for name in "qk"
-    for rule in module_rules(
-        f"{ATTENTION}{name}_layernorm", f"{ATTENTION}{name}_norm", operation=HeadNormWeights(name == "k")
-    )
-)
 PERSIMMON_RULES = _replaced(
     LLAMA_RULES,
-    *_PERSIMMON_NORMS,
+    *head_layer_norms(),
     *module_rules(f"{ATTENTION}query_key_value", *QKV, operation=SplitGrouped()),
     *renamed(
         (f"{ATTENTION}dense", f"{ATTENTION}o_proj"),
         ("layers.{}.mlp.dense_h_to_4h", "layers.{}.mlp.up_proj"),
         ("layers.{}.mlp.dense_4h_to_h", "layers.{}.mlp.down_proj"),
         ("final_layernorm", "norm"),
+    ),
+)
+_HEAD_NORMS = tuple(f"{ATTENTION}{name}_layernorm.norms" for name in "qk")
+STABLELM_RULES = (
+    *LLAMA_RULES,
+    *(
+        Rule(f"{source}.weight", (f"{ATTENTION}{name}_norm.weight",), HeadNormWeights(name == "k", shared=False))
+        for name, source in zip("qk", _HEAD_NORMS)
     ),
 )
 STARCODER2_RULES = _replaced(
@@ -242,7 +253,7 @@ FAMILIES = {
     "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),
     # The class never reads "embd_pdrop".
     "phi3": _family(phi3, PHI3_RULES, frozenset({"embd_pdrop"})),
-    "stablelm": _family(stablelm, LLAMA_RULES),
+    "stablelm": _family(stablelm, STABLELM_RULES, stacked=_HEAD_NORMS, native=native_stablelm),
     # Older names from GPT-BigCode, which the class never reads.
     "starcoder2": _family(
         starcoder2,

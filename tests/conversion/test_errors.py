@@ -91,7 +91,7 @@ def test_sizes_that_no_tensor_has(source, size):
 
 def test_an_unknown_family(source):
     edit_config(source, model_type="lama")
-    refused(source, "unsupported model type 'lama'; supported are arcee")
+    refused(source, "unsupported model type 'lama'; supported are apertus, arcee")
 
 
 def test_a_converted_checkpoint_as_the_source(source, tmp_path):
@@ -107,8 +107,8 @@ def test_a_switch_that_nothing_reads(source):
 
 
 def test_a_switch_without_a_canonical_equivalent(tmp_path):
-    source = save(make_model("phi", {**LLAMA, "hidden_size": 96, "qk_layernorm": True}), tmp_path / "source")
-    refused(source, "qk_layernorm=True is not supported")
+    source = save(make_model("olmo", {**LLAMA, "clip_qkv": 8.0}), tmp_path / "source")
+    refused(source, "clip_qkv=8.0 is not supported")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ NOT_NATIVE = {
     "opt: no biases, bare norms",
     "opt: post-norm, projected",
     "opt: projected, no final norm",
+    "stablelm: a norm for each head",
 }
 BY_FAMILY = {family: fields for family, _, fields in reversed(CASES)}  # the first case of each
 # (model type, switch, value, what the refusal says)
@@ -53,9 +54,7 @@ REFUSED = [
     ("mpt", "no_bias", False, "no_bias=False"),
     ("mpt", "norm_type", "rmsnorm", "rmsnorm"),
     ("olmo", "clip_qkv", 8.0, "clip_qkv=8.0"),
-    ("phi", "qk_layernorm", True, "does not commute"),
     ("phi3", "attention_bias", True, "no such bias"),
-    ("stablelm", "qk_layernorm", True, "does not commute"),
     ("xglm", "add_cross_attention", True, "encoder-decoder"),
     ("xglm", "d_model", 45, "must be even"),
     ("xglm", "pad_token_id", 5, "zeroes the sinusoid of position 3"),

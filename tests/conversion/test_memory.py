@@ -114,7 +114,7 @@ def test_calibration_takes_the_tokenizer_of_where_the_model_was_loaded_from(tmp_
     assert_same_model(convert(loaded, **FIT), given)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "mixtral"])
+@pytest.mark.parametrize("model_type", ["olmoe", "mixtral"])
 def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
     """Mixtral's experts have other names on disk than in memory."""
     source = make_native(model_type)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from published_normalised import NORMALISED
 
 from mqa_hf import inspect
 
@@ -15,6 +16,7 @@ SUMMARY = {
 }
 # name -> (parameters, query heads, K/V heads, config.json)
 PUBLISHED = {
+    **NORMALISED,
     "gpt2": (
         124_439_808 - 12 * 768,  # without the key biases, which softmax does not see
         12,

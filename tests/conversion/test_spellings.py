@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 from native_sources import BASE, CONFIGS, installed_types
-from sources import CASES, IDS, LLAMA, make_model, need, rope, save
+from sources import CASES, IDS, LLAMA, MIXED, make_model, need, rope, save
 from transformers import AutoConfig
 
 from mqa_hf import convert
@@ -108,13 +108,13 @@ def test_nothing_is_said_where_transformers_4_reads_all(kind):
 
 def test_a_conversion_says_what_transformers_4_loses(tmp_path):
     nested = {"rope_parameters": {"full_attention": DEFAULT, "sliding_attention": YARN}}
-    model = make_model("gemma3_text", {**BASE, **CONFIGS["gemma3_text"], **nested})
+    model = make_model("gemma3_text", {**LLAMA, **MIXED, **nested})
     with pytest.warns(ConversionWarning, match=r"^transformers 4 .*gemma3_text scales no positions") as caught:
         report = convert(save(model, tmp_path / "source"), tmp_path / "native", target="native")
     assert report.warnings == [str(one.message) for one in caught if one.category is ConversionWarning]
     assert json.loads((tmp_path / "native" / "conversion.json").read_text())["warnings"] == report.warnings
     assert "rope_theta" not in json.loads((tmp_path / "native" / "config.json").read_text())
-    plain = make_model("gemma3_text", {**BASE, **CONFIGS["gemma3_text"]})
+    plain = make_model("gemma3_text", {**LLAMA, **MIXED})
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConversionWarning)
         report = convert(save(plain, tmp_path / "plain"), tmp_path / "read", target="native")

@@ -109,10 +109,31 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places)
 
 
 def test_weights_that_are_no_numbers_are_refused_in_their_own_class_too(tmp_path):
-    source = save(make_native("qwen3"), tmp_path / "source")
+    source = save(make_native("qwen3_moe"), tmp_path / "source")
     change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
     with pytest.raises(MQAError, match=r"model\.norm\.weight"):
         convert(source, tmp_path / "native", target="native")
+
+
+def test_norms_of_single_heads_are_read_as_one_only_if_there_is_one_for_each_head(tmp_path):
+    fields = {**LLAMA, "qk_layernorm": True}
+    source = save(make_model("stablelm", fields), tmp_path / "source")
+    norms = [f"model.layers.1.self_attn.k_layernorm.norms.{i}.weight" for i in range(6)]
+    written = load_file(source / "model.safetensors")
+    convert(source, tmp_path / "ours", kv_heads=6)
+    read = load_file(tmp_path / "ours" / "model.safetensors")["model.layers.1.self_attn.k_norm.weight"]
+    assert torch.equal(read, torch.stack([written[name] for name in norms]))
+    convert(source, tmp_path / "random", method="random")
+    assert torch.equal(
+        load_file(tmp_path / "random" / "model.safetensors")["model.layers.1.self_attn.k_norm.weight"],
+        torch.ones(1, 8),
+    )
+    change(source, lambda tensors: tensors.pop(norms[2]))
+    with pytest.raises(MQAError, match=r"k_layernorm\.norms\.0\.weight.*missing for: model\.layers\.1.*k_norm"):
+        convert(source, tmp_path / "gap")
+    change(source, lambda tensors: [tensors.pop(norms[i]) for i in (3, 4, 5)])
+    with pytest.raises(MQAError, match=r"norms\.weight has the shape \[2, 8\], which does not fit .* \[6, 8\]"):
+        convert(source, tmp_path / "few")
 
 
 def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):

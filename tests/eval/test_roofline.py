@@ -362,13 +362,13 @@ def test_a_step_reads_the_experts_that_its_rows_choose_and_the_window_of_a_layer
         cost = step_cost(own.config, rows, 10, weights=own.weights)
         assert cost.weight_bytes == pytest.approx(2 * (experts * one_expert + attention + small + 101 * 48))
         assert cost.weight_operations == 2 * rows * (2 * one_expert + attention + small + 101 * 48)
-    config = AutoConfig.for_model("gemma2", **{**BASE, **CONFIGS["gemma2"]})
+    config = AutoConfig.for_model("granitemoe_swa", **{**BASE, **CONFIGS["granitemoe_swa"]})
     own = own_shape(Source("source", Path(), None, config, {}), 4)
     assert step_cost(own.config, 3, 40, weights=own.weights).cache_bytes == 3 * 2 * 4 * 16 * (5 + 40)
 
 
 def test_the_command_plans_what_convert_takes(tmp_path: Path):
-    qwen3 = save(make_native("qwen3"), tmp_path / "qwen3")
+    qwen3 = save(make_native("qwen3_moe"), tmp_path / "qwen3")
     llama = save(make_model("llama", LLAMA), tmp_path / "llama")
     bloom = save(
         make_model("bloom", {"hidden_size": 48, "n_head": 6, "n_layer": 1, "vocab_size": 99}), tmp_path / "bloom"

@@ -39,7 +39,6 @@ MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_n_gr
 
 CONFIGS: dict[str, dict] = {
     "afmoe": {**EXPERTS, "num_shared_experts": 1, "num_dense_layers": 1, **WINDOWS},
-    "apertus": {},
     "apertus1p5_text": {"output_vocab_size": 80},
     "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "bamba": {**MAMBA, "num_hidden_layers": 3, "attn_layer_indices": [1, 2]},

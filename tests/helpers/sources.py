@@ -277,6 +277,14 @@ CASES: list[tuple[str, str, dict]] = [
     ("cohere", "normalised queries and keys", {**LLAMA, "num_key_value_heads": 3, "use_qk_norm": True,
                                                "logit_scale": 1.0}),
     ("persimmon", "normalised queries and keys", {**MHA, "qk_layernorm": True}),
+    ("phi", "normalised queries and keys", {**LLAMA, "hidden_size": 60, "num_key_value_heads": 2,
+                                            "qk_layernorm": True, **rope("default", partial_rotary_factor=0.4)}),
+    ("stablelm", "a norm for each head", {**LLAMA, "num_key_value_heads": 3, "qk_layernorm": True,
+                                          "use_parallel_residual": True,
+                                          **rope("default", partial_rotary_factor=0.5)}),
+    ("apertus", "grouped", {**LLAMA, "num_key_value_heads": 2}),
+    ("apertus", "biases, tied, no scaled rotation", {**LLAMA, "attention_bias": True, "tie_word_embeddings": True,
+                                                     **rope("default")}),
     ("internlm3", "grouped", {**LLAMA, "num_key_value_heads": 2, "head_dim": 8}),
     ("iquestcoder", "wide heads", {**LLAMA, "head_dim": 16}),
     ("qwen3", "grouped", {**LLAMA, "num_key_value_heads": 2, "head_dim": 16}),
@@ -433,6 +441,13 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
 @torch.no_grad()
 def overwrite_heads_with_mean(model: PreTrainedModel, kv_heads: int) -> None:
     """Give a source model's K/V heads the mean of their group, in its own layout and class."""
+    for module in model.modules():
+        if type(module).__name__ == "StableLmLayerNormPerHead" and module.num_heads == kv_heads_of(model):
+            norms = [norm.weight for norm in module.norms]
+            for group in torch.arange(len(norms)).chunk(kv_heads):
+                mean = torch.stack([norms[i] for i in group]).mean(0)
+                for i in group:
+                    norms[i].copy_(mean)
     for name, parameter in model.named_parameters():
         transposed = model.config.model_type in ("gpt2", "openai-gpt") and parameter.ndim == 2
         weight = parameter.T if transposed else parameter

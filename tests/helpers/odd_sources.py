@@ -1,0 +1,139 @@
+"""Configurations that no checkpoint has: odd numbers of heads, odd sizes, windows of 2, one layer, mixed layer types.
+
+`odd(model_type, seed)` is the same configuration at every call.
+"""
+
+import random
+
+from sources import VOCAB, rope
+
+# Types with a head_dim of their own; the width of the others' heads is hidden_size / num_attention_heads.
+OWN_WIDTH = {
+    "exaone4", "gemma2", "gemma3_text", "glm4", "hunyuan_v1_dense", "hyperclovax", "internlm3", "iquestcoder",
+    "ministral3", "nanochat", "qwen3", "vaultgemma",
+}  # fmt: skip
+# Classes that want hidden_size to be a multiple of the query heads all the same.
+DIVISIBLE = {"gemma2", "gemma3_text", "hyperclovax", "internlm3", "iquestcoder", "vaultgemma"}
+WINDOWED = {"exaone4", "gemma2", "gemma3_text", "granite_swa", "olmo3", "qwen3", "vaultgemma"}
+BY_TYPE = {"gemma3_text", "olmo3"}  # rotary parameters by layer type
+PARTIAL = {"glm4", "persimmon", "phi", "stablelm"}
+MULTIPLIED = {"granite_swa", "hyperclovax"}
+LAYER_NORMS = {"cohere", "persimmon", "phi", "stablelm"}
+ODD = sorted(OWN_WIDTH | WINDOWED | PARTIAL | MULTIPLIED | LAYER_NORMS | {"apertus", "olmo2"})
+
+
+def scaled(draw: random.Random, kinds: tuple[str, ...] = ("default", "linear", "yarn", "llama3", "dynamic")) -> dict:
+    """Rotary parameters of any of these types."""
+    kind, length = draw.choice(kinds), draw.choice([4, 10, 16])
+    beside = {
+        "default": {},
+        "linear": {"factor": draw.choice([1.5, 4.0])},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": draw.choice([2.0, 8.0]), "original_max_position_embeddings": length}
+        | draw.choice([{}, {"attention_factor": 1.2}, {"beta_fast": 16.0, "beta_slow": 2.0}]),
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": length},
+    }[kind]
+    return rope(kind, **beside)["rope_parameters"] | {"rope_theta": draw.choice([50.0, 1e4, 5e5])}
+
+
+def layers_of(draw: random.Random, model_type: str, count: int) -> dict:
+    """Layer types and a window."""
+    if model_type not in WINDOWED:
+        return {"sliding_window": draw.choice([None, 2, 5, 40])} if model_type == "ministral3" else {}
+    kinds = [draw.choice(["sliding_attention", "full_attention"]) for _ in range(count)]
+    fields = {"layer_types": kinds, "sliding_window": draw.choice([2, 3, 5, 40])}
+    if model_type == "qwen3":
+        fields["use_sliding_window"] = True
+    if model_type == "exaone4" and draw.random() < 0.3:
+        fields = {"layer_types": ["full_attention"] * count, "sliding_window": None}
+    return fields
+
+
+def odd(model_type: str, seed: int) -> dict:
+    draw = random.Random(f"{model_type} {seed}")
+    H, count = draw.choice([1, 2, 3, 5, 6, 7, 9, 12]), draw.choice([1, 2, 3, 4])
+    D = draw.choice([4, 6, 8, 10, 14, 22])
+    if model_type in PARTIAL:
+        D = draw.choice([8, 12, 20])
+    own = model_type in OWN_WIDTH
+    d = draw.choice([26, 35, 51, 64]) if own else H * D
+    if model_type in DIVISIBLE:
+        d = H * draw.choice([3, 5, 8, 11])
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": d,
+        "intermediate_size": draw.choice([17, 33, 80]),
+        "num_hidden_layers": count,
+        "num_attention_heads": H,
+        "num_key_value_heads": draw.choice([g for g in range(1, H + 1) if H % g == 0]),
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": draw.choice([None, 0]),
+        "tie_word_embeddings": draw.random() < 0.4,
+        "layer_norm_eps" if model_type in LAYER_NORMS else "rms_norm_eps": draw.choice([1e-6, 1e-5, 1e-3]),
+        **({"head_dim": D} if own else {}),
+        **layers_of(draw, model_type, count),
+        **special(draw, model_type, D, count),
+    }
+    if "rope_parameters" not in fields and draw.random() < 0.8:
+        fields["rope_parameters"] = scaled(draw)
+    if model_type in PARTIAL:
+        rotary = draw.choice([2, 4, D // 2, D])
+        fields["rope_parameters"] = rope("default", partial_rotary_factor=(rotary + 0.5) / D)["rope_parameters"]
+        fields["rope_parameters"]["partial_rotary_factor"] = min(1.0, (rotary + 0.5) / D)
+    if model_type in BY_TYPE:
+        kinds = ("default", "linear", "yarn", "llama3")
+        fields["rope_parameters"] = {name: scaled(draw, kinds) for name in ("full_attention", "sliding_attention")}
+    if model_type == "persimmon":
+        del fields["num_key_value_heads"]
+    return fields
+
+
+def special(draw: random.Random, model_type: str, head_dim: int, count: int) -> dict:
+    """What a type has of its own."""
+
+    def maybe(*names: str) -> dict:
+        return {name: draw.random() < 0.5 for name in names}
+
+    fields: dict = {}
+    if model_type in MULTIPLIED:
+        fields |= maybe("attention_bias", "mlp_bias") | {
+            "embedding_multiplier": draw.choice([1.0, 6.0]),
+            "logits_scaling": draw.choice([0.5, 3.0]),
+            "residual_multiplier": draw.choice([1.0, 0.3]),
+            "attention_multiplier": draw.choice([0.1, 0.5]),
+        }
+    if model_type in ("apertus", "cohere", "gemma2", "gemma3_text", "glm4", "hunyuan_v1_dense", "iquestcoder",
+                      "nanochat", "olmo2", "olmo3", "qwen3", "vaultgemma"):  # fmt: skip
+        fields |= maybe("attention_bias")
+    if model_type in ("gemma2", "gemma3_text", "vaultgemma"):
+        fields["query_pre_attn_scalar"] = draw.choice([3, 12, 50])
+        fields["final_logit_softcapping"] = draw.choice([None, 7.0, 30.0])
+        fields["attn_logit_softcapping"] = draw.choice([None, 2.0, 20.0])
+    if model_type == "nanochat":
+        fields["final_logit_softcapping"] = draw.choice([None, 4.0, 15.0])
+    if model_type == "internlm3":
+        fields["attention_bias"] = fields["mlp_bias"] = draw.random() < 0.5
+    if model_type == "iquestcoder":
+        fields |= maybe("mlp_bias")
+    if model_type == "hyperclovax":
+        fields |= maybe("use_post_norm")
+    if model_type == "cohere":
+        fields |= {"use_qk_norm": draw.random() < 0.8, "logit_scale": draw.choice([0.25, 1.0])}
+    if model_type in ("persimmon", "phi", "stablelm"):
+        fields["qk_layernorm"] = draw.random() < 0.8
+    if model_type == "stablelm":
+        fields |= maybe("use_qkv_bias", "use_parallel_residual")
+    if model_type == "hunyuan_v1_dense" and draw.random() < 0.4:
+        fields |= rope("dynamic", alpha=draw.choice([3.0, 1000.0]), factor=1.0)
+    if model_type == "granite_swa" and draw.random() < 0.5:
+        fields["layer_rope_theta"] = [draw.choice([0.0, 100.0]) for _ in range(count)]
+    if model_type == "ministral3":
+        length = draw.choice([3, 8])
+        beside = {"original_max_position_embeddings": length, "llama_4_scaling_beta": draw.choice([0.1, 0.7])}
+        kinds = ("default", {}), ("yarn", {"factor": 4.0}), ("yarn", {"factor": 16.0, "mscale": 1.0})
+        kind, more = draw.choice(kinds)
+        fields |= rope(kind, **more, **beside)
+    return fields
