@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .families import COPY, FAMILIES, Family
 from .operations import Flatten, Operation, SinusoidTable
@@ -77,6 +77,14 @@ def match(names: Iterable[str], family: Family) -> tuple[list[TensorStep], list[
         else:
             unclaimed.append(name)
     return steps, unclaimed
+
+
+def of_all_experts(step: TensorStep, experts: int) -> TensorStep:
+    """A step whose tensor holds all experts, with the targets of each expert in place of those of `*`."""
+    if not any(target and "*" in target for target in step.targets):
+        return step
+    targets = tuple(t and t.replace("*", str(e)) for e in range(experts) for t in step.targets)
+    return replace(step, targets=targets)
 
 
 def is_unused(name: str, model_type: str) -> bool:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..operations import DeinterleaveRotary, Flatten
+from ..operations import DeinterleaveRotary, Flatten, SplitExperts, SplitGateUp
 from .base import (
     QKV,
     Family,
@@ -14,9 +14,9 @@ from .base import (
     rope,
     windows,
 )
-from .llama import LLAMA_RULES, llama_layer, qwen2
-from .normalised import OLMO2_RULES, head_norms, hunyuan, olmo2
-from .variants import _family, _replaced
+from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer, qwen2
+from .normalised import OLMO2_RULES, SINKS, granite_swa, head_norms, hunyuan, olmo2
+from .variants import _family, _replaced, granite
 
 ROUTING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})  # of training
 
@@ -158,6 +158,67 @@ def minimax_m2(c: SourceConfig) -> dict[str, Any]:
     return {**layer, **mixture(c, c.intermediate_size, router_scores="sigmoid", router_correction=True)}
 
 
+def mellum(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head", **windows(c))
+    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
+    return {**layer, **mixture(c, c.moe_intermediate_size, mixtures, router_renormalise=c.norm_topk_prob)}
+
+
+def hy_v3(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    _ = c.enable_moe_fp32_combine  # the precision of one sum
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head")
+    experts = mixture(
+        c,
+        c.moe_intermediate_size,
+        [kind == "sparse" for kind in c.mlp_layer_types],
+        router_scores="sigmoid",
+        router_correction=True,
+        router_scale=c.router_scaling_factor,
+        shared_expert_intermediate_size=c.moe_intermediate_size * c.num_shared_experts or None,
+    )
+    return {**layer, **experts}
+
+
+def cohere2_moe(c: SourceConfig) -> dict[str, Any]:
+    _ = c.sliding_window_pattern  # settled in layer_types
+    _ = c.norm_topk_prob, c.shared_expert_combination_strategy  # of sigmoids, and of shared experts
+    c.require("expert_selection_fn", "softmax", "sigmoids of chosen logits are not supported")
+    c.require("num_shared_experts", 0, "an average with shared experts is not supported")
+    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
+    forced = c.prefix_dense_sliding_window_pattern == 1
+    rotated = [kind == "sliding_attention" or (forced and not mixed) for kind, mixed in zip(c.layer_types, mixtures)]
+    rms = getattr(c, "rms_norm_eps", None)
+    norms = {"norm_type": "rms_norm" if rms is not None else "layer_norm", "norm_bias": False}
+    bias = c.attention_bias
+    layer = llama_layer(
+        c,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=False,
+        norm_eps=c.layer_norm_eps if rms is None else rms,
+        intermediate_size=c.prefix_dense_intermediate_size or c.intermediate_size,
+        residual="parallel_shared_norm",
+        logit_scale=c.logit_scale,
+        rope_layers=rotated,
+        **norms,
+        **windows(c),
+    )
+    return {**layer, **mixture(c, c.intermediate_size, mixtures)}
+
+
+def granitemoe(c: SourceConfig) -> dict[str, Any]:
+    shared = getattr(c, "shared_intermediate_size", None) or None
+    experts = mixture(c, c.intermediate_size, num_experts=c.num_local_experts, shared_expert_intermediate_size=shared)
+    return {**granite(c), **experts}
+
+
+def granitemoe_swa(c: SourceConfig) -> dict[str, Any]:
+    return {**granite_swa(c), **granitemoe(c), **{k: v for k, v in granite_swa(c).items() if k in SWA}}
+
+
+SWA = ("attention_sinks", "layer_types", "rope_layers", "rope_parameters", "sliding_window")
 MLP = "layers.{}.mlp."
 NAMES = ("gate", "up", "down")
 
@@ -194,6 +255,24 @@ ERNIE_RULES = (
     Rule(f"{MLP}moe_statics.e_score_correction_bias", (f"{MLP}router_correction",), Flatten()),
 )
 JOINT = head_norms(shared=False)
+_EXPERT = f"{MLP}experts.*."
+GRANITE_RULES = (
+    *LLAMA_RULES,
+    Rule(
+        f"{SPARSE}input_linear.weight",
+        (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
+        SplitExperts(2),
+    ),
+    Rule(f"{SPARSE}output_linear.weight", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
+    *renamed((f"{SPARSE}router.layer", f"{MLP}router")),
+)
+SHARED_GRANITE_RULES = (
+    *GRANITE_RULES,
+    *module_rules(
+        "layers.{}.shared_mlp.input_linear", f"{MLP}shared.gate_proj", f"{MLP}shared.up_proj", operation=SplitGateUp()
+    ),
+    *renamed(("layers.{}.shared_mlp.output_linear", f"{MLP}shared.down_proj")),
+)
 
 
 def _mixture(config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset()) -> Family:
@@ -202,6 +281,24 @@ def _mixture(config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = froze
 
 
 FAMILIES: dict[str, Family] = {
+    "cohere2_moe": _mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
+    "granitemoe": _mixture(granitemoe, GRANITE_RULES),
+    "granitemoe_swa": _mixture(granitemoe_swa, (*SHARED_GRANITE_RULES, SINKS)),
+    "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES),
+    "hy_v3": _mixture(
+        hy_v3,
+        (
+            *LLAMA_RULES,
+            *head_norms(),
+            *expert_rules(),
+            *router_rules(f"{MLP}router.gate", shared="shared_mlp", correction=f"{MLP}expert_bias"),
+        ),
+    ),
+    "mellum": _mixture(
+        mellum,
+        (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules()),
+        frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"}),
+    ),
     "dots1": _mixture(dots1, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES)),
     "ernie4_5_moe": _mixture(ernie4_5_moe, ERNIE_RULES),
     "exaone_moe": _mixture(

@@ -102,6 +102,22 @@ EXPERTS = {
                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "ernie4_5_moe": {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    "mellum": {**_CHOSEN, "head_dim": 8, "sliding_window": 5, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                           "original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "hy_v3": {**_CHOSEN, "head_dim": 8, "num_shared_experts": 1, "router_scaling_factor": 1.5,
+              "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "cohere2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "logit_scale": 1.0, "sliding_window": 5,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                    "mlp_layer_types": ["dense", "sparse", "sparse"], "prefix_dense_intermediate_size": 40},
+    "granitemoe": {"num_local_experts": 4, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    "granitemoeshared": {"num_local_experts": 4, "attention_multiplier": 0.3, "shared_intermediate_size": 40},
+    "granitemoe_swa": {"num_local_experts": 4, "attention_multiplier": 0.3, "shared_intermediate_size": 40,
+                       "sliding_window": 5, "layer_rope_theta": [100.0, 1000.0, 0.0],
+                       "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
 }  # fmt: skip
 # (model type, what is special about it, configuration)
