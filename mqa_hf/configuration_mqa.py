@@ -328,11 +328,9 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters by layer type cannot be {' or '.join(BY_LENGTH)}")
 
     def _check_latents(self):
-        unknown = [
-            name
-            for name in ("qk_norm", "attention_softcap", "attention_sinks", "query_scaling_beta")
-            if getattr(self, name)
-        ]
+        fields = ("qk_norm", "attention_softcap", "attention_sinks", "query_scaling_beta")
+        unknown = [name for name in fields if getattr(self, name)]
+        unknown += ["rope_parameters by layer type"] if self.rope_by_type else []
         if self.latent and unknown:
             raise ValueError(f"a latent is not supported with {', '.join(unknown)}")
         if self.kv_latent_bits not in (16, 8, 4):
