@@ -94,20 +94,18 @@ def mqa_attention_forward(
     G = key.shape[1]
     g = H // G
     causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
+    if causal and key.shape[2] > T > 1:  # prefill of a static cache: positions beyond T are empty
+        key, value = key[:, :, :T], value[:, :, :T]
     if softcap is not None:
         rows = max(1, AT_ONCE // (B * H * key.shape[2]))
-        mask = causal_mask(T, key.shape[2], query.device) if causal and T > 1 else attention_mask
-        parts = [
-            eager_attention_forward(
-                module, some, key, value, mask if mask is None else mask[:, :, i * rows : (i + 1) * rows], scaling,
-                dropout, softcap=softcap, s_aux=s_aux,
-            )[0]
-            for i, some in enumerate(query.split(rows, dim=2))
-        ]  # fmt: skip
+        mask = causal_mask(T, T, query.device) if causal and T > 1 else attention_mask
+        parts = []
+        for i, some in enumerate(query.split(rows, dim=2)):
+            seen = mask if mask is None else mask[:, :, i * rows : (i + 1) * rows]
+            weights = attention_weights(some, key, seen, scaling, softcap, s_aux)
+            parts.append(mixed(nn.functional.dropout(weights, dropout), value).transpose(1, 2))
         return torch.cat(parts, dim=1), None
     if s_aux is not None:
-        if causal and key.shape[2] > T > 1:  # prefill of a static cache: positions beyond T are empty
-            key, value = key[:, :, :T], value[:, :, :T]
         width, scaling = value.shape[-1], D**-0.5 if scaling is None else scaling
         wide = with_sink(query, key, value, attention_mask, s_aux / scaling, causal and T > 1)
         out, _ = mqa_attention_forward(module, *wide, dropout, scaling, causal)
@@ -121,8 +119,6 @@ def mqa_attention_forward(
         )
         return out.reshape(B, 1, H, out.shape[-1]), None
 
-    if causal and key.shape[2] > T:  # prefill of a static cache: positions beyond T are empty
-        key, value = key[:, :, :T], value[:, :, :T]
     if g == 1 or (query.is_cuda and attention_mask is None and D == value.shape[-1] <= 256):
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=g > 1

@@ -347,11 +347,10 @@ def attend_plan(
     query: torch.Tensor, programs: int, span: int, row: int, splits: int | None, blocks: tuple[int, int, int] | None
 ) -> tuple[int, tuple[int, int, int]]:
     """Defaults for `splits` and `blocks`: [`attend_splits`] and [`attend_blocks`] of the query's device."""
-    multiprocessors = processors(query.device)
     if splits is None:
-        splits = attend_splits(programs, span, row, multiprocessors)
+        splits = attend_splits(programs, span, row, processors(query.device))
     if blocks is None:
-        crowded = programs * splits > multiprocessors and span // splits <= 1024
+        crowded = programs * splits > processors(query.device) and span // splits <= 1024
         blocks = attend_blocks(row, shared_memory(query.device), query.dtype == torch.float32, crowded)
     return splits, blocks
 

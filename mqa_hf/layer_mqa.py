@@ -64,6 +64,7 @@ class MQAAttention(nn.Module):
         self.sliding_window = config.sliding_window if sliding else None
         chosen = self.rotary and config.layer_frequencies(layer_idx) is not None
         self.register_buffer("rotated", rotated_components(config, layer_idx) if chosen else None, persistent=False)
+        self.rotated_width = self.head_dim if config.rope_frequencies is None else self.qk_head_dim
         self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
@@ -159,9 +160,9 @@ class MQAAttention(nn.Module):
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotate queries or keys [B, heads, T, qk_head_dim]; `cos` and `sin` are those of all frequencies."""
-        if self.rotated is None:
-            return rotate(x, cos, sin, self.head_dim)
-        return rotate(x, cos[..., self.rotated], sin[..., self.rotated], self.qk_head_dim)
+        if self.rotated is not None:
+            cos, sin = cos[..., self.rotated], sin[..., self.rotated]
+        return rotate(x, cos, sin, self.rotated_width)
 
 
 Attention = MQAAttention | MQALatentAttention

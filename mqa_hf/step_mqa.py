@@ -28,7 +28,7 @@ from .layer_mqa import scaled_logits
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
-from .weights_mqa import Projections
+from .weights_mqa import HeadNorms, Projections, plain_norms
 
 if TYPE_CHECKING:
     from .layer_mqa import MQAAttention, MQADecoderLayer
@@ -77,6 +77,7 @@ class DecodeStep:
         self.sin: torch.Tensor | None = None
         self.tables: dict[int, torch.Tensor] = {}
         self.kernel_tables = latent_step_mqa.KernelTables()
+        self.norms = HeadNorms()
         self.slopes: torch.Tensor | None = None
         if self.config.position_embedding == "alibi":
             slopes = torch.tensor(self.config.alibi_slopes, dtype=torch.float32, device=self.device)
@@ -158,6 +159,7 @@ class DecodeStep:
             self.cos, self.sin = cos[0, 0].contiguous(), sin[0, 0].contiguous()
         if self.triton:
             self.kernel_tables.prepare(self, reach if replaced else None)
+            self.norms.prepare(self.heads())
         for i, layer in enumerate(self.layers):
             if layer.self_attn.relative_bias is not None:
                 table = distance_bias(self.config, layer.self_attn.relative_bias)
@@ -166,7 +168,14 @@ class DecodeStep:
                 else:
                     self.tables[i] = table
         changed = self.linear.prepare((*self.groups(), (self.model.lm_head,)))
-        return replaced or changed or not all(map(latent_step_mqa.plain_maps, self.latent_attentions()))
+        plain = all(map(latent_step_mqa.plain_maps, self.latent_attentions())) and all(map(plain_norms, self.heads()))
+        return replaced or changed or not plain
+
+    def heads(self) -> "Iterator[MQAAttention]":
+        """The self-attentions that cache keys and values."""
+        for layer in self.layers:
+            if not isinstance(layer.self_attn, MQALatentAttention):
+                yield layer.self_attn
 
     def latent_attentions(self) -> Iterator[MQALatentAttention]:
         for layer in self.layers:
@@ -299,13 +308,14 @@ class DecodeStep:
         H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
-        if self.triton:
+        if self.triton and plain_norms(attention):
             turned: dict[str, Any] = {}
             if attention.rotary:
                 turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated}
             query = append(
-                joined, H, held.keys, held.values, self.length, positions=self.positions, head=attention.head_dim,
-                key_scales=key_scales, value_scales=value_scales, **turned, **self.normalising(attention),
+                joined, H, held.keys, held.values, self.length, positions=self.positions,
+                head=attention.rotated_width, key_scales=key_scales, value_scales=value_scales, **turned,
+                **self.norms(attention),
             )  # fmt: skip
             scale = self.query_scale()
             out = attend(
@@ -337,17 +347,6 @@ class DecodeStep:
         if self.newest_scale is None:
             self.newest_scale = query_scale(self.positions, self.config).to(self.dtype)[:, None, None]
         return self.newest_scale
-
-    def normalising(self, attention: "MQAAttention") -> dict[str, Any]:
-        """Arguments of [`append`] for the norm of queries and keys."""
-        if attention.q_norm is None or attention.k_norm is None:
-            return {}
-        norm = attention.q_norm
-        return {
-            "norm": ("layer_norm" if norm.centred else "rms_norm", norm.joint, attention.norm_after_rotation),
-            "eps": norm.eps, "norm_weights": (norm.weight, attention.k_norm.weight),
-            "norm_biases": (norm.bias, attention.k_norm.bias),
-        }  # fmt: skip
 
     def seen(self, attention: "MQAAttention | MQALatentAttention", i: int) -> dict[str, Any]:
         """Arguments of [`attend`] for the part of the cache that a layer attends to."""

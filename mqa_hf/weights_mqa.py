@@ -1,16 +1,21 @@
 """Projections of a decode step: those with the same input are one matrix product, with norm, activation and residual.
+Norms of queries and keys have one tensor of weights.
 
-B rows decoded, N outputs and K inputs of a projection
+B rows decoded, N outputs and K inputs of a projection, H query heads, G key/value heads, D query/key head width
 """
 
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
+from .attention_mqa import HeadNorm
 from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
 from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
+
+if TYPE_CHECKING:
+    from .layer_mqa import MQAAttention
 
 WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
 
@@ -104,6 +109,48 @@ class Projections:
         """norm(x) for x [B, d]."""
         normal = kernel_norm(norm)
         return normalise(x, *normal) if self.triton and normal is not None else norm(x)
+
+
+class HeadNorms:
+    """Weights and biases of the norms of queries and keys, joined for the kernel that appends to the cache, at fixed
+    addresses while a graph is in use.
+
+    Attributes:
+        joined: by layer, weight and bias [H + G, D], or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.joined: dict[int, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def prepare(self, attentions: "Iterable[MQAAttention]") -> None:
+        """Read the current weights; called before the first step of each text."""
+        for attention in attentions:
+            q, k = attention.q_norm, attention.k_norm
+            if q is None or k is None or not plain_norms(attention):
+                continue
+            now = both(q.weight, k.weight), both(q.bias, k.bias)
+            for table, new in zip(self.joined.setdefault(attention.layer_idx, now), now):
+                if table is not None and new is not None:
+                    table.copy_(new)
+
+    def __call__(self, attention: "MQAAttention") -> dict[str, Any]:
+        """Arguments of `append` for the norm of queries and keys."""
+        norm = attention.q_norm
+        if norm is None:
+            return {}
+        kind = "layer_norm" if norm.centred else "rms_norm", norm.joint, attention.norm_after_rotation
+        weight, bias = self.joined[attention.layer_idx]
+        return {"norm": kind, "eps": norm.eps, "norm_weight": weight, "norm_bias": bias}
+
+
+def both(of_queries: torch.Tensor | None, of_keys: torch.Tensor | None) -> torch.Tensor | None:
+    """[H, D] and [G, D] -> [H + G, D]."""
+    return None if of_queries is None or of_keys is None else torch.cat((of_queries.detach(), of_keys.detach()))
+
+
+def plain_norms(attention: "MQAAttention") -> bool:
+    """Whether the norms of queries and keys are unmodified: no trained copy in their place."""
+    return all(norm is None or type(norm) is HeadNorm for norm in (attention.q_norm, attention.k_norm))
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from mqa_hf import attention_mqa
 from mqa_hf.attention_mqa import eager_attention_forward, mqa_attention_forward
 
 B, H, D, DV = 2, 6, 10, 7
@@ -56,6 +57,30 @@ def test_against_float64(implementation, G, T, S, mask):
     torch.testing.assert_close(out.double(), reference(query, key, value, allowed, 0.37), atol=1e-5, rtol=1e-5)
     if weights is not None:
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, H, T))
+
+
+@pytest.mark.parametrize("is_causal", [None, True, False])
+@pytest.mark.parametrize("at_once", [1, 40, 2**26])
+@pytest.mark.parametrize(("T", "S"), [(1, 9), (5, 5), (5, 9)])
+@pytest.mark.parametrize(("cap", "sunk"), [(0.5, False), (0.5, True), (None, True)])
+def test_caps_and_sinks_against_float64(cap, sunk, T, S, at_once, is_causal, monkeypatch):
+    """A few rows at once too; a cache that is longer than its contents is aligned to the upper left."""
+    monkeypatch.setattr(attention_mqa, "AT_ONCE", at_once)
+    query, key, value = inputs(2, T, S)
+    sinks = torch.randn(H) if sunk else None
+    allowed = torch.ones(T, S, dtype=torch.bool)
+    if T > 1 and is_causal is not False:
+        allowed = allowed.tril()
+    found, _ = mqa_attention_forward(
+        module(), query, key, value, None, scaling=0.37, is_causal=is_causal, softcap=cap, s_aux=sinks
+    )
+    logits = query.double() @ key.repeat_interleave(H // 2, 1).double().transpose(2, 3) * 0.37
+    if cap is not None:
+        logits = (logits / cap).tanh() * cap
+    powers = logits.exp() * allowed
+    total = powers.sum(-1, keepdim=True) + (sinks.double().exp()[:, None, None] if sunk else 0.0)
+    expected = (powers / total) @ value.repeat_interleave(H // 2, 1).double()
+    torch.testing.assert_close(found.double(), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("T", [1, 5])

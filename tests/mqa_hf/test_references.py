@@ -13,8 +13,10 @@ from mqa_hf.kernel_linear_mqa import naive_linear
 from mqa_hf.layer_mqa import MQAMLP, MQAAttention
 from mqa_hf.modeling_mqa import MQAModel
 from mqa_hf.positions_mqa import distance_bias
+from mqa_hf.weights_mqa import HeadNorms
 
 STACK = {"hidden_size": 48, "intermediate_size": 72, "num_attention_heads": 6, "num_key_value_heads": 2}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
 SLOPES = [0.5, 0.25, 0.1, 0.05, 0.01, 0.002]
 POSITIONS = {
     "none": {"position_embedding": "none"},
@@ -78,34 +80,45 @@ def test_attention_of_rows_that_share_a_source():
         {"qk_head_dim": 24, "v_head_dim": 12},
         {"qk_head_dim": 12, "rope_frequencies": [[0, 3, 3]]},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {
+            "rope_parameters": {"full_attention": DEFAULT, "sliding_attention": {**DEFAULT, "rope_theta": 100.0}},
+            "qk_head_dim": 16,
+        },
+        {"qk_norm": "head"},
+        {"qk_norm": "joint", "qk_norm_type": "layer_norm", "qk_norm_after_rotation": True, "qk_norm_bias": True},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("store", [torch.float64, FLOAT8], ids=str)
 @torch.no_grad()
-def test_rotation_is_that_of_the_model(fields, store):
+def test_norm_and_rotation_are_those_of_the_model(fields, store):
     config = MQAConfig(vocab_size=9, num_hidden_layers=1, **STACK, **fields)
     model = MQAModel(config).double()
     attention: MQAAttention = model.layers[0].self_attn
     D, Dv, positions = attention.qk_head_dim, attention.v_head_dim, torch.tensor([3, 0, 17])
     cos, sin = (x[0, 0] for x in model.rotary_emb(torch.empty(0, dtype=torch.float64), torch.arange(20)[None]))
+    for parameter in (*attention.q_norm.parameters(), *attention.k_norm.parameters()) if config.qk_norm else ():
+        parameter.normal_()
     projected = torch.randn(3, 6 * D + 2 * (D + Dv), dtype=torch.float64)
     keys, values = (torch.zeros(3, 2, 10, width, dtype=torch.float64).to(store) for width in (D, Dv))
     scales = {}
     if store == FLOAT8:
         scales = {name: torch.zeros(3, 2, 10) for name in ("key_scales", "value_scales")}
+    norms = HeadNorms()
+    norms.prepare([attention])
     query = naive_append(
-        projected, 6, keys, values, torch.tensor([5]), cos=cos, sin=sin, positions=positions, head=config.head_dim,
-        frequency=attention.rotated, **scales,
+        projected, 6, keys, values, torch.tensor([5]), cos=cos, sin=sin, positions=positions,
+        head=attention.rotated_width, frequency=attention.rotated, **scales, **norms(attention),
     )  # fmt: skip
     if store == FLOAT8:
         keys = from_float8(keys, scales["key_scales"], torch.float64)
         values = from_float8(values, scales["value_scales"], torch.float64)
     q, k, v = projected.split([6 * D, 2 * D, 2 * Dv], -1)
     angles = cos[positions][:, None, None], sin[positions][:, None, None]
-    torch.testing.assert_close(query, attention.rotate(q.view(3, 6, 1, D), *angles).squeeze(2))
+    expected_query, expected_key = attention.placed(q.view(3, 6, 1, D), k.view(3, 2, 1, D), angles)
+    torch.testing.assert_close(query, expected_query.squeeze(2))
     bound = {"rtol": 0.07, "atol": 0.01} if store == FLOAT8 else {}
-    torch.testing.assert_close(keys[:, :, 4], attention.rotate(k.view(3, 2, 1, D), *angles).squeeze(2), **bound)
+    torch.testing.assert_close(keys[:, :, 4], expected_key.squeeze(2), **bound)
     torch.testing.assert_close(values[:, :, 4], v.view(3, 2, Dv), **bound)
     assert not keys[:, :, :4].any()
     assert not keys[:, :, 5:].any()
