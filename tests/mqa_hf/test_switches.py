@@ -316,17 +316,8 @@ def test_they_load_as_remote_code_where_the_package_is_not_importable(tmp_path):
     assert found == expected
 
 
-@pytest.mark.parametrize(
-    ("fields", "what"),
-    [
-        ({"qk_norm": "head"}, "qk_norm"),
-        ({"attention_softcap": 5.0, "attention_sinks": True}, "attention_softcap, attention_sinks"),
-        ({"query_scaling_beta": 0.5, "query_scaling_length": 4}, "query_scaling_beta"),
-        (BY_TYPE, "rope_parameters by layer type"),
-    ],
-    ids=str,
-)
-def test_latents_refuse_them(fields, what):
+def test_latents_need_queries_that_are_normalised_before_they_are_rotated():
     latents = {"kv_latent_dim": 32, "qk_head_dim": 8, "rope_frequencies": [[0, 1, 2, 3]] * 3}
-    with pytest.raises(ValueError, match=f"a latent is not supported with {what}$"):
-        MQAConfig(**{**STACK, **latents, **fields})
+    assert MQAConfig(**{**STACK, **latents, "qk_norm": "head"}).latent
+    with pytest.raises(ValueError, match="before they are rotated"):
+        MQAConfig(**{**STACK, **latents, "qk_norm": "head", "qk_norm_after_rotation": True})
