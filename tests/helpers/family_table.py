@@ -36,7 +36,7 @@ def main() -> None:
         def overwrite(model, kv_heads):
             overwrite_with_mean(model, kv_heads, ATTENTIONS)
 
-        measure(model_type, what, model, auto, seq2seq_difference, overwrite, {"attentions": ATTENTIONS})
+        measure(model_type, what, model, auto, seq2seq_difference, overwrite, {"attention": ATTENTIONS})
 
 
 def measure(model_type, what, model, auto, difference, overwrite, options) -> None:
