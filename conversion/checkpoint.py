@@ -113,7 +113,9 @@ class Reader(Protocol):
     """
 
     tensors: dict[str, TensorInfo]
-    nonfinite: dict[str, int]
+
+    @property
+    def nonfinite(self) -> dict[str, int]: ...
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, on the CPU; valid until the result is dropped."""

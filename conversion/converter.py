@@ -26,7 +26,7 @@ from .card import write_card
 from .checkpoint import CheckpointWriter
 from .companions import Beside
 from .convert import Conversion, ConversionOptions, ModelConversion
-from .families import NATIVE_ONLY
+from .families import OWN_CLASS
 from .latent_sizes import choose_latents
 from .memory import AnySource, Given, ModelSource, ModelWriter, build, open_model
 from .passthrough import own_class_plan
@@ -106,7 +106,7 @@ def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> 
     Raises:
         ConversionError: if the conversion is impossible.
     """
-    if job.target == "native" and source.config.model_type in NATIVE_ONLY:
+    if job.target == "native" and source.config.model_type in OWN_CLASS:
         plan = own_class_plan(source, job)
     else:
         reading = make_reading(source, job)

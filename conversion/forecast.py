@@ -14,7 +14,7 @@ from . import states
 from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
 from .checkpoint import CheckpointReader, shards
 from .convert import Conversion
-from .families import NATIVE_ONLY
+from .families import OWN_CLASS
 from .latent_moments import parts_of
 from .memory import AnySource, open_model
 from .passthrough import own_class_plan
@@ -84,7 +84,7 @@ def _here(job: Conversion) -> AnySource:
 
 
 def _plan(source: AnySource, job: Conversion) -> Plan:
-    if job.target == "native" and source.config.model_type in NATIVE_ONLY:
+    if job.target == "native" and source.config.model_type in OWN_CLASS:
         return own_class_plan(source, job)
     reading = make_reading(source, job)
     latent = job.method == "latent"  # whose plan has equal sizes anyway

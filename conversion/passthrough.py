@@ -19,7 +19,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from .canonical import with_fields
 from .checkpoint import TensorInfo
 from .convert import ConversionOptions
-from .families import NATIVE_ONLY, Family, NativeOnly, check_not_quantised
+from .families import OWN_CLASS, Family, NativeOnly, check_not_quantised
 from .matching import TensorStep, template
 from .memory import AnySource
 from .operations import SplitStacked
@@ -56,7 +56,7 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
             more than keys and values depends on the number of heads.
     """
     check_not_quantised(source.raw)
-    row, before = NATIVE_ONLY[source.config.model_type], source.config
+    row, before = OWN_CLASS[source.config.model_type], source.config
     for switch, reason in row.off:
         if getattr(before, switch):
             raise ConversionError(f"{before.model_type}: {switch}=True is not supported: {reason}")
@@ -104,7 +104,7 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
         raise ConversionError(f"`window` and `attention` cannot be used with {kind}, which keeps its own class")
     if job.ignore_switch:
         raise ConversionError(f"`ignore_switch`: {kind} keeps its own class and every switch")
-    own, row = own_class(source, job.kv_heads), NATIVE_ONLY[kind]
+    own, row = own_class(source, job.kv_heads), OWN_CLASS[kind]
     reader = source.reader(job.allow_nonfinite)
     _check_projections(reader.tensors, own, row)
     dtype = DTYPES[job.dtype] if job.dtype else None

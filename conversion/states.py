@@ -99,7 +99,7 @@ class Stream:
         self.tokens, self._valid = tokens, valid
         self.device = torch.device(options.device)
         self.fitted_rows = len(tokens) - options.held_out
-        empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": []}
+        empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": [], "expert_layers": []}
         self.shell = MQAModel(MQAConfig(**{**config.to_dict(), **empty})).float().eval().to(self.device)
         # The shell makes masks and positions for every layer. "eager" masks are tensors, so that rows can be taken.
         self.shell.config = copy.deepcopy(config)

@@ -26,6 +26,7 @@ BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on th
 LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
 RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")
 QK_NORMS = (None, "head", "joint")
+ROUTERS = ("softmax", "sigmoid")
 
 
 def of_layer(value: Any, layer: int) -> Any:
@@ -127,6 +128,18 @@ class MQAConfig(PreTrainedConfig):
             stream (Granite).
         hidden_act (`str`): Activation of the MLP, a key of transformers' `ACT2FN`.
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        expert_layers (`list[bool]`, *optional*): Per layer, whether a mixture of experts replaces the MLP. Default: in
+            all layers if there are experts.
+        num_experts (`int`, *optional*): Experts of a mixture. Default: no experts.
+        num_experts_per_tok (`int`): Experts chosen per token.
+        expert_intermediate_size (`int`, *optional*): Width of the inner layer of an expert.
+        shared_expert_intermediate_size (`int`, *optional*): Same, of an expert that all tokens share. Default: none.
+        shared_expert_gate (`bool`): Whether the shared expert's output is multiplied by a sigmoid of the token.
+        router_scores (`str`): Scores of the experts: `"softmax"` or `"sigmoid"` of the router's logits.
+        router_renormalise (`bool`): Whether the scores of the chosen experts are divided by their sum.
+        router_scale (`float`): Factor on these weights.
+        router_correction (`bool`): Whether a learned bias is added to the scores for the choice of experts.
+        router_groups, router_groups_kept (`int`): Groups of experts, and the number of them that a token chooses from.
         query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
         clamp_float16 (`bool`): Whether the output of a layer is clamped to the range of float16 (T5, BART's encoder).
         layer_types (`list[str]`, *optional*): Per layer `"full_attention"` or `"sliding_attention"`.
@@ -199,6 +212,18 @@ class MQAConfig(PreTrainedConfig):
     residual_multiplier: float = 1.0
     hidden_act: str = "silu"
     gated_mlp: bool = True
+    expert_layers: list[bool] = None  # type: ignore[assignment]
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    expert_intermediate_size: int | None = None
+    shared_expert_intermediate_size: int | None = None
+    shared_expert_gate: bool = False
+    router_scores: str = "softmax"
+    router_renormalise: bool = True
+    router_scale: float = 1.0
+    router_correction: bool = False
+    router_groups: int = 1
+    router_groups_kept: int = 1
     query_bias: bool = False
     key_bias: bool = False
     value_bias: bool = False
@@ -236,6 +261,8 @@ class MQAConfig(PreTrainedConfig):
             self.qk_norm_type = self.norm_type
         if self.rope_layers is None:
             self.rope_layers = [self.position_embedding == "rotary"] * self.num_hidden_layers
+        if self.expert_layers is None:
+            self.expert_layers = [self.num_experts is not None] * self.num_hidden_layers
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         self._check()
@@ -269,6 +296,7 @@ class MQAConfig(PreTrainedConfig):
             ("residual", RESIDUALS),
             ("qk_norm", QK_NORMS),
             ("qk_norm_type", NORM_TYPES),
+            ("router_scores", ROUTERS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
@@ -289,6 +317,7 @@ class MQAConfig(PreTrainedConfig):
                     f"({getattr(self, name)})"
                 )
         self._check_rope_by_type()
+        self._check_experts()
         if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
             raise ValueError(f"cross-attention needs sequential or post_norm residuals, got {self.residual!r}")
         buckets = self.relative_buckets // (2 if self.causal else 4)
@@ -301,7 +330,7 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
             )
-        for name in ("rope_layers", "layer_types", "rope_frequencies", *WIDTHS, *LATENTS):
+        for name in ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", *WIDTHS, *LATENTS):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
                 raise ValueError(
@@ -315,6 +344,20 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 f"sliding_window must be at least 2 with sliding_attention layers (the current position and the one "
                 f"before), got {self.sliding_window}"
+            )
+
+    def _check_experts(self):
+        if not any(self.expert_layers):
+            return
+        E, k, groups = self.num_experts or 0, self.num_experts_per_tok, self.router_groups
+        if E < 1 or not 1 <= k <= E:
+            raise ValueError(f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}), got {k}")
+        if not self.expert_intermediate_size:
+            raise ValueError(f"experts need expert_intermediate_size, got {self.expert_intermediate_size}")
+        if groups < 1 or E % groups or not 1 <= self.router_groups_kept <= groups:
+            raise ValueError(
+                f"router_groups ({groups}) must divide num_experts ({E}), and router_groups_kept "
+                f"({self.router_groups_kept}) be at most that many"
             )
 
     def _check_rope_by_type(self):

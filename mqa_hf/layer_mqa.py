@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -17,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .compat_mqa import cache_name
 from .configuration_mqa import MQAConfig, of_layer
+from .experts_mqa import MQAMLP, MQAMixture
 from .latent_mqa import MQALatentAttention
 from .positions_mqa import rotate, rotated_components
 
@@ -173,47 +173,9 @@ def make_attention(config: MQAConfig, layer_idx: int, cross: bool = False) -> At
     return (MQAAttention if latent is None else MQALatentAttention)(config, layer_idx, cross)
 
 
-class XIELU(nn.Module):
-    """Activation with learned curvatures of the positive and the negative side (arXiv 2411.13010; Apertus).
-
-    `beta` and `eps` are constants, which checkpoints of Apertus have, rounded to the type of their weights.
-    """
-
-    beta: torch.Tensor
-    eps: torch.Tensor
-    CONSTANTS = {"beta": 0.5, "eps": -1e-6}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha_p = nn.Parameter(torch.zeros(1))
-        self.alpha_n = nn.Parameter(torch.zeros(1))
-        for name, value in self.CONSTANTS.items():
-            self.register_buffer(name, torch.tensor(value))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        positive = nn.functional.softplus(self.alpha_p) * x * x
-        negative = (self.beta + nn.functional.softplus(self.alpha_n)) * (torch.expm1(torch.min(x, self.eps)) - x)
-        return torch.where(x > 0, positive, negative) + self.beta * x
-
-
-class MQAMLP(nn.Module):
-    def __init__(self, config: MQAConfig):
-        super().__init__()
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
-        self.act_fn = XIELU() if config.hidden_act == "xielu" else ACT2FN[config.hidden_act]
-        self.dropout = config.activation_dropout
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            inner = self.act_fn(self.up_proj(x))
-        else:
-            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        if self.training and self.dropout:
-            inner = nn.functional.dropout(inner, self.dropout)
-        return self.down_proj(inner)
+def make_mlp(config: MQAConfig, layer_idx: int) -> "MQAMLP | MQAMixture":
+    """Make the MLP of a layer, or its mixture of experts."""
+    return MQAMixture(config) if config.expert_layers[layer_idx] else MQAMLP(config)
 
 
 class Residual(NamedTuple):
@@ -237,7 +199,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.residual_multiplier = config.residual_multiplier
         self.hidden_dropout = config.hidden_dropout
         self.self_attn = make_attention(config, layer_idx)
-        self.mlp = MQAMLP(config)
+        self.mlp = make_mlp(config, layer_idx)
         if config.residual != "output_norm":
             self.input_layernorm = make_norm(config)
         if config.residual in ("sandwich", "output_norm"):

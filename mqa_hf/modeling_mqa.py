@@ -27,8 +27,9 @@ from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
+from .experts_mqa import XIELU
 from .latent_mqa import HeadLinear, MQALatentAttention
-from .layer_mqa import MQAMLP, XIELU, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
+from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
 from .positions_mqa import (
     BIAS_POSITIONS,
     Mask,

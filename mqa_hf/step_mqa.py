@@ -19,6 +19,7 @@ from . import latent_step_mqa
 from .attention_mqa import grouped
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
+from .experts_mqa import MQAMLP, MQAMixture
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
@@ -30,7 +31,7 @@ from .rules_mqa import decoder_stack
 from .weights_mqa import Projections
 
 if TYPE_CHECKING:
-    from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer
+    from .layer_mqa import MQAAttention, MQADecoderLayer
     from .modeling_mqa import MQAModel
 
 
@@ -58,7 +59,8 @@ class DecodeStep:
         self.request, self.cache, self.cross = request, cache, cross
         B, head = request.rows, model.lm_head.weight
         self.device, self.dtype = head.device, head.dtype
-        self.graph = request.graphs and self.device.type == "cuda"  # shapes must not change, and nothing is read back
+        # In a graph shapes must not change, and nothing is read back; the choice of experts is.
+        self.graph = request.graphs and self.device.type == "cuda" and not any(self.config.expert_layers)
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
@@ -180,8 +182,9 @@ class DecodeStep:
             if isinstance(attention, MQALatentAttention) and attention.k_proj is not None:
                 yield (attention.k_proj,)
             yield (attention.o_proj,)
-            yield (mlp.down_proj,)
-            yield (mlp.up_proj,) if mlp.gate_proj is None else (mlp.gate_proj, mlp.up_proj)
+            if isinstance(mlp, MQAMLP):
+                yield (mlp.down_proj,)
+                yield (mlp.up_proj,) if mlp.gate_proj is None else (mlp.gate_proj, mlp.up_proj)
             if hasattr(layer, "cross_attn"):
                 yield (layer.cross_attn.q_proj,)
                 yield (layer.cross_attn.o_proj,)
@@ -255,10 +258,12 @@ class DecodeStep:
 
     def branch(
         self, layer: "MQADecoderLayer", module: nn.Module, norm: nn.Module | None, x: torch.Tensor, i: int
-    ) -> tuple[torch.Tensor, nn.Module]:
-        """The input of the last projection of a sub-layer, and that projection."""
-        if module is layer.mlp:
-            return self.inner(layer.mlp, x, norm), layer.mlp.down_proj
+    ) -> tuple[torch.Tensor, nn.Module | None]:
+        """The input of the last projection of a sub-layer, and that projection; or its output, and `None`."""
+        if isinstance(module, MQAMixture):
+            return module(x if norm is None else self.linear.normed(x, norm)), None
+        if isinstance(module, MQAMLP):
+            return self.inner(module, x, norm), module.down_proj
         if module is layer.self_attn:
             own = layer.self_attn
             joined = self.linear(x, read_by(own), norm=norm)
@@ -272,13 +277,13 @@ class DecodeStep:
         return self.cross_attention(cross, query, i), cross.o_proj
 
     def add(
-        self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module, norm: nn.Module | None = None
+        self, x: torch.Tensor, inner: torch.Tensor, module: nn.Module | None, norm: nn.Module | None = None
     ) -> torch.Tensor:
         """The residual stream after a sub-layer that ends in this projection and then this norm; it may be written in
-        place."""
-        if self.config.residual_multiplier == 1.0 and norm is None:
+        place. Without a projection, `inner` is what the sub-layer adds."""
+        if module is not None and self.config.residual_multiplier == 1.0 and norm is None:
             return self.linear(inner, (module,), residual=x)
-        output = self.linear(inner, (module,))
+        output = inner if module is None else self.linear(inner, (module,))
         if norm is not None:
             output = self.linear.normed(output, norm)
         return torch.add(x, output, alpha=self.config.residual_multiplier)

@@ -15,9 +15,9 @@ from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..operations import at_least_float32
-from . import alibi, encoder_decoder, gpt, gpt_rotary, llama, normalised, variants
+from . import alibi, encoder_decoder, experts, gpt, gpt_rotary, llama, normalised, variants
 from .base import COPY, Family, Rule, SourceConfig
-from .native_only import NATIVE_ONLY, NativeOnly
+from .native_only import NATIVE_ONLY, OWN_CLASS, NativeOnly
 from .refused import REFUSED
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "FAMILIES",
     "NATIVE_ONLY",
     "OWN",
+    "OWN_CLASS",
     "REFUSED",
     "Family",
     "NativeOnly",
@@ -42,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     **llama.FAMILIES,
     **variants.FAMILIES,
     **normalised.FAMILIES,
+    **experts.FAMILIES,
     **gpt.FAMILIES,
     **gpt_rotary.FAMILIES,
     **alibi.FAMILIES,

@@ -162,7 +162,7 @@ def granite(c: SourceConfig) -> dict[str, Any]:
         c,
         qkv_bias=c.attention_bias,
         output_bias=c.attention_bias,
-        mlp_bias=c.mlp_bias,
+        mlp_bias=getattr(c, "mlp_bias", False),
         attention_scale=c.attention_multiplier,
         embedding_scale=c.embedding_multiplier,
         scale_inputs_embeds=True,

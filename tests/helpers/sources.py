@@ -82,6 +82,44 @@ def rope(rope_type: str, **parameters) -> dict:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
 
 
+# Mixtures of experts; the spellings of Mixtral, of Qwen and of DeepSeek's relatives.
+_CHOSEN = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_ROUTED = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 3, "topk_group": 2,
+           "routed_scaling_factor": 1.7, "norm_topk_prob": True}  # fmt: skip
+EXPERTS = {
+    "mixtral": {"num_local_experts": 5, "sliding_window": 5},
+    "qwen2_moe": {**_CHOSEN, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2},
+    "qwen3_moe": {**_CHOSEN, "head_dim": 8, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 3},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "dots1": {**_ROUTED, "n_shared_experts": 2, "first_k_dense_replace": 1, "head_dim": 8, "sliding_window": 5,
+              "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "glm4_moe": {**_ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8, "use_qk_norm": True,
+                 "attention_bias": True, "norm_topk_prob": False},
+    "solar_open": {**_ROUTED, "n_shared_experts": 1, "head_dim": 8},
+    "exaone_moe": {**_CHOSEN, "num_experts": 6, "n_group": 2, "topk_group": 1, "num_shared_experts": 1,
+                   "first_k_dense_replace": 1, "head_dim": 8, "sliding_window": 5,
+                   "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ernie4_5_moe": {"moe_num_experts": 5, "moe_k": 2, "moe_intermediate_size": 24, "moe_layer_start_index": 1},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    "mellum": {**_CHOSEN, "head_dim": 8, "sliding_window": 5, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0,
+                           "original_max_position_embeddings": 16},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "hy_v3": {**_CHOSEN, "head_dim": 8, "num_shared_experts": 1, "router_scaling_factor": 1.5,
+              "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "cohere2_moe": {"num_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "logit_scale": 1.0, "sliding_window": 5,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                    "mlp_layer_types": ["dense", "sparse", "sparse"], "prefix_dense_intermediate_size": 40},
+    "granitemoe": {"num_local_experts": 4, "attention_multiplier": 0.3, "logits_scaling": 0.5},
+    "granitemoeshared": {"num_local_experts": 4, "attention_multiplier": 0.3, "shared_intermediate_size": 40},
+    "granitemoe_swa": {"num_local_experts": 4, "attention_multiplier": 0.3, "shared_intermediate_size": 40,
+                       "sliding_window": 5, "layer_rope_theta": [100.0, 1000.0, 0.0],
+                       "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
+}  # fmt: skip
 # (model type, what is special about it, configuration)
 CASES: list[tuple[str, str, dict]] = [
     ("llama", "multi-head", LLAMA),
@@ -311,6 +349,7 @@ CASES: list[tuple[str, str, dict]] = [
     ("granite_swa", "sinks, windows", {**LLAMA, "num_key_value_heads": 3, **MIXED, "attention_multiplier": 0.3}),
     ("granite_swa", "two rotations, a layer without", {**LLAMA, **MIXED, "attention_multiplier": 0.3,
                                                        "layer_rope_theta": [100.0, 1000.0, 0.0]}),
+    *((family, "experts", {**LLAMA, "num_key_value_heads": 3, **config}) for family, config in EXPERTS.items()),
 ]  # fmt: skip
 IDS = [f"{family}: {what}" for family, what, _ in CASES]
 
@@ -384,11 +423,19 @@ def kv_heads_of(model: PreTrainedModel) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+# Types with a weight of the norm of keys for each head.
+KEY_NORMS = ("cohere", "flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmoe")
+
+
 def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[torch.Tensor]:
     """The rows [heads, width] of each K/V head in a weight or bias, one tensor for keys and one for values."""
     family, H, G = model.config.model_type, model.config.num_attention_heads, kv_heads_of(model)
     index = torch.arange(rows)
-    if ".k_proj." in name or ".v_proj." in name or (family in ("cohere", "olmo2", "olmo3") and ".k_norm." in name):
+    if (
+        ".k_proj." in name
+        or ".v_proj." in name
+        or (family in ("cohere", "flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmoe") and ".k_norm." in name)
+    ):
         return [index.view(G, -1)]
     if family in ("gpt2", "openai-gpt", "mpt") and ("c_attn" in name or "Wqkv" in name):
         return list(index.view(3, H, -1)[1:])

@@ -1,0 +1,339 @@
+"""Rotary models whose MLPs are mixtures of experts, stored one by one."""
+
+from typing import Any
+
+from ..operations import DeinterleaveRotary, Flatten, SplitExperts, SplitGateUp
+from .base import (
+    QKV,
+    Family,
+    Rule,
+    SourceConfig,
+    module_rules,
+    one_window,
+    renamed,
+    rope,
+    windows,
+)
+from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer, qwen2
+from .normalised import OLMO2_RULES, SINKS, granite_swa, head_norms, hunyuan, olmo2
+from .variants import _family, _replaced, granite
+
+ROUTING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})  # of training
+
+
+def mixture(c: SourceConfig, width: int, layers: list[bool] | None = None, **fields: Any) -> dict[str, Any]:
+    """The fields of a mixture in these layers, by default in all, with experts of this width."""
+    return {
+        "num_experts": fields.pop("num_experts", None) or c.num_experts,
+        "num_experts_per_tok": c.num_experts_per_tok,
+        "expert_intermediate_size": width,
+        "expert_layers": [True] * c.num_hidden_layers if layers is None else layers,
+        **fields,
+    }
+
+
+def grouped(c: SourceConfig, layers: list[bool] | None, shared: int | None, experts: int) -> dict[str, Any]:
+    """The mixture of DeepSeek-V3 and its relatives: sigmoids, groups, a correction of the choice, shared experts."""
+    return mixture(
+        c,
+        c.moe_intermediate_size,
+        layers,
+        num_experts=experts,
+        router_scores="sigmoid",
+        router_renormalise=c.norm_topk_prob,
+        router_scale=c.routed_scaling_factor,
+        router_correction=True,
+        router_groups=c.n_group,
+        router_groups_kept=c.topk_group,
+        shared_expert_intermediate_size=c.moe_intermediate_size * shared if shared else None,
+    )
+
+
+def after(c: SourceConfig, dense: int) -> list[bool]:
+    """A mixture in all layers but the first `dense`."""
+    return [i >= dense for i in range(c.num_hidden_layers)]
+
+
+def sparse(c: SourceConfig) -> list[bool]:
+    """Where Qwen's models have mixtures."""
+    dense = set(c.mlp_only_layers or ())
+    return [i not in dense and (i + 1) % c.decoder_sparse_step == 0 for i in range(c.num_hidden_layers)]
+
+
+def mixtral(c: SourceConfig) -> dict[str, Any]:
+    _ = c.num_local_experts
+    layer = llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, **one_window(c))
+    return {**layer, **mixture(c, c.intermediate_size)}
+
+
+def qwen2_moe(c: SourceConfig) -> dict[str, Any]:
+    bias = c.qkv_bias
+    fields = {"query_bias": bias, "key_bias": bias, "value_bias": bias}
+    experts = mixture(
+        c,
+        c.moe_intermediate_size,
+        sparse(c),
+        router_renormalise=c.norm_topk_prob,
+        shared_expert_intermediate_size=c.shared_expert_intermediate_size,
+        shared_expert_gate=True,
+    )
+    return {**qwen2(c), **fields, **experts}
+
+
+def qwen3_moe(c: SourceConfig) -> dict[str, Any]:
+    _ = c.use_sliding_window, getattr(c, "max_window_layers", None)  # settled in sliding_window
+    bias = c.attention_bias
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head", **one_window(c))
+    return {**layer, **mixture(c, c.moe_intermediate_size, sparse(c), router_renormalise=c.norm_topk_prob)}
+
+
+def olmoe(c: SourceConfig) -> dict[str, Any]:
+    c.require("clip_qkv", None, "clipped keys and values are no linear map of their input")
+    bias = c.attention_bias
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="joint")
+    return {**layer, **mixture(c, c.intermediate_size, router_renormalise=c.norm_topk_prob)}
+
+
+def flex_olmo(c: SourceConfig) -> dict[str, Any]:
+    return {**olmo2(c), **mixture(c, c.intermediate_size, router_renormalise=c.norm_topk_prob)}
+
+
+def dots1(c: SourceConfig) -> dict[str, Any]:
+    _ = c.max_window_layers  # settled in layer_types
+    bias = c.attention_bias
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head", **windows(c))
+    return {**layer, **grouped(c, after(c, c.first_k_dense_replace), c.n_shared_experts, c.n_routed_experts)}
+
+
+def glm4_moe(c: SourceConfig) -> dict[str, Any]:
+    norm = "head" if c.use_qk_norm else None
+    layer = llama_layer(
+        c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=False, qk_norm=norm, **rope(c, partial=True)
+    )
+    return {**layer, **grouped(c, after(c, c.first_k_dense_replace), c.n_shared_experts, c.n_routed_experts)}
+
+
+def solar_open(c: SourceConfig) -> dict[str, Any]:
+    layer = llama_layer(
+        c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=False, **rope(c, partial=True),
+        intermediate_size=c.moe_intermediate_size,
+    )  # fmt: skip
+    return {**layer, **grouped(c, None, c.n_shared_experts, c.n_routed_experts)}
+
+
+def exaone_moe(c: SourceConfig) -> dict[str, Any]:
+    _ = c.sliding_window_pattern, c.first_k_dense_replace  # settled in layer_types and mlp_layer_types
+    rotated = [c.sliding_window is None or kind == "sliding_attention" for kind in c.layer_types]
+    layer = llama_layer(
+        c, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="head", rope_layers=rotated, **windows(c)
+    )
+    return {
+        **layer,
+        **grouped(c, [kind == "sparse" for kind in c.mlp_layer_types], c.num_shared_experts, c.num_experts),
+    }
+
+
+def ernie4_5_moe(c: SourceConfig) -> dict[str, Any]:
+    c.require("use_bias", False, "the class of transformers has no biases of experts")
+    last = c.moe_layer_end_index
+    last = c.num_hidden_layers - 1 if last == -1 else last
+    layers = [
+        (i + 1) % c.moe_layer_interval == 0 and c.moe_layer_start_index <= i <= last
+        for i in range(c.num_hidden_layers)
+    ]
+    _ = c.moe_norm_min  # smaller than any sum of softmax scores
+    shared = c.moe_intermediate_size * c.moe_num_shared_experts or None
+    experts = mixture(
+        c, c.moe_intermediate_size, layers, router_correction=True, shared_expert_intermediate_size=shared
+    )
+    return {**llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False), **experts}
+
+
+def hunyuan_v1_moe(c: SourceConfig) -> dict[str, Any]:
+    return {**hunyuan(c), **mixture(c, c.intermediate_size, shared_expert_intermediate_size=c.intermediate_size)}
+
+
+def minimax_m2(c: SourceConfig) -> dict[str, Any]:
+    layer = llama_layer(c, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="joint", **rope(c, partial=True))
+    return {**layer, **mixture(c, c.intermediate_size, router_scores="sigmoid", router_correction=True)}
+
+
+def mellum(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head", **windows(c))
+    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
+    return {**layer, **mixture(c, c.moe_intermediate_size, mixtures, router_renormalise=c.norm_topk_prob)}
+
+
+def hy_v3(c: SourceConfig) -> dict[str, Any]:
+    bias = c.attention_bias
+    _ = c.enable_moe_fp32_combine  # the precision of one sum
+    layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head")
+    experts = mixture(
+        c,
+        c.moe_intermediate_size,
+        [kind == "sparse" for kind in c.mlp_layer_types],
+        router_scores="sigmoid",
+        router_correction=True,
+        router_scale=c.router_scaling_factor,
+        shared_expert_intermediate_size=c.moe_intermediate_size * c.num_shared_experts or None,
+    )
+    return {**layer, **experts}
+
+
+def cohere2_moe(c: SourceConfig) -> dict[str, Any]:
+    _ = c.sliding_window_pattern  # settled in layer_types
+    _ = c.norm_topk_prob, c.shared_expert_combination_strategy  # of sigmoids, and of shared experts
+    c.require("expert_selection_fn", "softmax", "sigmoids of chosen logits are not supported")
+    c.require("num_shared_experts", 0, "an average with shared experts is not supported")
+    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
+    forced = c.prefix_dense_sliding_window_pattern == 1
+    rotated = [kind == "sliding_attention" or (forced and not mixed) for kind, mixed in zip(c.layer_types, mixtures)]
+    rms = getattr(c, "rms_norm_eps", None)
+    norms = {"norm_type": "rms_norm" if rms is not None else "layer_norm", "norm_bias": False}
+    bias = c.attention_bias
+    layer = llama_layer(
+        c,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=False,
+        norm_eps=c.layer_norm_eps if rms is None else rms,
+        intermediate_size=c.prefix_dense_intermediate_size or c.intermediate_size,
+        residual="parallel_shared_norm",
+        logit_scale=c.logit_scale,
+        rope_layers=rotated,
+        **norms,
+        **windows(c),
+    )
+    return {**layer, **mixture(c, c.intermediate_size, mixtures)}
+
+
+def granitemoe(c: SourceConfig) -> dict[str, Any]:
+    shared = getattr(c, "shared_intermediate_size", None) or None
+    experts = mixture(c, c.intermediate_size, num_experts=c.num_local_experts, shared_expert_intermediate_size=shared)
+    return {**granite(c), **experts}
+
+
+def granitemoe_swa(c: SourceConfig) -> dict[str, Any]:
+    return {**granite_swa(c), **granitemoe(c), **{k: v for k, v in granite_swa(c).items() if k in SWA}}
+
+
+SWA = ("attention_sinks", "layer_types", "rope_layers", "rope_parameters", "sliding_window")
+MLP = "layers.{}.mlp."
+NAMES = ("gate", "up", "down")
+
+
+def expert_rules(source: str = f"{MLP}experts.*.", names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")):
+    """The rules of experts; `*` is the number of the expert."""
+    return renamed(*((f"{source}{old}", f"{MLP}experts.*.{new}_proj") for old, new in zip(names, NAMES)))
+
+
+def router_rules(gate: str = f"{MLP}gate", shared: str | None = None, correction: str | None = None):
+    rules = list(renamed((gate, f"{MLP}router")))
+    if shared is not None:
+        rules += renamed(*((f"{MLP}{shared}.{name}_proj", f"{MLP}shared.{name}_proj") for name in NAMES))
+    if correction is not None:
+        rules.append(Rule(correction, (f"{MLP}router_correction",)))
+    return tuple(rules)
+
+
+SPARSE = "layers.{}.block_sparse_moe."
+MIXTRAL_RULES = (*expert_rules(f"{SPARSE}experts.*.", ("w1", "w3", "w2")), *router_rules(f"{SPARSE}gate"))
+QWEN_RULES = (*expert_rules(), *router_rules(shared="shared_expert"))
+GROUPED_RULES = (
+    *expert_rules(),
+    *router_rules(shared="shared_experts", correction=f"{MLP}gate.e_score_correction_bias"),
+)
+ERNIE_RULES = (
+    *_replaced(
+        LLAMA_RULES,
+        *module_rules(QKV[0], QKV[0], operation=DeinterleaveRotary()),
+        *module_rules(QKV[1], QKV[1], operation=DeinterleaveRotary()),
+    ),
+    *expert_rules(),
+    *router_rules(shared="shared_experts"),
+    Rule(f"{MLP}moe_statics.e_score_correction_bias", (f"{MLP}router_correction",), Flatten()),
+)
+JOINT = head_norms(shared=False)
+_EXPERT = f"{MLP}experts.*."
+GRANITE_RULES = (
+    *LLAMA_RULES,
+    Rule(
+        f"{SPARSE}input_linear.weight",
+        (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
+        SplitExperts(2),
+    ),
+    Rule(f"{SPARSE}output_linear.weight", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
+    *renamed((f"{SPARSE}router.layer", f"{MLP}router")),
+)
+SHARED_GRANITE_RULES = (
+    *GRANITE_RULES,
+    *module_rules(
+        "layers.{}.shared_mlp.input_linear", f"{MLP}shared.gate_proj", f"{MLP}shared.up_proj", operation=SplitGateUp()
+    ),
+    *renamed(("layers.{}.shared_mlp.output_linear", f"{MLP}shared.down_proj")),
+)
+
+
+def _mixture(config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset()) -> Family:
+    # The class of transformers has fused experts; `native_only.py` has its rows.
+    return _family(config, rules, inert | ROUTING, native=None)
+
+
+FAMILIES: dict[str, Family] = {
+    "cohere2_moe": _mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
+    "granitemoe": _mixture(granitemoe, GRANITE_RULES),
+    "granitemoe_swa": _mixture(granitemoe_swa, (*SHARED_GRANITE_RULES, SINKS)),
+    "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES),
+    "hy_v3": _mixture(
+        hy_v3,
+        (
+            *LLAMA_RULES,
+            *head_norms(),
+            *expert_rules(),
+            *router_rules(f"{MLP}router.gate", shared="shared_mlp", correction=f"{MLP}expert_bias"),
+        ),
+    ),
+    "mellum": _mixture(
+        mellum,
+        (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules()),
+        frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"}),
+    ),
+    "dots1": _mixture(dots1, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES)),
+    "ernie4_5_moe": _mixture(ernie4_5_moe, ERNIE_RULES),
+    "exaone_moe": _mixture(
+        exaone_moe,
+        (
+            *LLAMA_RULES,
+            *head_norms(),
+            *expert_rules(),
+            *router_rules(shared="shared_experts", correction=f"{MLP}e_score_correction_bias"),
+        ),
+    ),
+    "flex_olmo": _mixture(flex_olmo, (*OLMO2_RULES, *expert_rules(), *router_rules())),
+    "glm4_moe": _mixture(
+        glm4_moe, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES), frozenset({"num_nextn_predict_layers"})
+    ),
+    "hunyuan_v1_moe": _mixture(
+        hunyuan_v1_moe,
+        (
+            *LLAMA_RULES,
+            *head_norms(names="{}_layernorm"),
+            *expert_rules(),
+            *router_rules(f"{MLP}gate.wg", shared="shared_mlp"),
+        ),
+        frozenset({"eod_token_id", "sep_token_id", "pretraining_tp"}),
+    ),
+    "minimax_m2": _mixture(
+        minimax_m2,
+        (*LLAMA_RULES, *JOINT, *MIXTRAL_RULES, Rule(f"{SPARSE}e_score_correction_bias", (f"{MLP}router_correction",))),
+    ),
+    "mixtral": _mixture(mixtral, (*LLAMA_RULES, *MIXTRAL_RULES)),
+    "olmoe": _mixture(olmoe, (*LLAMA_RULES, *JOINT, *expert_rules(), *router_rules())),
+    "qwen2_moe": _mixture(
+        qwen2_moe,
+        (*LLAMA_RULES, *QWEN_RULES, *renamed((f"{MLP}shared_expert_gate", f"{MLP}shared_gate"))),
+    ),
+    "qwen3_moe": _mixture(qwen3_moe, (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules())),
+    "solar_open": _mixture(solar_open, (*LLAMA_RULES, *GROUPED_RULES)),
+}

@@ -1,0 +1,108 @@
+"""A mixture of experts in place of the MLP: a router picks a few experts per token, beside an expert that all share.
+
+N tokens, d hidden size, E experts, k experts per token
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from .configuration_mqa import MQAConfig
+
+
+class XIELU(nn.Module):
+    """Activation with learned curvatures of the positive and the negative side (arXiv 2411.13010; Apertus).
+
+    `beta` and `eps` are constants, which checkpoints of Apertus have, rounded to the type of their weights.
+    """
+
+    beta: torch.Tensor
+    eps: torch.Tensor
+    CONSTANTS = {"beta": 0.5, "eps": -1e-6}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p = nn.Parameter(torch.zeros(1))
+        self.alpha_n = nn.Parameter(torch.zeros(1))
+        for name, value in self.CONSTANTS.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positive = nn.functional.softplus(self.alpha_p) * x * x
+        negative = (self.beta + nn.functional.softplus(self.alpha_n)) * (torch.expm1(torch.min(x, self.eps)) - x)
+        return torch.where(x > 0, positive, negative) + self.beta * x
+
+
+class MQAMLP(nn.Module):
+    """Up, activation (times gate), down; `width` is that of the inner layer."""
+
+    def __init__(self, config: MQAConfig, width: int | None = None):
+        super().__init__()
+        d, f = config.hidden_size, width or config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        self.act_fn = XIELU() if config.hidden_act == "xielu" else ACT2FN[config.hidden_act]
+        self.dropout = config.activation_dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gate_proj is None:
+            inner = self.act_fn(self.up_proj(x))
+        else:
+            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.training and self.dropout:
+            inner = nn.functional.dropout(inner, self.dropout)
+        return self.down_proj(inner)
+
+
+class MQAMixture(nn.Module):
+    """Σ_e w_e expert_e(x) over the k experts of the largest scores, plus the shared expert.
+
+    Scores are the softmax or the sigmoids of the router's logits, in float32. `router_correction` is added to them for
+    the choice alone (DeepSeek-V3, arXiv 2412.19437). With groups, only experts of the groups with the largest sums of
+    their two best scores are chosen from.
+    """
+
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        assert config.num_experts is not None
+        d, E = config.hidden_size, config.num_experts
+        self.top_k, self.scores = config.num_experts_per_tok, config.router_scores
+        self.renormalise, self.scale = config.router_renormalise, config.router_scale
+        self.groups, self.groups_kept = config.router_groups, config.router_groups_kept
+        self.router = nn.Linear(d, E, bias=False)
+        correction = nn.Parameter(torch.zeros(E), requires_grad=False) if config.router_correction else None
+        self.router_correction = correction
+        self.experts = nn.ModuleList([MQAMLP(config, config.expert_intermediate_size) for _ in range(E)])
+        shared = config.shared_expert_intermediate_size
+        self.shared = MQAMLP(config, shared) if shared else None
+        self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.route(flat)
+        out = torch.zeros_like(flat)
+        for e in chosen.unique().tolist():
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            out.index_add_(0, token, self.experts[e](flat[token]) * weights[token, place, None])
+        if self.shared is not None:
+            every = self.shared(flat)
+            out = out + (every if self.shared_gate is None else self.shared_gate(flat).sigmoid() * every)
+        return out.view(x.shape)
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, d] -> the weights [N, k] and the numbers [N, k] of the chosen experts."""
+        precise = torch.promote_types(x.dtype, torch.float32)
+        logits = nn.functional.linear(x.to(precise), self.router.weight.to(precise))
+        scores = logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
+        choice = scores if self.router_correction is None else scores + self.router_correction.to(precise)
+        if self.groups_kept < self.groups:
+            by_group = choice.unflatten(-1, (self.groups, -1))
+            best = by_group.topk(2, dim=-1)[0].sum(-1).topk(self.groups_kept, dim=-1, sorted=False)[1]
+            kept = torch.zeros(by_group.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, True)
+            choice = by_group.masked_fill(~kept[..., None], float("-inf")).flatten(1)
+        chosen = choice.topk(self.top_k, dim=-1)[1]
+        weights = scores.gather(1, chosen)
+        if self.renormalise:
+            weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-20)
+        return (weights * self.scale).to(x.dtype), chosen
