@@ -108,8 +108,8 @@ def test_the_result_generates(model_type, tmp_path):
 
 
 @pytest.fixture
-def qwen3_moe(tmp_path):
-    return save(make_native("qwen3_moe"), tmp_path / "source")
+def falcon_h1(tmp_path):
+    return save(make_native("falcon_h1"), tmp_path / "source")
 
 
 def refused_with(source, match, **options):
@@ -137,10 +137,10 @@ def test_another_name_of_a_family(tmp_path):
     assert inspect(source)["native"] == "gpt_bigcode"
 
 
-def test_the_canonical_target_is_refused_with_the_way_out(qwen3_moe):
+def test_the_canonical_target_is_refused_with_the_way_out(falcon_h1):
     refused_with(
-        qwen3_moe,
-        "qwen3_moe can only be converted in its own class: its feed-forward layers are mixtures of experts; use "
+        falcon_h1,
+        "falcon_h1 can only be converted in its own class: its layers combine attention with a state-space model; use "
         "`target` native",
     )
 
@@ -153,27 +153,27 @@ def test_a_refused_type_says_why(target, tmp_path):
         refused_with(source, f"{model_type} cannot be converted: .*{match}", target=target)
 
 
-def test_rows_that_do_not_fit(qwen3_moe):
+def test_rows_that_do_not_fit(falcon_h1):
     name = "model.layers.1.self_attn.k_proj.weight"
-    edit(qwen3_moe, lambda tensors: tensors.update({name: torch.zeros(40, 48)}))
+    edit(falcon_h1, lambda tensors: tensors.update({name: torch.zeros(40, 48)}))
     match = rf"{name} has the shape \[40, 48\]; 4 key/value heads of width 8 need \[32, 48\]"
-    refused_with(qwen3_moe, match, target="native")
+    refused_with(falcon_h1, match, target="native")
 
 
-def test_a_projection_that_is_missing(qwen3_moe):
-    edit(qwen3_moe, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
-    refused_with(qwen3_moe, r"tensors missing for: model\.layers\.1\.self_attn\.v_proj\.weight", target="native")
+def test_a_projection_that_is_missing(falcon_h1):
+    edit(falcon_h1, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
+    refused_with(falcon_h1, r"tensors missing for: model\.layers\.1\.self_attn\.v_proj\.weight", target="native")
 
 
-def test_heads_that_do_not_divide(qwen3_moe):
+def test_heads_that_do_not_divide(falcon_h1):
     refused_with(
-        qwen3_moe, "`kv_heads` must divide the source's 4 key/value heads, got 3", kv_heads=3, target="native"
+        falcon_h1, "`kv_heads` must divide the source's 4 key/value heads, got 3", kv_heads=3, target="native"
     )
 
 
-def test_quantised_weights(qwen3_moe):
-    edit_config(qwen3_moe, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused_with(qwen3_moe, "quantised", target="native")
+def test_quantised_weights(falcon_h1):
+    edit_config(falcon_h1, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused_with(falcon_h1, "quantised", target="native")
 
 
 def test_a_switch_that_adds_to_the_heads(tmp_path):
@@ -182,20 +182,20 @@ def test_a_switch_that_adds_to_the_heads(tmp_path):
     refused_with(source, "use_shared_attention_adapter=True is not supported: its adapters", target="native")
 
 
-def test_layers_that_the_class_leaves_out_are_pooled_like_the_others(qwen3_moe, tmp_path):
+def test_layers_that_the_class_leaves_out_are_pooled_like_the_others(falcon_h1, tmp_path):
     """Checkpoints carry layers for the prediction of further tokens, which other software runs."""
     name = "mtp.layers.0.self_attn.k_proj.weight"
     weight = torch.randn(32, 48)
-    edit(qwen3_moe, lambda tensors: tensors.update({name: weight}))
-    convert(qwen3_moe, tmp_path / "ours", target="native")
+    edit(falcon_h1, lambda tensors: tensors.update({name: weight}))
+    convert(falcon_h1, tmp_path / "ours", target="native")
     torch.testing.assert_close(
         load_file(tmp_path / "ours" / "model.safetensors")[name], weight.view(4, 8, 48).mean(0), atol=1e-6, rtol=0
     )
 
 
-def test_another_dtype_leaves_integers_alone(qwen3_moe, tmp_path):
-    edit(qwen3_moe, lambda tensors: tensors.update({"counts": torch.arange(3)}))
-    convert(qwen3_moe, tmp_path / "ours", target="native", dtype="bfloat16")
+def test_another_dtype_leaves_integers_alone(falcon_h1, tmp_path):
+    edit(falcon_h1, lambda tensors: tensors.update({"counts": torch.arange(3)}))
+    convert(falcon_h1, tmp_path / "ours", target="native", dtype="bfloat16")
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     assert torch.equal(tensors.pop("counts"), torch.arange(3))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -214,17 +214,17 @@ def test_layers_that_share_their_weights_have_a_cache_each(tmp_path):
     assert inspect(source)["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
 
 
-def test_inspection_says_the_same(qwen3_moe):
-    result = inspect(qwen3_moe)
-    theirs = AutoModelForCausalLM.from_pretrained(qwen3_moe)
-    assert (result["convertible"], result["native"]) == (True, "qwen3_moe")
+def test_inspection_says_the_same(falcon_h1):
+    result = inspect(falcon_h1)
+    theirs = AutoModelForCausalLM.from_pretrained(falcon_h1)
+    assert (result["convertible"], result["native"]) == (True, "falcon_h1")
     assert (
-        result["reason"] == "only with mqa-hf convert --target native: its feed-forward layers are mixtures of experts"
+        result["reason"] == "only with mqa-hf convert --target native: its layers combine attention with a state-space model"
     )
     assert result["parameters"] == theirs.num_parameters()
     assert result["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
     assert (result["layers"], result["num_key_value_heads"], result["head_dim"]) == (2, 4, 8)
-    edit_config(qwen3_moe, model_type="mamba")
-    result = inspect(qwen3_moe)
+    edit_config(falcon_h1, model_type="mamba")
+    result = inspect(falcon_h1)
     assert not result["convertible"]
     assert "no keys and values" in result["reason"]

@@ -110,9 +110,9 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places)
 
 
 def test_weights_that_are_no_numbers_are_refused_in_their_own_class_too(tmp_path):
-    source = save(make_native("qwen3_moe"), tmp_path / "source")
-    change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
-    with pytest.raises(MQAError, match=r"model\.norm\.weight"):
+    source = save(make_native("falcon_h1"), tmp_path / "source")
+    change(source, lambda tensors: tensors["model.final_layernorm.weight"].fill_(float("inf")))
+    with pytest.raises(MQAError, match=r"model\.final_layernorm\.weight"):
         convert(source, tmp_path / "native", target="native")
 
 
