@@ -266,12 +266,24 @@ GRANITE_RULES = (
     Rule(f"{SPARSE}output_linear.weight", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
     *renamed((f"{SPARSE}router.layer", f"{MLP}router")),
 )
-SHARED_GRANITE_RULES = (
-    *GRANITE_RULES,
+_GRANITE_SHARED = (
     *module_rules(
         "layers.{}.shared_mlp.input_linear", f"{MLP}shared.gate_proj", f"{MLP}shared.up_proj", operation=SplitGateUp()
     ),
     *renamed(("layers.{}.shared_mlp.output_linear", f"{MLP}shared.down_proj")),
+)
+SHARED_GRANITE_RULES = (*GRANITE_RULES, *_GRANITE_SHARED)
+SWA_GRANITE_RULES = (
+    *LLAMA_RULES,
+    *_GRANITE_SHARED,
+    Rule(
+        f"{SPARSE}experts.gate_up_proj",
+        (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
+        SplitExperts(2),
+    ),
+    Rule(f"{SPARSE}experts.down_proj", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
+    *renamed((f"{SPARSE}router", f"{MLP}router")),
+    SINKS,
 )
 
 
@@ -283,7 +295,7 @@ def _mixture(config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = froze
 FAMILIES: dict[str, Family] = {
     "cohere2_moe": _mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
     "granitemoe": _mixture(granitemoe, GRANITE_RULES),
-    "granitemoe_swa": _mixture(granitemoe_swa, (*SHARED_GRANITE_RULES, SINKS)),
+    "granitemoe_swa": _mixture(granitemoe_swa, SWA_GRANITE_RULES),
     "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES),
     "hy_v3": _mixture(
         hy_v3,

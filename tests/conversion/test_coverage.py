@@ -219,7 +219,8 @@ def test_inspection_says_the_same(falcon_h1):
     theirs = AutoModelForCausalLM.from_pretrained(falcon_h1)
     assert (result["convertible"], result["native"]) == (True, "falcon_h1")
     assert (
-        result["reason"] == "only with mqa-hf convert --target native: its layers combine attention with a state-space model"
+        result["reason"]
+        == "only with mqa-hf convert --target native: its layers combine attention with a state-space model"
     )
     assert result["parameters"] == theirs.num_parameters()
     assert result["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}

@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict] = {
     "glm4_moe": {**DEEPSEEK},
     "gpt_oss": {**LOCAL, **WINDOWS},
     "granitemoe": {**LOCAL},
-    "granitemoe_swa": {**LOCAL, **WINDOWS},
+    "granitemoe_swa": {**LOCAL, **WINDOWS, "shared_intermediate_size": 32},
     "granitemoehybrid": {**LOCAL, **MAMBA, "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "attention"],
                          "shared_intermediate_size": 32},
     "granitemoeshared": {**LOCAL, "shared_intermediate_size": 32},
