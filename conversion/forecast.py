@@ -20,6 +20,7 @@ from .memory import AnySource, open_model
 from .passthrough import own_class_plan
 from .plan import Part, Plan, Reading, make_plan, make_reading, surveyed
 from .source import open_source
+from .stacked import StackedReader
 from .states import FitOptions
 from .widths import Widths, budget_components
 
@@ -43,6 +44,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
     place = resolve_output(job.output, source.directory, job.overwrite, recover=False)
     plan = _plan(source, job)
     reader = plan.reading.reader
+    files = reader.reader if isinstance(reader, StackedReader) else reader
     read = sum(reader.tensors[s.name].nbytes for part in plan.parts for s in part.reads)
     scratch = mapped = 0
     if job.calibrated:
@@ -53,7 +55,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
     parent = next(parent for parent in place.parents if parent.exists())
     return {
         "source": source.name,
-        "source_files": len(reader.files) if isinstance(reader, CheckpointReader) else 0,
+        "source_files": len(files.files) if isinstance(files, CheckpointReader) else 0,
         "read_bytes": read * (2 if surveyed(plan.reading, job) else 1),
         "layers": sum(part.layer is not None for part in plan.parts),
         "output": str(place),

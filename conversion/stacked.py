@@ -21,6 +21,7 @@ class StackedReader:
 
     def __init__(self, reader: Reader, family: Family):
         self.reader = reader
+        self.nonfinite = reader.nonfinite  # the same object, which grows with each `read`
         heads: dict[str, dict[int, str]] = {}
         for name in reader.tensors:
             module, _, rest = name.rpartition(".norms.")
@@ -37,10 +38,6 @@ class StackedReader:
         for whole, parts in self._heads.items():
             info = reader.tensors[parts[0]]
             self.tensors[whole] = TensorInfo((len(parts), *info.shape), info.dtype)
-
-    @property
-    def nonfinite(self) -> dict[str, int]:
-        return self.reader.nonfinite
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The named tensors, on the CPU; valid until the result is dropped."""

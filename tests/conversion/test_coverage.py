@@ -108,8 +108,8 @@ def test_the_result_generates(model_type, tmp_path):
 
 
 @pytest.fixture
-def phimoe(tmp_path):
-    return save(make_native("phimoe"), tmp_path / "source")
+def falcon_h1(tmp_path):
+    return save(make_native("falcon_h1"), tmp_path / "source")
 
 
 def refused_with(source, match, **options):
@@ -137,10 +137,10 @@ def test_another_name_of_a_family(tmp_path):
     assert inspect(source)["native"] == "gpt_bigcode"
 
 
-def test_the_canonical_target_is_refused_with_the_way_out(phimoe):
+def test_the_canonical_target_is_refused_with_the_way_out(falcon_h1):
     refused_with(
-        phimoe,
-        "phimoe can only be converted in its own class: its feed-forward layers are mixtures of experts; use "
+        falcon_h1,
+        "falcon_h1 can only be converted in its own class: its layers combine attention with a state-space model; use "
         "`target` native",
     )
 
@@ -153,25 +153,27 @@ def test_a_refused_type_says_why(target, tmp_path):
         refused_with(source, f"{model_type} cannot be converted: .*{match}", target=target)
 
 
-def test_rows_that_do_not_fit(phimoe):
+def test_rows_that_do_not_fit(falcon_h1):
     name = "model.layers.1.self_attn.k_proj.weight"
-    edit(phimoe, lambda tensors: tensors.update({name: torch.zeros(40, 48)}))
+    edit(falcon_h1, lambda tensors: tensors.update({name: torch.zeros(40, 48)}))
     match = rf"{name} has the shape \[40, 48\]; 4 key/value heads of width 8 need \[32, 48\]"
-    refused_with(phimoe, match, target="native")
+    refused_with(falcon_h1, match, target="native")
 
 
-def test_a_projection_that_is_missing(phimoe):
-    edit(phimoe, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
-    refused_with(phimoe, r"tensors missing for: model\.layers\.1\.self_attn\.v_proj\.weight", target="native")
+def test_a_projection_that_is_missing(falcon_h1):
+    edit(falcon_h1, lambda tensors: tensors.pop("model.layers.1.self_attn.v_proj.weight"))
+    refused_with(falcon_h1, r"tensors missing for: model\.layers\.1\.self_attn\.v_proj\.weight", target="native")
 
 
-def test_heads_that_do_not_divide(phimoe):
-    refused_with(phimoe, "`kv_heads` must divide the source's 4 key/value heads, got 3", kv_heads=3, target="native")
+def test_heads_that_do_not_divide(falcon_h1):
+    refused_with(
+        falcon_h1, "`kv_heads` must divide the source's 4 key/value heads, got 3", kv_heads=3, target="native"
+    )
 
 
-def test_quantised_weights(phimoe):
-    edit_config(phimoe, quantization_config={"quant_method": "gptq", "bits": 4})
-    refused_with(phimoe, "quantised", target="native")
+def test_quantised_weights(falcon_h1):
+    edit_config(falcon_h1, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused_with(falcon_h1, "quantised", target="native")
 
 
 def test_a_switch_that_adds_to_the_heads(tmp_path):
@@ -180,20 +182,20 @@ def test_a_switch_that_adds_to_the_heads(tmp_path):
     refused_with(source, "use_shared_attention_adapter=True is not supported: its adapters", target="native")
 
 
-def test_layers_that_the_class_leaves_out_are_pooled_like_the_others(phimoe, tmp_path):
+def test_layers_that_the_class_leaves_out_are_pooled_like_the_others(falcon_h1, tmp_path):
     """Checkpoints carry layers for the prediction of further tokens, which other software runs."""
     name = "mtp.layers.0.self_attn.k_proj.weight"
     weight = torch.randn(32, 48)
-    edit(phimoe, lambda tensors: tensors.update({name: weight}))
-    convert(phimoe, tmp_path / "ours", target="native")
+    edit(falcon_h1, lambda tensors: tensors.update({name: weight}))
+    convert(falcon_h1, tmp_path / "ours", target="native")
     torch.testing.assert_close(
         load_file(tmp_path / "ours" / "model.safetensors")[name], weight.view(4, 8, 48).mean(0), atol=1e-6, rtol=0
     )
 
 
-def test_another_dtype_leaves_integers_alone(phimoe, tmp_path):
-    edit(phimoe, lambda tensors: tensors.update({"counts": torch.arange(3)}))
-    convert(phimoe, tmp_path / "ours", target="native", dtype="bfloat16")
+def test_another_dtype_leaves_integers_alone(falcon_h1, tmp_path):
+    edit(falcon_h1, lambda tensors: tensors.update({"counts": torch.arange(3)}))
+    convert(falcon_h1, tmp_path / "ours", target="native", dtype="bfloat16")
     tensors = load_file(tmp_path / "ours" / "model.safetensors")
     assert torch.equal(tensors.pop("counts"), torch.arange(3))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -212,17 +214,18 @@ def test_layers_that_share_their_weights_have_a_cache_each(tmp_path):
     assert inspect(source)["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
 
 
-def test_inspection_says_the_same(phimoe):
-    result = inspect(phimoe)
-    theirs = AutoModelForCausalLM.from_pretrained(phimoe)
-    assert (result["convertible"], result["native"]) == (True, "phimoe")
+def test_inspection_says_the_same(falcon_h1):
+    result = inspect(falcon_h1)
+    theirs = AutoModelForCausalLM.from_pretrained(falcon_h1)
+    assert (result["convertible"], result["native"]) == (True, "falcon_h1")
     assert (
-        result["reason"] == "only with mqa-hf convert --target native: its feed-forward layers are mixtures of experts"
+        result["reason"]
+        == "only with mqa-hf convert --target native: its layers combine attention with a state-space model"
     )
     assert result["parameters"] == theirs.num_parameters()
     assert result["kv_bytes_per_token"] == {"now": 2 * 2 * 4 * 16, "after": 2 * 2 * 16}
     assert (result["layers"], result["num_key_value_heads"], result["head_dim"]) == (2, 4, 8)
-    edit_config(phimoe, model_type="mamba")
-    result = inspect(phimoe)
+    edit_config(falcon_h1, model_type="mamba")
+    result = inspect(falcon_h1)
     assert not result["convertible"]
     assert "no keys and values" in result["reason"]

@@ -97,7 +97,7 @@ def test_notes_that_no_class_reads_are_let_through(kind, config, what, tmp_path)
 
 
 def test_a_kernel_that_is_not_installed_matters_to_no_conversion(tmp_path):
-    source = with_switches(tmp_path / "source", make_native("qwen3_moe"), NOTES["attention"])
+    source = with_switches(tmp_path / "source", make_native("falcon_h1"), NOTES["attention"])
     convert(source, tmp_path / "native", target="native")
     assert "attn_implementation" not in json.loads((tmp_path / "native" / "config.json").read_text())
 

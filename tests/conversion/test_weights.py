@@ -13,6 +13,7 @@ from tokenizer import write_tokenizer
 from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.conversion.checkpoint import count_nonfinite
+from mqa_hf.conversion.convert import Conversion
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.conversion.pooling import relative
 from mqa_hf.eval.evaluate import evaluate
@@ -109,9 +110,9 @@ def test_weights_that_are_no_numbers_are_refused_by_name(value, options, places)
 
 
 def test_weights_that_are_no_numbers_are_refused_in_their_own_class_too(tmp_path):
-    source = save(make_native("qwen3_moe"), tmp_path / "source")
-    change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("inf")))
-    with pytest.raises(MQAError, match=r"model\.norm\.weight"):
+    source = save(make_native("falcon_h1"), tmp_path / "source")
+    change(source, lambda tensors: tensors["model.final_layernorm.weight"].fill_(float("inf")))
+    with pytest.raises(MQAError, match=r"model\.final_layernorm\.weight"):
         convert(source, tmp_path / "native", target="native")
 
 
@@ -128,6 +129,11 @@ def test_norms_of_single_heads_are_read_as_one_only_if_there_is_one_for_each_hea
         load_file(tmp_path / "random" / "model.safetensors")["model.layers.1.self_attn.k_norm.weight"],
         torch.ones(1, 8),
     )
+    assert Conversion(source, tmp_path / "dry").dry_run()["source_files"] == 1
+    change(source, lambda tensors: tensors[norms[2]].fill_(float("nan")))
+    with pytest.warns(ConversionWarning, match="8 entries of 1 tensors are NaN"):
+        report = convert(source, tmp_path / "nan", allow_nonfinite=True)
+    assert report.nonfinite.read == {norms[2]: 8}
     change(source, lambda tensors: tensors.pop(norms[2]))
     with pytest.raises(MQAError, match=r"k_layernorm\.norms\.0\.weight.*missing for: model\.layers\.1.*k_norm"):
         convert(source, tmp_path / "gap")

@@ -72,7 +72,7 @@ def test_every_method_is_measured(tmp_path):
 
 
 def test_what_cannot_be_compared_is_said(tmp_path):
-    source = save(make_native("qwen3_moe"), tmp_path / "source")
+    source = save(make_native("falcon_h1"), tmp_path / "source")
     given = {"calibration": "a.txt", "validation": ["a.txt"]}
     with pytest.raises(MQAError, match="`device` abacus"):
         MethodComparison(source, **given, device="abacus").run()

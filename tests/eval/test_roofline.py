@@ -368,20 +368,20 @@ def test_a_step_reads_the_experts_that_its_rows_choose_and_the_window_of_a_layer
 
 
 def test_the_command_plans_what_convert_takes(tmp_path: Path):
-    qwen3 = save(make_native("qwen3_moe"), tmp_path / "qwen3")
+    own = save(make_native("falcon_h1"), tmp_path / "own")
     llama = save(make_model("llama", LLAMA), tmp_path / "llama")
     bloom = save(
         make_model("bloom", {"hidden_size": 48, "n_head": 6, "n_layer": 1, "vocab_size": 99}), tmp_path / "bloom"
     )
-    for arguments in ([qwen3], [qwen3, "--target", "native"], [llama, "--target", "native"]):
+    for arguments in ([own], [own, "--target", "native"], [llama, "--target", "native"]):
         result = CliRunner().invoke(app, ["plan", *map(str, arguments), "--kv-heads", "1", "--json"])
         assert result.exit_code == 0, result.output
         assert [r["kv_heads"][:4] for r in json.loads(result.output)["choices"]] == ["orig", "1"]
     for arguments, message in (
-        ([qwen3, "--target", "mqa"], "can only be converted in its own class: .*; use --target native"),
-        ([qwen3, "--widths", "2"], "--widths needs --target mqa"),
+        ([own, "--target", "mqa"], "can only be converted in its own class: .*; use --target native"),
+        ([own, "--widths", "2"], "--widths needs --target mqa"),
         ([llama, "--target", "native", "--widths", "1,2"], "--widths needs --target mqa"),
-        ([qwen3, "--kv-heads", "3"], "--kv-heads must divide the source's 4 key/value heads, got 3"),
+        ([own, "--kv-heads", "3"], "--kv-heads must divide the source's 4 key/value heads, got 3"),
         ([bloom, "--target", "native"], "no class of transformers holds a bloom"),
         ([llama, "--target", "vllm"], "--target must be one of mqa, native"),
     ):

@@ -133,7 +133,7 @@ def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
     assert "MQA, 2 K/V heads, dynamic" in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "granitemoe_swa", "nemotron_h", "zamba"])
+@pytest.mark.parametrize("model_type", ["falcon_h1", "dbrx", "afmoe", "nemotron_h", "zamba"])
 def test_a_model_in_its_own_class_is_timed_there(tmp_path: Path, model_type: str):
     path = save(make_native(model_type), tmp_path / "source")
     _, own = read_shape(str(path))
@@ -148,7 +148,7 @@ def test_a_model_in_its_own_class_is_timed_there(tmp_path: Path, model_type: str
 
 
 def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_path: Path):
-    source = save(make_native("qwen3_moe"), tmp_path / "source")
+    source = save(make_native("falcon_h1"), tmp_path / "source")
     convert(source, tmp_path / "native", target="native")
     lines = tmp_path / "cells.jsonl"
     arguments = ("--cells", "1x8", "--tokens", 2, "--rounds", 1, "--output", lines)
@@ -162,11 +162,11 @@ def test_the_command_times_a_model_in_its_own_class_and_what_was_made_of_it(tmp_
         ("dynamic", 1, True),
         ("static", 1, True),
     ]
-    assert {r["model"].split(",")[0] for r in records} == {"Qwen3Moe"}
+    assert {r["model"].split(",")[0] for r in records} == {"FalconH1"}
     for more, message in (
         (
             ("--engines", "mqa-hf,dynamic"),
-            "qwen3_moe keeps its own class and runs only in transformers' loops .*use --engines dynamic",
+            "falcon_h1 keeps its own class and runs only in transformers' loops .*use --engines dynamic",
         ),
         (("--window", 4), "--window needs a model in this package's class"),
         (("--latents", 16), "latents need a model in this package's class; .* keeps its own"),

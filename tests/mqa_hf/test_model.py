@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache, Trainer, TrainingArguments
+from transformers.activations import ACT2CLS
 
 from mqa_hf import MQAConfig, MQAForCausalLM, MQAModel
 
@@ -45,6 +46,7 @@ CONFIGS = {
         "residual": "parallel_shared_norm",
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
+    "learned activation": {"hidden_act": "xielu", "gated_mlp": False},
 }
 
 
@@ -275,3 +277,16 @@ def test_gradients_of_rows_that_are_padded_on_the_left_are_those_of_eager_attent
         model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
         found.append(model.model.embed_tokens.weight.grad.clone())
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_learned_activation_is_that_of_transformers(dtype):
+    theirs = ACT2CLS["xielu"](dtype=dtype)
+    ours = make(hidden_act="xielu", gated_mlp=False).model.layers[1].mlp.act_fn.to(dtype)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    theirs.alpha_p.data.fill_(0.7), theirs.alpha_n.data.fill_(-0.3)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.linspace(-4, 4, 1001).to(dtype)
+    assert torch.equal(ours(x), theirs(x))
