@@ -55,7 +55,16 @@ def load_model(
     except Exception as error:  # loaders raise any type
         raise ConversionError(f"{checkpoint} cannot be loaded: {error}") from error
     check_loaded(model, found, f"in {checkpoint}")
-    return model.eval()
+    return capped(model).eval()
+
+
+def capped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with an attention that caps its logits: older versions of transformers run Gemma 2 with sdpa, which
+    ignores the cap."""
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+    return model
 
 
 @contextmanager

@@ -275,6 +275,11 @@ class MQAConfig(PreTrainedConfig):
         if self.position_embedding != "rotary":
             self.rope_parameters = None  # type: ignore[assignment]
             return kwargs
+        if self.rope_by_type:
+            # transformers would add a `rope_theta` beside the layer types, and refuse it when it reads the file.
+            self.rope_parameters = self.rope_by_type
+            self.standardize_rope_params()
+            return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
 
     def _check_sizes(self):

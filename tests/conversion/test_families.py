@@ -20,6 +20,7 @@ from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.conversion.families import FAMILIES, canonical_config
 from mqa_hf.conversion.families.native_only import MIXTURES
+from mqa_hf.conversion.loading import capped
 
 TOLERANCE = 1e-4  # on logits of order 10, float32
 # What `--target native` refuses in families that have a native home.
@@ -63,7 +64,7 @@ REFUSED = [
 
 def converted(source, output, **options):
     convert(source, output, **options)
-    return AutoModelForCausalLM.from_pretrained(output).eval()
+    return capped(AutoModelForCausalLM.from_pretrained(output).eval())
 
 
 def generate(model, **options):
@@ -96,7 +97,7 @@ def test_the_mean_is_the_source_with_its_heads_overwritten_by_their_mean(model_t
     heads = kv_heads_of(theirs)
     source = save(theirs, tmp_path / "source")
     for kv_heads in {1, heads // 2 if heads % 2 == 0 else 1}:
-        theirs = AutoModelForCausalLM.from_pretrained(source).eval()
+        theirs = capped(AutoModelForCausalLM.from_pretrained(source).eval())
         if heads > 1:
             overwrite_heads_with_mean(theirs, kv_heads)
         ours = converted(source, tmp_path / f"ours-{kv_heads}", kv_heads=kv_heads)
@@ -213,7 +214,8 @@ def test_a_source_of_16_bits_computes_the_same_in_float32(model_type, what, conf
     source = save(theirs.bfloat16(), tmp_path / "source")
     convert(source, tmp_path / "ours", kv_heads=kv_heads_of(theirs), dtype="float32")
     read, ours = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (source, tmp_path / "ours")
+        capped(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)).eval()
+        for path in (source, tmp_path / "ours")
     )
     difference, size = largest_difference(ours, read)
     assert difference <= TOLERANCE, f"{difference} on logits up to {size}"

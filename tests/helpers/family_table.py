@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from transformers.utils import logging
 
 from mqa_hf import convert, inspect
+from mqa_hf.conversion.loading import capped
 
 ATTENTIONS = ("decoder", "cross", "encoder")
 
@@ -49,7 +50,7 @@ def measure(model_type, what, model, auto, difference, overwrite, options) -> No
             # Correct in every version: transformers 5.17's UMT5 loses its bias with sdpa, and Falcon's eager
             # attention adds ALiBi twice.
             implementation = "eager" if options else None
-            theirs = auto.from_pretrained(source, attn_implementation=implementation).eval()
+            theirs = capped(auto.from_pretrained(source, attn_implementation=implementation).eval())
             if kv_heads != heads:
                 overwrite(theirs, kv_heads)
             chosen = options if kv_heads == 1 else {}

@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mqa_hf.conversion.loading import capped
+
 VOCAB = 101
 
 LLAMA = {
@@ -365,7 +367,7 @@ def make_model(model_type: str, config: dict) -> PreTrainedModel:
     need(model_type)
     fields = json.loads(json.dumps(config))  # configurations change nested dictionaries in place
     configuration = AutoConfig.for_model(model_type, **fields, dtype="float32")
-    model = AutoModelForCausalLM.from_config(configuration).eval()
+    model = capped(AutoModelForCausalLM.from_config(configuration).eval())
     rescale(model)
     return model
 
