@@ -89,11 +89,12 @@ PUBLISHED = [
                                 short_mscale=1.2, long_mscale=1.3, original_max_position_embeddings=32)),
     ("qwen3", "rope yarn", {"rope_parameters": YARN}),
 ]  # fmt: skip
+CONFIG_OF = {**{kind: config for kind, _, config in reversed(CASES)}, **{k: {**BASE, **c} for k, c in CONFIGS.items()}}
 KINDS = [
     *((kind, what, config) for kind, what, config in CASES if FAMILIES[kind].native and kind not in NEW),
     ("llama", "Llama 3.1", {**LLAMA, "num_key_value_heads": 3, **LLAMA3}),
     *(
-        (kind, what, {**BASE, **CONFIGS[kind], **OWN.get(kind, {}), **more})
+        (kind, what, {**CONFIG_OF[kind], **OWN.get(kind, {}), **more})
         for kind, what, more in [*((kind, "in its own class", {}) for kind in CONFIGS if kind not in NEW), *PUBLISHED]
     ),
 ]
