@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -121,9 +122,12 @@ def computed(directory: Path) -> torch.Tensor:
         return model(IDS).logits
 
 
-def results(root: Path) -> dict[tuple[str, str, str], tuple[Path, torch.Tensor]]:
-    """Native results with the source's heads, which have the source's logits, and with one; and those logits."""
-    made = {}
+def results(root: Path) -> tuple[dict[tuple[str, str, str], tuple[Path, torch.Tensor]], set[tuple[str, str, str]]]:
+    """Native results with the source's heads, which have the source's logits, and with one; and those logits.
+
+    Also those of which `convert` says that transformers 4 computes something else.
+    """
+    made, warned = {}, set()
     for number, (kind, what, config) in enumerate(KINDS):
         model = make_model(kind, with_another_theta(kind, config))
         source = save(model, root / f"{number}-source")
@@ -132,15 +136,19 @@ def results(root: Path) -> dict[tuple[str, str, str], tuple[Path, torch.Tensor]]
         for label, kv_heads in (("own", heads), ("one", 1)):
             directory = root / f"{number}-{label}"
             try:
-                convert(source, directory, kv_heads=kv_heads, target="native")
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    convert(source, directory, kv_heads=kv_heads, target="native")
             except MQAError as error:
-                if "gpt_bigcode" not in str(error):  # it has one head, and no windows
+                if "cannot hold this model" not in str(error):  # such as GPT-BigCode, with one head and no windows
                     raise
                 continue
             if label == "own":
                 torch.testing.assert_close(computed(directory), expected, atol=1e-4, rtol=0)
             made[kind, what, label] = directory, expected if label == "own" else computed(directory)
-    return made
+            if any("transformers 4 refuses the result or computes something else" in str(w.message) for w in said):
+                warned.add((kind, what, label))
+    return made, warned
 
 
 needs_transformers4 = pytest.mark.skipif(
@@ -171,7 +179,7 @@ def test_this_package_s_own_class_says_which_transformers_it_needs(tmp_path):
 @pytest.mark.timeout(900)
 def test_transformers_4_computes_the_logits_of_transformers_5(tmp_path):
     torch.save(IDS, tmp_path / "ids.pt")
-    made = results(tmp_path)
+    made, warned = results(tmp_path)
     command = [sys.executable, str(WORKER), os.environ["TRANSFORMERS4"], str(tmp_path / "ids.pt")]
     done = subprocess.run([*command, *(str(d) for d, _ in made.values())], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -180,9 +188,14 @@ def test_transformers_4_computes_the_logits_of_transformers_5(tmp_path):
         found = torch.load(directory / "transformers4.pt")
         where = f"{kind}, {what}, {label}"
         if "error" in found:
+            if (kind, what, label) in warned:
+                continue
             problems.append(f"{where}: {found['error']}")
             continue
         difference = (found["logits"] - expected).abs().max().item()
+        if (kind, what, label) in warned:
+            problems += [f"{where}: the logits agree, yet a warning says otherwise"] * (difference <= TOLERANCE[kind])
+            continue
         worst[kind][label] = max(worst[kind].get(label, 0.0), difference)
         worst[kind]["size"] = max(worst[kind].get("size", 0.0), expected.abs().max().item())
         problems += [f"{where}: the logits differ by {difference}"] * (not difference <= TOLERANCE[kind])
