@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from ..operations import DeinterleaveRotary, Flatten, SplitExperts, SplitGateUp
+from ..operations import Flatten, SplitExperts, SplitGateUp
 from .base import (
-    QKV,
     Family,
     Rule,
     SourceConfig,
@@ -15,8 +14,8 @@ from .base import (
     windows,
 )
 from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer, qwen2
-from .normalised import OLMO2_RULES, SINKS, granite_swa, head_norms, hunyuan, olmo2
-from .variants import _family, _replaced, granite
+from .normalised import OLMO2_RULES, SINKS, granite_swa, head_norms, hunyuan, olmo2, rotated
+from .variants import _family, granite
 
 ROUTING = frozenset({"output_router_logits", "router_aux_loss_coef", "router_jitter_noise"})  # of training
 
@@ -58,6 +57,11 @@ def sparse(c: SourceConfig) -> list[bool]:
     """Where Qwen's models have mixtures."""
     dense = set(c.mlp_only_layers or ())
     return [i not in dense and (i + 1) % c.decoder_sparse_step == 0 for i in range(c.num_hidden_layers)]
+
+
+def marked(c: SourceConfig) -> list[bool]:
+    """Where `mlp_layer_types` has mixtures."""
+    return [kind == "sparse" for kind in c.mlp_layer_types]
 
 
 def mixtral(c: SourceConfig) -> dict[str, Any]:
@@ -123,14 +127,10 @@ def solar_open(c: SourceConfig) -> dict[str, Any]:
 
 def exaone_moe(c: SourceConfig) -> dict[str, Any]:
     _ = c.sliding_window_pattern, c.first_k_dense_replace  # settled in layer_types and mlp_layer_types
-    rotated = [c.sliding_window is None or kind == "sliding_attention" for kind in c.layer_types]
     layer = llama_layer(
-        c, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="head", rope_layers=rotated, **windows(c)
+        c, qkv_bias=False, output_bias=False, mlp_bias=False, qk_norm="head", rope_layers=rotated(c), **windows(c)
     )
-    return {
-        **layer,
-        **grouped(c, [kind == "sparse" for kind in c.mlp_layer_types], c.num_shared_experts, c.num_experts),
-    }
+    return {**layer, **grouped(c, marked(c), c.num_shared_experts, c.num_experts)}
 
 
 def ernie4_5_moe(c: SourceConfig) -> dict[str, Any]:
@@ -161,8 +161,7 @@ def minimax_m2(c: SourceConfig) -> dict[str, Any]:
 def mellum(c: SourceConfig) -> dict[str, Any]:
     bias = c.attention_bias
     layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="head", **windows(c))
-    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
-    return {**layer, **mixture(c, c.moe_intermediate_size, mixtures, router_renormalise=c.norm_topk_prob)}
+    return {**layer, **mixture(c, c.moe_intermediate_size, marked(c), router_renormalise=c.norm_topk_prob)}
 
 
 def hy_v3(c: SourceConfig) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def hy_v3(c: SourceConfig) -> dict[str, Any]:
     experts = mixture(
         c,
         c.moe_intermediate_size,
-        [kind == "sparse" for kind in c.mlp_layer_types],
+        marked(c),
         router_scores="sigmoid",
         router_correction=True,
         router_scale=c.router_scaling_factor,
@@ -186,9 +185,11 @@ def cohere2_moe(c: SourceConfig) -> dict[str, Any]:
     _ = c.norm_topk_prob, c.shared_expert_combination_strategy  # of sigmoids, and of shared experts
     c.require("expert_selection_fn", "softmax", "sigmoids of chosen logits are not supported")
     c.require("num_shared_experts", 0, "an average with shared experts is not supported")
-    mixtures = [kind == "sparse" for kind in c.mlp_layer_types]
+    mixtures = marked(c)
     forced = c.prefix_dense_sliding_window_pattern == 1
-    rotated = [kind == "sliding_attention" or (forced and not mixed) for kind, mixed in zip(c.layer_types, mixtures)]
+    rope_layers = [
+        kind == "sliding_attention" or (forced and not mixed) for kind, mixed in zip(c.layer_types, mixtures)
+    ]
     rms = getattr(c, "rms_norm_eps", None)
     norms = {"norm_type": "rms_norm" if rms is not None else "layer_norm", "norm_bias": False}
     bias = c.attention_bias
@@ -201,24 +202,26 @@ def cohere2_moe(c: SourceConfig) -> dict[str, Any]:
         intermediate_size=c.prefix_dense_intermediate_size or c.intermediate_size,
         residual="parallel_shared_norm",
         logit_scale=c.logit_scale,
-        rope_layers=rotated,
+        rope_layers=rope_layers,
         **norms,
         **windows(c),
     )
     return {**layer, **mixture(c, c.intermediate_size, mixtures)}
 
 
-def granitemoe(c: SourceConfig) -> dict[str, Any]:
+def granite_mixture(c: SourceConfig) -> dict[str, Any]:
     shared = getattr(c, "shared_intermediate_size", None) or None
-    experts = mixture(c, c.intermediate_size, num_experts=c.num_local_experts, shared_expert_intermediate_size=shared)
-    return {**granite(c), **experts}
+    return mixture(c, c.intermediate_size, num_experts=c.num_local_experts, shared_expert_intermediate_size=shared)
+
+
+def granitemoe(c: SourceConfig) -> dict[str, Any]:
+    return {**granite(c), **granite_mixture(c)}
 
 
 def granitemoe_swa(c: SourceConfig) -> dict[str, Any]:
-    return {**granite_swa(c), **granitemoe(c), **{k: v for k, v in granite_swa(c).items() if k in SWA}}
+    return {**granite_swa(c), **granite_mixture(c)}
 
 
-SWA = ("attention_sinks", "layer_types", "rope_layers", "rope_parameters", "sliding_window")
 MLP = "layers.{}.mlp."
 NAMES = ("gate", "up", "down")
 
@@ -245,25 +248,23 @@ GROUPED_RULES = (
     *router_rules(shared="shared_experts", correction=f"{MLP}gate.e_score_correction_bias"),
 )
 ERNIE_RULES = (
-    *_replaced(
-        LLAMA_RULES,
-        *module_rules(QKV[0], QKV[0], operation=DeinterleaveRotary()),
-        *module_rules(QKV[1], QKV[1], operation=DeinterleaveRotary()),
-    ),
+    *INTERLEAVED_LLAMA_RULES,
     *expert_rules(),
     *router_rules(shared="shared_experts"),
     Rule(f"{MLP}moe_statics.e_score_correction_bias", (f"{MLP}router_correction",), Flatten()),
 )
 JOINT = head_norms(shared=False)
-_EXPERT = f"{MLP}experts.*."
+
+
+def stacked_rules(inputs: str, outputs: str) -> tuple[Rule, Rule]:
+    """The rules of tensors that hold all experts: gates and inputs, and outputs."""
+    gate, up, down = (f"{MLP}experts.*.{name}_proj.weight" for name in NAMES)
+    return Rule(inputs, (gate, up), SplitExperts(2)), Rule(outputs, (down,), SplitExperts(1))
+
+
 GRANITE_RULES = (
     *LLAMA_RULES,
-    Rule(
-        f"{SPARSE}input_linear.weight",
-        (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
-        SplitExperts(2),
-    ),
-    Rule(f"{SPARSE}output_linear.weight", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
+    *stacked_rules(f"{SPARSE}input_linear.weight", f"{SPARSE}output_linear.weight"),
     *renamed((f"{SPARSE}router.layer", f"{MLP}router")),
 )
 _GRANITE_SHARED = (
@@ -276,12 +277,7 @@ SHARED_GRANITE_RULES = (*GRANITE_RULES, *_GRANITE_SHARED)
 SWA_GRANITE_RULES = (
     *LLAMA_RULES,
     *_GRANITE_SHARED,
-    Rule(
-        f"{SPARSE}experts.gate_up_proj",
-        (f"{_EXPERT}gate_proj.weight", f"{_EXPERT}up_proj.weight"),
-        SplitExperts(2),
-    ),
-    Rule(f"{SPARSE}experts.down_proj", (f"{_EXPERT}down_proj.weight",), SplitExperts(1)),
+    *stacked_rules(f"{SPARSE}experts.gate_up_proj", f"{SPARSE}experts.down_proj"),
     *renamed((f"{SPARSE}router", f"{MLP}router")),
     SINKS,
 )
@@ -330,7 +326,7 @@ FAMILIES: dict[str, Family] = {
         hunyuan_v1_moe,
         (
             *LLAMA_RULES,
-            *head_norms(names="{}_layernorm"),
+            *head_norms(names=("query_layernorm", "key_layernorm")),
             *expert_rules(),
             *router_rules(f"{MLP}gate.wg", shared="shared_mlp"),
         ),

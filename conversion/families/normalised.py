@@ -4,7 +4,7 @@ from typing import Any
 
 from mqa_hf.base.errors import ConversionError
 
-from ..operations import AddOne, HeadNormWeights, SwapHalves
+from ..operations import HeadNormWeights, SwapHalves
 from .base import (
     ATTENTION,
     QKV,
@@ -18,7 +18,7 @@ from .base import (
     windows,
 )
 from .llama import LLAMA_RULES, llama_layer, qwen2
-from .variants import GLM_RULES, _family, _replaced, glm, granite
+from .variants import GLM_RULES, _family, _replaced, glm, granite, one_plus
 
 IN, OUT = "layers.{}.input_layernorm", "layers.{}.attention_output_norm"
 MLP_IN, MLP_OUT = "layers.{}.post_attention_layernorm", "layers.{}.mlp_output_norm"
@@ -48,11 +48,14 @@ def apertus(c: SourceConfig) -> dict[str, Any]:
     return llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, **fields)
 
 
+def rotated(c: SourceConfig) -> list[bool]:
+    """The layers of EXAONE that rotate: those with a window, or all if there is none."""
+    return [c.sliding_window is None or kind == "sliding_attention" for kind in c.layer_types]
+
+
 def exaone4(c: SourceConfig) -> dict[str, Any]:
     c.require("reorder_qk_norm", True, "the transformers class has norms of queries, keys and outputs")
     _ = c.sliding_window_pattern  # settled in layer_types
-    every = c.sliding_window is None
-    rotated = [every or kind == "sliding_attention" for kind in c.layer_types]
     return llama_layer(
         c,
         qkv_bias=False,
@@ -60,7 +63,7 @@ def exaone4(c: SourceConfig) -> dict[str, Any]:
         mlp_bias=False,
         qk_norm="head",
         residual="output_norm",
-        rope_layers=rotated,
+        rope_layers=rotated(c),
         **windows(c),
     )
 
@@ -172,18 +175,20 @@ def granite_swa(c: SourceConfig) -> dict[str, Any]:
     if each:
         alike = len({one["rope_theta"] for one in each.values()}) == 1
         fields["rope_parameters"] = next(iter(each.values())) if alike else each
-    rotated = [bool(theta) for theta in c.layer_rope_theta]
-    return {**granite(c), **fields, **windows(c), "rope_layers": rotated, "attention_sinks": True}
+    rope_layers = [bool(theta) for theta in c.layer_rope_theta]
+    return {**granite(c), **fields, **windows(c), "rope_layers": rope_layers, "attention_sinks": True}
 
 
-def head_norms(shared: bool = True, add_one: bool = False, names: str = "{}_norm") -> tuple[Rule, ...]:
+def head_norms(
+    shared: bool = True, add_one: bool = False, names: tuple[str, str] = ("q_norm", "k_norm")
+) -> tuple[Rule, ...]:
     return tuple(
         Rule(
-            f"{ATTENTION}{names.format(old)}.weight",
-            (f"{ATTENTION}{new}_norm.weight",),
-            HeadNormWeights(new == "k", shared, add_one),
+            f"{ATTENTION}{old}.weight",
+            (f"{ATTENTION}{new}.weight",),
+            HeadNormWeights(new == "k_norm", shared, add_one),
         )
-        for old, new in ((("query", "q"), ("key", "k")) if "layernorm" in names else (("q", "q"), ("k", "k")))
+        for old, new in zip(names, ("q_norm", "k_norm"))
     )
 
 
@@ -197,19 +202,9 @@ _SANDWICH = (
     ("layers.{}.pre_feedforward_layernorm", MLP_IN),
     ("layers.{}.post_feedforward_layernorm", MLP_OUT),
 )
-_ONE_PLUS = tuple(
-    Rule(f"{source}.weight", (f"{target}.weight",), AddOne())
-    for source, target in ((IN, IN), ("norm", "norm"), *_SANDWICH)
-)
-GEMMA2_RULES = _replaced(without(LLAMA_RULES, MLP_IN), *_ONE_PLUS)
+GEMMA2_RULES = _replaced(without(LLAMA_RULES, MLP_IN), *one_plus((IN, IN), ("norm", "norm"), *_SANDWICH))
 GEMMA3_RULES = (*GEMMA2_RULES, *head_norms(add_one=True))
-VAULTGEMMA_RULES = _replaced(
-    LLAMA_RULES,
-    *(
-        Rule(f"{source}.weight", (f"{target}.weight",), AddOne())
-        for source, target in ((IN, IN), ("norm", "norm"), ("layers.{}.pre_feedforward_layernorm", MLP_IN))
-    ),
-)
+VAULTGEMMA_RULES = _replaced(LLAMA_RULES, *one_plus((IN, IN), ("norm", "norm"), _SANDWICH[1]))
 _OUTPUT_NORMS = renamed(("layers.{}.post_attention_layernorm", OUT), ("layers.{}.post_feedforward_layernorm", MLP_OUT))
 OLMO2_RULES = (*without(LLAMA_RULES, IN, MLP_IN), *_OUTPUT_NORMS, *head_norms(shared=False))
 EXAONE4_RULES = (*without(LLAMA_RULES, IN, MLP_IN), *_OUTPUT_NORMS, *head_norms())
@@ -252,7 +247,9 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _family(gemma3, GEMMA3_RULES, _GEMMA_INERT | {"rope_local_base_freq"}),
     "glm4": _family(glm4, GLM4_RULES),
     "granite_swa": _family(granite_swa, (*LLAMA_RULES, SINKS)),
-    "hunyuan_v1_dense": _family(hunyuan, (*LLAMA_RULES, *head_norms(names="{}_layernorm")), _HUNYUAN_INERT),
+    "hunyuan_v1_dense": _family(
+        hunyuan, (*LLAMA_RULES, *head_norms(names=("query_layernorm", "key_layernorm"))), _HUNYUAN_INERT
+    ),
     "hyperclovax": _family(hyperclovax, HYPERCLOVAX_RULES, _HYPERCLOVAX_INERT),
     "ministral3": _family(ministral3, LLAMA_RULES),
     "nanochat": _family(nanochat, NANOCHAT_RULES),

@@ -177,13 +177,17 @@ def _replaced(rules: tuple[Rule, ...], *new: Rule) -> tuple[Rule, ...]:
     return (*(rule for rule in rules if not targets & set(rule.targets)), *new)
 
 
+def one_plus(*names: tuple[str, str]) -> tuple[Rule, ...]:
+    """The rules of norms whose gain is 1 + weight, as pairs of the source's name and ours."""
+    return tuple(Rule(f"{source}.weight", (f"{target}.weight",), AddOne()) for source, target in names)
+
+
 _NORMS = ("layers.{}.input_layernorm", "layers.{}.post_attention_layernorm", "norm")
-_ONE_PLUS_WEIGHT = tuple(Rule(f"{name}.weight", (f"{name}.weight",), AddOne()) for name in _NORMS)
 _GATE_UP = module_rules(
     "layers.{}.mlp.gate_up_proj", "layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj", operation=SplitGateUp()
 )
 
-GEMMA_RULES = _replaced(LLAMA_RULES, *_ONE_PLUS_WEIGHT)
+GEMMA_RULES = _replaced(LLAMA_RULES, *one_plus(*((name, name) for name in _NORMS)))
 NEMOTRON_RULES = GEMMA_RULES
 PHI3_RULES = _replaced(LLAMA_RULES, *_GATE_UP, *module_rules(f"{ATTENTION}qkv_proj", *QKV, operation=SplitStacked()))
 GLM_RULES = _replaced(INTERLEAVED_LLAMA_RULES, *_GATE_UP)

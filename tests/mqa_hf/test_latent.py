@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from chunks import in_chunks
 from latents import MODELS, ROTATED, STACK, make, make_seq2seq, prompts, with_heads
 from transformers import (
     AutoModelForCausalLM,
@@ -60,20 +61,6 @@ def caches(model, rows=3):
         made[keys] = DecodeCache(model.config, rows, 4, keys=keys, **one)
         made[keys + ", twice as many rows"] = DecodeCache(model.config, 2 * rows, 20, keys=keys, **one)
     return made
-
-
-@torch.no_grad()
-def in_chunks(model, cache, ids, mask, positions):
-    logits = []
-    for start, end in [(0, 5), (5, 8), *((i, i + 1) for i in range(8, 13))]:
-        output = model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=cache,
-        )
-        logits.append(output.logits)
-    return torch.cat(logits, 1)
 
 
 where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

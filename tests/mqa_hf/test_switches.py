@@ -4,6 +4,7 @@ the ways in which transformers runs the model."""
 import pytest
 import torch
 from attention_cases import ATTENTION_CASES, BY_TYPE, HALF
+from chunks import in_chunks
 from isolated import run_without_the_package
 from latents import randomise
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
@@ -137,17 +138,9 @@ def test_chunks_then_tokens_give_the_uncached_logits(name, cache):
     ids, mask, positions = padded()
     expected = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     past = DynamicCache(config=model.config) if cache == "dynamic" else StaticCache(model.config, max_cache_len=20)
-    logits = []
-    for start, end in [(0, 5), (5, 8), *((i, i + 1) for i in range(8, 13))]:
-        output = model(
-            ids[:, start:end],
-            attention_mask=mask[:, :end],
-            position_ids=positions[:, start:end],
-            past_key_values=past,
-        )
-        logits.append(output.logits)
     seen = mask.bool()
-    torch.testing.assert_close(torch.cat(logits, 1)[seen], expected[seen], atol=1e-5, rtol=1e-5)
+    found = in_chunks(model, past, ids, mask, positions)
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("cache", [True, False])
