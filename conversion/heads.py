@@ -13,7 +13,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, make_attention
 
 from . import fitting
-from .moments import Seen, attention_weights, choose_queries, old_heads, projected
+from .moments import Seen, choose_queries, old_heads, projected, sampled_weights
 from .pooling import pool_layer
 from .states import Stream, Tensors
 from .widths import rotated_pairs
@@ -217,7 +217,7 @@ def compare(
         size += float(expected.double().square().sum())
         chosen = choose_queries(stream, h.shape[1], generator)
         p, q = (
-            attention_weights(a, *projected(stream, a, h, source), mask, chosen)[0]
+            sampled_weights(a, *projected(stream, a, h, source), mask, chosen)[0]
             .transpose(1, 2)[kept[:, chosen]]
             .clamp(min=1e-30)
             for a in (old, new)

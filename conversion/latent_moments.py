@@ -15,7 +15,7 @@ from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
 from mqa_hf.positions_mqa import rotate
 
 from . import fitting
-from .moments import Spread, attention_weights, choose_queries, numerical_rank, old_heads, projected
+from .moments import Spread, choose_queries, numerical_rank, old_heads, projected, sampled_weights
 from .states import Stream
 
 PARTS = 8  # at most; each needs d² matrices
@@ -199,7 +199,7 @@ def look_for_latent(
             flat = nn.functional.pad(x[kept].double(), (0, 1), value=1.0)
             moment += flat.mT @ flat
         query, key = projected(stream, attention, h, source)
-        weights, here = attention_weights(attention, query, key, mask, chosen)
+        weights, here = sampled_weights(attention, query, key, mask, chosen)
         weights = weights * ok[:, None, :, None]
         values = project(attention.v_proj, source, attention.v_head_dim)
         change = logit_effects(attention, weights, values)  # [B, H, n, S]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mqa_hf.attention_mqa import eager_attention_forward
+from mqa_hf.attention_mqa import attention_weights
 from mqa_hf.latent_mqa import MQALatentAttention
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
 
@@ -59,7 +59,7 @@ def projected(
     return query if stream.query_scale is None or attention.cross else query * stream.query_scale, key
 
 
-def attention_weights(
+def sampled_weights(
     attention: Attention,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -67,12 +67,8 @@ def attention_weights(
     chosen: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
-    nothing = torch.zeros(*key.shape[:3], 1, device=query.device)
     mask = mask if mask.shape[2] == 1 else mask[:, :, chosen]
-    _, weights = eager_attention_forward(
-        attention, query[:, :, chosen], key, nothing, mask, attention.scaling,
-        softcap=attention.softcap, s_aux=attention.sinks,
-    )  # fmt: skip
+    weights = attention_weights(query[:, :, chosen], key, mask, attention.scaling, attention.softcap, attention.sinks)
     return weights, mask
 
 
@@ -151,7 +147,7 @@ def look(
             moment += flat.mT @ flat
             counts[name] += len(flat)
         query, key = projected(stream, attention, h, source)
-        weights, here = attention_weights(attention, query, key, mask, chosen)
+        weights, here = sampled_weights(attention, query, key, mask, chosen)
         ok = valid[:, chosen]
         average = (weights.flatten(1, 2) @ source).view(len(h), new, H // new, -1, d)
         average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, d]
