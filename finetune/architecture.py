@@ -23,6 +23,7 @@ from mqa_hf.base.errors import MQAError, listing
 from mqa_hf.base.files import read_json
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.families import FAMILIES, canonical_config
+from mqa_hf.conversion.loading import capped
 from mqa_hf.conversion.source import LAYERS, MOST_LAYERS, load_config
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 
@@ -134,7 +135,7 @@ def made(kind: Callable[[Any], PreTrainedModel], config: PreTrainedConfig, optio
             f"`{option}` gives a model of {size:,} parameters, {4 * size:,} bytes in float32; this machine has "
             f"{memory:,} bytes of memory"
         )
-    return kind(config)
+    return capped(kind(config))
 
 
 def feed_forward_names(fields: dict[str, Any]) -> list[dict[str, Any]]:

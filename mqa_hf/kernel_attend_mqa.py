@@ -301,7 +301,8 @@ def attend(
     block_m = min(max(power(g * fold), 16), 16 if query.dtype == torch.float32 else 64)
     tiles = triton.cdiv(g * fold, block_m)
     row, span = (block_d + block_dv) * keys.element_size(), min(capacity, window or capacity)
-    splits, blocks = attend_plan(query, R * G * tiles, span, row, splits, blocks)
+    biased = 0 if table is None else block_m
+    splits, blocks = attend_plan(query, R * G * tiles, span, row, splits, blocks, block_m * block_d, biased)
     block_n, warps, stages = blocks
     out = query.new_empty(B, H, DV)
     partial = statistics = out
@@ -344,14 +345,22 @@ def merge(partial: torch.Tensor, statistics: torch.Tensor, out: torch.Tensor) ->
 
 
 def attend_plan(
-    query: torch.Tensor, programs: int, span: int, row: int, splits: int | None, blocks: tuple[int, int, int] | None
+    query: torch.Tensor,
+    programs: int,
+    span: int,
+    row: int,
+    splits: int | None,
+    blocks: tuple[int, int, int] | None,
+    numbers: int,
+    biased: int,
 ) -> tuple[int, tuple[int, int, int]]:
     """Defaults for `splits` and `blocks`: [`attend_splits`] and [`attend_blocks`] of the query's device."""
     if splits is None:
         splits = attend_splits(programs, span, row, processors(query.device))
     if blocks is None:
         crowded = programs * splits > processors(query.device) and span // splits <= 1024
-        blocks = attend_blocks(row, shared_memory(query.device), query.dtype == torch.float32, crowded)
+        memory, exact = shared_memory(query.device), query.dtype == torch.float32
+        blocks = attend_blocks(row, memory, exact, crowded, numbers * query.element_size(), biased)
     return splits, blocks
 
 
@@ -425,14 +434,21 @@ def attend_splits(programs: int, length: int, row: int, multiprocessors: int) ->
 
 
 @cache
-def attend_blocks(row: int, memory: int, exact: bool, crowded: bool) -> tuple[int, int, int]:
+def attend_blocks(
+    row: int, memory: int, exact: bool, crowded: bool, queries: int = 0, biased: int = 0
+) -> tuple[int, int, int]:
     """Keys a program reads at once, its warps and its stages, for `row` bytes of a key and a value: 64 KiB in each of
     three stages if they fit in shared memory, half of it if programs with few keys should overlap (`crowded`).
-    Products in float32 (`exact`) need much of the shared memory themselves.
+    Products in float32 (`exact`) need much of the shared memory themselves. Products of 64 queries read these from
+    shared memory too, `queries` bytes; and biases of a table for `biased` queries are loaded two stages ahead.
     """
     if exact:
         return 16, 4, 1
     block_n, stages = min(64 if crowded else 128, max(16, power(65536 // row + 1) // 2)), 3
-    while block_n * row * stages > memory - 32768 and (block_n > 16 or stages > 2):
+
+    def needed() -> int:
+        return block_n * row * stages + max(32768, queries + 2 * 4 * biased * block_n + 2048)
+
+    while needed() > memory and (block_n > 16 or stages > 2):
         block_n, stages = (block_n // 2, stages) if block_n > 32 or stages == 2 else (block_n, stages - 1)
     return block_n, 4, stages

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
-from mqa_hf.finetune.architecture import widened
+from mqa_hf.finetune.architecture import build, widened
 from mqa_hf.finetune.pretrain import pretrain, read_config
 from mqa_hf.finetune.tokenizer import train_tokenizer
 
@@ -89,6 +89,12 @@ def test_every_canonical_configuration_can_be_trained(tmp_path, text, config):
     for name, value in config.items():
         assert getattr(model.config, name) == value
     assert (tmp_path / "out" / "modeling_mqa.py").is_file()
+
+
+def test_a_model_with_capped_attention_trains_with_its_cap(tmp_path):
+    tokenizer = train_tokenizer(["some text"], 300)
+    model = build({**CONFIG, "model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": 1.0}, tokenizer)
+    assert model.config._attn_implementation != "sdpa"  # which ignores the cap in some versions of transformers
 
 
 @pytest.mark.parametrize("kind", ["translation", "spans"])

@@ -98,6 +98,34 @@ def test_attention(seed, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("heads", "width", "biased", "float8"),
+    [
+        (128, 128, True, False),
+        (64, 256, True, False),
+        (64, 512, False, False),
+        (64, 512, True, False),
+        (64, 512, False, True),
+    ],
+)
+def test_many_queries_of_a_head_fit_in_shared_memory(heads, width, biased, float8):
+    torch.manual_seed(0)
+    q = torch.randn(2, heads, width, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, 1, 700, width, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    scales = {}
+    if float8:
+        (k, key_scales), (v, value_scales) = to_float8(k), to_float8(v)
+        scales = {"key_scales": key_scales, "value_scales": value_scales}
+    table = torch.randn(heads, 200, device="cuda") if biased else None
+    length = torch.tensor([700], dtype=torch.int32, device="cuda")
+    options = {"capacity": 700, "table": table, **scales}
+    scale = width**-0.5
+    expected = naive_attend(q, k, v, length, scale, **options)
+    for splits in (None, 1):
+        assert distance(attend(q, k, v, length, scale, splits=splits, **options), expected) < 2e-2
+
+
+@pytest.mark.gpu
 def test_shares_that_are_merged_at_once_do_not_race():
     """The same input, many times over, beside other work: the same result to the bit."""
     torch.manual_seed(0)
