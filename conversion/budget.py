@@ -9,10 +9,10 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 
 from . import fitting
-from .heads import compare, fit_heads, groups, heads_output, new_attention
-from .moments import Seen, look, old_heads
-from .states import Stream
-from .widths import Curves
+from .heads import compare, fit_heads, groups, heads_output, key_maps, new_attention
+from .moments import Seen, look
+from .states import Stream, old_heads
+from .widths import Curves, map_queries
 
 
 def curves_of(stream: Stream, teacher: MQADecoderLayer, site: str, new: int, generator: torch.Generator) -> Curves:
@@ -49,6 +49,7 @@ def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch
     config, new = attention.config, seen.mixed.shape[0]
     H, G, d = config.num_attention_heads, old_heads(attention), config.hidden_size
     R = config.rotary_dim if attention.rotary else 0
+    _, w_k, moments = key_maps(attention, seen)
     for group, (heads, qs, head_of) in enumerate(groups(attention, new)):
         if what == "values":
             w_v = attention.v_proj.weight.double().view(G, -1, d)[heads]
@@ -61,10 +62,8 @@ def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch
             energies = torch.linalg.eigvalsh(gram).clamp(min=0)
             spectra.append(energies.flatten().repeat_interleave(2) / 2)
         else:  # for partly rotated heads, only the rotated part counts
-            w_q = attention.q_proj.weight.double().view(H, -1, d)[qs]
-            w_k = attention.k_proj.weight.double().view(G, -1, d)[heads]
-            q_moment, k_cov = seen.queries[:-1, :-1], fitting.covariance(seen.keys)
-            spectra.append(fitting.spectrum(fitting.weighted_keys(w_k, w_q, head_of, q_moment), k_cov))
+            stacked = fitting.weighted_keys(w_k[heads, :, :-1], head_of, moments[qs])
+            spectra.append(fitting.spectrum(stacked, fitting.covariance(seen.keys)))
     spectrum = sum(s.sort(descending=True).values for s in spectra)
     assert isinstance(spectrum, torch.Tensor)
     spectrum = nn.functional.pad(spectrum, (0, max(0, most - len(spectrum))))[:most]
@@ -83,6 +82,7 @@ def _one_attention(
         config.num_key_value_heads, config.qk_head_dim, config.v_head_dim = new, key, value
         if old.rotary:
             config.rope_frequencies = [pairs] * config.num_hidden_layers
+        map_queries(config)
     config.output_bias = config.value_bias or config.output_bias
     config.value_bias = False
     return config

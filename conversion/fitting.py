@@ -192,25 +192,29 @@ def reduced(
     return white * scale, torch.einsum("mad,de,re->mar", old, moment, white) / scale, discarded
 
 
-def weighted_keys(w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """The stack of Σ_i^½ W_K,i [m·D, d] with Σ_i = Σ_{h of i} W_Q,h S W_Q,h'."""
+def query_moments(w_q: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """E[q q'] = W_Q S W_Q' [H, D, D] of each query head, before rotation."""
+    return torch.einsum("had,de,hbe->hab", w_q, moment, w_q)
+
+
+def weighted_keys(w_k: torch.Tensor, head_of: torch.Tensor, energies: torch.Tensor) -> torch.Tensor:
+    """The stack of Σ_i^½ W_K,i [m·D, d] with Σ_i = Σ_{h of i} E[q_h q_h'], `energies` [n, D, D]."""
     m, D, _ = w_k.shape
-    energies = torch.einsum("nad,de,nbe->nab", w_q, moment, w_q)
     sigma = torch.zeros(m, D, D, dtype=w_k.dtype, device=w_k.device).index_add_(0, head_of, energies)
     return (torch.stack([root(s) for s in sigma]) @ w_k).flatten(0, 1)
 
 
 def plain_keys(
-    w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, moment: torch.Tensor, seen: torch.Tensor, rank: int
+    w_k: torch.Tensor, w_q: torch.Tensor, head_of: torch.Tensor, energies: torch.Tensor, seen: torch.Tensor, rank: int
 ) -> Keys:
     """Unrotated keys; any invertible map of a key head can be undone in its queries.
 
-    S is `moment`, of the inputs of queries. C = Cov(x) is that of the inputs of keys, whose moment is `seen`: softmax
-    ignores a constant added to every key. With Σ_i = Σ_{h of i} W_Q,h S W_Q,h', the stack of Σ_i^½ W_K,i C^½ = U s V'
+    `energies` are E[q_h q_h'] [n, D, D]. C = Cov(x) is that of the inputs of keys, whose moment is `seen`: softmax
+    ignores a constant added to every key. With Σ_i = Σ_{h of i} E[q_h q_h'], the stack of Σ_i^½ W_K,i C^½ = U s V'
     gives Ŵ_K = s⁻¹ U' Σ^½ W_K, whose keys have covariance I, and
     Ŵ_Q,h = (W_K,i(h) C Ŵ_K')' W_Q,h. Keys are scaled to the energy that those of an old head have on average.
     """
-    stacked = weighted_keys(w_k[..., :-1], w_q, head_of, moment)
+    stacked = weighted_keys(w_k[..., :-1], head_of, energies)
     rows, mapped, discarded = reduced(w_k[..., :-1], stacked, covariance(seen), rank)
     queries = torch.einsum("nar,nad->nrd", mapped[head_of], w_q)
     return Keys(torch.nn.functional.pad(rows, (0, 1)), queries, discarded)

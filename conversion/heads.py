@@ -13,9 +13,10 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, make_attention
 
 from . import fitting
-from .moments import Seen, choose_queries, old_heads, projected, sampled_weights
+from .moments import Seen, choose_queries, projected, sampled_weights
+from .normalised import query_maps
 from .pooling import pool_layer
-from .states import Stream, Tensors
+from .states import Stream, Tensors, old_heads
 from .widths import rotated_pairs
 
 
@@ -77,8 +78,7 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
     D, Dv, m = attention.qk_head_dim, attention.v_head_dim, G // new
     R = config.rotary_dim if attention.rotary else 0
     pairs = rotated_pairs(width_k, R, D, m)
-    w_q = augmented(attention.q_proj).view(H, D, d + 1)
-    w_k = augmented(attention.k_proj).view(G, D, d + 1)
+    w_q, w_k, energies = key_maps(attention, seen)
     w_v = attention.v_proj.weight.double().view(G, Dv, d)
     w_o = attention.o_proj.weight.double().view(d, H, Dv).transpose(0, 1)
     counts = _shared_out(seen, R, pairs, choose)
@@ -93,7 +93,7 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
             parts.append(fitting.rotary_keys(w_k[heads, :R], w_q[qs, :R], head_of, spread, power, counts))
         if R < D:
             rank = width_k - 2 * pairs
-            plain = fitting.plain_keys(w_k[heads, R:], w_q[qs, R:], head_of, seen.queries, seen.keys, rank)
+            plain = fitting.plain_keys(w_k[heads, R:], w_q[qs, R:], head_of, energies[qs, R:, R:], seen.keys, rank)
             parts.append(plain)
         keys.append(torch.cat([p.w_k for p in parts]))
         queries.append(torch.cat([p.w_q for p in parts], dim=1))
@@ -102,17 +102,42 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
         outs.append(fit_v.w_o)
         discarded_k += max(p.discarded for p in parts) / new
         discarded_v += fit_v.discarded / new
-    q, k, v = torch.cat(queries).flatten(0, 1), torch.cat(keys), torch.cat(vals)
-    fitted = {"q_proj.weight": q[:, :-1], "k_proj.weight": k[:, :-1], "v_proj.weight": v}
+    q, k, v = torch.cat(queries), torch.cat(keys), torch.cat(vals)
+    fitted = {"k_proj.weight": k[:, :-1], "v_proj.weight": v}
     fitted["o_proj.weight"] = torch.cat(outs).transpose(0, 1).flatten(1)  # [H, d, width] -> [d, H·width]
+    if seen.vectors is None:
+        fitted["q_proj.weight"] = q[..., :-1].flatten(0, 1)
+    else:
+        fitted["q_proj.weight"] = attention.q_proj.weight
+        fitted["q_map.weight"], norm = query_maps(seen.vectors, q[..., :-1])
+        fitted |= norm
     if attention.q_proj.bias is not None:
-        fitted["q_proj.bias"] = q[:, -1]
-    if attention.k_proj.bias is not None:
+        fitted["q_proj.bias"] = q[..., -1].flatten() if seen.vectors is None else attention.q_proj.bias
+    if attention.k_proj.bias is not None or seen.vectors is not None:
         fitted["k_proj.bias"] = k[:, -1]
     if attention.sinks is not None:
         fitted["sinks"] = attention.sinks
-    frequencies = torch.arange(len(counts)).repeat_interleave(counts.cpu()).tolist()
-    return FittedHeads(fitted, frequencies, discarded_k, discarded_v)
+    first = config.first_frequency(attention.layer_idx) if R else 0
+    frequencies = (first + torch.arange(len(counts)).repeat_interleave(counts.cpu())).tolist()
+    unexplained = None if seen.vectors is None else seen.vectors.unexplained(w_k, seen.keys)
+    return FittedHeads(fitted, frequencies, discarded_k, discarded_v, unexplained)
+
+
+def key_maps(attention: MQAAttention, seen: Seen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Maps to the queries and keys of the old heads, and moments of the queries.
+
+    Returns:
+        w_q [H, D, d + 1], w_k [G, D, d + 1] and E[q q'] [H, D, D]. Normalised keys are replaced by their regression on
+        the input; w_q is then [H, D, D + 1], from the normalised queries.
+    """
+    H, G = attention.config.num_attention_heads, old_heads(attention)
+    if seen.vectors is None:
+        w_q = augmented(attention.q_proj).unflatten(0, (H, -1))
+        w_k = augmented(attention.k_proj).unflatten(0, (G, -1))
+        return w_q, w_k, fitting.query_moments(w_q, seen.queries)
+    D = attention.qk_head_dim
+    one = torch.eye(D, D + 1, dtype=torch.float64, device=seen.keys.device)
+    return one.expand(H, D, D + 1), seen.vectors.regression(seen.keys[None]), seen.vectors.queries
 
 
 def pooled_heads(

@@ -56,11 +56,6 @@ def pseudo_inverse(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.pinv(matrix, hermitian=True, rtol=RANK_TOLERANCE)
 
 
-def query_moments(w_q: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """E[q q'] [H, D, D] of each query head, before rotation."""
-    return torch.einsum("had,de,hbe->hab", w_q, moment, w_q)
-
-
 def turned_moments(
     moments: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], share: torch.Tensor
 ) -> torch.Tensor:

@@ -14,9 +14,9 @@ from . import fitting, latent_fitting
 from .budget import output_sizes
 from .heads import FittedHeads, augmented
 from .latent_fitting import Loss
-from .latent_moments import LatentSeen, look_for_latent, own_angles, query_factor, rotary_scaling, spread_of
-from .moments import old_heads
-from .states import Stream
+from .latent_moments import LatentSeen, look_for_latent, spread_of
+from .normalised import own_angles, query_factor, rotary_scaling
+from .states import Stream, old_heads
 
 # Measured on SmolLM2 (docs/latents.md): errors of keys count twice as much as to first order; half of the moment of
 # their inputs is weighted by the effect of their logits.
@@ -93,7 +93,7 @@ def query_moments(seen: LatentSeen, w: Projections) -> torch.Tensor:
     """E[q q'] [H, D, D] of each query head, before rotation."""
     if seen.vectors is not None:
         return seen.vectors.queries
-    return latent_fitting.query_moments(w.w_q, seen.queries)
+    return fitting.query_moments(w.w_q, seen.queries)
 
 
 def key_metric(stream: Stream, attention: MQAAttention, seen: LatentSeen, w: Projections) -> torch.Tensor:

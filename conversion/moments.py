@@ -15,7 +15,8 @@ from mqa_hf.latent_mqa import MQALatentAttention
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, project
 
 from . import fitting
-from .states import Stream
+from .normalised import Vectors, own_angles, vectors_of
+from .states import Stream, old_heads
 
 ENOUGH = 4  # calibration tokens per hidden dimension; with fewer, moments are mostly noise
 
@@ -28,6 +29,7 @@ class Seen:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
         mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
         spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` if nothing is rotated.
+        vectors: of queries and keys, if these are normalised; see [`normalised.Vectors`].
         tokens: number of tokens.
         rank: number of directions of the keys' inputs that the tokens span.
     """
@@ -37,12 +39,9 @@ class Seen:
     mixed: torch.Tensor
     spread: torch.Tensor | None
     energy: torch.Tensor | None
+    vectors: Vectors | None
     tokens: int
     rank: int
-
-
-def old_heads(attention: MQAAttention) -> int:
-    return attention.k_proj.out_features // attention.qk_head_dim
 
 
 def projected(
@@ -53,7 +52,7 @@ def projected(
         query = attention.queries(h, stream.angles)
         query = query if stream.query_scale is None or attention.cross else query * stream.query_scale
         return query, attention.keys_by_head(attention.latents(source), stream.angles)
-    query = project(attention.q_proj, h, attention.qk_head_dim)
+    query = project(attention.q_proj, h, attention.query_width)
     key = project(attention.k_proj, source, attention.qk_head_dim)
     query, key = attention.placed(query, key, stream.angles)
     return query if stream.query_scale is None or attention.cross else query * stream.query_scale, key
@@ -136,6 +135,7 @@ def look(
     mixed = torch.zeros(new, d, d, **options)
     rotated = Spread(new, old_heads(attention), J, stream.device)
     counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
+    vectors = vectors_of(stream, attention)
     memory = stream.memory if site == "cross_attn" else None
     for rows in stream.batches():
         h, source, mask = stream.at(student, site, rows)
@@ -153,8 +153,14 @@ def look(
         average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, d]
         mixed += average.mT @ average
         counts["mixed"] += average.shape[1]
+        if vectors is not None:
+            vectors.add(h, source, valid, known)
+            if J and attention.norm_after_rotation:
+                query, key = vectors.rotated(h, source, own_angles(stream, attention))
         if J:
             rotated.add(query, key, here, chosen, ok)
+    if vectors is not None:
+        vectors.finish(counts["queries"], counts["keys"])
     queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
     rank = numerical_rank(keys[:-1, :-1])
     for moment in (queries, keys):
@@ -166,6 +172,7 @@ def look(
         fitting.shrunk(mixed),
         rotated.spread / count if J else None,
         rotated.energy / count if J else None,
+        vectors,
         min(counts["queries"], counts["keys"]),
         rank,
     )

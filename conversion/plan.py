@@ -192,15 +192,11 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
 def check_fit(config: CanonicalConfig, job: ConversionOptions) -> None:
     """Raise ConversionError for an attention that the method cannot be fitted to."""
     stack = decoder_of(config)
-    reasons = {
-        "has normalised queries and keys": stack.qk_norm is not None,
-        "has rotary parameters by layer type": bool(stack.rope_by_type),
-    }
-    for reason, holds in reasons.items():
-        if holds and job.method == "shared":
-            raise ConversionError(
-                f"`method` shared cannot be fitted to this model, which {reason}; use latent or mean"
-            )
+    if stack.qk_norm is not None and job.method == "shared" and job.target == "native":
+        raise ConversionError(
+            "`target` native: classes of transformers cannot hold heads fitted to normalised queries and keys, which "
+            "need maps of queries; use `target` mqa"
+        )
     if stack.attention_sinks and stack.value_bias:
         raise ConversionError(
             f"`method` {job.method} cannot be fitted to a model with attention sinks and value biases; use mean or "

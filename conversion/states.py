@@ -16,7 +16,7 @@ import torch
 from mqa_hf.attention_mqa import ATTENTION_NAME
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.layer_mqa import MQADecoderLayer
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 from mqa_hf.modeling_mqa import MQAModel
 from mqa_hf.positions_mqa import query_scale
 
@@ -233,3 +233,8 @@ class Stream:
             own = slice(rows.start - self.fitted_rows, rows.stop - self.fitted_rows)
             source = None if memory is None else memory.original[own].to(self.device)
             self.original[own] = self.passed(teacher, self.original[own], source, rows)
+
+
+def old_heads(attention: MQAAttention) -> int:
+    """G, the key/value heads of an attention."""
+    return attention.k_proj.out_features // attention.qk_head_dim

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.configuration_mqa import of_layer
+from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .canonical import CanonicalConfig, heads_of, stack_of
@@ -175,10 +175,20 @@ def fitted_config(
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))
         stack.output_bias = stack.value_bias or stack.output_bias
         stack.value_bias = False
+        if name != "cross":
+            map_queries(stack)
         if choose_frequencies and name != "cross" and stack.position_embedding == "rotary":
             stack.rope_frequencies = []
             for i in range(stack.num_hidden_layers):
                 R = stack.rotary_dim if stack.rope_layers[i] else 0
                 pairs = rotated_pairs(of_layer(stack.qk_head_dim, i), R, stack.head_dim, most)
-                stack.rope_frequencies.append([j % (R // 2) for j in range(pairs)])
+                first = stack.first_frequency(i)
+                stack.rope_frequencies.append([first + j % (R // 2) for j in range(pairs)])
     return fitted
+
+
+def map_queries(config: MQAConfig) -> None:
+    """Set that normalised queries have maps and keys are not normalised, in place, if the model normalises them."""
+    if config.qk_norm is not None:
+        config.query_maps = config.key_bias = True
+        config.qk_norm_after_rotation, config.qk_norm_affine = False, config.qk_norm_affine and config.qk_norm_bias

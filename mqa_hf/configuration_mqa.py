@@ -70,12 +70,14 @@ class MQAConfig(PreTrainedConfig):
         attention_sinks (`bool`): Whether each query head has a learned logit that takes part in the softmax and has no
             value (gpt-oss).
         qk_norm (`str`, *optional*): Norm of queries and keys: `"head"`, of each head by itself (Qwen3), or `"joint"`,
-            of all heads together (OLMo 2). Its weight has a row per head either way. With a latent, only queries have
-            it. Default: none.
+            of all heads together (OLMo 2). Its weight has a row per head either way. With a latent or `query_maps`,
+            only queries have it. Default: none.
         qk_norm_type (`str`, *optional*): `"rms_norm"` or `"layer_norm"`. Default: `norm_type`.
         qk_norm_affine, qk_norm_bias (`bool`): Whether this norm has weights, and biases.
         qk_norm_after_rotation (`bool`): Whether queries and keys are normalised after their rotation (HunYuan) instead
             of before it.
+        query_maps (`bool`): Whether a linear map of each query head takes its normalised queries from `head_dim` to
+            `qk_head_dim` components, and keys are not normalised. Heads fitted to normalised ones need it.
         query_scaling_beta (`float`, *optional*): Queries at position p are multiplied by
             1 + beta · log(1 + ⌊p / `query_scaling_length`⌋) (Ministral 3). Default: they are not.
         query_scaling_length (`int`, *optional*): Positions up to which this factor is 1.
@@ -179,6 +181,7 @@ class MQAConfig(PreTrainedConfig):
     qk_norm_affine: bool = True
     qk_norm_bias: bool = False
     qk_norm_after_rotation: bool = False
+    query_maps: bool = False
     query_scaling_beta: float | None = None
     query_scaling_length: int | None = None
     position_embedding: str = "rotary"
@@ -377,6 +380,11 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(f"rope_parameters by layer type cannot be {' or '.join(BY_LENGTH)}")
 
     def _check_latents(self):
+        if self.query_maps and (self.qk_norm is None or self.qk_norm_after_rotation or self.latent):
+            raise ValueError(
+                f"query_maps need queries that are normalised (qk_norm is {self.qk_norm}) before they are rotated "
+                f"(qk_norm_after_rotation is {self.qk_norm_after_rotation}), and no latent"
+            )
         if self.latent and self.qk_norm and self.qk_norm_after_rotation:
             raise ValueError(
                 "a latent needs queries that are normalised before they are rotated; qk_norm_after_rotation is True"

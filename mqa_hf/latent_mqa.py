@@ -31,7 +31,7 @@ AT_ONCE = 2**27  # numbers of latents and their keys that are made at once from 
 
 
 class HeadLinear(nn.Module):
-    """A linear map of the latent per head; `weight` [G, N, r]."""
+    """A linear map per head, of the latent or of the head's own queries; `weight` [G, N, r]."""
 
     def __init__(self, heads: int, in_features: int, out_features: int):
         super().__init__()
@@ -40,6 +40,10 @@ class HeadLinear(nn.Module):
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         """Apply each head's map: [B, S, r] -> [B, G, S, N]."""
         return torch.einsum("bsr,gnr->bgsn", latent, self.weight)
+
+    def each(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply each head's map to its own vectors: [B, G, T, r] -> [B, G, T, N]."""
+        return torch.einsum("bgtr,gnr->bgtn", x, self.weight)
 
     def absorb(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the transposed maps, so that x can be multiplied with latents: [B, H, T, N] -> [B, H, T, r]."""

@@ -17,7 +17,7 @@ from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .compat_mqa import cache_name
 from .configuration_mqa import MQAConfig, of_layer
 from .experts_mqa import MQAMLP, MQAMixture
-from .latent_mqa import MQALatentAttention
+from .latent_mqa import HeadLinear, MQALatentAttention
 from .positions_mqa import rotate, rotated_components
 
 CACHE = cache_name()
@@ -65,13 +65,16 @@ class MQAAttention(nn.Module):
         chosen = self.rotary and config.layer_frequencies(layer_idx) is not None
         self.register_buffer("rotated", rotated_components(config, layer_idx) if chosen else None, persistent=False)
         self.rotated_width = self.head_dim if config.rope_frequencies is None else self.qk_head_dim
-        self.q_proj = nn.Linear(d, H * self.qk_head_dim, bias=config.query_bias)
+        mapped = config.query_maps and not cross
+        self.query_width = self.head_dim if mapped else self.qk_head_dim  # before the map
+        self.q_proj = nn.Linear(d, H * self.query_width, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
         self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
         normed = config.qk_norm is not None and not cross
-        self.q_norm = HeadNorm(config, H, self.qk_head_dim) if normed else None
-        self.k_norm = HeadNorm(config, G, self.qk_head_dim) if normed else None
+        self.q_norm = HeadNorm(config, H, self.query_width) if normed else None
+        self.q_map = HeadLinear(H, self.query_width, self.qk_head_dim) if mapped else None
+        self.k_norm = HeadNorm(config, G, self.qk_head_dim) if normed and not mapped else None
         self.norm_after_rotation = config.qk_norm_after_rotation
         self.softcap = None if cross else config.attention_softcap
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks and not cross else None
@@ -94,7 +97,7 @@ class MQAAttention(nn.Module):
         query_scale: [B, 1, T, 1], a factor on the queries.
         """
         B, T, _ = hidden_states.shape
-        query = project(self.q_proj, hidden_states, self.qk_head_dim)
+        query = project(self.q_proj, hidden_states, self.query_width)
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -140,15 +143,19 @@ class MQAAttention(nn.Module):
     def placed(
         self, query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalise and rotate queries [B, H, T, D] and keys [B, G, T, D]."""
+        """Normalise, map and rotate queries [B, H, T, D] and keys [B, G, T, D]."""
         turns = self.rotary and angles is not None
         if turns and self.norm_after_rotation:
             query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self.own_queries(query), key if self.k_norm is None else self.k_norm(key)
         if turns and not self.norm_after_rotation:
             query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
         return query, key
+
+    def own_queries(self, query: torch.Tensor) -> torch.Tensor:
+        """Projected queries [B, H, T, `query_width`] -> [B, H, T, D], before their rotation."""
+        query = query if self.q_norm is None else self.q_norm(query)
+        return query if self.q_map is None else self.q_map.each(query)
 
     def as_computed(self) -> bool:
         """Whether the indices of rotated components, which are not in checkpoints, are set."""

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from . import latent_step_mqa
-from .attention_mqa import grouped
+from .attention_mqa import HeadNorm, grouped
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
 from .experts_mqa import MQAMLP, MQAMixture
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
+from .kernel_norm_mqa import normalise
 from .latent_mqa import Angles, MQALatentAttention
 from .layer_mqa import scaled_logits
 from .positions_mqa import distance_bias, query_scale
@@ -306,6 +307,7 @@ class DecodeStep:
         """[B, H·D + G·D + G·Dv] -> [B, H·Dv]."""
         held: Any = self.cache.decode_layers[i]
         H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
+        joined = joined if attention.q_map is None else self.mapped(attention, joined)
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
         if self.triton and plain_norms(attention):
@@ -328,7 +330,11 @@ class DecodeStep:
         query, key, value = (
             part.view(len(part), -1, 1, width) for part, width in ((q, D), (k, D), (v, attention.v_head_dim))
         )
-        query, key = attention.placed(query, key, self.angles() if attention.rotary else None)
+        angles = self.angles() if attention.rotary else None
+        if attention.q_map is None:
+            query, key = attention.placed(query, key, angles)
+        elif angles is not None:
+            query, key = attention.rotate(query, *angles), attention.rotate(key, *angles)
         scale = self.query_scale()
         query = query if scale is None else query * scale[:, None]
         for name, new in (("key", key), ("value", value)):
@@ -339,6 +345,20 @@ class DecodeStep:
         keys, values = self.numbers(held, "key"), self.numbers(held, "value")
         mask = self.mask(attention.sliding_window, i, query.dtype)
         return grouped(query.squeeze(2), keys, values, mask, attention.scaling, attention.softcap, attention.sinks)
+
+    def mapped(self, attention: "MQAAttention", joined: torch.Tensor) -> torch.Tensor:
+        """[B, H·head_dim + ...] -> [B, H·D + ...], with the queries normalised and mapped."""
+        H, width = self.config.num_attention_heads, attention.query_width
+        query, others = joined.split([H * width, joined.shape[1] - H * width], -1)
+        norm = attention.q_norm
+        if self.triton and type(norm) is HeadNorm and norm.weight is None and norm.bias is None and not norm.joint:
+            kind = "layer_norm" if norm.centred else "rms_norm"
+            query = normalise(query.reshape(-1, width), kind, None, None, norm.eps)
+            assert attention.q_map is not None
+            query = attention.q_map.each(query.view(-1, H, 1, width))
+        else:
+            query = attention.own_queries(query.view(len(query), H, 1, width))
+        return torch.cat((query.flatten(1), others), -1)
 
     def query_scale(self) -> torch.Tensor | None:
         """[B, 1, 1], the factor on the queries of a step; `None` if there is none."""

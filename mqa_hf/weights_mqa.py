@@ -136,7 +136,7 @@ class HeadNorms:
     def __call__(self, attention: "MQAAttention") -> dict[str, Any]:
         """Arguments of `append` for the norm of queries and keys."""
         norm = attention.q_norm
-        if norm is None:
+        if norm is None or attention.k_norm is None:
             return {}
         kind = "layer_norm" if norm.centred else "rms_norm", norm.joint, attention.norm_after_rotation
         weight, bias = self.joined[attention.layer_idx]

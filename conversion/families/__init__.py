@@ -225,8 +225,8 @@ def check_own_heads(config: MQAConfig | MQASeq2SeqConfig) -> None:
                 f"its key or value heads are {listing(map(str, sorted(wide)))} wide; only heads of head_dim "
                 f"({stack.head_dim}) can be merged"
             )
-        if stack.rope_frequencies is not None:
-            raise ConversionError("its heads are already fitted (rope_frequencies); convert the original instead")
+        if stack.rope_frequencies is not None or stack.query_maps:
+            raise ConversionError("its heads are already fitted; convert the original instead")
 
 
 def fold_scales(family: Family, source: PreTrainedConfig, layer: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -113,7 +113,7 @@ def test_plain_keys_are_the_best_of_any(moment, width):
     w_k[..., -1] = 0
     small = slice(0, 2)  # so that the rank is a limit: two components of each head
     w_k, w_q = w_k[:, small], w_q[:, small]
-    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, 2 * width)
+    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, fitting.query_moments(w_q, moment), moment, 2 * width)
     fitted = plain_objective(w_k, w_q, keys.w_k, keys.w_q, moment)
     a = random(2 * width, d).requires_grad_()
     b = random(n, 2 * width, d + 1).requires_grad_()
@@ -162,7 +162,7 @@ def test_the_fit_beats_the_mean_on_its_own_objective(moment):
     fitted = fit_rotary(w_k, w_q, moment, once)
     assert rotary_objective(w_k, w_q, fitted, moment, once) < rotary_objective(w_k, w_q, mean, moment, once)
     w_k[..., -1] = 0
-    plain = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, D)
+    plain = fitting.plain_keys(w_k, w_q, HEAD_OF, fitting.query_moments(w_q, moment), moment, D)
     assert plain_objective(w_k, w_q, plain.w_k, plain.w_q, moment) < plain_objective(
         w_k, w_q, w_k.mean(0), w_q, moment
     )
@@ -178,7 +178,9 @@ def test_plain_keys_find_heads_that_are_one(gauge, moment):
     w_k[..., -1] = 0
     if gauge != "full width":
         w_k = random(m, D, D) @ w_k[:1]
-    keys = fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, m * D if gauge == "full width" else D)
+    keys = fitting.plain_keys(
+        w_k, w_q, HEAD_OF, fitting.query_moments(w_q, moment), moment, m * D if gauge == "full width" else D
+    )
     x, y = random(7, d + 1), random(8, d + 1)
     expected, found = logits(w_k[HEAD_OF], w_q, x, y), logits(keys.w_k.expand(n, -1, -1), keys.w_q, x, y)
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
@@ -220,7 +222,7 @@ def test_dead_heads_and_moments_without_rank_do_no_harm():
     moment = x.mT @ x / 3
     for keys in (
         fit_rotary(w_k, w_q, moment, [2] * (D // 2)),
-        fitting.plain_keys(w_k, w_q, HEAD_OF, moment, moment, 2 * D),
+        fitting.plain_keys(w_k, w_q, HEAD_OF, fitting.query_moments(w_q, moment), moment, 2 * D),
     ):
         assert torch.isfinite(keys.w_k).all()
         assert torch.isfinite(keys.w_q).all()

@@ -1,14 +1,20 @@
 """The closed forms of latents against brute force."""
 
+import copy
+
 import pytest
 import torch
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.conversion import latent_fitting
+from mqa_hf.conversion.heads import fit_heads
 from mqa_hf.conversion.latent_fitting import Loss
-from mqa_hf.conversion.latent_moments import Vectors, logit_effects
+from mqa_hf.conversion.latent_moments import logit_effects
 from mqa_hf.conversion.latents import rebuilt_keys
-from mqa_hf.layer_mqa import MQAAttention
+from mqa_hf.conversion.moments import Seen
+from mqa_hf.conversion.normalised import Vectors
+from mqa_hf.conversion.widths import map_queries
+from mqa_hf.layer_mqa import MQAAttention, project
 from mqa_hf.packing_mqa import pack_latent, unpack_latent
 from mqa_hf.positions_mqa import rotate
 
@@ -153,6 +159,58 @@ def test_a_basis_for_rounding_loses_less_than_a_white_one():
     assert lost["chosen"] / lost["white"] == pytest.approx(
         float(roots.sum() ** 2 / r / roots.square().sum()), rel=0.15
     )
+
+
+@pytest.mark.parametrize("rotated", [D, 4, 0])
+@pytest.mark.parametrize("affine", ["", "weight", "bias"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_head_as_wide_as_all_has_the_logits_of_the_regressed_keys(rotated, affine, after):
+    """Through the new attention's modules, before the rotation and with it: any relative position gives the same."""
+    if after and (affine or rotated != D):
+        pytest.skip("gains that follow a rotation are only kept as their means")
+    config = MQAConfig(
+        vocab_size=9, hidden_size=d, num_attention_heads=H, num_key_value_heads=G, head_dim=D, num_hidden_layers=1,
+        qk_norm="head", qk_norm_type="layer_norm" if affine == "bias" else "rms_norm", qk_norm_affine=bool(affine),
+        qk_norm_bias=affine == "bias", qk_norm_after_rotation=after, rope_layers=[rotated > 0],
+        rope_parameters={"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": max(rotated, 2) / D},
+    )  # fmt: skip
+    attention = MQAAttention(config, 0).double()
+    for parameter in (*attention.q_norm.parameters(), *attention.k_norm.parameters()):
+        parameter.data.copy_(random(*parameter.shape))
+    x = random(3, 40, d)
+    known = torch.ones(3, 40, dtype=torch.bool)
+    vectors = Vectors(attention, 1.0, torch.device("cpu"))
+    with torch.no_grad():
+        vectors.add(x, x, known, known)
+        vectors.finish(120, 120)
+        inputs = torch.nn.functional.pad(x, (0, 1), value=1.0)
+        moment = inputs.flatten(0, 1).mT @ inputs.flatten(0, 1) / 120
+        J = rotated // 2
+        spread = positive(1, J, G).to(torch.complex128) if J else None
+        energy = torch.rand(G, J, dtype=torch.float64) + 0.5 if J else None
+        seen = Seen(moment, moment, positive(1, d), spread, energy, vectors, 120, d)
+        fit = fit_heads(attention, seen, G * D, G * D, choose=True)
+        new = copy.deepcopy(config)
+        new.num_key_value_heads, new.qk_head_dim, new.v_head_dim = 1, G * D, G * D
+        new.rope_frequencies = [fit.frequencies]
+        map_queries(new)
+        fitted = MQAAttention(new, 0).double()
+        fitted.load_state_dict(fit.tensors)
+        keys = torch.einsum("gad,bsd->bgsa", vectors.regression(moment[None]), inputs)
+        queries = attention.q_norm(project(attention.q_proj, x, D))
+        mapped = fitted.own_queries(project(fitted.q_proj, x, D))
+        found = project(fitted.k_proj, x, G * D)
+        if rotated:
+            angles = torch.rand(1, 1, 40, J, dtype=torch.float64) * 6
+            cos, sin = (torch.cat((part, part), -1) for part in (angles.cos(), angles.sin()))
+            sin = torch.cat((-sin[..., :J], sin[..., J:]), -1)
+            queries, keys = (rotate(y, cos, sin, D) for y in (queries, keys))
+            mapped, found = fitted.rotate(mapped, cos, sin), fitted.rotate(found, cos, sin)
+    expected = queries @ keys.repeat_interleave(H // G, 1).mT
+    logits = mapped @ found.mT
+    if rotated < D:  # softmax ignores what all keys share of the part without rotation
+        expected, logits = (y - y.mean(-1, keepdim=True) for y in (expected, logits))
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("felt", [0.0, 1.0])

@@ -39,6 +39,17 @@ NORMED = {
         "qk_norm": "head", "position_embedding": "alibi", "alibi_slopes": [0.5, 0.25, 0.1, 0.05, 0.01, 0.002],
     },
 }  # fmt: skip
+MAPS = {"query_maps": True, "key_bias": True, "qk_norm": "head"}
+MAPPED = {
+    "query maps": {**MAPS, "qk_norm_affine": False, "num_key_value_heads": 2},
+    "query maps, chosen frequencies": {
+        **MAPS, "qk_norm_affine": False, "qk_head_dim": [8, 12, 6],
+        "rope_frequencies": [[0, 1, 2, 3], [0, 1, 1, 2], [3, 2]],
+    },
+    "query maps, layer norms, half rotary": {**MAPS, "qk_norm_type": "layer_norm", "qk_norm_bias": True, **HALF},
+    "query maps, wide heads": {**MAPS, "qk_norm": "joint", "qk_head_dim": [8, 16, 24], "v_head_dim": 16},
+    "query maps, two rotations": {**MAPS, "attention_softcap": 0.7, **BY_TYPE},
+}  # fmt: skip
 CAPPED = {
     "capped attention": {"attention_softcap": 0.7, "num_key_value_heads": 2},
     "capped attention, windows": {"attention_softcap": 0.7, **WINDOWS},
@@ -73,4 +84,4 @@ OTHERS = {
         "residual": "sandwich", "logit_softcap": 1.5,
     },
 }  # fmt: skip
-ATTENTION_CASES = {**NORMED, **CAPPED, **WITH_SINKS, **OTHERS}
+ATTENTION_CASES = {**NORMED, **MAPPED, **CAPPED, **WITH_SINKS, **OTHERS}

@@ -29,6 +29,17 @@ CHOSEN = [
     "gpt_neo: windows",
     "xglm: as published",
 ]
+NORMALISED = [
+    "cohere: normalised queries and keys",
+    "exaone4: windows, half of the layers rotated",
+    "gemma3_text: wide heads, scaled rotation",
+    "hunyuan_v1_dense: alpha, biases",
+    "nanochat: no cap",
+    "olmo2: biases",
+    "olmo3: windows, two rotations",
+    "persimmon: normalised queries and keys",
+    "qwen3: grouped",
+]
 
 
 def make(what, tmp_path):

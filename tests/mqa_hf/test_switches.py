@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from mqa_hf import MQAConfig, MQAForCausalLM, step_mqa
 from mqa_hf.kernel_append_mqa import naive_append
 from mqa_hf.kernel_attend_mqa import naive_attend
+from mqa_hf.kernel_norm_mqa import naive_normalise
 from mqa_hf.weights_mqa import Projections
 
 STACK = {
@@ -59,6 +60,7 @@ def references(monkeypatch):
     """The step that calls kernels, with their references in their place."""
     monkeypatch.setattr(step_mqa, "append", naive_append)
     monkeypatch.setattr(step_mqa, "attend", naive_attend)
+    monkeypatch.setattr(step_mqa, "normalise", naive_normalise)
     monkeypatch.setattr(step_mqa, "available", lambda device: True)
     monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
     monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
@@ -86,7 +88,7 @@ def test_so_does_the_step_that_calls_kernels(name, beams, references):
     engine = model.decoding.engine
     joined = dict(engine.decode_step.norms.joined)
     assert engine.decode_step.triton
-    assert sorted(joined) == ([0, 1, 2] if model.config.qk_norm else [])
+    assert sorted(joined) == ([0, 1, 2] if model.config.qk_norm and not model.config.query_maps else [])
     assert tokens(model, num_beams=beams) == expected
     assert model.decoding.engine is engine  # a graph would read the weights of norms where they were
     assert all(now is before for i in joined for now, before in zip(engine.decode_step.norms.joined[i], joined[i]))
