@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .families import COPY, FAMILIES, Family
 from .operations import Flatten, Operation, SinusoidTable
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 _CANONICAL_LAYER = re.compile(r"model\.(?:(encoder|decoder)\.)?layers\.(\d+)\.")
 
 Layer = tuple[str, int]  # the stack, "" in a decoder-only model, and the number
@@ -32,9 +31,7 @@ class TensorStep:
 
 
 def template(name: str) -> tuple[str, int | None]:
-    """("h.{}.ln_1.weight", 3) of "h.3.ln_1.weight"; the layer is the first number standing alone, and `*` stands for
-    that of an expert."""
-    name = _EXPERT.sub("*", name, count=1)
+    """("h.{}.ln_1.weight", 3) of "h.3.ln_1.weight"; the layer is the first number standing alone."""
     match = _LAYER.search(name)
     return (name, None) if match is None else (_LAYER.sub("{}", name, count=1), int(match.group()))
 
@@ -45,11 +42,9 @@ def layer_of(name: str) -> Layer | None:
     return found and (found.group(1) or "", int(found.group(2)))
 
 
-def canonical_name(target: str, layer: int | None, source: str = "") -> str:
-    """The canonical name of a target for a layer, and for the expert of the source's tensor."""
+def canonical_name(target: str, layer: int | None) -> str:
+    """The canonical name of a target for a layer."""
     name = target if layer is None else target.format(layer)
-    if "*" in name and (expert := _EXPERT.search(source)):
-        name = name.replace("*", expert.group())
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
@@ -71,20 +66,12 @@ def match(names: Iterable[str], family: Family) -> tuple[list[TensorStep], list[
             continue
         if source in rules:
             rule = rules[source]
-            targets = tuple(t and canonical_name(t, number, name) for t in rule.targets)
+            targets = tuple(t and canonical_name(t, number) for t in rule.targets)
             layer = next((layer_of(t) for t in targets if t), None)
             steps.append(TensorStep(name, targets, rule.operation, layer))
         else:
             unclaimed.append(name)
     return steps, unclaimed
-
-
-def of_all_experts(step: TensorStep, experts: int) -> TensorStep:
-    """A step whose tensor holds all experts, with the targets of each expert in place of those of `*`."""
-    if not any(target and "*" in target for target in step.targets):
-        return step
-    targets = tuple(t and t.replace("*", str(e)) for e in range(experts) for t in step.targets)
-    return replace(step, targets=targets)
 
 
 def is_unused(name: str, model_type: str) -> bool:

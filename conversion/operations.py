@@ -243,20 +243,6 @@ class HeadNormWeights:
 
 
 @dataclass(frozen=True)
-class SplitExperts:
-    """[E, parts·n, …]: the same matrices of all experts (Granite) <-> those of each expert, one after the other."""
-
-    parts: int
-
-    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
-        return tuple(part for expert in tensor.unbind() for part in expert.chunk(self.parts))
-
-    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
-        given = [t for t in tensors if t is not None]
-        return torch.stack([torch.cat(given[i : i + self.parts]) for i in range(0, len(given), self.parts)])
-
-
-@dataclass(frozen=True)
 class SwapHalves:
     """[heads·D, …]: the halves of each head swapped, for rotations in the other direction (nanochat)."""
 
@@ -281,6 +267,5 @@ Operation = (
     | SplitCodeGen
     | DeinterleaveRotary
     | HeadNormWeights
-    | SplitExperts
     | SwapHalves
 )

@@ -31,7 +31,7 @@ from .checkpoint import Reader, TensorInfo
 from .convert import ConversionOptions
 from .families import COPY, FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
 from .latent_sizes import check_sizes, equal_latents, latent_config
-from .matching import Layer, TensorStep, layer_of, match, of_all_experts
+from .matching import Layer, TensorStep, layer_of, match
 from .memory import AnySource
 from .operations import Flatten, SinusoidTable
 from .pooling import choose_attentions, with_heads
@@ -308,7 +308,6 @@ def read_steps(
     model = on_meta(config)
     expected, tied = model_shapes(model), model.all_tied_weights_keys
     decoder = decoder_of(config)
-    matched = [of_all_experts(step, decoder.num_experts or 0) for step in matched]
     matched = [replace(step, targets=tuple(t and tied.get(t, t) for t in step.targets)) for step in matched]
     steps: list[TensorStep] = []
     problems = []

@@ -67,6 +67,7 @@ class Examples:
 def layer_config(config: MQAConfig) -> MQAConfig:
     config = copy.deepcopy(config)
     config._attn_implementation = ATTENTION_NAME
+    config._experts_implementation = "eager"  # layers run without the model that would choose
     return config
 
 

@@ -132,7 +132,7 @@ class MQAConfig(PreTrainedConfig):
         gated_mlp (`bool`): `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
         expert_layers (`list[bool]`, *optional*): Per layer, whether a mixture of experts replaces the MLP. Default: in
             all layers if there are experts.
-        num_experts (`int`, *optional*): Experts of a mixture. Default: no experts.
+        num_experts (`int`, *optional*): Experts of a mixture, gated MLPs without biases. Default: no experts.
         num_experts_per_tok (`int`): Experts chosen per token.
         expert_intermediate_size (`int`, *optional*): Width of the inner layer of an expert.
         shared_expert_intermediate_size (`int`, *optional*): Same, of an expert that all tokens share. Default: none.
@@ -362,6 +362,8 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}), got {k}")
         if not self.expert_intermediate_size:
             raise ValueError(f"experts need expert_intermediate_size, got {self.expert_intermediate_size}")
+        if not self.gated_mlp:
+            raise ValueError(f"experts need gated_mlp, got {self.gated_mlp}")
         if groups < 1 or E % groups or not 1 <= self.router_groups_kept <= groups:
             raise ValueError(
                 f"router_groups ({groups}) must divide num_experts ({E}), and router_groups_kept "

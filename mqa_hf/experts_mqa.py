@@ -6,6 +6,7 @@ N tokens, d hidden size, E experts, k experts per token
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
 
 from .configuration_mqa import MQAConfig
 
@@ -55,6 +56,32 @@ class MQAMLP(nn.Module):
         return self.down_proj(inner)
 
 
+@use_experts_implementation
+class MQAExperts(nn.Module):
+    """The gated MLPs of E experts, in the layout of transformers' kernels: `gate_up_proj` [E, 2 f, d], rows of gates
+    first, and `down_proj` [E, d, f]. transformers' `experts_implementation` chooses how they are computed."""
+
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        assert config.num_experts is not None
+        assert config.expert_intermediate_size is not None
+        E, d, f = config.num_experts, config.hidden_size, config.expert_intermediate_size
+        self.num_experts = E
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * f, d))
+        self.down_proj = nn.Parameter(torch.empty(E, d, f))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [N, d], chosen experts [N, k] and their weights [N, k] -> [N, d]; one expert at a time."""
+        out = torch.zeros_like(x)
+        for e in chosen.unique().tolist():
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            gate, up = nn.functional.linear(x[token], self.gate_up_proj[e]).chunk(2, -1)
+            y = nn.functional.linear(self.act_fn(gate) * up, self.down_proj[e])
+            out.index_add_(0, token, y * weights[token, place, None])
+        return out
+
+
 class MQAMixture(nn.Module):
     """Σ_e w_e expert_e(x) over the k experts of the largest scores, plus the shared expert.
 
@@ -73,7 +100,7 @@ class MQAMixture(nn.Module):
         self.router = nn.Linear(d, E, bias=False)
         correction = nn.Parameter(torch.zeros(E), requires_grad=False) if config.router_correction else None
         self.router_correction = correction
-        self.experts = nn.ModuleList([MQAMLP(config, config.expert_intermediate_size) for _ in range(E)])
+        self.experts = MQAExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared = MQAMLP(config, shared) if shared else None
         self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
@@ -81,10 +108,7 @@ class MQAMixture(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(flat)
-        out = torch.zeros_like(flat)
-        for e in chosen.unique().tolist():
-            token, place = (chosen == e).nonzero(as_tuple=True)
-            out.index_add_(0, token, self.experts[e](flat[token]) * weights[token, place, None])
+        out = self.experts(flat, chosen, weights)
         if self.shared is not None:
             every = self.shared(flat)
             out = out + (every if self.shared_gate is None else self.shared_gate(flat).sigmoid() * every)

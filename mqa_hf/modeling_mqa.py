@@ -27,7 +27,7 @@ from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
-from .experts_mqa import XIELU
+from .experts_mqa import XIELU, MQAExperts
 from .latent_mqa import HeadLinear, MQALatentAttention
 from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
 from .positions_mqa import (
@@ -107,10 +107,17 @@ class MQAPreTrainedModel(PreTrainedModel):
                 init.constant_(weight, math.log(math.expm1(alpha)))
         if isinstance(module, ATTENTIONS) and module.sinks is not None:
             init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, MQAExperts):
+            for weight in (module.gate_up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
         if isinstance(module, HeadLinear):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MQALatentAttention) and module.query_factors is not None:
             init.normal_(module.query_factors)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the decorator in the file of this class
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Return the requested attention, by default this package's; raise ValueError if it cannot run the model."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import latent_step_mqa
+from . import experts_step_mqa, latent_step_mqa
 from .attention_mqa import HeadNorm, grouped
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
@@ -60,9 +60,11 @@ class DecodeStep:
         self.request, self.cache, self.cross = request, cache, cross
         B, head = request.rows, model.lm_head.weight
         self.device, self.dtype = head.device, head.dtype
-        # In a graph shapes must not change, and nothing is read back; the choice of experts is.
-        self.graph = request.graphs and self.device.type == "cuda" and not any(self.config.expert_layers)
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
+        # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
+        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MQAMixture)]
+        by_kernel = all(experts_step_mqa.by_kernel(self, mixture) for mixture in mixtures)
+        self.graph = request.graphs and self.device.type == "cuda" and by_kernel
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
         self.padded = False
@@ -187,12 +189,13 @@ class DecodeStep:
     def groups(self) -> Iterator[tuple[nn.Module, ...]]:
         """The projections that have the same input."""
         for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp
+            attention = layer.self_attn
             yield read_by(attention)
             if isinstance(attention, MQALatentAttention) and attention.k_proj is not None:
                 yield (attention.k_proj,)
             yield (attention.o_proj,)
-            if isinstance(mlp, MQAMLP):
+            mlp = layer.mlp.shared if isinstance(layer.mlp, MQAMixture) else layer.mlp
+            if mlp is not None:
                 yield (mlp.down_proj,)
                 yield (mlp.up_proj,) if mlp.gate_proj is None else (mlp.gate_proj, mlp.up_proj)
             if hasattr(layer, "cross_attn"):
@@ -271,7 +274,7 @@ class DecodeStep:
     ) -> tuple[torch.Tensor, nn.Module | None]:
         """The input of the last projection of a sub-layer, and that projection; or its output, and `None`."""
         if isinstance(module, MQAMixture):
-            return module(x if norm is None else self.linear.normed(x, norm)), None
+            return experts_step_mqa.mixture(self, module, x if norm is None else self.linear.normed(x, norm)), None
         if isinstance(module, MQAMLP):
             return self.inner(module, x, norm), module.down_proj
         if module is layer.self_attn:

@@ -52,6 +52,20 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class Stacked:
+    """A module with numbered children, such as an expert or the norm of a head.
+
+    Attributes:
+        module: its name, with `{}` for the layer.
+        joined: for each name "t" of a joined tensor "module.t", the tensors of each child that are its rows, one below
+            the other; those of all children are then stacked.
+    """
+
+    module: str
+    joined: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class Family:
     """One model type of transformers.
 
@@ -61,7 +75,7 @@ class Family:
         rules: map the source's tensors to canonical ones.
         ignored: tensors of older checkpoints that hold no weights (masks, rotary tables).
         inert: switches that do not change the model's outputs in evaluation mode.
-        stacked: modules with a numbered norm for each head; the rules read them as one tensor with a row for each.
+        stacked: modules whose children are numbered; the rules read the children's tensors as one.
         scales: returns the factors on a layer's projections, by projection name, that have no canonical switch.
         canonical: whether names and configuration are already canonical; `rules` is then empty.
         native: takes the source's and the converted configuration and returns that of the transformers class that
@@ -73,7 +87,7 @@ class Family:
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     inert: frozenset[str] = frozenset()
-    stacked: tuple[str, ...] = ()
+    stacked: tuple["Stacked", ...] = ()
     scales: Callable[[PreTrainedConfig, int], dict[str, float]] | None = None
     canonical: bool = False
     native: Callable[[PreTrainedConfig, MQAConfig], PreTrainedConfig] | None = field(default=None, repr=False)

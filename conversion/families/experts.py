@@ -1,12 +1,13 @@
-"""Rotary models whose MLPs are mixtures of experts, stored one by one."""
+"""Rotary models whose MLPs are mixtures of experts, stored together or one by one."""
 
 from typing import Any
 
-from ..operations import Flatten, SplitExperts, SplitGateUp
+from ..operations import Flatten, SplitGateUp
 from .base import (
     Family,
     Rule,
     SourceConfig,
+    Stacked,
     module_rules,
     one_window,
     renamed,
@@ -224,11 +225,18 @@ def granitemoe_swa(c: SourceConfig) -> dict[str, Any]:
 
 MLP = "layers.{}.mlp."
 NAMES = ("gate", "up", "down")
+EXPERTS = f"{MLP}experts"
 
 
-def expert_rules(source: str = f"{MLP}experts.*.", names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")):
-    """The rules of experts; `*` is the number of the expert."""
-    return renamed(*((f"{source}{old}", f"{MLP}experts.*.{new}_proj") for old, new in zip(names, NAMES)))
+def expert_rules(inputs: str = f"{EXPERTS}.gate_up_proj", outputs: str = f"{EXPERTS}.down_proj") -> tuple[Rule, Rule]:
+    """The rules of tensors that hold all experts: gates and inputs, and outputs."""
+    return Rule(inputs, (f"{EXPERTS}.gate_up_proj",)), Rule(outputs, (f"{EXPERTS}.down_proj",))
+
+
+def one_by_one(module: str = EXPERTS, names: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) -> Stacked:
+    """Experts that are stored one by one, with the names of their projections."""
+    gate, up, down = (f"{name}.weight" for name in names)
+    return Stacked(module, {"gate_up_proj": (gate, up), "down_proj": (down,)})
 
 
 def router_rules(gate: str = f"{MLP}gate", shared: str | None = None, correction: str | None = None):
@@ -241,7 +249,9 @@ def router_rules(gate: str = f"{MLP}gate", shared: str | None = None, correction
 
 
 SPARSE = "layers.{}.block_sparse_moe."
-MIXTRAL_RULES = (*expert_rules(f"{SPARSE}experts.*.", ("w1", "w3", "w2")), *router_rules(f"{SPARSE}gate"))
+SPARSE_EXPERTS = expert_rules(f"{SPARSE}experts.gate_up_proj", f"{SPARSE}experts.down_proj")
+MIXTRAL = one_by_one(f"{SPARSE}experts", ("w1", "w3", "w2"))
+MIXTRAL_RULES = (*SPARSE_EXPERTS, *router_rules(f"{SPARSE}gate"))
 QWEN_RULES = (*expert_rules(), *router_rules(shared="shared_expert"))
 GROUPED_RULES = (
     *expert_rules(),
@@ -256,15 +266,9 @@ ERNIE_RULES = (
 JOINT = head_norms(shared=False)
 
 
-def stacked_rules(inputs: str, outputs: str) -> tuple[Rule, Rule]:
-    """The rules of tensors that hold all experts: gates and inputs, and outputs."""
-    gate, up, down = (f"{MLP}experts.*.{name}_proj.weight" for name in NAMES)
-    return Rule(inputs, (gate, up), SplitExperts(2)), Rule(outputs, (down,), SplitExperts(1))
-
-
 GRANITE_RULES = (
     *LLAMA_RULES,
-    *stacked_rules(f"{SPARSE}input_linear.weight", f"{SPARSE}output_linear.weight"),
+    *expert_rules(f"{SPARSE}input_linear.weight", f"{SPARSE}output_linear.weight"),
     *renamed((f"{SPARSE}router.layer", f"{MLP}router")),
 )
 _GRANITE_SHARED = (
@@ -277,22 +281,28 @@ SHARED_GRANITE_RULES = (*GRANITE_RULES, *_GRANITE_SHARED)
 SWA_GRANITE_RULES = (
     *LLAMA_RULES,
     *_GRANITE_SHARED,
-    *stacked_rules(f"{SPARSE}experts.gate_up_proj", f"{SPARSE}experts.down_proj"),
+    *SPARSE_EXPERTS,
     *renamed((f"{SPARSE}router", f"{MLP}router")),
     SINKS,
 )
 
 
-def _mixture(config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset()) -> Family:
-    # The class of transformers has fused experts; `native_only.py` has its rows.
-    return _family(config, rules, inert | ROUTING, native=None)
+ONE_BY_ONE = one_by_one()
+
+
+def _mixture(
+    config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset(), stored: Stacked | None = ONE_BY_ONE
+) -> Family:
+    """`stored`: where experts are stored one by one; `None` if they are stored together."""
+    # The heads of the class of transformers are in `native_only.py`.
+    return _family(config, rules, inert | ROUTING, native=None, stacked=() if stored is None else (stored,))
 
 
 FAMILIES: dict[str, Family] = {
     "cohere2_moe": _mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
-    "granitemoe": _mixture(granitemoe, GRANITE_RULES),
-    "granitemoe_swa": _mixture(granitemoe_swa, SWA_GRANITE_RULES),
-    "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES),
+    "granitemoe": _mixture(granitemoe, GRANITE_RULES, stored=None),
+    "granitemoe_swa": _mixture(granitemoe_swa, SWA_GRANITE_RULES, stored=None),
+    "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES, stored=None),
     "hy_v3": _mixture(
         hy_v3,
         (
@@ -335,8 +345,9 @@ FAMILIES: dict[str, Family] = {
     "minimax_m2": _mixture(
         minimax_m2,
         (*LLAMA_RULES, *JOINT, *MIXTRAL_RULES, Rule(f"{SPARSE}e_score_correction_bias", (f"{MLP}router_correction",))),
+        stored=MIXTRAL,
     ),
-    "mixtral": _mixture(mixtral, (*LLAMA_RULES, *MIXTRAL_RULES)),
+    "mixtral": _mixture(mixtral, (*LLAMA_RULES, *MIXTRAL_RULES), stored=MIXTRAL),
     "olmoe": _mixture(olmoe, (*LLAMA_RULES, *JOINT, *expert_rules(), *router_rules())),
     "qwen2_moe": _mixture(
         qwen2_moe,

@@ -14,6 +14,7 @@ from .base import (
     Family,
     Rule,
     SourceConfig,
+    Stacked,
     head_layer_norms,
     module_rules,
     native_same_class,
@@ -214,6 +215,7 @@ PERSIMMON_RULES = _replaced(
     ),
 )
 _HEAD_NORMS = tuple(f"{ATTENTION}{name}_layernorm.norms" for name in "qk")
+_STACKED_NORMS = tuple(Stacked(name, {"weight": ("weight",)}) for name in _HEAD_NORMS)
 STABLELM_RULES = (
     *LLAMA_RULES,
     *(
@@ -257,7 +259,7 @@ FAMILIES = {
     "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),
     # The class never reads "embd_pdrop".
     "phi3": _family(phi3, PHI3_RULES, frozenset({"embd_pdrop"})),
-    "stablelm": _family(stablelm, STABLELM_RULES, stacked=_HEAD_NORMS, native=native_stablelm),
+    "stablelm": _family(stablelm, STABLELM_RULES, stacked=_STACKED_NORMS, native=native_stablelm),
     # Older names from GPT-BigCode, which the class never reads.
     "starcoder2": _family(
         starcoder2,

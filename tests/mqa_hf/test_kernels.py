@@ -15,6 +15,7 @@ import torch
 from mqa_hf.cache_mqa import FLOAT8, to_float8
 from mqa_hf.kernel_append_mqa import append, naive_append
 from mqa_hf.kernel_attend_mqa import attend, naive_attend
+from mqa_hf.kernel_experts_mqa import chosen_experts, naive_chosen_experts, sort_pairs
 from mqa_hf.kernel_linear_mqa import fused_linear, naive_linear
 from mqa_hf.kernel_norm_mqa import ACTIVATIONS, activate, naive_activate, naive_normalise, normalise
 
@@ -233,3 +234,38 @@ def test_norm(K, dtype):
 def test_activation(name, gated, dtype):
     x = torch.randn(5, 3002, device="cuda", dtype=dtype) * 3
     assert distance(activate(x, name, gated), naive_activate(x, name, gated)) < BOUNDS[dtype]
+
+
+@kernel
+@pytest.mark.parametrize(("rows", "k", "E"), [(1, 1, 1), (1, 8, 128), (3, 2, 8), (40, 5, 7), (300, 8, 200)])
+def test_pairs_are_sorted_by_expert(rows, k, E):
+    torch.manual_seed(rows)
+    chosen = torch.rand(rows, E).argsort(-1)[:, :k].contiguous().to(DEVICE)
+    order, ends = sort_pairs(chosen, E)
+    flat = chosen.flatten()
+    assert order.tolist() == flat.argsort(stable=True).tolist()
+    assert ends.tolist() == torch.bincount(flat, minlength=E).cumsum(0).tolist()
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(8 if INTERPRETED else 20))
+def test_chosen_experts(seed, dtype):
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    E = choose.choice([1, 4, 8, 60, 128])
+    k, rows = min(E, choose.choice([1, 2, 4, 8])), choose.choice([1, 2, 7, 33, 200])
+    d, f = choose.choice([64, 100, 512, 1024]), choose.choice([24, 64, 100, 768])
+    if INTERPRETED:
+        E, rows, d, f = min(E, 8), min(rows, 7), min(d, 100), min(f, 64)
+        k = min(k, E)
+    options = {"device": DEVICE, "dtype": dtype}
+    x = torch.randn(rows, 2 * d, **options)[:, :d]
+    gate_up, down = torch.randn(E, 2 * f, d, **options) / d**0.5, torch.randn(E, d, f, **options) / f**0.5
+    chosen = torch.rand(rows, E, device=DEVICE).argsort(-1)[:, :k].contiguous()
+    if choose.random() < 0.3:
+        chosen[:] = chosen[:1]  # all rows choose the same
+    weights = torch.rand(rows, k, **options)
+    activation = choose.choice(list(ACTIVATIONS))
+    arguments = x, gate_up, down, chosen, weights, activation
+    assert distance(chosen_experts(*arguments), naive_chosen_experts(*arguments)) < BOUNDS[dtype]

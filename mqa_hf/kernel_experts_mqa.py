@@ -1,0 +1,199 @@
+"""The chosen experts of a few rows: each weight of a chosen expert is read once for all rows that chose it.
+
+N rows, k experts per row, P = N · k pairs of a row and an expert, E experts, d hidden size, f width of an expert
+
+The pairs are sorted by expert. One program computes a few outputs of one expert for all of its pairs, so that the
+experts that no row chose cost nothing but an empty program.
+"""
+
+import torch
+from torch import nn
+
+from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, tl, triton
+from .kernel_norm_mqa import ACTIVATIONS, activated, naive_activate
+
+MAX_PAIRS = 8192  # sorting compares each pair with all
+
+
+@jit
+def _sort_kernel(
+    chosen, order, ends, P, E, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SORTERS: tl.constexpr, PDL: tl.constexpr
+):
+    """`order` [P], the pairs by expert, and `ends` [E], the end of each expert's pairs in it. The first `SORTERS`
+    programs place `BLOCK` pairs each, the others count those of `BLOCK` experts."""
+    program = tl.program_id(0)
+    at = (program % SORTERS if program < SORTERS else program - SORTERS) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    placing = program < SORTERS
+    mine = at
+    if placing:
+        mine = tl.load(chosen + at, mask=at < P, other=0).to(tl.int32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, P, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        its = tl.load(chosen + other, mask=other < P, other=2147483647).to(tl.int32)
+        before = its[None, :] < mine[:, None]
+        same = its[None, :] == mine[:, None]
+        if placing:
+            before = before | (same & (other[None, :] < at[:, None]))
+        else:
+            before = before | same
+        place += tl.sum(before.to(tl.int32), 1)
+    if placing:
+        tl.store(order + place, at, mask=at < P)
+    else:
+        tl.store(ends + at, place, mask=at < E)
+
+
+@jit
+def _pairs(ends, expert):
+    """The pairs [first, last) of an expert, in their sorted order."""
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    return first, tl.load(ends + expert)
+
+
+@jit
+def _inner_kernel(
+    x, weight, order, ends, out, d, f, x_row,
+    K: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [P, f] = act(x · gateᵀ) · (x · upᵀ), in the sorted order; weight [E, 2 f, d], gates first."""
+    expert = tl.program_id(0)
+    n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    gate = weight + (expert.to(tl.int64) * 2 * f + n)[:, None] * d + k[None, :]
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first, last = _pairs(ends, expert)
+    for block in range(first, last, BLOCK_M):
+        at = block + tl.arange(0, BLOCK_M)
+        row = tl.load(order + at, mask=at < last, other=0) // K
+        a, b = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, d, BLOCK_K):
+            inside = (n < f)[:, None] & (start + k < d)[None, :]
+            y = tl.load(
+                x + row.to(tl.int64)[:, None] * x_row + (start + k)[None, :],
+                mask=(at < last)[:, None] & (start + k < d)[None, :], other=0.0,
+            )  # fmt: skip
+            w = tl.load(gate + start, mask=inside, other=0.0)
+            a = tl.dot(y, tl.trans(w), a, input_precision=precision)
+            w = tl.load(gate + start + f * d, mask=inside, other=0.0)
+            b = tl.dot(y, tl.trans(w), b, input_precision=precision)
+        # Rounded as the outputs of a separate product are.
+        a, b = a.to(out.dtype.element_ty).to(tl.float32), b.to(out.dtype.element_ty).to(tl.float32)
+        y = activated(a, ACT).to(out.dtype.element_ty).to(tl.float32) * b
+        to = out + at.to(tl.int64)[:, None] * f + n[None, :]
+        tl.store(to, y.to(out.dtype.element_ty), mask=(at < last)[:, None] & (n < f)[None, :])
+
+
+@jit
+def _outer_kernel(
+    x, weight, factors, order, ends, out, d, f,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out [P, d], by pair: x [P, f] · downᵀ times the pair's factor, x in the sorted order; weight [E, d, f]."""
+    expert = tl.program_id(0)
+    n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    down = weight + (expert.to(tl.int64) * d + n)[:, None] * f + k[None, :]
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first, last = _pairs(ends, expert)
+    for block in range(first, last, BLOCK_M):
+        at = block + tl.arange(0, BLOCK_M)
+        a = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, f, BLOCK_K):
+            y = tl.load(
+                x + at.to(tl.int64)[:, None] * f + (start + k)[None, :],
+                mask=(at < last)[:, None] & (start + k < f)[None, :], other=0.0,
+            )  # fmt: skip
+            w = tl.load(down + start, mask=(n < d)[:, None] & (start + k < f)[None, :], other=0.0)
+            a = tl.dot(y, tl.trans(w), a, input_precision=precision)
+        pair = tl.load(order + at, mask=at < last, other=0)
+        factor = tl.load(factors + pair, mask=at < last, other=0.0).to(tl.float32)
+        a = a.to(out.dtype.element_ty).to(tl.float32) * factor[:, None]
+        to = out + pair.to(tl.int64)[:, None] * d + n[None, :]
+        tl.store(to, a.to(out.dtype.element_ty), mask=(at < last)[:, None] & (n < d)[None, :])
+
+
+def sort_pairs(chosen: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort pairs by expert.
+
+    Args:
+        chosen: the experts of each row, integers [N, k].
+        experts: E.
+
+    Returns:
+        The pairs by expert, int32 [P], those of an expert in ascending order, and the end of each expert's pairs [E].
+    """
+    P, block = chosen.numel(), 32
+    order, ends = (torch.empty(n, dtype=torch.int32, device=chosen.device) for n in (P, experts))
+    sorters = triton.cdiv(P, block)
+    launch(_sort_kernel, (sorters + triton.cdiv(experts, block),),
+        chosen, order, ends, P, experts,
+        BLOCK=block, CHUNK=min(max(power(P), 16), 128), SORTERS=sorters, num_warps=4,
+    )  # fmt: skip
+    return order, ends
+
+
+def chosen_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """Σ_e w_e · down_e(act(gate_e(x)) · up_e(x)) over each row's experts.
+
+    Args:
+        x: [N, d].
+        gate_up, down: [E, 2 f, d], gates first, and [E, d, f], contiguous.
+        chosen, weights: the experts of each row and their factors, [N, k], contiguous; at most `MAX_PAIRS` pairs.
+        activation: name of an activation in `ACTIVATIONS`.
+
+    Returns:
+        [N, d].
+    """
+    (N, d), (E, _, f), k = x.shape, down.shape, chosen.shape[1]
+    order, ends = sort_pairs(chosen, E)
+    inner, outer = x.new_empty(N * k, f), x.new_empty(N * k, d)
+    exact = x.dtype == torch.float32
+    # Rows that an expert has on average, if rows choose independently.
+    rows = N * k / min(E, N * k)
+    block_m = 16 if exact or rows <= 16 else 32 if rows <= 32 else 64
+    block_k = 32 if exact else 128
+    launch(_inner_kernel, (E, triton.cdiv(f, 32)),
+        x, gate_up, order, ends, inner, d, f, x.stride(0),
+        K=k, ACT=ACTIVATIONS[activation], BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, EXACT=exact,
+        num_warps=4, num_stages=2 if exact else 4,
+    )  # fmt: skip
+    launch(_outer_kernel, (E, triton.cdiv(d, 32)),
+        inner, down, weights, order, ends, outer, d, f,
+        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, EXACT=exact, num_warps=4, num_stages=2 if exact else 4,
+    )  # fmt: skip
+    return outer.view(N, k, d).sum(1)
+
+
+def naive_chosen_experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    activation: str,
+) -> torch.Tensor:
+    """[`chosen_experts`] in float64, one pair at a time."""
+    out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for row, (experts, factors) in enumerate(zip(chosen.tolist(), weights.double().tolist())):
+        for e, factor in zip(experts, factors):
+            inner = naive_activate(
+                nn.functional.linear(x[row : row + 1].double(), gate_up[e].double()), activation, True
+            )
+            out[row] += factor * nn.functional.linear(inner, down[e].double())[0]
+    return out

@@ -1,0 +1,111 @@
+"""Mixtures of experts: transformers' kernels, the step's kernel and the loop over experts agree."""
+
+import pytest
+import torch
+from latents import randomise
+
+from mqa_hf import MQAConfig, MQAForCausalLM, experts_step_mqa, step_mqa
+from mqa_hf.kernel_append_mqa import naive_append
+from mqa_hf.kernel_attend_mqa import naive_attend
+from mqa_hf.kernel_experts_mqa import naive_chosen_experts
+from mqa_hf.weights_mqa import Projections
+
+STACK = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "max_position_embeddings": 256, "eos_token_id": None, "pad_token_id": 0, "num_experts": 8,
+    "num_experts_per_tok": 2, "expert_intermediate_size": 40,
+}  # fmt: skip
+CASES = {
+    "softmax": {},
+    "without renormalising": {"router_renormalise": False, "num_experts_per_tok": 3, "hidden_act": "gelu"},
+    "sigmoids, groups, correction": {
+        "router_scores": "sigmoid", "router_correction": True, "router_groups": 4, "router_groups_kept": 2,
+        "router_scale": 2.5, "shared_expert_intermediate_size": 56,
+    },
+    "shared expert with a gate, a dense layer": {
+        "shared_expert_intermediate_size": 56, "shared_expert_gate": True, "expert_layers": [False, True, True],
+    },
+    "latent": {
+        "kv_latent_dim": 16, "qk_head_dim": 8, "rope_frequencies": [[0, 1, 2, 3]] * 3, "residual": "sandwich",
+    },
+    "parallel": {"residual": "parallel_shared_norm"},
+}  # fmt: skip
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def make(name, device="cpu", dtype=torch.float64):
+    torch.manual_seed(1)
+    model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **CASES[name]}))).to(device, dtype)
+    if dtype == torch.float64:  # which grouped products do not take
+        model.set_experts_implementation("eager")
+    return model
+
+
+def tokens(model, enabled=True, **options):
+    ids = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5)).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    model.decoding.enabled = enabled
+    return model.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False, **options).tolist()
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@cases
+def test_transformers_kernels_agree_with_one_expert_at_a_time(name, implementation):
+    model = make(name, dtype=torch.float32).train()
+    assert model.config._experts_implementation == "grouped_mm"  # the default
+    ids = torch.randint(3, 97, (2, 19), generator=torch.Generator().manual_seed(5))
+    found = []
+    for kind in ("eager", implementation):
+        model.set_experts_implementation(kind)
+        model.zero_grad()
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        found.append((output.logits, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    assert any("experts.down_proj" in n for n in found[0][1])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@cases
+def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
+    model = make(name)
+    expected = tokens(model, enabled=False, num_beams=beams)
+    assert tokens(model, num_beams=beams) == expected
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return naive_chosen_experts(*arguments)
+
+    if name == "latent":
+        return  # the kernels of latents have no stand-in here
+    monkeypatch.setattr(step_mqa, "append", naive_append)
+    monkeypatch.setattr(step_mqa, "attend", naive_attend)
+    monkeypatch.setattr(step_mqa, "available", lambda device: True)
+    monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
+    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    monkeypatch.setattr(experts_step_mqa, "chosen_experts", counted)
+    model = make(name)
+    assert tokens(model, num_beams=beams) == expected
+    assert len(calls) % sum(model.config.expert_layers) == 0 < len(calls)
+
+
+@pytest.mark.gpu
+@cases
+def test_a_captured_step_gives_the_same_tokens(name):
+    model = make(name, "cuda", torch.float32)
+    ours = tokens(model)
+    assert model.decoding.engine.graph.captured is not None
+    assert model.decoding.engine.decode_step.triton
+    assert ours == tokens(model, enabled=False)
+
+
+def test_what_experts_need_is_said():
+    for fields, said in (
+        ({"gated_mlp": False}, "experts need gated_mlp"),
+        ({"num_experts_per_tok": 9}, "between 1 and num_experts"),
+        ({"expert_intermediate_size": None}, "expert_intermediate_size"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            MQAConfig(**{**STACK, **fields})
