@@ -29,6 +29,7 @@ class AttentionSizes:
         rebuilt: W.
         plain: P.
         bits: per stored number of the latent.
+        mapped: width of a query before its map to D; 0 without maps.
     """
 
     d: int
@@ -41,6 +42,7 @@ class AttentionSizes:
     rebuilt: int = 0
     plain: int = 0
     bits: int = 16
+    mapped: int = 0
 
     @property
     def projections(self) -> int:
@@ -50,7 +52,8 @@ class AttentionSizes:
     @property
     def step_weights(self) -> int:
         """Weights that a step multiplies with."""
-        found = self.d * self.H * (self.D + self.Dv) + (0 if self.cross else self.projections)
+        found = self.d * self.H * ((self.mapped or self.D) + self.Dv) + self.H * self.mapped * self.D
+        found += 0 if self.cross else self.projections
         if self.r:
             found += self.r * self.rebuilt + self.G * (self.rebuilt + (self.plain + self.Dv) * self.r)
         return found
@@ -85,7 +88,8 @@ def own_attention(config: MQAConfig, layer: int) -> AttentionSizes:
     d, H, Dv = config.hidden_size, config.num_attention_heads, of_layer(config.v_head_dim, layer)
     width = of_layer(config.qk_head_dim, layer)
     if config.kv_latent_dim is None:
-        return AttentionSizes(d, H, config.num_key_value_heads, width, Dv, cross=False)
+        mapped = config.head_dim if config.query_maps else 0
+        return AttentionSizes(d, H, config.num_key_value_heads, width, Dv, cross=False, mapped=mapped)
     rotated = config.rotary_dim if config.rope_layers[layer] else 0
     return AttentionSizes(
         *(d, H, config.kv_latent_heads or H, config.head_dim, Dv),

@@ -13,13 +13,12 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of, latents_of
 from mqa_hf.conversion.families import family_of, native_config
-from mqa_hf.conversion.pooling import choose_attentions, with_heads
 
 from .attention_sizes import Keys, kv_bytes, rebuilds
 from .latent_choices import latent_models
 from .plan import MEASURED, Planning
 from .roofline import StepCost, largest_batch, measured_device, prefill_ratio, step_cost, weights_of
-from .shapes import Config, OwnShape, Weights, read_shape
+from .shapes import Config, OwnShape, Weights, fitted, read_shape
 
 KV_HEADS = (1, 2, 4, 8)  # compared by default
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
@@ -139,7 +138,7 @@ def canonical_models(
         for width in widths:
             if heads * width >= original:
                 continue  # no smaller than the original
-            changed = decoder_of(with_heads(config, heads, choose_attentions(config, None))).to_dict()
+            changed = decoder_of(fitted(config, heads)).to_dict()
             for name in WIDTHS:
                 value = changed[name]
                 changed[name] = [width * v for v in value] if isinstance(value, list) else width * value

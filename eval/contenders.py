@@ -19,7 +19,6 @@ from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of, latents_of, with_fields
 from mqa_hf.conversion.families import family_of
-from mqa_hf.conversion.pooling import choose_attentions, with_heads
 from mqa_hf.conversion.record import Latent
 from mqa_hf.latent_step_mqa import keys_to_keep
 from mqa_hf.modeling_mqa import MQAForCausalLM
@@ -29,7 +28,7 @@ from .attention_sizes import Keys, rebuilds
 from .benchmark import AUTO, WARMUP, Benchmark
 from .latent_choices import latent_models
 from .roofline import StepCost, largest_batch, step_cost
-from .shapes import Config, OwnShape, Weights, attention_layers, read_shape
+from .shapes import Config, OwnShape, Weights, attention_layers, fitted, read_shape
 
 AT_ONCE = 2**26  # numbers of a cache buffer that are filled at once
 
@@ -165,7 +164,7 @@ def contenders(
     for heads in dict.fromkeys(n or original for n in kv_heads):
         if original % heads:
             raise MQAError(f"`kv_heads` {heads} must divide the {original} key/value heads of {shape}")
-        ours = config if heads == original else with_heads(config, heads, choose_attentions(config, None))
+        ours = config if heads == original else fitted(config, heads)
         theirs: PreTrainedConfig = ours
         if heads == original:
             theirs = source

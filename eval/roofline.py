@@ -68,11 +68,14 @@ class StepCost:
 
 
 def step_weights(config: MQAConfig) -> int:
-    """Weights that a step multiplies with, without those for keys and values of an encoder's output, computed once."""
-    d, f = config.hidden_size, config.intermediate_size
-    total = (
-        config.embedding_size * config.vocab_size + (3 if config.gated_mlp else 2) * d * f * config.num_hidden_layers
-    )
+    """Weights that every step multiplies with: without those of routed experts, and without those for keys and values
+    of an encoder's output, computed once."""
+    d, matrices = config.hidden_size, 3 if config.gated_mlp else 2
+    total = config.embedding_size * config.vocab_size
+    for mixed in config.expert_layers:
+        shared = config.shared_expert_intermediate_size or 0
+        total += matrices * d * (shared if mixed else config.intermediate_size)
+        total += d * ((config.num_experts or 0) + config.shared_expert_gate) if mixed else 0
     if config.embedding_size != d:
         total += 2 * d * config.embedding_size
     for i in range(config.num_hidden_layers):
@@ -88,7 +91,10 @@ def weights_of(config: MQAConfig) -> Weights:
     positions = config.max_position_embeddings * config.hidden_size if config.position_embedding == "learned" else 0
     every = (cross_attention(config, i) for i in range(config.num_hidden_layers))
     cross = sum(found.projections for found in every if found is not None)
-    return Weights(step_weights(config), looked_up=embedding + positions + cross)
+    width, mixtures = config.expert_intermediate_size or 0, sum(config.expert_layers)
+    experts = 3 * config.hidden_size * width * (config.num_experts or 0) * mixtures
+    chosen = config.num_experts_per_tok / config.num_experts if config.num_experts and mixtures else 1.0
+    return Weights(step_weights(config), experts, chosen, embedding + positions + cross)
 
 
 def step_cost(

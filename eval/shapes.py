@@ -18,7 +18,9 @@ from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
 from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
 from mqa_hf.conversion.passthrough import own_class
+from mqa_hf.conversion.pooling import choose_attentions, with_heads
 from mqa_hf.conversion.source import Source, read_source
+from mqa_hf.conversion.widths import map_queries
 
 Config = MQAConfig | MQASeq2SeqConfig
 # Configuration fields for the experts of a layer, and for those that a token is routed to.
@@ -147,3 +149,10 @@ def _read(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
     if source.config.model_type in NATIVE_ONLY:
         return source.config, own_shape(source, source.config.num_key_value_heads)
     return source.config, canonical_config(source.config, source.raw)
+
+
+def fitted(config: Config, heads: int) -> Config:
+    """The configuration with heads of the source's width as they are fitted: with maps of normalised queries."""
+    fewer = with_heads(config, heads, choose_attentions(config, None))
+    map_queries(decoder_of(fewer))
+    return fewer

@@ -9,10 +9,11 @@ experts that no row chose cost nothing but an empty program.
 import torch
 from torch import nn
 
-from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, tl, triton
+from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, shared_memory, tl, triton
 from .kernel_norm_mqa import ACTIVATIONS, activated, naive_activate
 
 MAX_PAIRS = 8192  # sorting compares each pair with all
+Blocks = tuple[int, int, int, int, int]  # pairs, outputs and inputs of a block; warps; stages
 
 
 @jit
@@ -148,6 +149,9 @@ def chosen_experts(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     activation: str,
+    *,
+    inner_blocks: Blocks | None = None,
+    outer_blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """Σ_e w_e · down_e(act(gate_e(x)) · up_e(x)) over each row's experts.
 
@@ -156,6 +160,7 @@ def chosen_experts(
         gate_up, down: [E, 2 f, d], gates first, and [E, d, f], contiguous.
         chosen, weights: the experts of each row and their factors, [N, k], contiguous; at most `MAX_PAIRS` pairs.
         activation: name of an activation in `ACTIVATIONS`.
+        inner_blocks, outer_blocks: how each product is divided. Default: by size.
 
     Returns:
         [N, d].
@@ -164,20 +169,39 @@ def chosen_experts(
     order, ends = sort_pairs(chosen, E)
     inner, outer = x.new_empty(N * k, f), x.new_empty(N * k, d)
     exact = x.dtype == torch.float32
-    # Rows that an expert has on average, if rows choose independently.
-    rows = N * k / min(E, N * k)
-    block_m = 16 if exact or rows <= 16 else 32 if rows <= 32 else 64
-    block_k = 32 if exact else 128
-    launch(_inner_kernel, (E, triton.cdiv(f, 32)),
+    # Pairs of an expert on average, if rows choose independently.
+    pairs = N * k / min(E, N * k)
+    m, n, block_k, warps, stages = inner_blocks or expert_blocks(pairs, d, 2, exact, shared_memory(x.device))
+    launch(_inner_kernel, (E, triton.cdiv(f, n)),
         x, gate_up, order, ends, inner, d, f, x.stride(0),
-        K=k, ACT=ACTIVATIONS[activation], BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, EXACT=exact,
-        num_warps=4, num_stages=2 if exact else 4,
+        K=k, ACT=ACTIVATIONS[activation], BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k, EXACT=exact,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    launch(_outer_kernel, (E, triton.cdiv(d, 32)),
+    m, n, block_k, warps, stages = outer_blocks or expert_blocks(pairs, f, 1, exact, shared_memory(x.device))
+    launch(_outer_kernel, (E, triton.cdiv(d, n)),
         inner, down, weights, order, ends, outer, d, f,
-        BLOCK_M=block_m, BLOCK_N=32, BLOCK_K=block_k, EXACT=exact, num_warps=4, num_stages=2 if exact else 4,
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k, EXACT=exact, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outer.view(N, k, d).sum(1)
+
+
+def expert_blocks(pairs: float, inputs: int, products: int, exact: bool, memory: int) -> Blocks:
+    """Blocks for experts with this many pairs on average; measured on an H200.
+
+    Args:
+        inputs: inputs of each output.
+        products: products that a program computes at once.
+        exact: whether they are in float32.
+        memory: bytes of shared memory.
+    """
+    if exact:
+        return 16, 32, 32, 4, 2
+    m = 16 if pairs <= 16 else 32 if pairs <= 32 else 64
+    n = 32 if products > 1 and m == 16 else 64
+    k = 256 if m == 16 and inputs >= 4096 and (products == 1 or pairs <= 1) else 128
+    while (stages := min(4, (memory - 8192) // (2 * k * (m + products * n)))) < 2:
+        k //= 2
+    return m, n, k, 4, stages
 
 
 def naive_chosen_experts(
@@ -187,6 +211,9 @@ def naive_chosen_experts(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     activation: str,
+    *,
+    inner_blocks: Blocks | None = None,
+    outer_blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """[`chosen_experts`] in float64, one pair at a time."""
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)

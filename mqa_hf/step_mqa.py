@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import experts_step_mqa, latent_step_mqa
+from . import latent_step_mqa
 from .attention_mqa import HeadNorm, grouped
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
 from .experts_mqa import MQAMLP, MQAMixture
+from .experts_step_mqa import by_kernel, mixture
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
@@ -63,8 +64,8 @@ class DecodeStep:
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
         mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MQAMixture)]
-        by_kernel = all(experts_step_mqa.by_kernel(self, mixture) for mixture in mixtures)
-        self.graph = request.graphs and self.device.type == "cuda" and by_kernel
+        fixed = all(by_kernel(self, module) for module in mixtures)
+        self.graph = request.graphs and self.device.type == "cuda" and fixed
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
         self.padded = False
@@ -274,7 +275,7 @@ class DecodeStep:
     ) -> tuple[torch.Tensor, nn.Module | None]:
         """The input of the last projection of a sub-layer, and that projection; or its output, and `None`."""
         if isinstance(module, MQAMixture):
-            return experts_step_mqa.mixture(self, module, x if norm is None else self.linear.normed(x, norm)), None
+            return mixture(self, module, x if norm is None else self.linear.normed(x, norm)), None
         if isinstance(module, MQAMLP):
             return self.inner(module, x, norm), module.down_proj
         if module is layer.self_attn:

@@ -25,7 +25,7 @@ from mqa_hf.eval.attention_sizes import cross_attention, kv_bytes, own_attention
 from mqa_hf.eval.choices import ATTAINED, canonical_models, compare, expected, own_models
 from mqa_hf.eval.latent_choices import with_latent
 from mqa_hf.eval.roofline import StepCost, largest_batch, prefill_ratio, step_cost, step_weights, weights_of
-from mqa_hf.eval.shapes import own_shape, read_shape
+from mqa_hf.eval.shapes import fitted, own_shape, read_shape
 
 
 def decoder_parts(config):
@@ -330,6 +330,18 @@ def test_plans_of_every_shape():
         _, config = read_shape(name)
         records = compare(canonical_models(config, [1], [1]), 8, 1024, DEVICES["a100-80gb"], source=64)
         assert records[-1].tokens_per_sec >= 0.99 * records[0].tokens_per_sec
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b", "gemma-3-12b", "mixtral-8x7b", "qwen3-30b-a3b"])
+def test_weights_of_a_canonical_model_are_those_of_its_class(name):
+    _, config = read_shape(name)
+    for shape in (config, fitted(config, 1)):
+        with torch.device("meta"):
+            model = MQAForCausalLM(shape)
+        held = {n: p.numel() for n, p in model.named_parameters() if "norm" not in n and not n.endswith(".bias")}
+        assert weights_of(shape).total == sum(held.values())
+        assert weights_of(shape).experts == sum(count for n, count in held.items() if ".experts." in n)
+        assert weights_of(shape).chosen == (shape.num_experts_per_tok / shape.num_experts if shape.num_experts else 1)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
