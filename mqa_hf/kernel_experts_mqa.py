@@ -13,7 +13,77 @@ from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, pow
 from .kernel_norm_mqa import ACTIVATIONS, activated, naive_activate
 
 MAX_PAIRS = 8192  # sorting compares each pair with all
+FEW_ROWS = 32  # up to this many, a program per row and some experts computes their logits
 Blocks = tuple[int, int, int, int, int]  # pairs, outputs and inputs of a block; warps; stages
+
+
+@jit
+def _logits_kernel(x, weight, out, E, d, x_row, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    """out [N, E] = x [N, d] · weight [E, d]ᵀ in float32."""
+    row, e, at = (
+        tl.program_id(0).to(tl.int64),
+        tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E),
+        tl.arange(0, BLOCK_D),
+    )
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    found = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    for first in range(0, d, BLOCK_D):
+        y = tl.load(x + row * x_row + first + at, mask=first + at < d, other=0.0).to(tl.float32)
+        inside = (e < E)[:, None] & (first + at < d)[None, :]
+        w = tl.load(weight + e[:, None] * d + (first + at)[None, :], mask=inside, other=0.0).to(tl.float32)
+        found += y[None, :] * w
+    tl.store(out + row * E + e, tl.sum(found, 1), mask=e < E)
+
+
+@jit
+def _choose_kernel(
+    logits, correction, chosen, weights, E, scale,
+    K: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, RENORMALISE: tl.constexpr,
+    GROUPS: tl.constexpr, KEPT: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row: the `K` experts with the largest scores and their weights; see `MQAMixture.route`."""
+    row, e, places = tl.program_id(0), tl.arange(0, EXPERTS), tl.arange(0, PLACES)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    x = tl.load(logits + row * E + e, mask=e < E, other=float("-inf"))
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        scores = tl.exp(x - tl.max(x, 0))
+        scores = scores / tl.sum(scores, 0)
+    choice = scores
+    if CORRECTED:
+        choice += tl.load(correction + e, mask=e < E, other=0.0).to(tl.float32)
+    choice = tl.where(e < E, choice, float("-inf"))
+    if KEPT < GROUPS:
+        group = e // (E // GROUPS)
+        by_group = tl.full([EXPERTS], float("-inf"), tl.float32)
+        for g in range(0, GROUPS):
+            own = tl.where(group == g, choice, float("-inf"))
+            best = tl.max(own, 0)
+            first = tl.min(tl.where(own == best, e, EXPERTS), 0)
+            second = tl.max(tl.where(e == first, float("-inf"), own), 0)
+            by_group = tl.where(group == g, best + second, by_group)
+        kept = e < 0
+        for _ in range(0, KEPT):
+            left = tl.where(kept | (e >= E), float("-inf"), by_group)
+            first = tl.min(tl.where(left == tl.max(left, 0), e, EXPERTS), 0)
+            kept = kept | (group == first // (E // GROUPS))
+        choice = tl.where(kept, choice, float("-inf"))
+    found = tl.zeros([PLACES], tl.int32)
+    factors = tl.zeros([PLACES], tl.float32)
+    for i in range(0, K):
+        first = tl.min(tl.where(choice == tl.max(choice, 0), e, EXPERTS), 0)
+        found = tl.where(places == i, first, found)
+        factors = tl.where(places == i, tl.sum(tl.where(e == first, scores, 0.0), 0), factors)
+        choice = tl.where(e == first, float("-inf"), choice)
+    if RENORMALISE:
+        factors = factors / tl.maximum(tl.sum(factors, 0), 1e-20)
+    tl.store(chosen + row * K + places, found, mask=places < K)
+    tl.store(weights + row * K + places, (factors * scale).to(weights.dtype.element_ty), mask=places < K)
 
 
 @jit
@@ -120,6 +190,49 @@ def _outer_kernel(
         a = a.to(out.dtype.element_ty).to(tl.float32) * factor[:, None]
         to = out + pair.to(tl.int64)[:, None] * d + n[None, :]
         tl.store(to, a.to(out.dtype.element_ty), mask=(at < last)[:, None] & (n < d)[None, :])
+
+
+def route(
+    x: torch.Tensor,
+    router: torch.Tensor,
+    k: int,
+    *,
+    sigmoid: bool = False,
+    correction: torch.Tensor | None = None,
+    renormalise: bool = True,
+    scale: float = 1.0,
+    groups: int = 1,
+    groups_kept: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the experts of each row, as [`MQAMixture.route`] does.
+
+    Args:
+        x: [N, d].
+        router: [E, d], contiguous.
+        k: experts per row.
+        sigmoid: whether scores are sigmoids of the logits instead of their softmax.
+        correction: [E], added to the scores for the choice.
+        renormalise, scale, groups, groups_kept: as in the configuration.
+
+    Returns:
+        The weights [N, k] and the experts, int32 [N, k].
+    """
+    (N, d), E = x.shape, len(router)
+    if N <= FEW_ROWS:
+        logits, some = torch.empty(N, E, dtype=torch.float32, device=x.device), 8
+        launch(_logits_kernel, (N, triton.cdiv(E, some)),
+            x, router, logits, E, d, x.stride(0), BLOCK_E=some, BLOCK_D=min(power(d), 512), num_warps=4,
+        )  # fmt: skip
+    else:
+        logits = nn.functional.linear(x.float(), router.float())
+    chosen = torch.empty(N, k, dtype=torch.int32, device=x.device)
+    weights = x.new_empty(N, k)
+    launch(_choose_kernel, (N,),
+        logits, logits if correction is None else correction, chosen, weights, E, scale,
+        K=k, SIGMOID=sigmoid, CORRECTED=correction is not None, RENORMALISE=renormalise,
+        GROUPS=groups, KEPT=groups_kept, EXPERTS=power(E), PLACES=power(k), num_warps=1 if E <= 256 else 4,
+    )  # fmt: skip
+    return weights, chosen
 
 
 def sort_pairs(chosen: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,11 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
         calls.append(arguments)
         return naive_chosen_experts(*arguments)
 
+    def routed(x, router, k, **options):
+        mixture = next(layer.mlp for layer in model.model.layers if getattr(layer.mlp, "router", None) is not None
+                       and layer.mlp.router.weight is router)  # fmt: skip
+        return mixture.route(x)
+
     if name == "latent":
         return  # the kernels of latents have no stand-in here
     monkeypatch.setattr(step_mqa, "append", naive_append)
@@ -86,6 +91,7 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
     monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
     monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
     monkeypatch.setattr(experts_step_mqa, "chosen_experts", counted)
+    monkeypatch.setattr(experts_step_mqa, "route", routed)
     model = make(name)
     assert tokens(model, num_beams=beams) == expected
     assert len(calls) % sum(model.config.expert_layers) == 0 < len(calls)

@@ -12,10 +12,12 @@ from itertools import product
 import pytest
 import torch
 
+from mqa_hf import MQAConfig
 from mqa_hf.cache_mqa import FLOAT8, to_float8
+from mqa_hf.experts_mqa import MQAMixture
 from mqa_hf.kernel_append_mqa import append, naive_append
 from mqa_hf.kernel_attend_mqa import attend, naive_attend
-from mqa_hf.kernel_experts_mqa import chosen_experts, naive_chosen_experts, sort_pairs
+from mqa_hf.kernel_experts_mqa import chosen_experts, naive_chosen_experts, route, sort_pairs
 from mqa_hf.kernel_linear_mqa import fused_linear, naive_linear
 from mqa_hf.kernel_norm_mqa import ACTIVATIONS, activate, naive_activate, naive_normalise, normalise
 
@@ -270,3 +272,33 @@ def test_chosen_experts(seed, dtype):
     arguments = x, gate_up, down, chosen, weights, activation
     blocks = dict.fromkeys(("inner_blocks", "outer_blocks"), (16, 32, 64, 4, 1)) if INTERPRETED else {}
     assert distance(chosen_experts(*arguments, **blocks), naive_chosen_experts(*arguments)) < BOUNDS[dtype]
+
+
+@kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(12 if INTERPRETED else 30))
+def test_the_experts_of_a_row_are_those_of_the_mixture(seed, dtype):
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    groups = choose.choice([1, 1, 2, 4, 8])
+    E, rows, d = groups * choose.choice([2, 3, 16, 40]), choose.choice([1, 3, 50]), choose.choice([24, 64, 700])
+    kept = choose.randint(1, groups)
+    k = choose.randint(1, min(8, kept * E // groups))
+    fields = {
+        "num_experts": E, "num_experts_per_tok": k, "hidden_size": d, "num_attention_heads": 1,
+        "expert_intermediate_size": 8, "router_scores": choose.choice(["softmax", "sigmoid"]),
+        "router_renormalise": choose.random() < 0.5, "router_scale": choose.choice([1.0, 2.5]),
+        "router_correction": choose.random() < 0.5, "router_groups": groups, "router_groups_kept": kept,
+    }  # fmt: skip
+    mixture = MQAMixture(MQAConfig(**fields)).to(DEVICE, dtype)
+    mixture.router.weight.data.normal_()
+    if mixture.router_correction is not None:
+        mixture.router_correction.data.normal_()
+    x = torch.randn(rows, 2 * d, device=DEVICE, dtype=dtype)[:, :d]
+    expected_weights, expected = mixture.route(x)
+    weights, found = route(
+        x, mixture.router.weight, k, sigmoid=mixture.scores == "sigmoid", correction=mixture.router_correction,
+        renormalise=mixture.renormalise, scale=mixture.scale, groups=groups, groups_kept=kept,
+    )  # fmt: skip
+    assert found.tolist() == expected.tolist()
+    torch.testing.assert_close(weights, expected_weights, rtol=BOUNDS[dtype], atol=BOUNDS[dtype])
