@@ -147,13 +147,13 @@ def _rebuilt(
 @jit
 def _attend_latent_kernel(
     wide, plain, latents, scales, offsets, weight, bias, angles, frequency, positions, out, partial, statistics,
-    length, start, rows, slopes, table, counters,
+    length, start, rows, slopes, table, counters, sinks,
     scale, splits, S, H, B, latent_row, wide_row, wide_head, plain_row, plain_head, angles_row, rows_row, length_step,
-    table_width,
+    table_width, softcap,
     R: tl.constexpr, W: tl.constexpr, PLAIN: tl.constexpr, BITS: tl.constexpr, FOLD: tl.constexpr,
     WINDOW: tl.constexpr, HAS_START: tl.constexpr, HAS_ROWS: tl.constexpr, BIAS: tl.constexpr,
-    FROM_START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PAIRS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    FROM_START: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, PAIRS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK_M` of the queries of one cache row, over one share of its positions.
 
@@ -191,6 +191,10 @@ def _attend_latent_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulated = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     log2e = 1.4426950408889634
+    if SINKS:  # noqa: SIM102 (one condition is known when the kernel is compiled)
+        if split == 0:  # one of the shares counts the sinks
+            largest = tl.load(sinks + q_head, mask=asked, other=0.0).to(tl.float32) * log2e
+            total += 1.0
     for block in range(low, high, BLOCK_N):
         n = block + tl.arange(0, BLOCK_N)
         valid = n < high
@@ -208,9 +212,10 @@ def _attend_latent_kernel(
                 R, W, BLOCK_N, BLOCK_R, PAIRS, EXACT,
             )  # fmt: skip
             t += tl.trans(s)
-        t = _biased(
-            t * scale, n, valid, slope, table, q_head, asked, last, origin, scale, table_width, BIAS, FROM_START
-        )
+        t *= scale
+        if CAPPED:
+            t = (2.0 * tl.sigmoid(2.0 * t / softcap) - 1.0) * softcap
+        t = _biased(t, n, valid, slope, table, q_head, asked, last, origin, scale, table_width, BIAS, FROM_START)
         t = tl.where(valid[None, :], t * log2e, float("-inf"))
         larger = tl.maximum(largest, tl.max(t, 1))
         p = tl.exp2(t - larger[:, None])
@@ -248,6 +253,8 @@ def attend_latent(
     bfloat16_from_start: bool | None = None,
     table: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     blocks: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -256,8 +263,8 @@ def attend_latent(
     Args:
         latents: [R, S, r], or packed codes uint8 [R, S, r · bits / 8] with `scales` and `offsets` [R, S] of the type
             of the queries; the last two dimensions contiguous; B = R · `fold`.
-        length, scale, capacity, start, rows, fold, window, slopes, bfloat16_from_start, table, counters, splits: as in
-            [`attend`].
+        length, scale, capacity, start, rows, fold, window, slopes, bfloat16_from_start, table, counters, softcap,
+            sinks, splits: as in [`attend`].
         wide: [B, H, W], rotated queries for the rebuilt components, real parts first; the last dimension contiguous.
         weight, bias: [W, r] and float32 [W], the map U and b from a latent to its components, real parts first.
         angles: from [`latent_angles`], for all positions that occur.
@@ -278,7 +285,7 @@ def attend_latent(
     bits = 16 if scales is None else width * 8 // r
     span, size = min(capacity, window or capacity), latent_bytes(r, bits, dtype)
     exact, hopper_layout = dtype == torch.float32, None
-    if blocks is None and hopper(device) and (W == 0 or fold == 1):
+    if blocks is None and hopper(device) and (W == 0 or fold == 1) and softcap is None and sinks is None:
         hopper_layout = hopper_sizes(r, W, bits, H * fold, plain is not None, dtype, shared_memory(device))
     if hopper_layout is not None:
         tiles = triton.cdiv(H * fold, hopper_layout["M"])
@@ -328,7 +335,8 @@ def attend_latent(
         assert blocks is not None
         block_n, pairs, warps, stages = blocks
         launch(_attend_latent_kernel, (R, splits, tiles),
-            *tensors, counters if at_once else some, *numbers, **options,
+            *tensors, counters if at_once else some, some if sinks is None else sinks, *numbers, softcap or 1.0,
+            **options, CAPPED=softcap is not None, SINKS=sinks is not None,
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=max(power(r), 32), PAIRS=pairs, EXACT=exact,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -360,6 +368,8 @@ def naive_attend_latent(
     bfloat16_from_start: bool | None = None,
     table: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     blocks: tuple[int, int, int, int] | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -392,6 +402,8 @@ def naive_attend_latent(
             keys = keys * turns[frequency.long()[:, None], int(positions[b]) - (last - 1) + at].T
             logits += (torch.complex(*wide[b].double().chunk(2, -1)).conj() @ keys.T).real
         logits *= scale
+        if softcap is not None:
+            logits = (logits / softcap).tanh() * softcap
         if table is not None:
             logits += table[:, (last - 1 - at).clamp(max=table.shape[1] - 1)].double()
         if slopes is not None and bfloat16_from_start is None:
@@ -399,5 +411,7 @@ def naive_attend_latent(
         elif slopes is not None:
             position = at - origin if bfloat16_from_start else at
             logits += (slopes.bfloat16()[:, None] * position).double() * scale
-        out.append(logits.softmax(-1) @ c)
+        if sinks is not None:
+            logits = torch.cat((logits, sinks.double()[:, None]), -1)
+        out.append(logits.softmax(-1)[:, : len(at)] @ c)
     return torch.stack(out)

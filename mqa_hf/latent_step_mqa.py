@@ -21,7 +21,7 @@ from .kernel_latent_append_mqa import append_latent, read_latent
 from .kernel_latent_mqa import attend_latent, latent_angles
 from .kernel_latent_plan_mqa import hopper_sizes, latent_bytes
 from .kernel_launch_mqa import available, hopper, shared_memory
-from .latent_mqa import HeadLinear, MQALatentAttention
+from .latent_mqa import Angles, HeadLinear, MQALatentAttention
 from .packing_mqa import rounded_latent
 from .rules_mqa import contiguous_positions, decoder_stack
 from .weights_mqa import plain as is_plain
@@ -39,13 +39,18 @@ class KernelTables:
     """Tables that kernels read besides weights, at fixed addresses while a graph is in use.
 
     Attributes:
-        frequencies: int32 [W / 2] per layer that rotates: the frequency of each complex component.
+        frequencies: int32 [W / 2] per layer that rotates: the frequency of each complex component, among those of all
+            layer types.
+        own: the same among those of the layer's type.
+        turns: cosines and sines of queries, by the first frequency of each layer type.
         biases: float32 [W] per layer whose keys a kernel rebuilds.
         angles: from [`latent_angles`], for all positions.
     """
 
     def __init__(self) -> None:
         self.frequencies: dict[int, torch.Tensor] = {}
+        self.own: dict[int, torch.Tensor] = {}
+        self.turns: dict[int, Angles] = {}
         self.biases: dict[int, torch.Tensor] = {}
         self.angles: torch.Tensor | None = None
 
@@ -56,6 +61,7 @@ class KernelTables:
             i = attention.layer_idx
             if i not in self.frequencies:
                 self.frequencies[i] = attention.rotated[: attention.qk_head_dim // 2].int()
+                self.own[i] = self.frequencies[i] - attention.first_frequency
                 self.biases[i] = torch.zeros(attention.qk_head_dim, dtype=torch.float32, device=step.device)
             if alone_by_kernel(attention):
                 self.biases[i].copy_(attention.k_proj.bias)
@@ -64,6 +70,10 @@ class KernelTables:
             like = torch.empty(0, dtype=torch.float32, device=step.device)
             cos, sin = step.stack.rotary_emb(like, torch.arange(positions, device=step.device)[None])
             self.angles = latent_angles(cos[0, 0], sin[0, 0], step.dtype)
+            self.turns = {}
+            for attention in rotating:
+                cos, sin = attention.of_layer_type((step.cos, step.sin))
+                self.turns.setdefault(attention.first_frequency, (cos.contiguous(), sin.contiguous()))
 
 
 def rebuilds(attention: Any) -> bool:
@@ -79,8 +89,7 @@ def plain_maps(attention: MQALatentAttention) -> bool:
 def alone_by_kernel(attention: MQALatentAttention) -> bool:
     """Whether the kernel attends to latents alone: not if the map to keys has an adapter or quantised weights."""
     rebuilt = attention.k_proj is None or is_plain(attention.k_proj)
-    known = attention.softcap is None and attention.sinks is None and not attention.config.rope_by_type
-    return rebuilt and known and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
+    return rebuilt and plain_maps(attention) and attention.kv_latent_dim <= MAX_HEAD_WIDTH
 
 
 def kept_by_kernel(attention: MQALatentAttention) -> bool:
@@ -171,13 +180,20 @@ def attend_to_latents(
     options, asked = step.seen(attention, attention.layer_idx), {}
     if attention.k_proj is not None:
         tables, i = step.kernel_tables, attention.layer_idx
-        same = {"frequency": tables.frequencies[i], "positions": step.positions}
-        asked = {"factors": attention.query_factors, "cos": step.cos, "sin": step.sin, **same}
-        options.update(weight=attention.k_proj.weight, bias=tables.biases[i], angles=tables.angles, **same)
+        cos, sin = tables.turns[attention.first_frequency]
+        asked = {
+            "factors": attention.query_factors, "cos": cos, "sin": sin, "frequency": tables.own[i],
+            "positions": step.positions,
+        }  # fmt: skip
+        options.update(
+            weight=attention.k_proj.weight, bias=tables.biases[i], angles=tables.angles,
+            frequency=tables.frequencies[i], positions=step.positions,
+        )  # fmt: skip
     wide, plain = append_latent(
         joined, attention.config.num_attention_heads, codes, step.length, r=attention.kv_latent_dim,
         k_up=None if attention.k_up is None else attention.k_up.weight, **packing, **asked,
     )  # fmt: skip
+    options.update(softcap=attention.softcap, sinks=attention.sinks)
     return attend_latent(codes, step.length, attention.scaling, wide=wide, plain=plain, **packing, **options)
 
 
@@ -263,8 +279,8 @@ def seconds(keys: str, attention: MQALatentAttention, like: torch.Tensor, tokens
     computed, size, kind = 2 * H * (W + r), (W + r) * like.element_size(), "hopper"
     if keys == "rebuilt":
         computed, size = computed + 2 * r * W, latent_bytes(r, attention.bits, like.dtype)
-        part = attention.k_up is not None
-        if not hopper(like.device) or not hopper_sizes(
+        part, plain = attention.k_up is not None, attention.softcap is None and attention.sinks is None
+        if not (plain and hopper(like.device)) or not hopper_sizes(
             r, W, attention.bits, H, part, like.dtype, shared_memory(like.device)
         ):
             kind = "any"

@@ -57,6 +57,7 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
+TAKE_LATENTS = (ATTENTION_NAME, "eager", "sdpa")  # attention with keys and values of different widths
 CACHE = cache_name()
 ATTENTIONS = (MQAAttention, MQALatentAttention)
 # With label smoothing, Trainer shifts labels only for classes named here.
@@ -128,10 +129,11 @@ class MQAPreTrainedModel(PreTrainedModel):
                 f"{positions} positions are a bias on the attention logits, which {name} does not support; use "
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
-        if getattr(self.config, "latent", False) and name not in (ATTENTION_NAME, "eager", "sdpa"):
+        latent = getattr(self.config, "latent", False)
+        if latent and name not in TAKE_LATENTS:
             raise ValueError(
                 f"a latent has keys and values of different widths, which {name} does not support; use "
-                f"{ATTENTION_NAME}, eager or sdpa"
+                f"{', '.join(TAKE_LATENTS[:-1])} or {TAKE_LATENTS[-1]}"
             )
         # Only what is listed takes these arguments; the others would ignore them.
         for field, takes in (
@@ -139,7 +141,8 @@ class MQAPreTrainedModel(PreTrainedModel):
             ("attention_sinks", (ATTENTION_NAME, "eager", "flex_attention")),
         ):
             if getattr(self.config, field, None) and name not in takes:
-                raise ValueError(f"{name} does not support {field}; use {' or '.join(takes)}")
+                usable = [one for one in takes if not latent or one in TAKE_LATENTS]
+                raise ValueError(f"{name} does not support {field}; use {' or '.join(usable)}")
         return name
 
 

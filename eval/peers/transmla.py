@@ -79,6 +79,7 @@ def decoupled(attention: MQAAttention, B: torch.Tensor, frequencies: torch.Tenso
         q_proj=linear(torch.cat((rotary, queries), 1).flatten(0, 1), attention.q_proj),
         k_proj=linear(torch.cat((shared, plain), 1).flatten(0, 1), attention.k_proj),
         qk_head_dim=m + D,
+        query_width=m + D,
         rotated_width=m + D,
         rotated=torch.cat((frequencies, frequencies + J)),
     )

@@ -35,8 +35,19 @@ PARTIAL = {
 }
 SLOPES = {"position_embedding": "alibi", "alibi_slopes": [0.5, 0.25, 0.1, 0.05, 0.01, 0.002], "qk_head_dim": 0}
 WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6}
+BY_TYPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 900.0},
+    "sliding_attention": {
+        "rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
 MODELS = {
     "rotary": ROTARY,
+    "two rotations": {
+        **ROTARY, **WINDOWS, "rope_parameters": BY_TYPE,
+        "rope_frequencies": [[4, 4, 5, 6, 6, 7], [0, 1, 2, 3], [4, 4, 4, 5, 5, 6, 6, 6, 7, 7]],
+    },
+    "caps and sinks": {**ROTARY, **WINDOWS, "attention_softcap": 0.7, "attention_sinks": True},
     "half of a head": PARTIAL,
     "layers without rotation": {
         **ROTARY, "rope_layers": [True, False, True], "qk_head_dim": [12, 0, 20],
@@ -123,7 +134,8 @@ def with_heads(model):
         key, bias = Z.new_zeros(G, D, Z.shape[1]), Z.new_zeros(G, D)
         R = model.config.rotary_dim if a.rotary else 0
         if R:
-            for c, j in enumerate(a.config.rope_frequencies[a.layer_idx]):
+            for c, f in enumerate(a.config.rope_frequencies[a.layer_idx]):
+                j = f - a.first_frequency
                 half, C = R // 2, a.qk_head_dim // 2
                 real, imaginary = a.query_factors[:, :, c]  # [G] each: k_j += (real + i imaginary) (κ_c + i κ_{c+C})
                 for to, one, other in ((j, real, -imaginary), (j + half, imaginary, real)):
@@ -136,6 +148,8 @@ def with_heads(model):
         b.k_proj.bias.copy_(bias.flatten())
         b.v_proj.weight.copy_((a.v_up.weight @ Z).flatten(0, 1))
         b.v_proj.bias.copy_((a.v_up.weight @ z).flatten())
+        if a.sinks is not None:
+            b.sinks.copy_(a.sinks)
         for name in ("q_proj", "o_proj", "relative_bias"):
             if getattr(a, name) is not None:
                 getattr(b, name).load_state_dict(getattr(a, name).state_dict())

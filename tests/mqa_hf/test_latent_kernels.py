@@ -100,6 +100,10 @@ def test_attention(seed, dtype):
         options["bfloat16_from_start"] = choose.random() < 0.5
     if bias == "table":
         options["table"] = torch.randn(H, choose.choice([1, 9, 200]), device=DEVICE)
+    if choose.random() < 0.3:
+        options["softcap"] = choose.choice([0.8, 30.0])
+    if choose.random() < 0.3:  # some outweigh all keys, some none
+        options["sinks"] = (torch.randn(H, device=DEVICE) * choose.choice([1.0, 8.0])).to(dtype)
     expected = naive_attend_latent(latents, length, r**-0.5, **options)
     counters = torch.zeros(R * H, dtype=torch.int32, device=DEVICE)
     few, all_devices = choose.randint(2, 9), {"blocks": (16, 16, 4, 1) if INTERPRETED else (64, 16, 4, 2)}
