@@ -25,7 +25,7 @@ from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
 from .kernel_norm_mqa import normalise
-from .latent_mqa import Angles, MQALatentAttention
+from .latent_mqa import Angles, HeadLinear, MQALatentAttention
 from .layer_mqa import scaled_logits
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
@@ -354,15 +354,19 @@ class DecodeStep:
         """[B, H·head_dim + ...] -> [B, H·D + ...], with the queries normalised and mapped."""
         H, width = self.config.num_attention_heads, attention.query_width
         query, others = joined.split([H * width, joined.shape[1] - H * width], -1)
-        norm = attention.q_norm
-        if self.triton and type(norm) is HeadNorm and norm.weight is None and norm.bias is None and not norm.joint:
-            kind = "layer_norm" if norm.centred else "rms_norm"
-            query = normalise(query.reshape(-1, width), kind, None, None, norm.eps)
-            assert attention.q_map is not None
-            query = attention.q_map.each(query.view(-1, H, 1, width))
-        else:
+        norm, maps = attention.q_norm, attention.q_map
+        bare = type(norm) is HeadNorm and norm.weight is None and norm.bias is None and not norm.joint
+        if not (self.triton and bare and type(maps) is HeadLinear):
             query = attention.own_queries(query.view(len(query), H, 1, width))
-        return torch.cat((query.flatten(1), others), -1)
+            return torch.cat((query.flatten(1), others), -1)
+        assert norm is not None
+        kind, D = "layer_norm" if norm.centred else "rms_norm", attention.qk_head_dim
+        query = normalise(query.reshape(-1, width), kind, None, None, norm.eps).view(-1, H, width)
+        if width != D:
+            joined = torch.cat((others.new_empty(len(others), H * D), others), -1)
+        out = joined[:, : H * D].view(-1, H, D)
+        torch.bmm(query.transpose(0, 1), maps.weight.mT, out=out.transpose(0, 1))
+        return joined
 
     def query_scale(self) -> torch.Tensor | None:
         """[B, 1, 1], the factor on the queries of a step; `None` if there is none."""

@@ -19,6 +19,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.text import calibration_tokens, load_tokenizer
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.eval.by_position import LossByPosition
+from mqa_hf.eval.expert_kernels import ExpertTiming
 from mqa_hf.eval.kernels import KernelTiming
 from mqa_hf.eval.latent_kernels import LatentKernelTiming, Size, record
 from mqa_hf.eval.methods import MethodComparison, MethodRecord
@@ -100,6 +101,12 @@ def test_the_kernel_is_timed_on_a_gpu_only():
         KernelTiming().run()
     with pytest.raises(MQAError, match="`kv_heads` 3 must divide the 32 query `heads`"):
         KernelTiming(kv_heads=[3]).run()
+    with pytest.raises(MQAError, match="the kernel needs a CUDA device"):
+        ExpertTiming().run()
+    with pytest.raises(MQAError, match="gpt2 has no experts"):
+        ExpertTiming(shapes=["gpt2"]).run()
+    with pytest.raises(MQAError, match="`batch` 9999 is more than the kernel's 4096 rows for mixtral-8x7b"):
+        ExpertTiming(shapes=["mixtral-8x7b"], batch=[1, 9999]).run()
     assert KernelTiming(batch=[1, 256], context=[512, 32768], kv_heads=[8], largest=1.0).sizes == [
         (8, 1, 512), (8, 1, 32768), (8, 256, 512)
     ]  # fmt: skip

@@ -41,7 +41,7 @@ def test_other_attention_implementations_agree(name, implementation):
     seen = arguments["attention_mask"].bool()
     expected = model(**arguments).logits[seen]
     if implementation == "sdpa" and model.config.attention_softcap:
-        with pytest.raises(ValueError, match="sdpa does not support attention_softcap; use mqa or eager$"):
+        with pytest.raises(ValueError, match=r"sdpa does not support attention_softcap; use mqa or eager$"):
             model.set_attn_implementation(implementation)
         return
     model.set_attn_implementation(implementation)
