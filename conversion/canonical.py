@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from mqa_hf.modeling_mqa import MQAForCausalLM
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
 from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
+from .families.native_only import IMAGE_TEXT
 from .record import Latent
 
 CanonicalConfig = MQAConfig | MQASeq2SeqConfig
@@ -29,6 +31,7 @@ C = TypeVar("C", bound=PreTrainedConfig)
 # Pipeline tag on the Hub, by auto class.
 PIPELINES: dict[Any, str | None] = {
     AutoModelForCausalLM: "text-generation",
+    AutoModelForImageTextToText: "image-text-to-text",
     AutoModelForSeq2SeqLM: None,  # translation, summarisation and more; the source's card says which
     AutoModelForSpeechSeq2Seq: "automatic-speech-recognition",
 }
@@ -117,6 +120,8 @@ def auto_class(config: Any) -> Any:
     """The auto class that loads a model of this configuration with its head."""
     if getattr(config, "num_mel_bins", None):
         return AutoModelForSpeechSeq2Seq
+    if config.model_type in IMAGE_TEXT:
+        return AutoModelForImageTextToText
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -10,7 +10,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from .canonical import CanonicalConfig, count_parameters, decoder_of, latents_of
-from .families import NATIVE_ONLY, canonical_config, check_own_heads, family_of
+from .families import ONLY_OWN_CLASS, canonical_config, check_own_heads, family_of
 from .inspect import Inspection
 from .passthrough import own_class
 from .pooling import choose_attentions, with_heads
@@ -32,7 +32,7 @@ def describe(job: Inspection) -> dict[str, Any]:
     result |= {"convertible": True, "reason": None}
     try:
         checkpoint = read_source(str(job.source), directory, commit)
-        if checkpoint.config.model_type in NATIVE_ONLY:
+        if checkpoint.config.model_type in ONLY_OWN_CLASS:
             return result | _describe_own_class(checkpoint, job.kv_heads)
         config = canonical_config(checkpoint.config, checkpoint.raw, frozenset(job.ignore_switch))
     except MQAError as error:
@@ -110,8 +110,8 @@ def _describe_own_class(source: Source, kv_heads: int) -> dict[str, Any]:
     own = own_class(source, kv_heads)
     cache = {"now": own.config.kv_bytes_per_token, "after": own.pooled.kv_bytes_per_token}
     return {
-        "reason": f"only with mqa-hf convert --target native: {NATIVE_ONLY[source.config.model_type].why}",
-        "layers": source.config.num_hidden_layers,
+        "reason": f"only with mqa-hf convert --target native: {ONLY_OWN_CLASS[source.config.model_type].why}",
+        "layers": source.config.get_text_config(decoder=True).num_hidden_layers,
         "num_attention_heads": own.config.num_attention_heads,
         "num_key_value_heads": own.config.num_key_value_heads,
         "head_dim": own.config.head_dim,

@@ -6,17 +6,18 @@ class. The class is built twice on `meta`, with the heads before and after; noth
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import ConversionError, listing
 from mqa_hf.configuration_mqa import MQAConfig
 
-from .canonical import with_fields
+from .canonical import auto_class, with_fields
 from .checkpoint import TensorInfo
 from .convert import ConversionOptions
 from .families import OWN_CLASS, Family, NativeOnly, check_not_quantised
@@ -27,6 +28,7 @@ from .plan import Plan, Reading, in_parts
 from .pooling import check_divides
 
 Shape = tuple[int, ...]
+_LAYERS = re.compile(r"layers\.\d+\..*")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
     for switch, reason in row.off:
         if getattr(before, switch):
             raise ConversionError(f"{before.model_type}: {switch}=True is not supported: {reason}")
-    model = _build(before)
-    heads = before.num_key_value_heads
+    model, text = _build(before), before.get_text_config(decoder=True)
+    heads = text.num_key_value_heads
     check_divides(heads, kv_heads)
     output = _with_heads(before, row, kv_heads)
     shapes, after = _shapes(model), _shapes(_build(output))
-    widths = {name: _head_dim(row, name, shape, before) for name, shape in shapes.items() if _pooled(row, name)}
+    widths = {name: _head_dim(row, name, shape, text) for name, shape in shapes.items() if _pooled(row, name)}
     if len(set(widths.values())) != 1:
         raise ConversionError(f"{before.model_type}: the heads of its layers differ in width: {widths}")
     # Layers may share their weights, but each has a cache of its own.
@@ -73,13 +75,13 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
     layers = sum(_pooled(row, name) in (VALUE, FUSED) for name in names)
     config, pooled = (
         MQAConfig(
-            vocab_size=before.vocab_size,
-            hidden_size=before.hidden_size,
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
             num_hidden_layers=layers,
-            num_attention_heads=before.num_attention_heads,
+            num_attention_heads=text.num_attention_heads,
             num_key_value_heads=n,
             head_dim=next(iter(widths.values())),
-            initializer_range=getattr(before, "initializer_range", 0.02),
+            initializer_range=getattr(text, "initializer_range", 0.02),
         )
         for n in (heads, kv_heads)
     )
@@ -123,6 +125,11 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
     return Plan(reading, own.pooled, output, tuple(replace(p, writes=p.reads) for p in parts), (), tensors)
 
 
+# Words in the names of modules of multimodal classes beside the language model.
+TOWERS = (
+    *("vision", "visual", "image", "audio", "video", "aligner"),
+    *("connector", "projector", "resampler", "perceiver", "qformer"),
+)
 # Kinds of pooled tensors; `pooling.py` recognises them by these endings of names.
 KEY, VALUE, KEY_NORM, FUSED = "k_proj", "v_proj", "k_norm", "qkv"
 
@@ -130,7 +137,7 @@ KEY, VALUE, KEY_NORM, FUSED = "k_proj", "v_proj", "k_norm", "qkv"
 def _pooled(row: NativeOnly, name: str) -> str | None:
     """The kind of a pooled tensor; `None` for a tensor that is copied."""
     module, _, kind = template(name)[0].rpartition(".")
-    if kind not in ("weight", "bias"):
+    if kind not in ("weight", "bias") or (row.image_text and any(word in module for word in TOWERS)):
         return None
     kinds: dict[str, str] = {row.fused: FUSED} if row.fused else {row.key: KEY, row.value: VALUE}
     if row.key_norm:
@@ -167,6 +174,9 @@ def _pooled_shape(row: NativeOnly, name: str, shape: Shape, before: MQAConfig, a
 
 def _with_heads(config: PreTrainedConfig, row: NativeOnly, kv_heads: int) -> PreTrainedConfig:
     output = copy.deepcopy(config)
+    if row.image_text:
+        output.get_text_config(decoder=True).num_key_value_heads = kv_heads
+        return output
     output.num_key_value_heads = kv_heads
     *path, field = row.heads.split(".")
     holder = output
@@ -180,7 +190,7 @@ def _build(config: PreTrainedConfig) -> PreTrainedModel:
     """Build the class of a configuration on `meta`."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            return auto_class(config).from_config(copy.deepcopy(config))
     except Exception as error:  # classes raise any type for an invalid configuration
         raise ConversionError(f"transformers cannot build this {config.model_type}: {error}") from error
 
@@ -194,6 +204,10 @@ def _check_projections(tensors: Mapping[str, TensorInfo], own: OwnClass, row: Na
     prefixes = (f"{own.model.base_model_prefix}.", "backbone.")
 
     def place(name: str) -> str:
+        # Files and classes name the language model within a multimodal one differently.
+        within = _LAYERS.search(name) if row.image_text else None
+        if within is not None:
+            return within.group()
         return name.removeprefix(next((p for p in prefixes if name.startswith(p)), ""))
 
     def kind(name: str) -> tuple[str | None, str]:

@@ -52,9 +52,13 @@ def both_spellings(config: PreTrainedConfig) -> dict[str, Any]:
     if config.model_type in _OLD_LAYER_TYPES:
         name, old_names = _OLD_LAYER_TYPES[config.model_type]
         written[name] = [old_names.get(kind, kind) for kind in written[name]]
-    for name in config.sub_configs:  # of DBRX, which in transformers 4 rejects unknown fields
+    for name in config.sub_configs if config.model_type == "dbrx" else ():  # transformers 4 rejects unknown fields
         defaults = type(getattr(config, name))().to_dict() | {"hidden_size": written[name].get("hidden_size")}
         written[name] = {k: v for k, v in written[name].items() if k not in defaults or v != defaults[k]}
+    text = config.get_text_config(decoder=True)
+    for name in config.sub_configs:
+        if getattr(config, name) is text and isinstance(written.get(name), dict):  # of a multimodal model
+            written[name] |= _old_rope(text.model_type, written[name])
     return written | _old_rope(config.model_type, written)
 
 
@@ -117,7 +121,8 @@ def _flat_rope(kind: str, parameters: dict[str, Any]) -> dict[str, Any]:
     if "type" in scaling:  # the oldest name of rope_type, with older names of types
         scaling["type"] = scaling["rope_type"]
     # Null is written, too, because some classes of transformers 4 scale by default.
-    old["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    plain = scaling["rope_type"] == "default" and "mrope_section" not in scaling
+    old["rope_scaling"] = None if plain else scaling
     if scaling["rope_type"] == "longrope":
         original = scaling["original_max_position_embeddings"]
         old["original_max_position_embeddings"] = original

@@ -18,7 +18,7 @@ from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of, latents_of, with_fields
-from mqa_hf.conversion.families import family_of
+from mqa_hf.conversion.families import IMAGE_TEXT, family_of
 from mqa_hf.conversion.record import Latent
 from mqa_hf.latent_step_mqa import keys_to_keep
 from mqa_hf.modeling_mqa import MQAForCausalLM
@@ -130,6 +130,8 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
         raise MQAError(f"`beams` needs encoder-decoder shapes, because beam search does not stream tokens ({shape})")
     if job.largest_batch and (several or torch.device(job.device or "cpu").type == "cpu"):
         raise MQAError(f"`largest_batch` needs decoder-only shapes on a GPU ({shape}, {job.device})")
+    if isinstance(config, OwnShape) and config.run_config.model_type in IMAGE_TEXT:
+        raise MQAError(f"{shape} is multimodal, and only models of text are timed; use `mqa-hf plan`")
     if job.asks_latents and isinstance(config, OwnShape):
         raise MQAError(f"latents need a model in this package's class; {shape} keeps its own")
     if job.window is not None and isinstance(config, OwnShape):

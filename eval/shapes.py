@@ -16,7 +16,7 @@ from mqa_hf.base.shapes import SHAPES
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
-from mqa_hf.conversion.families import NATIVE_ONLY, canonical_config
+from mqa_hf.conversion.families import ONLY_OWN_CLASS, canonical_config
 from mqa_hf.conversion.passthrough import own_class
 from mqa_hf.conversion.pooling import choose_attentions, with_heads
 from mqa_hf.conversion.source import Source, read_source
@@ -76,7 +76,7 @@ class OwnShape:
     @property
     def why(self) -> str:
         """Why this package's class and loop do not support it, as a clause."""
-        return NATIVE_ONLY[self.run_config.model_type].why
+        return ONLY_OWN_CLASS[self.run_config.model_type].why
 
     def with_heads(self, kv_heads: int) -> "OwnShape":
         return self if kv_heads == self.config.num_key_value_heads else own_shape(self.source, kv_heads)
@@ -100,7 +100,8 @@ def own_shape(source: Source, kv_heads: int) -> OwnShape:
 
 def chosen_share(config: PreTrainedConfig) -> float:
     """Fraction of a layer's experts that a token is routed to."""
-    said = getattr(config, "ffn_config", config)
+    text = config.get_text_config(decoder=True)
+    said = getattr(text, "ffn_config", text)
     counts = [
         next((n for n in (getattr(said, name, None) for name in names) if isinstance(n, int)), None)
         for names in (CHOSEN, EXPERTS)
@@ -146,8 +147,8 @@ def _read(name: str) -> tuple[PreTrainedConfig, Config | OwnShape]:
             config = ours.from_pretrained(directory)
             return config, config
     source = read_source(name, directory, commit)
-    if source.config.model_type in NATIVE_ONLY:
-        return source.config, own_shape(source, source.config.num_key_value_heads)
+    if source.config.model_type in ONLY_OWN_CLASS:
+        return source.config, own_shape(source, source.config.get_text_config(decoder=True).num_key_value_heads)
     return source.config, canonical_config(source.config, source.raw)
 
 

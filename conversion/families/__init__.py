@@ -17,13 +17,15 @@ from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from ..operations import at_least_float32
 from . import alibi, encoder_decoder, experts, gpt, gpt_rotary, llama, normalised, variants
 from .base import COPY, Family, Rule, SourceConfig
-from .native_only import NATIVE_ONLY, OWN_CLASS, NativeOnly
+from .native_only import IMAGE_TEXT, NATIVE_ONLY, ONLY_OWN_CLASS, OWN_CLASS, NativeOnly
 from .refused import REFUSED
 
 __all__ = [
     "COPY",
     "FAMILIES",
+    "IMAGE_TEXT",
     "NATIVE_ONLY",
+    "ONLY_OWN_CLASS",
     "OWN",
     "OWN_CLASS",
     "REFUSED",
@@ -108,9 +110,9 @@ def family_of(model_type: Any) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         if model_type in OWN:
             return CANONICAL
-        if isinstance(model_type, str) and model_type in NATIVE_ONLY:
+        if isinstance(model_type, str) and model_type in ONLY_OWN_CLASS:
             raise ConversionError(
-                f"{model_type} can only be converted in its own class: {NATIVE_ONLY[model_type].why}; use "
+                f"{model_type} can only be converted in its own class: {ONLY_OWN_CLASS[model_type].why}; use "
                 "`target` native"
             )
         if isinstance(model_type, str) and model_type in REFUSED:
@@ -139,7 +141,7 @@ def native_config(source: PreTrainedConfig, pooled: MQAConfig) -> PreTrainedConf
 
 def check_known(model_type: Any) -> None:
     """Raise ConversionError for a model type that cannot be converted at all."""
-    if not isinstance(model_type, str) or model_type not in NATIVE_ONLY:
+    if not isinstance(model_type, str) or model_type not in ONLY_OWN_CLASS:
         family_of(model_type)
 
 

@@ -19,6 +19,8 @@ class NativeOnly:
         fused: one projection with the rows of queries, keys and values in this order, in place of `key` and `value`.
         heads: the configuration field with the number of key/value heads.
         off: switches that rule out pooling, and why.
+        image_text: whether it is a multimodal class, whose language model is pooled; `heads` is then in the
+            configuration of that.
     """
 
     why: str
@@ -28,6 +30,7 @@ class NativeOnly:
     fused: str | None = None
     heads: str = "num_key_value_heads"
     off: tuple[tuple[str, str], ...] = ()
+    image_text: bool = False
 
 
 _JOINT_NORM = "layers.{}.self_attn.k_norm"
@@ -89,6 +92,20 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     ),
 }
 
+# Multimodal types: the language model within them is pooled.
+_LANGUAGE = NativeOnly("it is multimodal; its language model is converted in place", image_text=True)
+IMAGE_TEXT: dict[str, NativeOnly] = dict.fromkeys(
+    (
+        "apertus1p5", "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "ernie4_5_vl_moe",
+        "exaone4_5", "gemma3", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "got_ocr2", "granite_docling",
+        "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "lfm2_vl", "lighton_ocr", "llama4",
+        "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "paddleocr_vl",
+        "paligemma", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
+        "smolvlm", "video_llama_3", "vipllava",
+    ),
+    _LANGUAGE,
+)  # fmt: skip
+
 # Types that are canonical as well, but whose own class stores experts in another form; the same for `--target native`.
 MIXTURES: dict[str, NativeOnly] = {
     "cohere2_moe": EXPERTS,
@@ -110,4 +127,5 @@ MIXTURES: dict[str, NativeOnly] = {
     "qwen3_moe": EXPERTS,
     "solar_open": EXPERTS,
 }
-OWN_CLASS = {**NATIVE_ONLY, **MIXTURES}
+ONLY_OWN_CLASS = {**NATIVE_ONLY, **IMAGE_TEXT}
+OWN_CLASS = {**ONLY_OWN_CLASS, **MIXTURES}

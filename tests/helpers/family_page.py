@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from mqa_hf.base.errors import MQAError
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
-from mqa_hf.conversion.families import FAMILIES, NATIVE_ONLY, REFUSED
+from mqa_hf.conversion.families import FAMILIES, IMAGE_TEXT, NATIVE_ONLY, REFUSED
 from mqa_hf.conversion.families.base import SourceConfig
 from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
 
@@ -37,6 +37,10 @@ raise an error that names the switch. Quantised checkpoints and unknown switches
 OWN_CLASS = """The canonical model cannot express these model types. `--target native` pools their key and value
 projections and copies the rest. The tests check pooling with the mean, and that a conversion with all heads
 equals the source byte for byte."""
+IN_PLACE = """`--target native` pools the key and value projections of the language model and copies the rest, image
+encoder and processor included. The result loads with the same auto class. Only mean, first and random heads are
+possible. The tests convert LLaVA, LLaVA-OneVision, Gemma 3, PaliGemma, Mistral 3, Idefics 3, InternVL, Qwen2-VL,
+Qwen2.5-VL and Qwen3-VL; of the other classes they check that only keys and values depend on the number of heads."""
 OTHERS = "All other causal and sequence-to-sequence model types of transformers 5.17 to 5.24, and the reasons."
 COLUMNS = (
     "family",
@@ -95,6 +99,8 @@ def page() -> str:
         f"## Encoder-decoder ({len(seq2seq)})\n\n{table(seq2seq, SEQ2SEQ_CASES)}\n",
         f"## In their own class only ({len(NATIVE_ONLY)})\n\n{OWN_CLASS}\n",
         grouped({name: row.why for name, row in NATIVE_ONLY.items()}) + "\n",
+        f"## Multimodal, converted in place ({len(IMAGE_TEXT)})\n\n{IN_PLACE}\n",
+        f"{', '.join(f'`{name}`' for name in sorted(IMAGE_TEXT))}.\n",
         f"## Refused ({len(REFUSED)})\n\n{OTHERS}\n",
         grouped(REFUSED) + "\n",
     ]
