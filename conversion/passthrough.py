@@ -20,7 +20,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from .canonical import auto_class, with_fields
 from .checkpoint import TensorInfo
 from .convert import ConversionOptions
-from .families import OWN_CLASS, Family, NativeOnly, check_not_quantised
+from .families import ONLY_OWN_CLASS, OWN_CLASS, Family, NativeOnly, check_not_quantised
 from .matching import TensorStep, template
 from .memory import AnySource
 from .operations import SplitStacked
@@ -99,8 +99,10 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
     """Plan the conversion of a source in its own class; raises ConversionError if it is impossible."""
     kind = source.config.model_type
     if job.calibrated:
+        other = "" if kind in ONLY_OWN_CLASS else "`target` mqa, or "
         raise ConversionError(
-            f"calibration needs a canonical model, which {kind} does not have; use `method` mean, first or random"
+            f"calibration needs a canonical model, and {kind} with `target` native is not one; use {other}`method` "
+            "mean, first or random"
         )
     if job.window is not None or job.attention not in (None, ("decoder",)):
         raise ConversionError(f"`window` and `attention` cannot be used with {kind}, which keeps its own class")

@@ -192,6 +192,11 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
 def check_fit(config: CanonicalConfig, job: ConversionOptions) -> None:
     """Raise ConversionError for an attention that the method cannot be fitted to."""
     stack = decoder_of(config)
+    if stack.qk_norm is not None and job.method == "shared" and job.kv_heads == stack.num_key_value_heads:
+        raise ConversionError(
+            f"`method` shared has nothing to share with all {job.kv_heads} key/value heads, and would replace "
+            "normalised keys by linear ones; use mean, which changes nothing then"
+        )
     if stack.qk_norm is not None and job.method == "shared" and job.target == "native":
         raise ConversionError(
             "`target` native: classes of transformers cannot hold heads fitted to normalised queries and keys, which "

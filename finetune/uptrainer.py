@@ -109,7 +109,7 @@ def teacher_of(job: Uptraining, student: PreTrainedModel) -> PreTrainedModel | N
 
 
 def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, job: Uptraining) -> nn.Module:
-    """Freeze what is not trained; with LoRA, put adapters on every linear layer of the stack."""
+    """Freeze what is not trained; with LoRA, put adapters on every linear layer of the stack and on its experts."""
     if "attention" in job.losses:
         return only_attention(model, teacher)
     if job.train == "all":
@@ -117,10 +117,20 @@ def select_parameters(model: PreTrainedModel, teacher: PreTrainedModel | None, j
     if job.train == "lora":
         import peft
 
-        adapters = peft.LoraConfig(r=job.lora_rank, lora_alpha=2 * job.lora_rank, target_modules="all-linear")
-        adapted = peft.get_peft_model(model, adapters)
-        return adapted
+        adapters = peft.LoraConfig(
+            r=job.lora_rank,
+            lora_alpha=2 * job.lora_rank,
+            target_modules="all-linear",
+            target_parameters=sorted(experts_of(model)) or None,
+        )
+        return peft.get_peft_model(model, adapters)
     return only_attention(model, teacher)
+
+
+def experts_of(model: PreTrainedModel) -> set[str]:
+    """Endings of the names of tensors that hold the matrices of all experts of a layer."""
+    named = model.named_parameters()
+    return {".".join(name.split(".")[-3:]) for name, p in named if ".experts." in name and p.ndim == 3}
 
 
 def only_attention(model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:

@@ -362,12 +362,22 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}), got {k}")
         if not self.expert_intermediate_size:
             raise ValueError(f"experts need expert_intermediate_size, got {self.expert_intermediate_size}")
-        if not self.gated_mlp:
-            raise ValueError(f"experts need gated_mlp, got {self.gated_mlp}")
+        if not self.gated_mlp or self.mlp_bias or self.activation_dropout or self.hidden_act == "xielu":
+            raise ValueError(
+                f"experts are gated MLPs without biases, dropout or the activation xielu; got gated_mlp="
+                f"{self.gated_mlp}, mlp_bias={self.mlp_bias}, activation_dropout={self.activation_dropout}, "
+                f"hidden_act={self.hidden_act!r}"
+            )
         if groups < 1 or E % groups or not 1 <= self.router_groups_kept <= groups:
             raise ValueError(
                 f"router_groups ({groups}) must divide num_experts ({E}), and router_groups_kept "
                 f"({self.router_groups_kept}) be at most that many"
+            )
+        kept = self.router_groups_kept * (E // groups)
+        if self.router_groups_kept < groups and (E // groups < 2 or k > kept):
+            raise ValueError(
+                f"groups of at least two experts, and as many experts in those that are kept ({kept}) as a token has "
+                f"({k}), are needed; got num_experts {E}, router_groups {groups}"
             )
 
     def _check_rope_by_type(self):

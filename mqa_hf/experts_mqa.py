@@ -82,6 +82,19 @@ class MQAExperts(nn.Module):
         return out
 
 
+class MQARouter(nn.Module):
+    """The logits of E experts, in float32 or higher; `weight` [E, d]."""
+
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        assert config.num_experts is not None
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return nn.functional.linear(x.to(precise), self.weight.to(precise))
+
+
 class MQAMixture(nn.Module):
     """Σ_e w_e expert_e(x) over the k experts of the largest scores, plus the shared expert.
 
@@ -93,17 +106,17 @@ class MQAMixture(nn.Module):
     def __init__(self, config: MQAConfig):
         super().__init__()
         assert config.num_experts is not None
-        d, E = config.hidden_size, config.num_experts
         self.top_k, self.scores = config.num_experts_per_tok, config.router_scores
         self.renormalise, self.scale = config.router_renormalise, config.router_scale
         self.groups, self.groups_kept = config.router_groups, config.router_groups_kept
-        self.router = nn.Linear(d, E, bias=False)
-        correction = nn.Parameter(torch.zeros(E), requires_grad=False) if config.router_correction else None
-        self.router_correction = correction
+        self.router = MQARouter(config)
+        self.router_correction = (
+            nn.Parameter(torch.zeros(config.num_experts), requires_grad=False) if config.router_correction else None
+        )
         self.experts = MQAExperts(config)
         shared = config.shared_expert_intermediate_size
         self.shared = MQAMLP(config, shared) if shared else None
-        self.shared_gate = nn.Linear(d, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
@@ -116,10 +129,9 @@ class MQAMixture(nn.Module):
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, d] -> the weights [N, k] and the numbers [N, k] of the chosen experts."""
-        precise = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(precise), self.router.weight.to(precise))
+        logits = self.router(x)
         scores = logits.softmax(-1) if self.scores == "softmax" else logits.sigmoid()
-        choice = scores if self.router_correction is None else scores + self.router_correction.to(precise)
+        choice = scores if self.router_correction is None else scores + self.router_correction.to(scores.dtype)
         if self.groups_kept < self.groups:
             by_group = choice.unflatten(-1, (self.groups, -1))
             best = by_group.topk(2, dim=-1)[0].sum(-1).topk(self.groups_kept, dim=-1, sorted=False)[1]

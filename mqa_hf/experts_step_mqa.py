@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .experts_mqa import MQAExperts, MQAMixture
+from .experts_mqa import MQAExperts, MQAMixture, MQARouter
 from .kernel_experts_mqa import MAX_PAIRS, chosen_experts, route
 from .kernel_norm_mqa import ACTIVATIONS
 from .weights_mqa import plain as is_plain
@@ -17,16 +17,28 @@ if TYPE_CHECKING:
     from .step_mqa import DecodeStep
 
 
-def by_kernel(step: "DecodeStep", mixture: MQAMixture) -> bool:
-    """Whether kernels choose and compute the experts: not with adapters or quantised weights."""
-    experts = mixture.experts
-    plain = type(experts) is MQAExperts and all(
-        type(weight) is nn.Parameter and weight.dtype == step.dtype and weight.is_contiguous()
-        for weight in (experts.gate_up_proj, experts.down_proj)
+TYPES = (torch.float32, torch.float16, torch.bfloat16)  # of the kernels
+
+
+def plain_mixture(mixture: MQAMixture) -> bool:
+    """Whether router, experts and the gate of the shared expert are unmodified: no adapters, no quantised weights."""
+    experts, gate = mixture.experts, mixture.shared_gate
+    return (
+        type(mixture.router) is MQARouter
+        and type(experts) is MQAExperts
+        and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
+        and (gate is None or is_plain(gate))
     )
-    plain = plain and is_plain(mixture.router) and mixture.router.bias is None
-    few = step.request.rows * mixture.top_k <= MAX_PAIRS
-    return step.triton and plain and few and step.config.hidden_act in ACTIVATIONS
+
+
+def by_kernel(step: "DecodeStep", mixture: MQAMixture) -> bool:
+    """Whether kernels choose and compute the experts."""
+    experts = mixture.experts
+    fits = plain_mixture(mixture) and all(
+        weight.dtype == step.dtype and weight.is_contiguous() for weight in (experts.gate_up_proj, experts.down_proj)
+    )
+    few, known = step.request.rows * mixture.top_k <= MAX_PAIRS, step.config.hidden_act in ACTIVATIONS
+    return step.triton and fits and few and known and step.dtype in TYPES
 
 
 def mixture(step: "DecodeStep", module: MQAMixture, x: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def _choose_kernel(
     found = tl.zeros([PLACES], tl.int32)
     factors = tl.zeros([PLACES], tl.float32)
     for i in range(0, K):
-        first = tl.min(tl.where(choice == tl.max(choice, 0), e, EXPERTS), 0)
+        first = tl.min(tl.where(choice == tl.max(choice, 0), e, E - 1), 0)  # the last one if all are NaN
         found = tl.where(places == i, first, found)
         factors = tl.where(places == i, tl.sum(tl.where(e == first, scores, 0.0), 0), factors)
         choice = tl.where(e == first, float("-inf"), choice)

@@ -31,7 +31,7 @@ AT_ONCE = 2**27  # numbers of latents and their keys that are made at once from 
 
 
 class HeadLinear(nn.Module):
-    """A linear map per head, of the latent or of the head's own queries; `weight` [G, N, r]."""
+    """A linear map of the latent per head; `weight` [G, N, r]."""
 
     def __init__(self, heads: int, in_features: int, out_features: int):
         super().__init__()
@@ -41,10 +41,6 @@ class HeadLinear(nn.Module):
         """Apply each head's map: [B, S, r] -> [B, G, S, N]."""
         return torch.einsum("bsr,gnr->bgsn", latent, self.weight)
 
-    def each(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply each head's map to its own vectors: [B, G, T, r] -> [B, G, T, N]."""
-        return torch.einsum("bgtr,gnr->bgtn", x, self.weight)
-
     def absorb(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the transposed maps, so that x can be multiplied with latents: [B, H, T, N] -> [B, H, T, r]."""
         return torch.einsum("bgmtn,gnr->bgmtr", x.unflatten(1, (len(self.weight), -1)), self.weight).flatten(1, 2)
@@ -52,6 +48,18 @@ class HeadLinear(nn.Module):
     def read(self, mixed: torch.Tensor) -> torch.Tensor:
         """Apply each query head's map to its own mixture of latents: [B, T, H, r] -> [B, T, H, N]."""
         return torch.einsum("btgmr,gnr->btgmn", mixed.unflatten(2, (len(self.weight), -1)), self.weight).flatten(2, 3)
+
+
+class QueryMap(nn.Module):
+    """A linear map of each head's own queries; `weight` [H, N, r]."""
+
+    def __init__(self, heads: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, out_features, in_features))
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """[B, H, T, r] -> [B, H, T, N]."""
+        return torch.einsum("bhtr,hnr->bhtn", query, self.weight)
 
 
 class AttentionView(nn.Module):

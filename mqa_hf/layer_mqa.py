@@ -17,7 +17,7 @@ from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .compat_mqa import cache_name
 from .configuration_mqa import MQAConfig, of_layer
 from .experts_mqa import MQAMLP, MQAMixture
-from .latent_mqa import HeadLinear, MQALatentAttention
+from .latent_mqa import MQALatentAttention, QueryMap
 from .positions_mqa import rotate, rotated_components
 
 CACHE = cache_name()
@@ -73,7 +73,7 @@ class MQAAttention(nn.Module):
         self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
         normed = config.qk_norm is not None and not cross
         self.q_norm = HeadNorm(config, H, self.query_width) if normed else None
-        self.q_map = HeadLinear(H, self.query_width, self.qk_head_dim) if mapped else None
+        self.q_map = QueryMap(H, self.query_width, self.qk_head_dim) if mapped else None
         self.k_norm = HeadNorm(config, G, self.qk_head_dim) if normed and not mapped else None
         self.norm_after_rotation = config.qk_norm_after_rotation
         self.softcap = None if cross else config.attention_softcap
@@ -155,7 +155,7 @@ class MQAAttention(nn.Module):
     def own_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Projected queries [B, H, T, `query_width`] -> [B, H, T, D], before their rotation."""
         query = query if self.q_norm is None else self.q_norm(query)
-        return query if self.q_map is None else self.q_map.each(query)
+        return query if self.q_map is None else self.q_map(query)
 
     def as_computed(self) -> bool:
         """Whether the indices of rotated components, which are not in checkpoints, are set."""

@@ -27,8 +27,8 @@ from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
-from .experts_mqa import XIELU, MQAExperts
-from .latent_mqa import HeadLinear, MQALatentAttention
+from .experts_mqa import XIELU, MQAExperts, MQARouter
+from .latent_mqa import HeadLinear, MQALatentAttention, QueryMap
 from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
 from .positions_mqa import (
     BIAS_POSITIONS,
@@ -87,6 +87,7 @@ class MQAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["router_correction"]  # corrections are small differences of larger numbers
     _can_record_outputs = {
         "hidden_states": MQADecoderLayer,
         "attentions": [OutputRecorder(kind, index=1, layer_name="self_attn") for kind in ATTENTIONS],
@@ -111,7 +112,7 @@ class MQAPreTrainedModel(PreTrainedModel):
         if isinstance(module, MQAExperts):
             for weight in (module.gate_up_proj, module.down_proj):
                 init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, HeadLinear):
+        if isinstance(module, HeadLinear | QueryMap | MQARouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MQALatentAttention) and module.query_factors is not None:
             init.normal_(module.query_factors)
@@ -119,6 +120,14 @@ class MQAPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the decorator in the file of this class
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Return the requested implementation of experts, by default grouped products, which need rows of a multiple
+        of 16 bytes."""
+        widths = (getattr(self.config, name, None) for name in ("hidden_size", "expert_intermediate_size"))
+        if requested_experts is None and any(width % 8 for width in widths if width):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Return the requested attention, by default this package's; raise ValueError if it cannot run the model."""

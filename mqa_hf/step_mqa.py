@@ -20,12 +20,12 @@ from .attention_mqa import HeadNorm, grouped
 from .beams_mqa import gather_beams
 from .cache_mqa import FLOAT8, DecodeCache, KeyValueLayer, from_float8, to_float8
 from .experts_mqa import MQAMLP, MQAMixture
-from .experts_step_mqa import by_kernel, mixture
+from .experts_step_mqa import by_kernel, mixture, plain_mixture
 from .kernel_append_mqa import append
 from .kernel_attend_mqa import MAX_HEAD_WIDTH, attend
 from .kernel_launch_mqa import available, compile_all
 from .kernel_norm_mqa import normalise
-from .latent_mqa import Angles, HeadLinear, MQALatentAttention
+from .latent_mqa import Angles, MQALatentAttention, QueryMap
 from .layer_mqa import scaled_logits
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
@@ -63,8 +63,7 @@ class DecodeStep:
         self.device, self.dtype = head.device, head.dtype
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
-        mixtures = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MQAMixture)]
-        fixed = all(by_kernel(self, module) for module in mixtures)
+        fixed = all(by_kernel(self, module) for module in self.mixtures())
         self.graph = request.graphs and self.device.type == "cuda" and fixed
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
@@ -172,8 +171,22 @@ class DecodeStep:
                 else:
                     self.tables[i] = table
         changed = self.linear.prepare((*self.groups(), (self.model.lm_head,)))
-        plain = all(map(latent_step_mqa.plain_maps, self.latent_attentions())) and all(map(plain_norms, self.heads()))
-        return replaced or changed or not plain
+        return replaced or changed or not self.plain()
+
+    def plain(self) -> bool:
+        """Whether the modules that are not in [`DecodeStep.groups`] are unmodified: no adapter in their place."""
+        return (
+            isinstance(self.stack.embed_tokens, nn.Embedding)
+            and all(map(latent_step_mqa.plain_maps, self.latent_attentions()))
+            and all(map(plain_norms, self.heads()))
+            and all(attention.q_map is None or type(attention.q_map) is QueryMap for attention in self.heads())
+            and all(map(plain_mixture, self.mixtures()))
+        )
+
+    def mixtures(self) -> Iterator[MQAMixture]:
+        for layer in self.layers:
+            if isinstance(layer.mlp, MQAMixture):
+                yield layer.mlp
 
     def heads(self) -> "Iterator[MQAAttention]":
         """The self-attentions that cache keys and values."""
@@ -356,7 +369,7 @@ class DecodeStep:
         query, others = joined.split([H * width, joined.shape[1] - H * width], -1)
         norm, maps = attention.q_norm, attention.q_map
         bare = type(norm) is HeadNorm and norm.weight is None and norm.bias is None and not norm.joint
-        if not (self.triton and bare and type(maps) is HeadLinear):
+        if not (self.triton and bare and type(maps) is QueryMap):
             query = attention.own_queries(query.view(len(query), H, 1, width))
             return torch.cat((query.flatten(1), others), -1)
         assert norm is not None

@@ -135,11 +135,35 @@ def test_norms_of_single_heads_are_read_as_one_only_if_there_is_one_for_each_hea
         report = convert(source, tmp_path / "nan", allow_nonfinite=True)
     assert report.nonfinite.read == {norms[2]: 8}
     change(source, lambda tensors: tensors.pop(norms[2]))
-    with pytest.raises(MQAError, match=r"k_layernorm\.norms\.0\.weight.*missing for: model\.layers\.1.*k_norm"):
+    with pytest.raises(MQAError, match=r"tensors missing: model\.layers\.1\.self_attn\.k_layernorm\.norms\.2\.weight"):
         convert(source, tmp_path / "gap")
     change(source, lambda tensors: [tensors.pop(norms[i]) for i in (3, 4, 5)])
     with pytest.raises(MQAError, match=r"norms\.weight has the shape \[2, 8\], which does not fit .* \[6, 8\]"):
         convert(source, tmp_path / "few")
+
+
+def test_experts_are_joined_whatever_their_types_and_missing_ones_are_named(tmp_path):
+    fields = {**LLAMA, "num_key_value_heads": 3, "num_local_experts": 5, "num_experts_per_tok": 2}
+    source = save(make_model("mixtral", fields), tmp_path / "source")
+    place = "model.layers.1.block_sparse_moe.experts"
+    written = load_file(source / "model.safetensors")
+    change(source, lambda tensors: tensors.update({f"{place}.3.w3.weight": written[f"{place}.3.w3.weight"].half()}))
+    convert(source, tmp_path / "mixed", kv_heads=3)
+    read = load_file(tmp_path / "mixed" / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj"]
+    gates, inputs = (torch.stack([written[f"{place}.{e}.{name}.weight"] for e in range(5)]) for name in ("w1", "w3"))
+    inputs[3] = inputs[3].half().float()
+    assert torch.equal(read, torch.cat((gates, inputs), 1))
+    for name, other, said in (
+        (f"{place}.1.w3.weight", None, rf"tensors missing: {place}\.1\.w3\.weight$"),
+        (f"{place}.0.w2.weight", torch.ones(3), "not in this configuration"),
+        (f"{place}.0.w2.weight", torch.ones(()), "not in this configuration"),
+        (f"{place}.99999999.w2.weight", torch.ones(48, 80), r"tensors missing: .*experts\.5\.w2\.weight"),
+        (f"{place}.down_proj", torch.ones(5, 48, 80), "not in this configuration"),
+    ):
+        save_file({**written, name: other} if other is not None else {n: t for n, t in written.items() if n != name},
+                  source / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+        with pytest.raises(MQAError, match=said):
+            convert(source, tmp_path / "damaged")
 
 
 def test_weights_that_are_no_numbers_can_be_converted_and_are_counted(places):

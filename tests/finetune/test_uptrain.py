@@ -24,6 +24,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -167,6 +169,35 @@ def test_every_way_of_training_changes_what_it_should(home, tmp_path, options):
     else:
         assert changed == set(old)
     assert list(report.log) == (["attention", "main"] if "attention_tokens" in options else ["main"])
+    first, last = report.log["main"][0]["loss"], report.log["main"][-2]["loss"]
+    assert last < first
+
+
+@pytest.mark.parametrize("train", ["all", "attention", "lora"])
+def test_experts_and_maps_of_queries_are_trained(home, tmp_path, train):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=93, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=4, head_dim=8, num_hidden_layers=2,
+        initializer_range=0.2,
+    )  # fmt: skip
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    fit = {"method": "shared", "calibration_tokens": 512, "sequence_length": 16, "dtype": "float32"}
+    convert(tmp_path / "source", tmp_path / "student", **fit)
+    options = {"teacher": str(tmp_path / "source"), "train": train, "learning_rate": 3e-3, "tokens": 40 * 128}
+    report = job(home, tmp_path / "out", tmp_path / "student", **options).run()
+    old, new = weights(tmp_path / "student"), weights(tmp_path / "out")
+    assert old.keys() == new.keys()
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    attention, experts = ({name for name in old if part in name} for part in (".self_attn.", ".experts."))
+    assert {name.rpartition("self_attn.")[2] for name in attention} >= {"q_map.weight", "k_proj.bias"}
+    expected = {
+        "all": set(old),
+        "attention": attention,
+        "lora": {name for name in attention if name.endswith("_proj.weight")} | experts,
+    }
+    assert changed == expected[train]
     first, last = report.log["main"][0]["loss"], report.log["main"][-2]["loss"]
     assert last < first
 

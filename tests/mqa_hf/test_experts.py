@@ -79,6 +79,13 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
         return naive_chosen_experts(*arguments)
 
     def routed(x, router, k, **options):
+        config = model.config
+        assert options["sigmoid"] == (config.router_scores == "sigmoid")
+        assert (options["correction"] is not None) == config.router_correction
+        assert (k, options["renormalise"], options["scale"], options["groups"], options["groups_kept"]) == (
+            config.num_experts_per_tok, config.router_renormalise, config.router_scale, config.router_groups,
+            config.router_groups_kept,
+        )  # fmt: skip
         mixture = next(layer.mlp for layer in model.model.layers if getattr(layer.mlp, "router", None) is not None
                        and layer.mlp.router.weight is router)  # fmt: skip
         return mixture.route(x)
@@ -90,11 +97,46 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
     monkeypatch.setattr(step_mqa, "available", lambda device: True)
     monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
     monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    monkeypatch.setattr(experts_step_mqa, "TYPES", (torch.float64,))
     monkeypatch.setattr(experts_step_mqa, "chosen_experts", counted)
     monkeypatch.setattr(experts_step_mqa, "route", routed)
     model = make(name)
     assert tokens(model, num_beams=beams) == expected
     assert len(calls) % sum(model.config.expert_layers) == 0 < len(calls)
+
+
+@cases
+def test_adapters_anywhere_are_seen_and_switched(name):
+    """On the router, the experts and the gate of the shared expert; the step is not captured with one."""
+    peft = pytest.importorskip("peft")
+    model = make(name)
+    before = tokens(model)
+    assert model.decoding.engine.decode_step.plain()
+    targets = [n for n, m in model.named_modules() if n.endswith(("shared_gate", "o_proj"))]
+    parameters = ["mlp.router.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"init_lora_weights": False, "target_modules": targets, "target_parameters": parameters}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=64, **options)).double().eval()
+    names = {n.split(".lora_")[0] for n, _ in adapted.named_parameters() if "lora_B" in n}
+    assert any("mlp.router" in n for n in names)
+    ours = tokens(adapted)
+    assert not model.decoding.engine.decode_step.plain()
+    assert ours == tokens(model, enabled=False) != before
+    model.decoding.enabled = True
+    with adapted.disable_adapter():
+        assert tokens(adapted) == before
+
+
+def test_corrections_stay_in_float32_and_odd_widths_run(tmp_path):
+    model = make("sigmoids, groups, correction", dtype=torch.float32)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    loaded = MQAForCausalLM.from_pretrained(tmp_path / "rounded", dtype=torch.bfloat16)
+    kinds = {n: p.dtype for n, p in loaded.named_parameters()}
+    assert {n for n, dtype in kinds.items() if dtype == torch.float32} == {
+        f"model.layers.{i}.mlp.router_correction" for i in range(3)
+    }
+    odd = MQAForCausalLM(MQAConfig(**{**STACK, "expert_intermediate_size": 37}))
+    assert odd.config._experts_implementation == "eager"
+    assert odd(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
 
 
 @pytest.mark.gpu
@@ -109,7 +151,10 @@ def test_a_captured_step_gives_the_same_tokens(name):
 
 def test_what_experts_need_is_said():
     for fields, said in (
-        ({"gated_mlp": False}, "experts need gated_mlp"),
+        ({"gated_mlp": False}, "experts are gated MLPs without biases"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"router_groups": 8, "router_groups_kept": 2}, "groups of at least two experts"),
+        ({"router_groups": 4, "router_groups_kept": 1, "num_experts_per_tok": 3}, "as many experts in those"),
         ({"num_experts_per_tok": 9}, "between 1 and num_experts"),
         ({"expert_intermediate_size": None}, "expert_intermediate_size"),
     ):
