@@ -1,4 +1,4 @@
-"""Sources with normalised queries and keys, caps, sinks or windows in configurations that no checkpoint has.
+"""Sources with normalised queries and keys, caps, sinks, windows or experts in configurations that no checkpoint has.
 
 Each type has a few configurations, the same at every run. To draw more: MQA_FUZZ=50 pytest FILE
 """
@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from odd_sources import ODD, odd
-from sources import batch, kv_heads_of, largest_difference, make_model, save
+from odd_sources import ODD, odd, odd_mixture
+from sources import EXPERTS, batch, kv_heads_of, largest_difference, make_model, save
 from transformers import AutoModelForCausalLM
 
 from mqa_hf import convert
@@ -18,9 +18,9 @@ TOLERANCE = 1e-4  # on logits of order 10
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("model_type", ODD)
+@pytest.mark.parametrize("model_type", [*ODD, *EXPERTS])
 def test_with_all_heads_it_is_the_source(model_type, seed, tmp_path):
-    theirs = make_model(model_type, odd(model_type, seed))
+    theirs = make_model(model_type, (odd_mixture if model_type in EXPERTS else odd)(model_type, seed))
     theirs.set_attn_implementation("eager")  # which knows caps and sinks
     convert(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()

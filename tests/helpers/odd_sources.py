@@ -5,7 +5,7 @@
 
 import random
 
-from sources import VOCAB, rope
+from sources import EXPERTS, LLAMA, VOCAB, rope
 
 # Types with a head_dim of their own; the width of the others' heads is hidden_size / num_attention_heads.
 OWN_WIDTH = {
@@ -136,4 +136,54 @@ def special(draw: random.Random, model_type: str, head_dim: int, count: int) -> 
         kinds = ("default", {}), ("yarn", {"factor": 4.0}), ("yarn", {"factor": 16.0, "mscale": 1.0})
         kind, more = draw.choice(kinds)
         fields |= rope(kind, **more, **beside)
+    return fields
+
+
+def odd_mixture(model_type: str, seed: int) -> dict:
+    """Like [`odd`], for mixtures of experts: what the tested configuration of the type has, with other numbers.
+
+    Widths are multiples of 8, which transformers' grouped products need.
+    """
+    draw = random.Random(f"{model_type} {seed}")
+    base = EXPERTS[model_type]
+    H, count = draw.choice([1, 2, 3, 4, 6, 10]), draw.choice([1, 2, 3, 4])
+    D = draw.choice([8, 16])
+    fields = {
+        **LLAMA,
+        **base,
+        "num_attention_heads": H,
+        "num_key_value_heads": draw.choice([g for g in range(1, H + 1) if H % g == 0]),
+        "num_hidden_layers": count,
+        "hidden_size": 8 * draw.choice([3, 5, 8]) if "head_dim" in base else H * D,
+        "intermediate_size": draw.choice([16, 40, 72]),
+        "tie_word_embeddings": draw.random() < 0.4,
+        **({"head_dim": D} if "head_dim" in base else {}),
+    }
+    groups = draw.choice([1, 2, 3]) if "n_group" in base else 1
+    kept = draw.randint(1, groups)
+    each = draw.choice([2, 3, 5, 12])
+    for name, value in {
+        **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), groups * each),
+        **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), draw.randint(1, min(4, kept * each))),
+        **dict.fromkeys(("n_shared_experts", "num_shared_experts"), draw.choice([1, 2, 3])),
+        **dict.fromkeys(("routed_scaling_factor", "router_scaling_factor"), draw.choice([0.5, 1.0, 2.5])),
+        "n_group": groups,
+        "topk_group": kept,
+        "moe_intermediate_size": draw.choice([8, 24, 56]),
+        "shared_expert_intermediate_size": draw.choice([8, 40]),
+        "shared_intermediate_size": draw.choice([8, 40]),
+        "norm_topk_prob": draw.random() < 0.5,
+        "decoder_sparse_step": draw.choice([1, 2, 3]),
+        "mlp_only_layers": sorted(draw.sample(range(count), draw.randint(0, count - 1))),
+        "first_k_dense_replace": draw.randint(0, count - 1),
+        "moe_layer_start_index": draw.randint(0, count - 1),
+        "sliding_window": draw.choice([2, 5, 40]),
+        "layer_types": [draw.choice(["sliding_attention", "full_attention"]) for _ in range(count)],
+        "mlp_layer_types": [draw.choice(["dense", "sparse"]) for _ in range(count - 1)] + ["sparse"],
+        "layer_rope_theta": [draw.choice([0.0, 100.0, 1000.0]) for _ in range(count)],
+        "attention_bias": draw.random() < 0.5,
+        "use_qk_norm": draw.random() < 0.5,
+    }.items():
+        if name in base:
+            fields[name] = value
     return fields
