@@ -84,7 +84,7 @@ def copy_companions(directory: Path, partial: Path) -> None:
     config = load_config(directory)
     if not (partial / GENERATION).is_file():
         (partial / GENERATION).write_text(generation_of(directory).to_json_string())
-    for what, auto in load_parts(partial):
+    for what, auto in load_parts(partial, config):
         with loading(f"the {what} in {directory}"):
             auto.from_pretrained(partial, config=config, trust_remote_code=False)
 
@@ -113,7 +113,7 @@ def check_loads(partial: Path, directory: Path) -> None:
     """
     load_settings(partial)
     config = load_config(directory)
-    for what, auto in load_parts(partial):
+    for what, auto in load_parts(partial, config):
         with loading(f"the {what} of the result"):
             theirs = auto.from_pretrained(partial, config=copy.deepcopy(config), trust_remote_code=False)
             ours = auto.from_pretrained(partial, trust_remote_code=False)
@@ -180,22 +180,55 @@ def loading(what: str) -> Iterator[None]:
 
 def not_looked_at(directory: Path) -> list[str]:
     """Files that are copied without being loaded, a sentence each."""
+    pieces, lacks = lacking_sentencepiece(directory), lacking(directory, load_config(directory))
+    found = [f"the tokenizer was copied unchecked: {pieces} needs sentencepiece, which is not installed"]
+    return [*(found if pieces else []), *([f"the processor was copied unchecked: {lacks}"] if lacks else [])]
+
+
+def lacking_sentencepiece(directory: Path) -> str | None:
+    """The file of a tokenizer that only sentencepiece reads, if that is not installed."""
     pieces = [path.name for pattern in ("*.spm", "*.model") for path in directory.glob(pattern)]
     if not pieces or (directory / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None:
-        return []
-    return [f"the tokenizer was copied unchecked: {pieces[0]} needs sentencepiece, which is not installed"]
+        return None
+    return pieces[0]
 
 
-def load_parts(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the names and auto classes of tokenizer and processor, if present and without own code."""
-    if not_looked_at(directory):
+def lacking(directory: Path, config: Any) -> str | None:
+    """What a processor needs that is not installed (Pillow, torchvision), as transformers says it."""
+    part = processor_of(directory)
+    if part is None:
+        return None
+    try:
+        part[1].from_pretrained(directory, config=copy.deepcopy(config), trust_remote_code=False)
+    except ImportError as error:
+        return next(line.strip() for line in f"{error}".splitlines() if line.strip()).rstrip(".")
+    except Exception:  # reported when it is loaded to be checked
+        return None
+    return None
+
+
+def speaks(directory: Path) -> bool:
+    """Whether there is a tokenizer; a trainer given only the feature extractor saves none."""
+    return any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
+
+
+def processor_of(directory: Path) -> tuple[str, Any] | None:
+    """Name and auto class of the processor, if present and without own code."""
+    if not (directory / PROCESSOR).is_file() or any(_references(directory / name) for name in CODED):
+        return None
+    return ("processor", AutoProcessor) if speaks(directory) else ("feature extractor", AutoFeatureExtractor)
+
+
+def load_parts(directory: Path, config: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and auto classes of tokenizer and processor, if present, without own code, and loadable with
+    what is installed."""
+    if lacking_sentencepiece(directory) is not None:
         return
-    # A trainer given only the feature extractor saves no tokenizer.
-    speaks = any(any(directory.glob(pattern)) for pattern in VOCABULARIES)
-    if speaks and not _references(directory / "tokenizer_config.json"):
+    if speaks(directory) and not _references(directory / "tokenizer_config.json"):
         yield "tokenizer", AutoTokenizer
-    if (directory / PROCESSOR).is_file() and not any(_references(directory / name) for name in CODED):
-        yield ("processor", AutoProcessor) if speaks else ("feature extractor", AutoFeatureExtractor)
+    part = processor_of(directory)
+    if part is not None and lacking(directory, config) is None:
+        yield part
 
 
 def same_class(one: Any, other: Any) -> bool:

@@ -23,7 +23,7 @@ from .canonical import on_meta
 from .checkpoint import TensorInfo, check_range, nonfinite_in
 from .companions import load_parts, load_settings, loading, same_class
 from .loading import check_loaded, quietly
-from .source import Source, read_source
+from .source import Source, load_config, read_source
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Given:
     def check(self, partial: Path) -> None:
         """Load the written files; raises ConversionError if they load as another class."""
         load_settings(partial)
-        for what, auto in load_parts(partial):
+        for what, auto in load_parts(partial, load_config(partial)):
             given = getattr(self.given, "tokenizer", self.given) if what == "tokenizer" else self.given
             with loading(f"the {what} of the result"):
                 ours = auto.from_pretrained(partial, trust_remote_code=False)

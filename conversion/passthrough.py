@@ -63,11 +63,18 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
         if getattr(before, switch):
             raise ConversionError(f"{before.model_type}: {switch}=True is not supported: {reason}")
     model, text = _build(before), before.get_text_config(decoder=True)
-    heads = text.num_key_value_heads
+    heads = getattr(text, "num_key_value_heads", None)
+    if row.image_text:
+        _check_language_model(source, model, heads)
+    assert isinstance(heads, int)
     check_divides(heads, kv_heads)
     output = _with_heads(before, row, kv_heads)
     shapes, after = _shapes(model), _shapes(_build(output))
     widths = {name: _head_dim(row, name, shape, text) for name, shape in shapes.items() if _pooled(row, name)}
+    if row.image_text and not widths:
+        raise ConversionError(
+            f"{before.model_type}: its language model, a {text.model_type}, has no separate key and value projections"
+        )
     if len(set(widths.values())) != 1:
         raise ConversionError(f"{before.model_type}: the heads of its layers differ in width: {widths}")
     # Layers may share their weights, but each has a cache of its own.
@@ -93,6 +100,16 @@ def own_class(source: AnySource, kv_heads: int) -> OwnClass:
             f"{listing(changed)}"
         )
     return OwnClass(output, config, pooled, model, after)
+
+
+def _check_language_model(source: AnySource, model: PreTrainedModel, heads: object) -> None:
+    """Raise ConversionError for a multimodal source of another class, or whose language model has no such heads."""
+    kind, said = type(model).__name__, source.raw.get("architectures") or [type(model).__name__]
+    if kind not in said:
+        raise ConversionError(f"it is a {', '.join(map(str, said))}, and only {kind} is supported of this model type")
+    if not isinstance(heads, int):
+        language = source.config.get_text_config(decoder=True).model_type
+        raise ConversionError(f"its language model, a {language}, has as many key/value heads as query heads")
 
 
 def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .families.native_only import IMAGE_TEXT
+
 # Names of layer types in transformers 4, which transformers 5 translates when it reads them.
 _MAMBA = {"linear_attention": "mamba"}
 _OLD_LAYER_TYPES = {
@@ -20,7 +22,7 @@ _OLD_LAYER_TYPES = {
     "zamba": ("layers_block_type", _MAMBA),
     "zamba2": ("layers_block_type", _MAMBA),
 }
-_OLD_NAMES = {"qwen3_moe": {"num_local_experts": "num_experts"}}
+_OLD_NAMES = {kind: {"num_local_experts": "num_experts"} for kind in ("qwen3_moe", "qwen3_vl_moe_text")}
 
 _OLD_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 # Rope types of these classes in transformers 4, which lack some of the types above.
@@ -47,23 +49,33 @@ def both_spellings(config: PreTrainedConfig) -> dict[str, Any]:
     written = config.to_diff_dict()
     if written.get("dtype") is not None:
         written["torch_dtype"] = written["dtype"]
-    for new, old in _OLD_NAMES.get(config.model_type, {}).items():
-        written[old] = written[new]
-    if config.model_type in _OLD_LAYER_TYPES:
-        name, old_names = _OLD_LAYER_TYPES[config.model_type]
-        written[name] = [old_names.get(kind, kind) for kind in written[name]]
+    _add_old_names(config.model_type, written)
     for name in config.sub_configs if config.model_type == "dbrx" else ():  # transformers 4 rejects unknown fields
         defaults = type(getattr(config, name))().to_dict() | {"hidden_size": written[name].get("hidden_size")}
         written[name] = {k: v for k, v in written[name].items() if k not in defaults or v != defaults[k]}
     text = config.get_text_config(decoder=True)
     for name in config.sub_configs:
         if getattr(config, name) is text and isinstance(written.get(name), dict):  # of a multimodal model
+            _add_old_names(text.model_type, written[name])
             written[name] |= _old_rope(text.model_type, written[name])
     return written | _old_rope(config.model_type, written)
 
 
+def _add_old_names(kind: str, written: dict[str, Any]) -> None:
+    """Add fields and layer types under their names in transformers 4, in place."""
+    for new, old in _OLD_NAMES.get(kind, {}).items():
+        if new in written:
+            written[old] = written[new]
+    if kind in _OLD_LAYER_TYPES and _OLD_LAYER_TYPES[kind][0] in written:
+        name, old_names = _OLD_LAYER_TYPES[kind]
+        written[name] = [old_names.get(layer, layer) for layer in written[name]]
+
+
 def lost_in_transformers4(config: PreTrainedConfig) -> list[str]:
     """What transformers 4 cannot represent of a configuration of transformers 5, a sentence each."""
+    text = config.get_text_config(decoder=True)
+    if text is not config and config.model_type in IMAGE_TEXT:
+        return lost_in_transformers4(text)
     kind, written = config.model_type, config.to_diff_dict()
     lost = _lost_rope(kind, written.get("rope_parameters") or {})
     for name, values in _NEW_SWITCHES.get(kind, {}).items():

@@ -243,9 +243,13 @@ def default_learning_rate(train: str, hidden_size: int, latent: bool = False) ->
 
 def sizes_of(student: Path) -> tuple[int, bool]:
     """Hidden size of a checkpoint (of its decoder, if encoder-decoder), and whether it has latents."""
+    from mqa_hf.conversion.families import IMAGE_TEXT
+
     from .architecture import checkpoint_config
 
     config = checkpoint_config(student)
+    if config.model_type in IMAGE_TEXT:
+        raise MQAError(f"{student} is multimodal, and only models of text and of pairs of texts are trained")
     stack = config.get_text_config(decoder=True) if config.is_encoder_decoder else config
     width = getattr(stack, "hidden_size", None)
     if not isinstance(width, int):

@@ -1,12 +1,14 @@
 """Multimodal checkpoints: the language model is converted in place, and everything else is copied."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from sources import need, save
+from tokenizer import write_tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mqa_hf import benchmark, convert, inspect, plan
@@ -14,6 +16,7 @@ from mqa_hf.base.errors import ConversionError, MQAError
 from mqa_hf.conversion.families import IMAGE_TEXT
 from mqa_hf.conversion.passthrough import own_class
 from mqa_hf.conversion.source import Source
+from mqa_hf.finetune.uptrain import uptrain
 
 TEXT = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 8,
@@ -164,6 +167,42 @@ def test_what_is_not_possible_is_said(tmp_path):
     assert [choice.kv_heads for choice in choices][:2] == ["original (4)", "1"]
     with pytest.raises(MQAError, match="is multimodal, and only models of text are timed"):
         benchmark(source, engines=["dynamic"], device="cpu")
+
+
+def test_processors_are_copied_and_checked_if_their_libraries_are_there(tmp_path):
+    source, _ = make("qwen2_5_vl", tmp_path)
+    write_tokenizer(source)
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    (source / "video_preprocessor_config.json").write_text(
+        json.dumps({"video_processor_type": "Qwen2VLVideoProcessor"})
+    )
+    report = convert(source, tmp_path / "mean", target="native")
+    copied = {path.name for path in (tmp_path / "mean").iterdir()}
+    assert {"preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json"} <= copied
+    unchecked = any("processor was copied unchecked" in said for said in report.warnings)
+    assert unchecked == (find_spec("torchvision") is None)
+
+
+def test_other_classes_and_language_models_are_refused(tmp_path):
+    source, model = make("llava", tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"architectures": ["LlavaModel"]}))
+    with pytest.raises(MQAError, match="it is a LlavaModel, and only LlavaForConditionalGeneration is supported"):
+        convert(source, tmp_path / "ours", target="native")
+    with pytest.raises(MQAError, match="it is a LlavaModel, and only"):
+        convert(model.model, target="native")
+    fused = {key: value for key, value in TEXT.items() if key != "head_dim"} | {"model_type": "phi3"}
+    (source / "config.json").write_text(json.dumps(config | {"text_config": fused}))
+    with pytest.raises(MQAError, match="language model, a phi3, has no separate key and value projections"):
+        convert(source, tmp_path / "ours", target="native")
+    heads = {"model_type": "gpt_neox", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8}
+    (source / "config.json").write_text(json.dumps(config | {"text_config": heads}))
+    with pytest.raises(MQAError, match="language model, a gpt_neox, has as many key/value heads as query heads"):
+        convert(source, tmp_path / "ours", target="native")
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MQAError, match="is multimodal, and only models of text and of pairs of texts are trained"):
+        uptrain(source, tmp_path / "trained", dataset="none.txt", tokens=500, teacher="none")
 
 
 @pytest.mark.parametrize("kind", sorted(IMAGE_TEXT))
