@@ -105,14 +105,7 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
     q, k, v = torch.cat(queries), torch.cat(keys), torch.cat(vals)
     fitted = {"k_proj.weight": k[:, :-1], "v_proj.weight": v}
     fitted["o_proj.weight"] = torch.cat(outs).transpose(0, 1).flatten(1)  # [H, d, width] -> [d, H·width]
-    if seen.vectors is None:
-        fitted["q_proj.weight"] = q[..., :-1].flatten(0, 1)
-    else:
-        fitted["q_proj.weight"] = attention.q_proj.weight
-        fitted["q_map.weight"], norm = query_maps(seen.vectors, q[..., :-1])
-        fitted |= norm
-    if attention.q_proj.bias is not None:
-        fitted["q_proj.bias"] = q[..., -1].flatten() if seen.vectors is None else attention.q_proj.bias
+    fitted |= query_tensors(attention, seen, q)
     if attention.k_proj.bias is not None or seen.vectors is not None:
         fitted["k_proj.bias"] = k[:, -1]
     if attention.sinks is not None:
@@ -121,6 +114,17 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
     frequencies = (first + torch.arange(len(counts)).repeat_interleave(counts.cpu())).tolist()
     unexplained = None if seen.vectors is None else seen.vectors.unexplained(w_k, seen.keys)
     return FittedHeads(fitted, frequencies, discarded_k, discarded_v, unexplained)
+
+
+def query_tensors(attention: MQAAttention, seen: Seen, q: torch.Tensor) -> Tensors:
+    """Tensors of the new queries, for the maps q [H, width, d + 1] from the input; normalised queries keep their
+    projection, and q [H, width, D + 1] are maps from them."""
+    if seen.vectors is None:
+        weight, bias, beside = q[..., :-1].flatten(0, 1), q[..., -1].flatten(), {}
+    else:
+        weight, bias, beside = attention.q_proj.weight, attention.q_proj.bias, query_maps(seen.vectors, q[..., :-1])
+    biased = {} if attention.q_proj.bias is None else {"q_proj.bias": bias}
+    return {"q_proj.weight": weight, **biased, **beside}
 
 
 def key_maps(attention: MQAAttention, seen: Seen) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mqa_hf.layer_mqa import Attention, MQAAttention, project
-from mqa_hf.positions_mqa import rotate
+from mqa_hf.positions_mqa import angles_of, rotate
 
 from .states import Stream, old_heads
 
@@ -103,8 +103,8 @@ def vectors_of(stream: Stream, attention: MQAAttention) -> Vectors | None:
     return Vectors(attention, query_factor(stream, attention), stream.device)
 
 
-def query_maps(vectors: Vectors, maps: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The maps [H, N, D] of a new attention's normalised queries, with the gains of the norm, and what remains of it.
+def query_maps(vectors: Vectors, maps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Tensors of the maps of a new attention's normalised queries, with the gains of the norm unless it has biases.
 
     Args:
         vectors: moments of the source's queries.
@@ -114,10 +114,10 @@ def query_maps(vectors: Vectors, maps: torch.Tensor) -> tuple[torch.Tensor, dict
     assert norm is not None
     maps = maps * vectors.factor
     if attention.norm_after_rotation or norm.weight is None:
-        return maps, {}  # the gains are in the keys, or there are none
+        return {"q_map.weight": maps}  # the gains are in the keys, or there are none
     if norm.bias is None:
-        return maps * norm.weight[:, None], {}
-    return maps, {"q_norm.weight": norm.weight, "q_norm.bias": norm.bias}
+        return {"q_map.weight": maps * norm.weight[:, None]}
+    return {"q_map.weight": maps, "q_norm.weight": norm.weight, "q_norm.bias": norm.bias}
 
 
 def gained(attention: MQAAttention, x: torch.Tensor, keys: bool) -> torch.Tensor:
@@ -163,11 +163,4 @@ def pair_gains(attention: MQAAttention) -> torch.Tensor:
 def own_angles(stream: Stream, attention: Attention) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines [1, 1, T, R] of a layer's own frequencies, among those of all layer types."""
     assert stream.angles is not None
-    config = stream.config
-    half = config.rotary_dim // 2
-    first, total = config.first_frequency(attention.layer_idx), stream.angles[0].shape[-1] // 2
-    cos, sin = (
-        torch.cat((x[..., first : first + half], x[..., total + first : total + first + half]), dim=-1)
-        for x in stream.angles
-    )
-    return cos, sin
+    return angles_of(stream.config, attention.layer_idx, stream.angles)

@@ -122,10 +122,12 @@ class MQAMixture(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         weights, chosen = self.route(flat)
         out = self.experts(flat, chosen, weights)
-        if self.shared is not None:
-            every = self.shared(flat)
-            out = out + (every if self.shared_gate is None else self.shared_gate(flat).sigmoid() * every)
+        out = out if self.shared is None else self.with_shared(flat, out, self.shared(flat))
         return out.view(x.shape)
+
+    def with_shared(self, x: torch.Tensor, routed: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """The outputs [N, d] of the chosen experts and of the shared one together, for x [N, d]."""
+        return routed + (shared if self.shared_gate is None else self.shared_gate(x).sigmoid() * shared)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[N, d] -> the weights [N, k] and the numbers [N, k] of the chosen experts."""

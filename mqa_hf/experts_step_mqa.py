@@ -54,5 +54,4 @@ def mixture(step: "DecodeStep", module: MQAMixture, x: torch.Tensor) -> torch.Te
     out = chosen_experts(x, experts.gate_up_proj, experts.down_proj, chosen, weights, step.config.hidden_act)
     if shared is None:
         return out
-    every = step.linear(step.inner(shared, x, None), (shared.down_proj,))
-    return out + (every if module.shared_gate is None else module.shared_gate(x).sigmoid() * every)
+    return module.with_shared(x, out, step.linear(step.inner(shared, x, None), (shared.down_proj,)))

@@ -435,7 +435,7 @@ def attend_splits(programs: int, length: int, row: int, multiprocessors: int) ->
 
 @cache
 def attend_blocks(
-    row: int, memory: int, exact: bool, crowded: bool, queries: int = 0, biased: int = 0
+    row: int, memory: int, exact: bool, crowded: bool, queries: int, biased: int
 ) -> tuple[int, int, int]:
     """Keys a program reads at once, its warps and its stages, for `row` bytes of a key and a value: 64 KiB in each of
     three stages if they fit in shared memory, half of it if programs with few keys should overlap (`crowded`).

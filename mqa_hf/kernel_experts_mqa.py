@@ -324,9 +324,6 @@ def naive_chosen_experts(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     activation: str,
-    *,
-    inner_blocks: Blocks | None = None,
-    outer_blocks: Blocks | None = None,
 ) -> torch.Tensor:
     """[`chosen_experts`] in float64, one pair at a time."""
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)

@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_mqa import HeadNorm, eager_attention_forward, project
 from .configuration_mqa import MQAConfig, of_layer
 from .packing_mqa import rounded_latent
-from .positions_mqa import rotate, rotated_components
+from .positions_mqa import angles_of, rotate, rotated_components
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 AT_ONCE = 2**27  # numbers of latents and their keys that are made at once from a cache
@@ -176,15 +176,7 @@ class MQALatentAttention(nn.Module):
 
     def of_layer_type(self, angles: Angles) -> Angles:
         """The angles of this layer's type, from those of all layer types."""
-        half, total = self.config.rotary_dim // 2, angles[0].shape[-1] // 2
-        if half == total:
-            return angles
-        first = self.first_frequency
-        cos, sin = (
-            torch.cat((x[..., first : first + half], x[..., total + first : total + first + half]), dim=-1)
-            for x in angles
-        )
-        return cos, sin
+        return angles_of(self.config, self.layer_idx, angles)
 
     def components(self) -> torch.Tensor:
         """Indices of the query components that the rebuilt ones are multiplied with, [W]."""

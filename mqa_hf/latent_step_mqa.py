@@ -61,7 +61,7 @@ class KernelTables:
             i = attention.layer_idx
             if i not in self.frequencies:
                 self.frequencies[i] = attention.rotated[: attention.qk_head_dim // 2].int()
-                self.own[i] = self.frequencies[i] - attention.first_frequency
+                self.own[i] = attention.components()[: attention.qk_head_dim // 2].int()
                 self.biases[i] = torch.zeros(attention.qk_head_dim, dtype=torch.float32, device=step.device)
             if alone_by_kernel(attention):
                 self.biases[i].copy_(attention.k_proj.bias)

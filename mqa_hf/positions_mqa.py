@@ -140,6 +140,20 @@ def rotated_components(config: MQAConfig, layer: int) -> torch.Tensor:
     return torch.cat((pairs, pairs + config.rotary_dim // 2 * max(1, len(config.rope_by_type))))
 
 
+def angles_of(
+    config: MQAConfig, layer: int, angles: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [..., R] of a rotated layer's own frequencies, from those of all layer types."""
+    half, total = config.rotary_dim // 2, angles[0].shape[-1] // 2
+    if half == total:
+        return angles
+    first = config.first_frequency(layer)
+    cos, sin = (
+        torch.cat((x[..., first : first + half], x[..., total + first : total + first + half]), dim=-1) for x in angles
+    )
+    return cos, sin
+
+
 def make_masks(
     config: MQAConfig,
     inputs_embeds: torch.Tensor,

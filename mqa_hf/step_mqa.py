@@ -324,10 +324,10 @@ class DecodeStep:
         """[B, H·D + G·D + G·Dv] -> [B, H·Dv]."""
         held: Any = self.cache.decode_layers[i]
         H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
-        joined = joined if attention.q_map is None else self.mapped(attention, joined)
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
         if self.triton and plain_norms(attention):
+            joined = joined if attention.q_map is None else self.mapped(attention, joined)
             turned: dict[str, Any] = {}
             if attention.rotary:
                 turned = {"cos": self.cos, "sin": self.sin, "frequency": attention.rotated}
@@ -343,15 +343,10 @@ class DecodeStep:
                 softcap=attention.softcap, sinks=attention.sinks,
             )  # fmt: skip
             return out.flatten(1)
-        q, k, v = joined.split([H * D, G * D, joined.shape[1] - (H + G) * D], -1)
-        query, key, value = (
-            part.view(len(part), -1, 1, width) for part, width in ((q, D), (k, D), (v, attention.v_head_dim))
-        )
-        angles = self.angles() if attention.rotary else None
-        if attention.q_map is None:
-            query, key = attention.placed(query, key, angles)
-        elif angles is not None:
-            query, key = attention.rotate(query, *angles), attention.rotate(key, *angles)
+        widths = attention.query_width, D, attention.v_head_dim
+        parts = joined.split([heads * width for heads, width in zip((H, G, G), widths)], -1)
+        query, key, value = (part.view(len(part), -1, 1, width) for part, width in zip(parts, widths))
+        query, key = attention.placed(query, key, self.angles() if attention.rotary else None)
         scale = self.query_scale()
         query = query if scale is None else query * scale[:, None]
         for name, new in (("key", key), ("value", value)):
@@ -364,12 +359,12 @@ class DecodeStep:
         return grouped(query.squeeze(2), keys, values, mask, attention.scaling, attention.softcap, attention.sinks)
 
     def mapped(self, attention: "MQAAttention", joined: torch.Tensor) -> torch.Tensor:
-        """[B, H·head_dim + ...] -> [B, H·D + ...], with the queries normalised and mapped."""
+        """[B, H·head_dim + ...] -> [B, H·D + ...], with the queries normalised and mapped, for the kernels."""
         H, width = self.config.num_attention_heads, attention.query_width
         query, others = joined.split([H * width, joined.shape[1] - H * width], -1)
         norm, maps = attention.q_norm, attention.q_map
         bare = type(norm) is HeadNorm and norm.weight is None and norm.bias is None and not norm.joint
-        if not (self.triton and bare and type(maps) is QueryMap):
+        if not (bare and type(maps) is QueryMap):
             query = attention.own_queries(query.view(len(query), H, 1, width))
             return torch.cat((query.flatten(1), others), -1)
         assert norm is not None

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from latents import randomise
+from stand_ins import use_references
 
-from mqa_hf import MQAConfig, MQAForCausalLM, experts_step_mqa, step_mqa
-from mqa_hf.kernel_append_mqa import naive_append
-from mqa_hf.kernel_attend_mqa import naive_attend
+from mqa_hf import MQAConfig, MQAForCausalLM, experts_step_mqa
 from mqa_hf.kernel_experts_mqa import naive_chosen_experts
-from mqa_hf.weights_mqa import Projections
 
 STACK = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -92,11 +90,7 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
 
     if name == "latent":
         return  # the kernels of latents have no stand-in here
-    monkeypatch.setattr(step_mqa, "append", naive_append)
-    monkeypatch.setattr(step_mqa, "attend", naive_attend)
-    monkeypatch.setattr(step_mqa, "available", lambda device: True)
-    monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
-    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    use_references(monkeypatch)
     monkeypatch.setattr(experts_step_mqa, "TYPES", (torch.float64,))
     monkeypatch.setattr(experts_step_mqa, "chosen_experts", counted)
     monkeypatch.setattr(experts_step_mqa, "route", routed)

@@ -7,15 +7,15 @@ import pytest
 import torch
 from isolated import run_without_the_package
 from latents import MODELS, ROPE, ROTATED, WINDOWS, make, make_seq2seq, prompts, with_heads
+from stand_ins import use_references
 
-from mqa_hf import kernel_latent_mqa, latent_mqa, latent_step_mqa, request_mqa, step_mqa
+from mqa_hf import kernel_latent_mqa, latent_mqa, latent_step_mqa, request_mqa
 from mqa_hf.base.code import runtime_files
 from mqa_hf.cache_mqa import KEYS, DecodeCache
 from mqa_hf.kernel_append_mqa import naive_append
 from mqa_hf.kernel_attend_mqa import naive_attend
 from mqa_hf.kernel_latent_append_mqa import naive_append_latent
 from mqa_hf.kernel_latent_mqa import naive_attend_latent
-from mqa_hf.weights_mqa import Projections
 
 where = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 WAYS = [(name, keys) for name in MODELS for keys in (KEYS if name in ROTATED else KEYS[:1])]
@@ -59,17 +59,14 @@ def test_greedy_tokens_of_every_kind_of_model(name, keys, bits, device):
 @pytest.mark.parametrize(("name", "keys"), WAYS)
 def test_the_step_that_calls_kernels_gives_the_same(name, keys, beams, monkeypatch):
     """With the kernels' references in their place."""
-    for module in (step_mqa, latent_step_mqa):
-        monkeypatch.setattr(module, "append", naive_append)
-        monkeypatch.setattr(module, "attend", naive_attend)
+    use_references(monkeypatch)
+    monkeypatch.setattr(latent_step_mqa, "append", naive_append)
+    monkeypatch.setattr(latent_step_mqa, "attend", naive_attend)
     monkeypatch.setattr(latent_step_mqa, "append_latent", naive_append_latent)
     monkeypatch.setattr(latent_step_mqa, "attend_latent", naive_attend_latent)
     exact = kernel_latent_mqa.latent_angles  # which knows no float64, and need not: angles are computed in float32
     monkeypatch.setattr(latent_step_mqa, "latent_angles", lambda cos, sin, dtype: exact(cos, sin, torch.float32))
     monkeypatch.setattr(kernel_latent_mqa, "unpacked_angles", lambda angles, dtype: angles)
-    monkeypatch.setattr(step_mqa, "available", lambda device: True)
-    monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
-    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
     model, arguments = make(MODELS[name], bits=8), {**prompts(), "max_new_tokens": 12, "num_beams": beams}
     ours, theirs = both(model, keys, **arguments)
     assert ours.tolist() == theirs.tolist()

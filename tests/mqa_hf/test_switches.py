@@ -7,13 +7,10 @@ from attention_cases import ATTENTION_CASES, BY_TYPE, HALF
 from chunks import in_chunks
 from isolated import run_without_the_package
 from latents import randomise
+from stand_ins import use_references
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from mqa_hf import MQAConfig, MQAForCausalLM, step_mqa
-from mqa_hf.kernel_append_mqa import naive_append
-from mqa_hf.kernel_attend_mqa import naive_attend
-from mqa_hf.kernel_norm_mqa import naive_normalise
-from mqa_hf.weights_mqa import Projections
+from mqa_hf import MQAConfig, MQAForCausalLM
 
 STACK = {
     "vocab_size": 97,
@@ -58,12 +55,7 @@ def tokens(model, device="cpu", enabled=True, **options):
 @pytest.fixture
 def references(monkeypatch):
     """The step that calls kernels, with their references in their place."""
-    monkeypatch.setattr(step_mqa, "append", naive_append)
-    monkeypatch.setattr(step_mqa, "attend", naive_attend)
-    monkeypatch.setattr(step_mqa, "normalise", naive_normalise)
-    monkeypatch.setattr(step_mqa, "available", lambda device: True)
-    monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
-    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    use_references(monkeypatch)
 
 
 @where
