@@ -9,10 +9,10 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 
 from . import fitting
-from .heads import compare, fit_heads, groups, heads_output, key_maps, new_attention
+from .heads import compare, fit_heads, groups, heads_output, key_maps, new_attention, value_maps
 from .moments import Seen, look
 from .states import Stream, old_heads
-from .widths import Curves, map_queries
+from .widths import Curves, fold_value_bias, map_queries
 
 
 def curves_of(stream: Stream, teacher: MQADecoderLayer, site: str, new: int, generator: torch.Generator) -> Curves:
@@ -47,12 +47,12 @@ def left_out(attention: MQAAttention, seen: Seen, what: str, most: int) -> torch
     """[most + 1]: the share of energy that 0, 1, ... components leave out, over all new heads."""
     spectra: list[torch.Tensor] = []
     config, new = attention.config, seen.mixed.shape[0]
-    H, G, d = config.num_attention_heads, old_heads(attention), config.hidden_size
+    H, d = config.num_attention_heads, config.hidden_size
     R = config.rotary_dim if attention.rotary else 0
     _, w_k, moments = key_maps(attention, seen)
     for group, (heads, qs, head_of) in enumerate(groups(attention, new)):
         if what == "values":
-            w_v = attention.v_proj.weight.double().view(G, -1, d)[heads]
+            w_v = value_maps(attention)[heads]
             w_o = attention.o_proj.weight.double().view(d, H, -1).transpose(0, 1)[qs]
             spectra.append(fitting.spectrum(fitting.weighted_values(w_v, w_o, head_of), seen.mixed[group]))
         elif R:
@@ -83,8 +83,7 @@ def _one_attention(
         if old.rotary:
             config.rope_frequencies = [pairs] * config.num_hidden_layers
         map_queries(config)
-    config.output_bias = config.value_bias or config.output_bias
-    config.value_bias = False
+    fold_value_bias(config)
     return config
 
 

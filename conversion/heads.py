@@ -48,6 +48,13 @@ def augmented(linear: nn.Linear) -> torch.Tensor:
     return torch.cat((linear.weight, bias), dim=1).double()
 
 
+def value_maps(attention: MQAAttention) -> torch.Tensor:
+    """[G, Dv, d]: maps from the inputs of `Seen.mixed` to the values of the old heads; [G, Dv, d + 1] with a bias that
+    does not fold."""
+    weight = attention.v_proj.weight.double() if attention.config.folds_value_bias else augmented(attention.v_proj)
+    return weight.unflatten(0, (-1, attention.v_head_dim))
+
+
 def _shared_out(seen: Seen, R: int, pairs: int, choose: bool) -> torch.Tensor:
     """[J]: number of rotated components per frequency, chosen by energy or equal."""
     if not R:
@@ -79,7 +86,7 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
     R = config.rotary_dim if attention.rotary else 0
     pairs = rotated_pairs(width_k, R, D, m)
     w_q, w_k, energies = key_maps(attention, seen)
-    w_v = attention.v_proj.weight.double().view(G, Dv, d)
+    w_v = value_maps(attention)
     w_o = attention.o_proj.weight.double().view(d, H, Dv).transpose(0, 1)
     counts = _shared_out(seen, R, pairs, choose)
     keys, queries, vals, outs = [], [], [], []
@@ -103,7 +110,9 @@ def fit_heads(attention: MQAAttention, seen: Seen, width_k: int, width_v: int, c
         discarded_k += max(p.discarded for p in parts) / new
         discarded_v += fit_v.discarded / new
     q, k, v = torch.cat(queries), torch.cat(keys), torch.cat(vals)
-    fitted = {"k_proj.weight": k[:, :-1], "v_proj.weight": v}
+    fitted = {"k_proj.weight": k[:, :-1], "v_proj.weight": v[:, :d]}
+    if not attention.config.folds_value_bias:
+        fitted["v_proj.bias"] = v[:, d]
     fitted["o_proj.weight"] = torch.cat(outs).transpose(0, 1).flatten(1)  # [H, d, width] -> [d, H·width]
     fitted |= query_tensors(attention, seen, q)
     if attention.k_proj.bias is not None or seen.vectors is not None:
@@ -159,23 +168,24 @@ def pooled_heads(
         std=attention.config.initializer_range,
     )
     fitted = {n.removeprefix(prefix): t for n, t in state.items()}
-    fitted.pop("v_proj.bias", None)
+    if attention.config.folds_value_bias:
+        fitted.pop("v_proj.bias", None)
     return FittedHeads(fitted, [], 0.0, 0.0)
 
 
 def folded_bias(attention: MQAAttention) -> torch.Tensor:
-    """The output bias [d] with the value bias folded in, as attention weights sum to 1."""
+    """The output bias [d] with the value bias folded in, if it folds: as attention weights sum to 1."""
     output, value = attention.o_proj, attention.v_proj
     bias = torch.zeros(output.out_features, device=output.weight.device)
     bias = bias if output.bias is None else output.bias.clone()
-    if value.bias is not None:
+    if value.bias is not None and attention.config.folds_value_bias:
         heads = value.bias.view(-1, attention.v_head_dim).repeat_interleave(attention.num_key_value_groups, dim=0)
         bias += output.weight @ heads.flatten()
     return bias
 
 
 def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> Attention:
-    """The new attention with the fitted projections; the old value bias is added to the output bias."""
+    """The new attention with the fitted projections; the old value bias is added to the output bias, if it folds."""
     device = old.k_proj.weight.device
     new = make_attention(config, number, cross=old.cross).float().eval()
     state = {name: t.to(device, torch.float32) for name, t in fitted.items()}

@@ -27,7 +27,8 @@ class Seen:
 
     Attributes:
         queries, keys: E[x x'] [d + 1, d + 1] of the inputs of queries and of keys.
-        mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head.
+        mixed: E[x̄ x̄'] [K, d, d] of the attention-averaged inputs, for the query heads of each new head; [K, d + 1,
+            d + 1], with a 1 appended to inputs, if the bias of values does not fold.
         spread, energy: [K, J, m, m] for the m old heads of each new one, and [G, J]; `None` if nothing is rotated.
         vectors: of queries and keys, if these are normalised; see [`normalised.Vectors`].
         tokens: number of tokens.
@@ -52,8 +53,8 @@ def projected(
         query = attention.queries(h, stream.angles)
         query = query if stream.query_scale is None or attention.cross else query * stream.query_scale
         return query, attention.keys_by_head(attention.latents(source), stream.angles)
-    query = project(attention.q_proj, h, attention.query_width)
-    key = project(attention.k_proj, source, attention.qk_head_dim)
+    query = attention.clipped(project(attention.q_proj, h, attention.query_width))
+    key = attention.clipped(project(attention.k_proj, source, attention.qk_head_dim))
     query, key = attention.placed(query, key, stream.angles)
     return query if stream.query_scale is None or attention.cross else query * stream.query_scale, key
 
@@ -132,7 +133,8 @@ def look(
     J = stream.config.rotary_dim // 2 if attention.rotary else 0
     options: dict[str, Any] = {"dtype": torch.float64, "device": stream.device}
     queries, keys = (torch.zeros(d + 1, d + 1, **options) for _ in range(2))
-    mixed = torch.zeros(new, d, d, **options)
+    e = d if attention.config.folds_value_bias else d + 1
+    mixed = torch.zeros(new, e, e, **options)
     rotated = Spread(new, old_heads(attention), J, stream.device)
     counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
     vectors = vectors_of(stream, attention)
@@ -149,8 +151,9 @@ def look(
         query, key = projected(stream, attention, h, source)
         weights, here = sampled_weights(attention, query, key, mask, chosen)
         ok = valid[:, chosen]
-        average = (weights.flatten(1, 2) @ source).view(len(h), new, H // new, -1, d)
-        average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, d]
+        inputs = nn.functional.pad(source, (0, e - d), value=1.0)
+        average = (weights.flatten(1, 2) @ inputs).view(len(h), new, H // new, -1, e)
+        average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, e]
         mixed += average.mT @ average
         counts["mixed"] += average.shape[1]
         if vectors is not None:

@@ -81,14 +81,24 @@ class Flatten:
 
 @dataclass(frozen=True)
 class SinusoidTable:
-    """[rows, d]: sinusoidal positions as a table, left out if it equals the formula ([`is_formula`])."""
+    """[rows, d]: sinusoidal positions as a table, left out if it equals the formula ([`is_formula`]).
+
+    Attributes:
+        padded: whether its first `position_offset` rows are those of padding, which has no position (FSMT).
+    """
+
+    padded: bool = False
 
     def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
         return (tensor,)
 
-    @staticmethod
-    def is_formula(tensor: torch.Tensor, config: MQAConfig) -> bool:
+    def as_learned(self, config: MQAConfig) -> "DropRows":
+        """The operation that makes a table of learned positions of it."""
+        return DropRows(config.position_offset if self.padded else 0)
+
+    def is_formula(self, tensor: torch.Tensor, config: MQAConfig) -> bool:
         """Whether a table equals the paper's formula up to 1e-6; a table in 16 bits does not, as it is rounded."""
+        (tensor,) = self.as_learned(config).to_canonical(tensor, config)
         expected = sinusoids(torch.arange(len(tensor))[None].double(), config)[0]
         return bool(((tensor.double() - expected).abs() <= 1e-6).all())
 
@@ -130,6 +140,44 @@ class SplitGateUp:
 
     def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
         return torch.cat(_filled(tensors, (config.intermediate_size,) * 2))
+
+
+@dataclass(frozen=True)
+class ExpertColumns:
+    """Experts stored for products from the left <-> as [`MQAExperts`] has them.
+
+    Attributes:
+        transposed: whether a tensor is [E, in, out] instead of [E, out, in]; a bias [E, out] is not.
+        interleaved: whether gates and inputs are in neighbouring outputs (gpt-oss), instead of gates first.
+    """
+
+    transposed: bool = True
+    interleaved: bool = False
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        rows = tensor.transpose(1, 2) if self.transposed else tensor
+        return (rows.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if self.interleaved else rows.contiguous(),)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        raise NotImplementedError("models with experts are written tensor by tensor in their own class")
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """DBRX's experts below each other: [1, 2·E·f, d], gates of all experts, then inputs, to [E, 2·f, d]; `outputs`
+    [E·f, d] to [E, d, f]."""
+
+    outputs: bool = False
+
+    def to_canonical(self, tensor: torch.Tensor, config: MQAConfig) -> Tensors:
+        E, d = config.num_experts, tensor.shape[-1]
+        assert E is not None
+        if self.outputs:
+            return (tensor.view(E, -1, d).transpose(1, 2).contiguous(),)
+        return (tensor.view(2, E, -1, d).transpose(0, 1).flatten(1, 2),)
+
+    def from_canonical(self, tensors: Given, config: MQAConfig) -> torch.Tensor:
+        raise NotImplementedError("models with experts are written tensor by tensor in their own class")
 
 
 @dataclass(frozen=True)
@@ -262,6 +310,8 @@ Operation = (
     | DropRows
     | AddOne
     | SplitGateUp
+    | ExpertColumns
+    | ExpertRows
     | SplitStacked
     | SplitGrouped
     | SplitCodeGen

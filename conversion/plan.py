@@ -29,11 +29,12 @@ from .canonical import (
 )
 from .checkpoint import Reader, TensorInfo
 from .convert import ConversionOptions
-from .families import COPY, FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
+from .families import FAMILIES, Family, canonical_config, check_own_heads, family_of, fold_scales, native_config
 from .latent_sizes import check_sizes, equal_latents, latent_config
 from .matching import Layer, TensorStep, layer_of, match
 from .memory import AnySource
 from .operations import Flatten, SinusoidTable
+from .packed import PackedReader, is_mxfp4, prediction_layers
 from .pooling import choose_attentions, with_heads
 from .stacked import StackedReader
 from .widths import Widths, fitted_config
@@ -170,6 +171,10 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     if family.canonical:
         check_own_heads(config)
     reader: Reader = source.reader(job.allow_nonfinite)
+    if is_mxfp4(source.raw):
+        reader = PackedReader(reader)
+    for name in prediction_layers(list(reader.tensors), source.raw, decoder_of(config).num_hidden_layers):
+        del reader.tensors[name]
     if family.stacked:
         reader = StackedReader(reader, family)
     family, config = as_stored(family, config, reader)
@@ -202,10 +207,17 @@ def check_fit(config: CanonicalConfig, job: ConversionOptions) -> None:
             "`target` native: classes of transformers cannot hold heads fitted to normalised queries and keys, which "
             "need maps of queries; use `target` mqa"
         )
-    if stack.attention_sinks and stack.value_bias:
+    for field, what in (
+        ("clip_qkv", "clipped keys and values"),
+        ("attention_gate", "a gate on the output of attention"),
+    ):
+        if getattr(stack, field) and job.method in ("shared", "latent"):
+            raise ConversionError(
+                f"`method` {job.method} cannot be fitted to a model with {what} ({field}); use mean, first or random"
+            )
+    if not stack.folds_value_bias and job.method == "latent":
         raise ConversionError(
-            f"`method` {job.method} cannot be fitted to a model with attention sinks and value biases; use mean or "
-            "first without `refit`"
+            "`method` latent cannot be fitted to a model with attention sinks and value biases; use shared"
         )
 
 
@@ -355,22 +367,23 @@ def read_steps(
 def as_stored(family: Family, config: CanonicalConfig, reader: Reader) -> tuple[Family, CanonicalConfig]:
     """Adapt the family and the configuration of a source to its files: the table of positions and the biases.
 
-    BART's class uses zeros if the files have no bias of the logits. Pegasus' and Marian's classes look positions up in
-    a table in the checkpoint. In 16 bits it is rounded and differs from the formula; it is then kept as a table of
-    learned positions.
+    BART's class uses zeros if the files have no bias of the logits. Pegasus', Marian's and FSMT's classes look
+    positions up in a table in the checkpoint. In 16 bits it is rounded and differs from the formula; it is then kept
+    as a table of learned positions.
     """
     steps, _ = match(reader.tensors, family)
     optional = {t for rule in family.rules if isinstance(rule.operation, Flatten) for t in rule.targets}
     if "lm_head.bias" in optional and not any("lm_head.bias" in step.targets for step in steps):
         config = with_stacks(config, decoder={"lm_head_bias": False})
-    names = [step.name for step in steps if isinstance(step.operation, SinusoidTable)]
-    width = decoder_of(config).hidden_size
-    tables = [t for t in reader.read(names).values() if t.ndim == 2 and t.shape[1] == width]
-    if all(SinusoidTable.is_formula(table, decoder_of(config)) for table in tables):
+    stack, tables = decoder_of(config), {s.name: s.operation for s in steps if isinstance(s.operation, SinusoidTable)}
+    fits = {name: t for name, t in reader.read(tables).items() if t.ndim == 2 and t.shape[1] == stack.hidden_size}
+    if all(tables[name].is_formula(table, stack) for name, table in fits.items()):
         return family, config
     config = with_stacks(config, **{name: {"position_embedding": "learned"} for name in stacks_of(config)})
     rules = (
-        replace(r, targets=(r.source,), operation=COPY) if isinstance(r.operation, SinusoidTable) else r
+        replace(r, targets=(r.source,), operation=r.operation.as_learned(stack))
+        if isinstance(r.operation, SinusoidTable)
+        else r
         for r in family.rules
     )
     return replace(family, rules=tuple(rules)), config

@@ -13,6 +13,7 @@ from .families import Family
 from .matching import spelled
 
 _CHILD = re.compile(r"(?P<module>.+)\.(?P<number>\d+)\.(?P<tensor>.+)")
+_OWN = re.compile(r"(?P<module>.+)\.(?P<tensor>[^.]+)")
 
 
 class StackedReader:
@@ -33,15 +34,18 @@ class StackedReader:
         self.reader = reader
         self.nonfinite = reader.nonfinite  # the same object, which grows with each `read`
         joined = {stacked.module: stacked.joined for stacked in family.stacked}
+        single = {stacked.module for stacked in family.stacked if not stacked.numbered}
         children: dict[tuple[str, str], dict[tuple[int, str], str]] = {}
         for name in reader.tensors:
-            found = _CHILD.fullmatch(name)
-            if found is None:
-                continue
-            module, number, tensor = found["module"], int(found["number"]), found["tensor"]
-            for whole, rows in joined.get(spelled(module, family)[0], {}).items():
-                if tensor in rows:
-                    children.setdefault((module, whole), {})[number, tensor] = name
+            for pattern in (_CHILD, _OWN):
+                found = pattern.fullmatch(name)
+                module = "" if found is None else spelled(found["module"], family)[0]
+                if found is None or module not in joined or (module in single) != (pattern is _OWN):
+                    continue
+                number = int(found["number"]) if pattern is _CHILD else 0
+                for whole, rows in joined[module].items():
+                    if found["tensor"] in rows:
+                        children.setdefault((found["module"], whole), {})[number, found["tensor"]] = name
         self._parts: dict[str, list[list[str]]] = {}
         self.tensors = dict(reader.tensors)
         missing: list[str] = []
@@ -49,7 +53,9 @@ class StackedReader:
             rows = joined[spelled(module, family)[0]][whole]
             count = min(1 + max(number for number, _ in names), len(names) + 1)  # enough to find a gap
             wanted = [[(number, row) for row in rows] for number in range(count)]
-            missing += [f"{module}.{n}.{row}" for child in wanted for n, row in child if (n, row) not in names]
+            alone = spelled(module, family)[0] in single
+            lost = [(n, row) for child in wanted for n, row in child if (n, row) not in names]
+            missing += [f"{module}.{row}" if alone else f"{module}.{n}.{row}" for n, row in lost]
             infos = [reader.tensors[name] for name in names.values()]
             shape, joint, dtype = infos[0].shape, f"{module}.{whole}", common({info.dtype for info in infos})
             alike = dtype is not None and all(info.shape == shape for info in infos)

@@ -173,8 +173,7 @@ def fitted_config(
                 )
             unit = getattr(stack, field)
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))
-        stack.output_bias = stack.value_bias or stack.output_bias
-        stack.value_bias = False
+        fold_value_bias(stack)
         if name != "cross":
             map_queries(stack)
         if choose_frequencies and name != "cross" and stack.position_embedding == "rotary":
@@ -185,6 +184,13 @@ def fitted_config(
                 first = stack.first_frequency(i)
                 stack.rope_frequencies.append([first + j % (R // 2) for j in range(pairs)])
     return fitted
+
+
+def fold_value_bias(config: MQAConfig) -> None:
+    """Set that the bias of values is part of the output bias, in place, if it folds."""
+    if config.folds_value_bias:
+        config.output_bias = config.value_bias or config.output_bias
+        config.value_bias = False
 
 
 def map_queries(config: MQAConfig) -> None:

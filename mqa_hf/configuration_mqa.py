@@ -26,7 +26,8 @@ BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on th
 LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
 RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")
 QK_NORMS = (None, "head", "joint")
-ROUTERS = ("softmax", "sigmoid")
+ROUTERS = ("softmax", "sigmoid", "sparsemixer")
+CHOICES = ("scores", "logits")
 
 
 def of_layer(value: Any, layer: int) -> Any:
@@ -69,6 +70,10 @@ class MQAConfig(PreTrainedConfig):
             no cap.
         attention_sinks (`bool`): Whether each query head has a learned logit that takes part in the softmax and has no
             value (gpt-oss).
+        attention_gate (`bool`): Whether the output of attention is multiplied by sigmoids of its input before the
+            output projection (AFMoE).
+        clip_qkv (`float`, *optional*): Queries, keys and values are clipped to ± this number after their projection
+            (DBRX). Default: they are not.
         qk_norm (`str`, *optional*): Norm of queries and keys: `"head"`, of each head by itself (Qwen3), or `"joint"`,
             of all heads together (OLMo 2). Its weight has a row per head either way. With a latent or `query_maps`,
             only queries have it. Default: none.
@@ -114,6 +119,10 @@ class MQAConfig(PreTrainedConfig):
         embedding_scale (`float`): Factor on the token embeddings.
         scale_inputs_embeds (`bool`): Whether `embedding_scale` also applies to `inputs_embeds` (Granite).
         embedding_norm (`bool`): Whether a norm follows the embeddings.
+        embedding_norm_first (`bool`): Whether it precedes the addition of positions (BlenderbotSmall's decoder).
+        head_transform (`str`, *optional*): Activation of a layer before the head, norm(act(dense(x))) (ModernBERT's
+            decoder). Default: no such layer.
+        head_transform_bias (`bool`): Whether `dense` has a bias.
         logit_scale (`float`): Factor on the logits.
         logit_softcap (`float`, *optional*): Cap c of the logits, c · tanh(logit / c), after `logit_scale`. Default: no
             cap.
@@ -121,6 +130,7 @@ class MQAConfig(PreTrainedConfig):
         norm_eps (`float`): Epsilon of every norm.
         norm_affine (`bool`): Whether norms have learned weights.
         norm_bias (`bool`): Whether layer norms with learned weights have biases.
+        first_norm (`bool`): Whether the first layer has a norm before its attention.
         final_norm (`bool`): Whether a norm follows the last layer.
         residual (`str`): `"sequential"` (norm, attention, add; norm, MLP, add), `"post_norm"` (attention, add, norm;
             MLP, add, norm), `"sandwich"` (as `"sequential"`, with another norm before each addition; Gemma 2),
@@ -137,12 +147,21 @@ class MQAConfig(PreTrainedConfig):
         expert_intermediate_size (`int`, *optional*): Width of the inner layer of an expert.
         shared_expert_intermediate_size (`int`, *optional*): Same, of an expert that all tokens share. Default: none.
         shared_expert_gate (`bool`): Whether the shared expert's output is multiplied by a sigmoid of the token.
-        router_scores (`str`): Scores of the experts: `"softmax"` or `"sigmoid"` of the router's logits.
+        expert_bias (`bool`): Whether the experts' projections have biases.
+        expert_limit (`float`, *optional*): Limit l of the inner layer of experts that is
+            g · sigmoid(1.702 g) · (u + 1), with g at most l and u within ±l (gpt-oss), instead of `hidden_act`(g) · u.
+            Default: none.
+        router_scores (`str`): Scores of the experts: `"softmax"` or `"sigmoid"` of the router's logits, or
+            `"sparsemixer"`, a softmax for each choice without those experts whose logits are far below it (PhiMoE).
+        router_jitter (`float`): With `"sparsemixer"`, half the relative distance of the logits that are far.
+        router_bias (`bool`): Whether the router's logits have a bias.
         router_renormalise (`bool`): Whether the scores of the chosen experts are divided by their sum.
         router_scale (`float`): Factor on these weights.
-        router_correction (`bool`): Whether a learned bias is added to the scores for the choice of experts.
+        router_choice (`str`): What experts are chosen by: `"scores"` or `"logits"` (Kolibri).
+        router_correction (`bool`): Whether a learned bias is added to these for the choice of experts.
         router_groups, router_groups_kept (`int`): Groups of experts, and the number of them that a token chooses from.
-        query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias.
+        query_bias, key_bias, value_bias, output_bias, mlp_bias, lm_head_bias (`bool`): Which projections have a bias;
+            `output_bias` may be a list with an entry per layer.
         clamp_float16 (`bool`): Whether the output of a layer is clamped to the range of float16 (T5, BART's encoder).
         layer_types (`list[str]`, *optional*): Per layer `"full_attention"` or `"sliding_attention"`.
         sliding_window (`int`, *optional*): Positions that a sliding layer sees, the current one included.
@@ -176,6 +195,8 @@ class MQAConfig(PreTrainedConfig):
     attention_scale: float = None  # type: ignore[assignment]
     attention_softcap: float | None = None
     attention_sinks: bool = False
+    attention_gate: bool = False
+    clip_qkv: float | None = None
     qk_norm: str | None = None
     qk_norm_type: str = None  # type: ignore[assignment]
     qk_norm_affine: bool = True
@@ -204,12 +225,16 @@ class MQAConfig(PreTrainedConfig):
     embedding_scale: float = 1.0
     scale_inputs_embeds: bool = False
     embedding_norm: bool = False
+    embedding_norm_first: bool = False
+    head_transform: str | None = None
+    head_transform_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
     norm_affine: bool = True
     norm_bias: bool = True
+    first_norm: bool = True
     final_norm: bool = True
     residual: str = "sequential"
     residual_multiplier: float = 1.0
@@ -221,16 +246,21 @@ class MQAConfig(PreTrainedConfig):
     expert_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
     shared_expert_gate: bool = False
+    expert_bias: bool = False
+    expert_limit: float | None = None
     router_scores: str = "softmax"
+    router_jitter: float = 0.01
+    router_bias: bool = False
     router_renormalise: bool = True
     router_scale: float = 1.0
+    router_choice: str = "scores"
     router_correction: bool = False
     router_groups: int = 1
     router_groups_kept: int = 1
     query_bias: bool = False
     key_bias: bool = False
     value_bias: bool = False
-    output_bias: bool = False
+    output_bias: bool | list[bool] = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
     clamp_float16: bool = False
@@ -305,10 +335,11 @@ class MQAConfig(PreTrainedConfig):
             ("qk_norm", QK_NORMS),
             ("qk_norm_type", NORM_TYPES),
             ("router_scores", ROUTERS),
+            ("router_choice", CHOICES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in ("attention_softcap", "logit_softcap", "query_scaling_length"):
+        for name in ("attention_softcap", "logit_softcap", "query_scaling_length", "expert_limit", "clip_qkv"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if (self.query_scaling_beta is None) != (self.query_scaling_length is None):
@@ -316,8 +347,14 @@ class MQAConfig(PreTrainedConfig):
                 f"query_scaling_beta ({self.query_scaling_beta}) needs query_scaling_length "
                 f"({self.query_scaling_length}), and the other way round"
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}")
+        for name in ("hidden_act", "head_transform"):
+            if getattr(self, name) not in ACT2FN and not (name == "head_transform" and self.head_transform is None):
+                raise ValueError(f"{name} must be one of {', '.join(ACT2FN)}, got {getattr(self, name)!r}")
+        if self.head_transform is not None and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"head_transform needs an embedding_size equal to hidden_size, got {self.embedding_size} and "
+                f"{self.hidden_size}"
+            )
         for name in ("num_key_value_heads", "cross_num_key_value_heads", "kv_latent_heads"):
             if self.num_attention_heads % (getattr(self, name) or 1):
                 raise ValueError(
@@ -338,7 +375,8 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
             )
-        for name in ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", *WIDTHS, *LATENTS):
+        lists = ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", "output_bias")
+        for name in (*lists, *WIDTHS, *LATENTS):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
                 raise ValueError(
@@ -367,6 +405,11 @@ class MQAConfig(PreTrainedConfig):
                 f"experts are gated MLPs without biases, dropout or the activation xielu; got gated_mlp="
                 f"{self.gated_mlp}, mlp_bias={self.mlp_bias}, activation_dropout={self.activation_dropout}, "
                 f"hidden_act={self.hidden_act!r}"
+            )
+        if self.router_scores == "sparsemixer" and (self.router_correction or groups > 1 or self.router_renormalise):
+            raise ValueError(
+                "the scores sparsemixer take no router_correction, router_groups or router_renormalise; got "
+                f"{self.router_correction}, {groups}, {self.router_renormalise}"
             )
         if groups < 1 or E % groups or not 1 <= self.router_groups_kept <= groups:
             raise ValueError(
@@ -401,6 +444,9 @@ class MQAConfig(PreTrainedConfig):
             raise ValueError(
                 "a latent needs queries that are normalised before they are rotated; qk_norm_after_rotation is True"
             )
+        for field in ("attention_gate", "clip_qkv"):
+            if self.latent and getattr(self, field):
+                raise ValueError(f"a latent cannot have {field}; got {getattr(self, field)}")
         if self.kv_latent_bits not in (16, 8, 4):
             raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
         if self.latent and (not isinstance(self.kv_latent_heads, int) or self.kv_latent_heads < 1):
@@ -481,6 +527,11 @@ class MQAConfig(PreTrainedConfig):
             return None
         first = self.first_frequency(layer)
         return list(range(first, first + self.rotary_dim // 2))
+
+    @property
+    def folds_value_bias(self) -> bool:
+        """Whether a bias of values can become one of the output: not if attention weights add up to less than 1."""
+        return not (self.attention_sinks and self.value_bias)
 
     @property
     def latent(self) -> bool:

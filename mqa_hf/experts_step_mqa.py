@@ -26,7 +26,10 @@ def plain_mixture(mixture: MQAMixture) -> bool:
     return (
         type(mixture.router) is MQARouter
         and type(experts) is MQAExperts
-        and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
+        and all(
+            weight is None or type(weight) is nn.Parameter
+            for weight in (experts.gate_up_proj, experts.down_proj, experts.gate_up_proj_bias, experts.down_proj_bias)
+        )
         and (gate is None or is_plain(gate))
     )
 
@@ -46,12 +49,15 @@ def mixture(step: "DecodeStep", module: MQAMixture, x: torch.Tensor) -> torch.Te
     if not by_kernel(step, module):
         return module(x)
     weights, chosen = route(
-        x, module.router.weight, module.top_k, sigmoid=module.scores == "sigmoid",
-        correction=module.router_correction, renormalise=module.renormalise, scale=module.scale,
+        x, module.router.weight, module.top_k, bias=module.router.bias, scores=module.scores, choice=module.choice,
+        gap=module.gap, correction=module.router_correction, renormalise=module.renormalise, scale=module.scale,
         groups=module.groups, groups_kept=module.groups_kept,
     )  # fmt: skip
     experts, shared = module.experts, module.shared
-    out = chosen_experts(x, experts.gate_up_proj, experts.down_proj, chosen, weights, step.config.hidden_act)
+    out = chosen_experts(
+        x, experts.gate_up_proj, experts.down_proj, chosen, weights, step.config.hidden_act,
+        gate_up_bias=experts.gate_up_proj_bias, down_bias=experts.down_proj_bias, limit=experts.limit,
+    )  # fmt: skip
     if shared is None:
         return out
     return module.with_shared(x, out, step.linear(step.inner(shared, x, None), (shared.down_proj,)))

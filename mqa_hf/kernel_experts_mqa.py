@@ -18,8 +18,11 @@ Blocks = tuple[int, int, int, int, int]  # pairs, outputs and inputs of a block;
 
 
 @jit
-def _logits_kernel(x, weight, out, E, d, x_row, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
-    """out [N, E] = x [N, d] · weight [E, d]ᵀ in float32."""
+def _logits_kernel(
+    x, weight, bias, out, E, d, x_row, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BIASED: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """out [N, E] = x [N, d] · weight [E, d]ᵀ + bias [E] in float32."""
     row, e, at = (
         tl.program_id(0).to(tl.int64),
         tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E),
@@ -34,13 +37,16 @@ def _logits_kernel(x, weight, out, E, d, x_row, BLOCK_E: tl.constexpr, BLOCK_D: 
         inside = (e < E)[:, None] & (first + at < d)[None, :]
         w = tl.load(weight + e[:, None] * d + (first + at)[None, :], mask=inside, other=0.0).to(tl.float32)
         found += y[None, :] * w
-    tl.store(out + row * E + e, tl.sum(found, 1), mask=e < E)
+    logits = tl.sum(found, 1)
+    if BIASED:
+        logits += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
+    tl.store(out + row * E + e, logits, mask=e < E)
 
 
 @jit
 def _choose_kernel(
-    logits, correction, chosen, weights, E, scale,
-    K: tl.constexpr, SIGMOID: tl.constexpr, CORRECTED: tl.constexpr, RENORMALISE: tl.constexpr,
+    logits, correction, chosen, weights, E, scale, gap,
+    K: tl.constexpr, SCORES: tl.constexpr, BY_LOGITS: tl.constexpr, CORRECTED: tl.constexpr, RENORMALISE: tl.constexpr,
     GROUPS: tl.constexpr, KEPT: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row: the `K` experts with the largest scores and their weights; see `MQAMixture.route`."""
@@ -49,12 +55,13 @@ def _choose_kernel(
         gdc_launch_dependents()
         gdc_wait()
     x = tl.load(logits + row * E + e, mask=e < E, other=float("-inf"))
-    if SIGMOID:
+    scores = x
+    if SCORES == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-x))
-    else:
+    if SCORES == "softmax":
         scores = tl.exp(x - tl.max(x, 0))
         scores = scores / tl.sum(scores, 0)
-    choice = scores
+    choice = x if BY_LOGITS else scores
     if CORRECTED:
         choice += tl.load(correction + e, mask=e < E, other=0.0).to(tl.float32)
     choice = tl.where(e < E, choice, float("-inf"))
@@ -78,7 +85,12 @@ def _choose_kernel(
     for i in range(0, K):
         first = tl.min(tl.where(choice == tl.max(choice, 0), e, E - 1), 0)  # the last one if all are NaN
         found = tl.where(places == i, first, found)
-        factors = tl.where(places == i, tl.sum(tl.where(e == first, scores, 0.0), 0), factors)
+        factor = tl.sum(tl.where(e == first, scores, 0.0), 0)
+        if SCORES == "sparsemixer":
+            best = tl.max(choice, 0)
+            far = (best - x) / tl.maximum(tl.abs(x), best) > gap
+            factor = 1.0 / tl.sum(tl.where(far, 0.0, tl.exp(choice - best)), 0)
+        factors = tl.where(places == i, factor, factors)
         choice = tl.where(e == first, float("-inf"), choice)
     if RENORMALISE:
         factors = factors / tl.maximum(tl.sum(factors, 0), 1e-20)
@@ -127,11 +139,12 @@ def _pairs(ends, expert):
 
 @jit
 def _inner_kernel(
-    x, weight, order, ends, out, d, f, x_row,
+    x, weight, bias, order, ends, out, d, f, x_row, limit,
     K: tl.constexpr, ACT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EXACT: tl.constexpr, PDL: tl.constexpr,
+    BIASED: tl.constexpr, LIMITED: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [P, f] = act(x · gateᵀ) · (x · upᵀ), in the sorted order; weight [E, 2 f, d], gates first."""
+    """out [P, f] = act(x · gateᵀ) · (x · upᵀ), in the sorted order; weight [E, 2 f, d] and bias [E, 2 f], gates first.
+    `LIMITED`: as `MQAExperts` with a limit."""
     expert = tl.program_id(0)
     n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     gate = weight + (expert.to(tl.int64) * 2 * f + n)[:, None] * d + k[None, :]
@@ -154,19 +167,29 @@ def _inner_kernel(
             a = tl.dot(y, tl.trans(w), a, input_precision=precision)
             w = tl.load(gate + start + f * d, mask=inside, other=0.0)
             b = tl.dot(y, tl.trans(w), b, input_precision=precision)
+        if BIASED:
+            own = bias + expert.to(tl.int64) * 2 * f + n
+            a += tl.load(own, mask=n < f, other=0.0).to(tl.float32)[None, :]
+            b += tl.load(own + f, mask=n < f, other=0.0).to(tl.float32)[None, :]
         # Rounded as the outputs of a separate product are.
         a, b = a.to(out.dtype.element_ty).to(tl.float32), b.to(out.dtype.element_ty).to(tl.float32)
-        y = activated(a, ACT).to(out.dtype.element_ty).to(tl.float32) * b
+        if LIMITED:
+            a, b = tl.minimum(a, limit), tl.minimum(tl.maximum(b, -limit), limit) + 1.0
+            y = a / (1.0 + tl.exp(-1.702 * a)) * b
+        else:
+            y = activated(a, ACT).to(out.dtype.element_ty).to(tl.float32) * b
         to = out + at.to(tl.int64)[:, None] * f + n[None, :]
         tl.store(to, y.to(out.dtype.element_ty), mask=(at < last)[:, None] & (n < f)[None, :])
 
 
 @jit
 def _outer_kernel(
-    x, weight, factors, order, ends, out, d, f,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, factors, order, ends, out, d, f,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIASED: tl.constexpr, EXACT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out [P, d], by pair: x [P, f] · downᵀ times the pair's factor, x in the sorted order; weight [E, d, f]."""
+    """out [P, d], by pair: (x [P, f] · downᵀ + bias) times the pair's factor, x in the sorted order; weight [E, d, f]
+    and bias [E, d]."""
     expert = tl.program_id(0)
     n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     down = weight + (expert.to(tl.int64) * d + n)[:, None] * f + k[None, :]
@@ -185,6 +208,8 @@ def _outer_kernel(
             )  # fmt: skip
             w = tl.load(down + start, mask=(n < d)[:, None] & (start + k < f)[None, :], other=0.0)
             a = tl.dot(y, tl.trans(w), a, input_precision=precision)
+        if BIASED:
+            a += tl.load(bias + expert.to(tl.int64) * d + n, mask=n < d, other=0.0).to(tl.float32)[None, :]
         pair = tl.load(order + at, mask=at < last, other=0)
         factor = tl.load(factors + pair, mask=at < last, other=0.0).to(tl.float32)
         a = a.to(out.dtype.element_ty).to(tl.float32) * factor[:, None]
@@ -197,7 +222,10 @@ def route(
     router: torch.Tensor,
     k: int,
     *,
-    sigmoid: bool = False,
+    bias: torch.Tensor | None = None,
+    scores: str = "softmax",
+    choice: str = "scores",
+    gap: float = 0.0,
     correction: torch.Tensor | None = None,
     renormalise: bool = True,
     scale: float = 1.0,
@@ -210,8 +238,10 @@ def route(
         x: [N, d].
         router: [E, d], contiguous.
         k: experts per row.
-        sigmoid: whether scores are sigmoids of the logits instead of their softmax.
-        correction: [E], added to the scores for the choice.
+        bias: [E], of the logits.
+        scores, choice: as `router_scores` and `router_choice` in the configuration.
+        gap: relative distance of the logits that "sparsemixer" leaves out.
+        correction: [E], added to the scores or logits for the choice.
         renormalise, scale, groups, groups_kept: as in the configuration.
 
     Returns:
@@ -221,15 +251,16 @@ def route(
     if N <= FEW_ROWS:
         logits, some = torch.empty(N, E, dtype=torch.float32, device=x.device), 8
         launch(_logits_kernel, (N, triton.cdiv(E, some)),
-            x, router, logits, E, d, x.stride(0), BLOCK_E=some, BLOCK_D=min(power(d), 512), num_warps=4,
+            x, router, router if bias is None else bias, logits, E, d, x.stride(0),
+            BLOCK_E=some, BLOCK_D=min(power(d), 512), BIASED=bias is not None, num_warps=4,
         )  # fmt: skip
     else:
-        logits = nn.functional.linear(x.float(), router.float())
+        logits = nn.functional.linear(x.float(), router.float(), None if bias is None else bias.float())
     chosen = torch.empty(N, k, dtype=torch.int32, device=x.device)
     weights = x.new_empty(N, k)
     launch(_choose_kernel, (N,),
-        logits, logits if correction is None else correction, chosen, weights, E, scale,
-        K=k, SIGMOID=sigmoid, CORRECTED=correction is not None, RENORMALISE=renormalise,
+        logits, logits if correction is None else correction, chosen, weights, E, scale, gap,
+        K=k, SCORES=scores, BY_LOGITS=choice == "logits", CORRECTED=correction is not None, RENORMALISE=renormalise,
         GROUPS=groups, KEPT=groups_kept, EXPERTS=power(E), PLACES=power(k), num_warps=1 if E <= 256 else 4,
     )  # fmt: skip
     return weights, chosen
@@ -263,6 +294,9 @@ def chosen_experts(
     weights: torch.Tensor,
     activation: str,
     *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    limit: float | None = None,
     inner_blocks: Blocks | None = None,
     outer_blocks: Blocks | None = None,
 ) -> torch.Tensor:
@@ -273,6 +307,8 @@ def chosen_experts(
         gate_up, down: [E, 2 f, d], gates first, and [E, d, f], contiguous.
         chosen, weights: the experts of each row and their factors, [N, k], contiguous; at most `MAX_PAIRS` pairs.
         activation: name of an activation in `ACTIVATIONS`.
+        gate_up_bias, down_bias: [E, 2 f] and [E, d].
+        limit: `expert_limit` of the configuration.
         inner_blocks, outer_blocks: how each product is divided. Default: by size.
 
     Returns:
@@ -286,14 +322,16 @@ def chosen_experts(
     pairs = N * k / min(E, N * k)
     m, n, block_k, warps, stages = inner_blocks or expert_blocks(pairs, d, 2, exact, shared_memory(x.device))
     launch(_inner_kernel, (E, triton.cdiv(f, n)),
-        x, gate_up, order, ends, inner, d, f, x.stride(0),
-        K=k, ACT=ACTIVATIONS[activation], BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k, EXACT=exact,
+        x, gate_up, gate_up if gate_up_bias is None else gate_up_bias, order, ends, inner, d, f, x.stride(0),
+        limit or 0.0, K=k, ACT=ACTIVATIONS[activation], BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k,
+        BIASED=gate_up_bias is not None, LIMITED=limit is not None, EXACT=exact,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     m, n, block_k, warps, stages = outer_blocks or expert_blocks(pairs, f, 1, exact, shared_memory(x.device))
     launch(_outer_kernel, (E, triton.cdiv(d, n)),
-        inner, down, weights, order, ends, outer, d, f,
-        BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k, EXACT=exact, num_warps=warps, num_stages=stages,
+        inner, down, down if down_bias is None else down_bias, weights, order, ends, outer, d, f,
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=block_k, BIASED=down_bias is not None, EXACT=exact,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return outer.view(N, k, d).sum(1)
 
@@ -324,13 +362,22 @@ def naive_chosen_experts(
     chosen: torch.Tensor,
     weights: torch.Tensor,
     activation: str,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    limit: float | None = None,
 ) -> torch.Tensor:
     """[`chosen_experts`] in float64, one pair at a time."""
     out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for row, (experts, factors) in enumerate(zip(chosen.tolist(), weights.double().tolist())):
         for e, factor in zip(experts, factors):
-            inner = naive_activate(
-                nn.functional.linear(x[row : row + 1].double(), gate_up[e].double()), activation, True
-            )
-            out[row] += factor * nn.functional.linear(inner, down[e].double())[0]
+            inner, outer = (None if b is None else b[e].double() for b in (gate_up_bias, down_bias))
+            y = nn.functional.linear(x[row : row + 1].double(), gate_up[e].double(), inner)
+            if limit is None:
+                y = naive_activate(y, activation, True)
+            else:
+                gate, up = y.chunk(2, dim=-1)
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                y = gate * (1.702 * gate).sigmoid() * (up + 1.0)
+            out[row] += factor * nn.functional.linear(y, down[e].double(), outer)[0]
     return out

@@ -105,7 +105,7 @@ class MQALatentAttention(nn.Module):
         self.query_factors = nn.Parameter(torch.empty(2, G, W // 2)) if W else None
         self.k_up = HeadLinear(G, r, plain) if plain else None
         self.v_up = HeadLinear(G, r, self.v_head_dim)
-        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=of_layer(config.output_bias, layer_idx))
         self.first_frequency = config.first_frequency(layer_idx) if self.rotary else 0
         self.q_norm = HeadNorm(config, H, self.head_dim) if config.qk_norm is not None and not cross else None
         self.softcap = None if cross else config.attention_softcap

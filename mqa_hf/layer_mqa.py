@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -70,7 +71,10 @@ class MQAAttention(nn.Module):
         self.q_proj = nn.Linear(d, H * self.query_width, bias=config.query_bias)
         self.k_proj = nn.Linear(d, G * self.qk_head_dim, bias=config.key_bias)
         self.v_proj = nn.Linear(d, G * self.v_head_dim, bias=config.value_bias)
-        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=config.output_bias)
+        self.o_proj = nn.Linear(H * self.v_head_dim, d, bias=of_layer(config.output_bias, layer_idx))
+        gated = config.attention_gate and not cross
+        self.gate_proj = nn.Linear(d, H * self.v_head_dim, bias=False) if gated else None
+        self.clip = None if cross else config.clip_qkv
         normed = config.qk_norm is not None and not cross
         self.q_norm = HeadNorm(config, H, self.query_width) if normed else None
         self.q_map = QueryMap(H, self.query_width, self.qk_head_dim) if mapped else None
@@ -97,7 +101,7 @@ class MQAAttention(nn.Module):
         query_scale: [B, 1, T, 1], a factor on the queries.
         """
         B, T, _ = hidden_states.shape
-        query = project(self.q_proj, hidden_states, self.query_width)
+        query = self.clipped(project(self.q_proj, hidden_states, self.query_width))
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
@@ -107,8 +111,8 @@ class MQAAttention(nn.Module):
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            key = project(self.k_proj, states, self.qk_head_dim)
-            value = project(self.v_proj, states, self.v_head_dim)
+            key = self.clipped(project(self.k_proj, states, self.qk_head_dim))
+            value = self.clipped(project(self.v_proj, states, self.v_head_dim))
             query, key = self.placed(query, key, position_embeddings)
             if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
                 kwargs["cache"] = cache  # before 5.24, the attention function extends a paged cache
@@ -138,7 +142,14 @@ class MQAAttention(nn.Module):
             **beside,
             **kwargs,
         )
-        return self.o_proj(output.reshape(B, T, -1)), weights
+        output = output.reshape(B, T, -1)
+        if self.gate_proj is not None:
+            output = output * self.gate_proj(hidden_states).sigmoid()
+        return self.o_proj(output), weights
+
+    def clipped(self, x: torch.Tensor) -> torch.Tensor:
+        """Projected queries, keys or values, clipped if the model does."""
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
     def placed(
         self, query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
@@ -186,6 +197,20 @@ def make_mlp(config: MQAConfig, layer_idx: int) -> "MQAMLP | MQAMixture":
     return MQAMixture(config) if config.expert_layers[layer_idx] else MQAMLP(config)
 
 
+class MQAHeadTransform(nn.Module):
+    """norm(act(dense(x))), before the head."""
+
+    def __init__(self, config: MQAConfig):
+        super().__init__()
+        assert config.head_transform is not None
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.head_transform_bias)
+        self.act_fn = ACT2FN[config.head_transform]
+        self.norm = make_norm(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.act_fn(self.dense(x)))
+
+
 class Residual(NamedTuple):
     """One step of the residual stream: x -> after(x + leave(f(enter(x)))), with one sub-layer f or two in parallel.
 
@@ -209,7 +234,7 @@ class MQADecoderLayer(GradientCheckpointingLayer):
         self.self_attn = make_attention(config, layer_idx)
         self.mlp = make_mlp(config, layer_idx)
         if config.residual != "output_norm":
-            self.input_layernorm = make_norm(config)
+            self.input_layernorm = make_norm(config) if layer_idx or config.first_norm else None
         if config.residual in ("sandwich", "output_norm"):
             self.attention_output_norm = make_norm(config)
             self.mlp_output_norm = make_norm(config)

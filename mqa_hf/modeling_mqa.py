@@ -29,7 +29,15 @@ from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
 from .experts_mqa import XIELU, MQAExperts, MQARouter
 from .latent_mqa import HeadLinear, MQALatentAttention, QueryMap
-from .layer_mqa import MQAMLP, MQAAttention, MQADecoderLayer, make_norm, project, scaled_logits
+from .layer_mqa import (
+    MQAMLP,
+    MQAAttention,
+    MQADecoderLayer,
+    MQAHeadTransform,
+    make_norm,
+    project,
+    scaled_logits,
+)
 from .positions_mqa import (
     BIAS_POSITIONS,
     Mask,
@@ -176,6 +184,7 @@ class MQAModel(MQAPreTrainedModel):
         self.layers = nn.ModuleList([MQADecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config) if config.final_norm else None
         self.project_out = nn.Linear(config.hidden_size, config.embedding_size, bias=False) if projected else None
+        self.head_transform = MQAHeadTransform(config) if config.head_transform is not None else None
         self.rotary_emb = MQARotaryEmbedding(config) if config.position_embedding == "rotary" else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -294,11 +303,13 @@ class MQAModel(MQAPreTrainedModel):
         if self.config.scale_inputs_embeds:
             inputs_embeds = inputs_embeds * self.config.embedding_scale
         x = inputs_embeds if self.project_in is None else self.project_in(inputs_embeds)
+        if self.embed_norm is not None and self.config.embedding_norm_first:
+            x = self.embed_norm(x)
         if self.embed_positions is not None:
             x = x + self.embed_positions(position_ids.to(x.device))
         elif self.config.position_embedding == "sinusoidal":
             x = x + sinusoids(position_ids.to(x.device), self.config).to(x.dtype)
-        if self.embed_norm is not None:
+        if self.embed_norm is not None and not self.config.embedding_norm_first:
             x = self.embed_norm(x)
         return nn.functional.dropout(x, self.config.embedding_dropout, self.training)
 
@@ -306,7 +317,8 @@ class MQAModel(MQAPreTrainedModel):
         """Map the output of the last layer [B, T, d] to the input of the head [B, T, embedding_size]."""
         if self.norm is not None:
             x = self.norm(x)
-        return x if self.project_out is None else self.project_out(x)
+        x = x if self.project_out is None else self.project_out(x)
+        return x if self.head_transform is None else self.head_transform(x)
 
     def make_masks(
         self,

@@ -205,8 +205,9 @@ class DecodeStep:
         for layer in self.layers:
             attention = layer.self_attn
             yield read_by(attention)
-            if isinstance(attention, MQALatentAttention) and attention.k_proj is not None:
-                yield (attention.k_proj,)
+            beside = attention.k_proj if isinstance(attention, MQALatentAttention) else attention.gate_proj
+            if beside is not None:
+                yield (beside,)
             yield (attention.o_proj,)
             mlp = layer.mlp.shared if isinstance(layer.mlp, MQAMixture) else layer.mlp
             if mlp is not None:
@@ -268,7 +269,7 @@ class DecodeStep:
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """[B, d] -> [B, V]."""
-        if self.stack.project_out is None:
+        if self.stack.project_out is None and self.stack.head_transform is None:
             logits = self.linear(x, (self.model.lm_head,), norm=self.stack.norm)
         else:
             logits = self.linear(self.stack.leave(x), (self.model.lm_head,))
@@ -296,7 +297,10 @@ class DecodeStep:
             joined = self.linear(x, read_by(own), norm=norm)
             if isinstance(own, MQALatentAttention):
                 return latent_step_mqa.self_attention(self, own, joined, i), own.o_proj
-            return self.self_attention(own, joined, i), own.o_proj
+            mixed = self.self_attention(own, own.clipped(joined), i)
+            if own.gate_proj is not None:
+                mixed = mixed * self.linear(x, (own.gate_proj,), norm=norm).sigmoid()
+            return mixed, own.o_proj
         cross = layer.cross_attn
         query = self.linear(x, (cross.q_proj,), norm=norm)
         if isinstance(cross, MQALatentAttention):

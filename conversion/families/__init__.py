@@ -15,7 +15,7 @@ from mqa_hf.configuration_mqa import MQAConfig, of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from ..operations import at_least_float32
-from . import alibi, encoder_decoder, experts, gpt, gpt_rotary, llama, normalised, variants
+from . import alibi, encoder_decoder, experts, experts_variants, gpt, gpt_rotary, llama, normalised, variants
 from .base import COPY, Family, Rule, SourceConfig
 from .native_only import IMAGE_TEXT, NATIVE_ONLY, ONLY_OWN_CLASS, OWN_CLASS, NativeOnly
 from .refused import REFUSED
@@ -28,6 +28,7 @@ __all__ = [
     "ONLY_OWN_CLASS",
     "OWN",
     "OWN_CLASS",
+    "PREDICTION_FIELDS",
     "REFUSED",
     "Family",
     "NativeOnly",
@@ -46,6 +47,7 @@ FAMILIES: dict[str, Family] = {
     **variants.FAMILIES,
     **normalised.FAMILIES,
     **experts.FAMILIES,
+    **experts_variants.FAMILIES,
     **gpt.FAMILIES,
     **gpt_rotary.FAMILIES,
     **alibi.FAMILIES,
@@ -56,6 +58,8 @@ FAMILIES: dict[str, Family] = {
 OWN = (MQAConfig.model_type, MQASeq2SeqConfig.model_type)
 CANONICAL = Family(prefixes=(), config=lambda _: {}, rules=(), canonical=True)
 
+# The number of layers that predict further tokens, which no class of transformers loads; see `packed.py`.
+PREDICTION_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers", "mtp_num_hidden_layers")
 # Switches that never change a model's outputs. Generation settings are carried over separately.
 INERT = (
     frozenset(PreTrainedConfig().to_dict())
@@ -74,6 +78,7 @@ INERT = (
         "model_max_length",
         "num_labels",
         "prefix",
+        "quantization_config",  # see check_not_quantised
         "task_specific_params",
         "tf_legacy_loss",
         "tie_encoder_decoder",
@@ -87,6 +92,7 @@ INERT = (
         "unsloth_version",
         "use_bfloat16",
         "use_cache",
+        *PREDICTION_FIELDS,
         *(f"{name}_token" for name in ("bos", "eos", "pad", "unk")),
     }
 )
@@ -98,7 +104,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "head_dim": (None,),
     "mlp_bias": (False, None),
     "pruned_heads": ({}, None),
-    "quantization_config": ({}, None),
     "sliding_window": (None,),
     "use_sliding_window": (False, None),
 }
@@ -146,8 +151,9 @@ def check_known(model_type: Any) -> None:
 
 
 def check_not_quantised(raw: dict[str, Any]) -> None:
-    """Raise ConversionError if `config.json` describes quantised weights."""
-    if raw.get("quantization_config"):
+    """Raise ConversionError if `config.json` describes quantised weights that are not unpacked at reading."""
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if raw.get("quantization_config") and (raw.get("model_type"), method) != ("gpt_oss", "mxfp4"):
         raise ConversionError(
             "the source's weights are quantised (quantization_config); dequantise them or convert the original"
         )

@@ -59,10 +59,12 @@ class Stacked:
         module: its name, with `{}` for the layer.
         joined: for each name "t" of a joined tensor "module.t", the tensors of each child that are its rows, one below
             the other; those of all children are then stacked.
+        numbered: `False` if the tensors are the module's own, as of a single child.
     """
 
     module: str
     joined: dict[str, tuple[str, ...]]
+    numbered: bool = True
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,28 @@ def marian(c: SourceConfig) -> dict[str, Any]:
     return {**fields, "share_embeddings": shared}
 
 
+def blenderbot_small(c: SourceConfig) -> dict[str, Any]:
+    c.require("layernorm_variant", "xlm", "the transformers class normalises after each sub-layer")
+    c.require("extra_layer_norm", False, "the transformers class has none")
+    decoder = {**HEAD_BIAS["decoder"], "embedding_norm_first": True}
+    return _bart(c, pre_norm=False, embedding_norm=True, **_learned(c), decoder=decoder)
+
+
+def fsmt(c: SourceConfig) -> dict[str, Any]:
+    if c.decoder_start_token_id is not None and c.decoder_start_token_id == c.pad_token_id:
+        raise ConversionError(
+            f"fsmt: decoding starts with the padding token ({c.pad_token_id}), which has no position in its class"
+        )
+    if c.d_model % 2:
+        raise ConversionError(f"fsmt: d_model={c.d_model} must be even for sinusoidal positions")
+    # The first token's position follows that of padding.
+    positions = _sinusoidal(c, sinusoidal_endpoint=True, position_offset=c.pad_token_id + 1, positions_from_mask=True)
+    encoder, decoder = {"vocab_size": c.src_vocab_size}, {"vocab_size": c.tgt_vocab_size}
+    one = c.tie_word_embeddings  # the class then ties both embeddings to the head
+    fields = _bart(c, pre_norm=False, embedding_norm=False, **positions, encoder=encoder, decoder=decoder)
+    return {**fields, "share_embeddings": bool(one)}
+
+
 def whisper(c: SourceConfig) -> dict[str, Any]:
     encoder = {
         "num_mel_bins": c.num_mel_bins,
@@ -305,6 +327,13 @@ _SPEC_AUGMENT = frozenset(
 FAMILIES = {
     "bart": _bart_family(bart, DropRows(2)),
     "blenderbot": _bart_family(blenderbot),
+    "blenderbot-small": _bart_family(blenderbot_small, inert=frozenset({"do_blenderbot_90_layernorm"})),
+    "fsmt": _bart_family(
+        fsmt,
+        SinusoidTable(padded=True),
+        rules=renamed(("decoder.output_projection", "lm_head")),
+        inert=frozenset({"langs"}),
+    ),
     "m2m_100": _bart_family(m2m_100, ignored=("encoder.embed_positions.weights", "decoder.embed_positions.weights")),
     "marian": _bart_family(marian, SinusoidTable()),
     "mbart": _bart_family(mbart, DropRows(2)),

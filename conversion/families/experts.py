@@ -290,20 +290,24 @@ SWA_GRANITE_RULES = (
 ONE_BY_ONE = one_by_one()
 
 
-def _mixture(
-    config: Any, rules: tuple[Rule, ...], inert: frozenset[str] = frozenset(), stored: Stacked | None = ONE_BY_ONE
+def one_mixture(
+    config: Any,
+    rules: tuple[Rule, ...],
+    inert: frozenset[str] = frozenset(),
+    stacked: tuple[Stacked, ...] = (ONE_BY_ONE,),
+    **fields: Any,
 ) -> Family:
-    """`stored`: where experts are stored one by one; `None` if they are stored together."""
+    """`stacked`: how experts are stored one by one; empty if they are stored together."""
     # The heads of the class of transformers are in `native_only.py`.
-    return _family(config, rules, inert | ROUTING, native=None, stacked=() if stored is None else (stored,))
+    return _family(config, rules, inert | ROUTING, native=None, stacked=stacked, **fields)
 
 
 FAMILIES: dict[str, Family] = {
-    "cohere2_moe": _mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
-    "granitemoe": _mixture(granitemoe, GRANITE_RULES, stored=None),
-    "granitemoe_swa": _mixture(granitemoe_swa, SWA_GRANITE_RULES, stored=None),
-    "granitemoeshared": _mixture(granitemoe, SHARED_GRANITE_RULES, stored=None),
-    "hy_v3": _mixture(
+    "cohere2_moe": one_mixture(cohere2_moe, (*INTERLEAVED_LLAMA_RULES, *expert_rules(), *router_rules())),
+    "granitemoe": one_mixture(granitemoe, GRANITE_RULES, stacked=()),
+    "granitemoe_swa": one_mixture(granitemoe_swa, SWA_GRANITE_RULES, stacked=()),
+    "granitemoeshared": one_mixture(granitemoe, SHARED_GRANITE_RULES, stacked=()),
+    "hy_v3": one_mixture(
         hy_v3,
         (
             *LLAMA_RULES,
@@ -312,14 +316,14 @@ FAMILIES: dict[str, Family] = {
             *router_rules(f"{MLP}router.gate", shared="shared_mlp", correction=f"{MLP}expert_bias"),
         ),
     ),
-    "mellum": _mixture(
+    "mellum": one_mixture(
         mellum,
         (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules()),
-        frozenset({"num_nextn_predict_layers", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types"}),
+        frozenset({"mtp_layer_types", "mtp_mlp_layer_types"}),
     ),
-    "dots1": _mixture(dots1, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES)),
-    "ernie4_5_moe": _mixture(ernie4_5_moe, ERNIE_RULES),
-    "exaone_moe": _mixture(
+    "dots1": one_mixture(dots1, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES)),
+    "ernie4_5_moe": one_mixture(ernie4_5_moe, ERNIE_RULES),
+    "exaone_moe": one_mixture(
         exaone_moe,
         (
             *LLAMA_RULES,
@@ -328,11 +332,9 @@ FAMILIES: dict[str, Family] = {
             *router_rules(shared="shared_experts", correction=f"{MLP}e_score_correction_bias"),
         ),
     ),
-    "flex_olmo": _mixture(flex_olmo, (*OLMO2_RULES, *expert_rules(), *router_rules())),
-    "glm4_moe": _mixture(
-        glm4_moe, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES), frozenset({"num_nextn_predict_layers"})
-    ),
-    "hunyuan_v1_moe": _mixture(
+    "flex_olmo": one_mixture(flex_olmo, (*OLMO2_RULES, *expert_rules(), *router_rules())),
+    "glm4_moe": one_mixture(glm4_moe, (*LLAMA_RULES, *head_norms(), *GROUPED_RULES)),
+    "hunyuan_v1_moe": one_mixture(
         hunyuan_v1_moe,
         (
             *LLAMA_RULES,
@@ -342,17 +344,17 @@ FAMILIES: dict[str, Family] = {
         ),
         frozenset({"eod_token_id", "sep_token_id", "pretraining_tp"}),
     ),
-    "minimax_m2": _mixture(
+    "minimax_m2": one_mixture(
         minimax_m2,
         (*LLAMA_RULES, *JOINT, *MIXTRAL_RULES, Rule(f"{SPARSE}e_score_correction_bias", (f"{MLP}router_correction",))),
-        stored=MIXTRAL,
+        stacked=(MIXTRAL,),
     ),
-    "mixtral": _mixture(mixtral, (*LLAMA_RULES, *MIXTRAL_RULES), stored=MIXTRAL),
-    "olmoe": _mixture(olmoe, (*LLAMA_RULES, *JOINT, *expert_rules(), *router_rules())),
-    "qwen2_moe": _mixture(
+    "mixtral": one_mixture(mixtral, (*LLAMA_RULES, *MIXTRAL_RULES), stacked=(MIXTRAL,)),
+    "olmoe": one_mixture(olmoe, (*LLAMA_RULES, *JOINT, *expert_rules(), *router_rules())),
+    "qwen2_moe": one_mixture(
         qwen2_moe,
         (*LLAMA_RULES, *QWEN_RULES, *renamed((f"{MLP}shared_expert_gate", f"{MLP}shared_gate"))),
     ),
-    "qwen3_moe": _mixture(qwen3_moe, (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules())),
-    "solar_open": _mixture(solar_open, (*LLAMA_RULES, *GROUPED_RULES)),
+    "qwen3_moe": one_mixture(qwen3_moe, (*LLAMA_RULES, *head_norms(), *expert_rules(), *router_rules())),
+    "solar_open": one_mixture(solar_open, (*LLAMA_RULES, *GROUPED_RULES)),
 }

@@ -185,6 +185,25 @@ def biogpt(c: SourceConfig) -> dict[str, Any]:
     )
 
 
+def ctrl(c: SourceConfig) -> dict[str, Any]:
+    c.require("layer_norm_epsilon", 1e-6, "the norms of layers have it")
+    if c.hidden_size % 2:
+        raise ConversionError(f"ctrl: n_embd={c.hidden_size} must be even for sinusoidal positions")
+    return shared(
+        c,
+        intermediate_size=c.dff,
+        num_key_value_heads=c.num_attention_heads,
+        position_embedding="sinusoidal",
+        embedding_scale=c.hidden_size**0.5,
+        norm_eps=1e-6,
+        hidden_act="relu",
+        lm_head_bias=True,
+        hidden_dropout=c.resid_pdrop,
+        embedding_dropout=c.embd_pdrop,
+        **BIASED_LAYER,
+    )
+
+
 def native_bigcode(source: PreTrainedConfig, config: MQAConfig) -> PreTrainedConfig:
     """GPT-BigCode is GPT-2 with one shared key/value head; a pre-norm OPT fits too."""
     reasons = {
@@ -274,6 +293,24 @@ GPT_NEO_RULES = renamed(
     ("h.{}.mlp.c_proj", "layers.{}.mlp.down_proj"),
 )
 
+_CTRL_ATTENTION = "h.{}.multi_head_attention."
+CTRL_RULES = (
+    *renamed(
+        ("w", "embed_tokens"),
+        (f"{_CTRL_ATTENTION}Wq", QKV[0]),
+        (f"{_CTRL_ATTENTION}Wv", QKV[2]),
+        (f"{_CTRL_ATTENTION}dense", f"{ATTENTION}o_proj"),
+        ("h.{}.layernorm1", "layers.{}.input_layernorm"),
+        ("h.{}.layernorm2", "layers.{}.post_attention_layernorm"),
+        ("h.{}.ffn.0", "layers.{}.mlp.up_proj"),
+        ("h.{}.ffn.2", "layers.{}.mlp.down_proj"),
+        ("layernorm", "norm"),
+        ("lm_head", "lm_head"),
+    ),
+    Rule(f"{_CTRL_ATTENTION}Wk.weight", (f"{QKV[1]}.weight",)),
+    Rule(f"{_CTRL_ATTENTION}Wk.bias", (None,)),
+)
+
 SUMMARY = frozenset(
     f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
 )
@@ -285,6 +322,12 @@ FAMILIES = {
         config=biogpt,
         rules=BIOGPT_RULES,
         inert=frozenset({"layer_norm_eps"}),  # the class's norms have the default
+    ),
+    "ctrl": Family(
+        prefixes=("transformer.",),
+        config=ctrl,
+        rules=CTRL_RULES,
+        inert=SUMMARY | {"attn_pdrop", "from_tf", "n_ctx", "output_past"},
     ),
     "gpt2": Family(
         prefixes=("transformer.",),

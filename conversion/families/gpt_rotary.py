@@ -16,6 +16,7 @@ from .base import (
     ATTENTION,
     QKV,
     Family,
+    Rule,
     SourceConfig,
     common_fields,
     head_layer_norms,
@@ -47,6 +48,23 @@ def gpt_neox(c: SourceConfig) -> dict[str, Any]:
         attention_dropout=c.attention_dropout,
         hidden_dropout=c.hidden_dropout,
         embedding_dropout=c.hidden_dropout,
+        **rope(c, partial=True),
+    )
+
+
+def gpt_neox_japanese(c: SourceConfig) -> dict[str, Any]:
+    layers = c.num_hidden_layers
+    return shared(
+        c,
+        intermediate_size=int(c.hidden_size * c.intermediate_multiple_size),
+        num_key_value_heads=c.num_attention_heads,
+        norm_type="layer_norm",
+        norm_eps=c.layer_norm_eps,
+        hidden_act=c.hidden_act,
+        gated_mlp=False,
+        output_bias=[i == layers - 1 for i in range(layers)],
+        attention_dropout=c.attention_dropout,
+        hidden_dropout=c.hidden_dropout,
         **rope(c, partial=True),
     )
 
@@ -143,6 +161,10 @@ GPT_NEOX_RULES = (
     *module_rules("layers.{}.attention.query_key_value", *QKV, operation=SplitGrouped()),
 )
 
+NEOX_JAPANESE_RULES = (*GPT_NEOX_RULES, Rule("layers.{}.attention.dense_bias", (f"{ATTENTION}o_proj.bias",)))
+
+NEOX_UNUSED = tuple(f"layers.{{}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq"))
+
 # GPT-J's layer without its queries, keys and values
 _GPTJ_RULES = renamed(
     ("wte", "embed_tokens"),
@@ -191,11 +213,7 @@ FAMILIES = {
         prefixes=("gpt_neox.",),
         config=gpt_neox,
         rules=GPT_NEOX_RULES,
-        ignored=(
-            "layers.{}.attention.bias",
-            "layers.{}.attention.masked_bias",
-            "layers.{}.attention.rotary_emb.inv_freq",
-        ),
+        ignored=NEOX_UNUSED,
         # rotary_* are included in rope_parameters; the class does not read the *_prob names.
         inert=frozenset(
             {
@@ -206,6 +224,13 @@ FAMILIES = {
                 "rotary_pct",
             }
         ),
+    ),
+    "gpt_neox_japanese": Family(
+        prefixes=("gpt_neox_japanese.",),
+        config=gpt_neox_japanese,
+        rules=NEOX_JAPANESE_RULES,
+        ignored=NEOX_UNUSED,
+        inert=frozenset({"rotary_emb_base", "rotary_pct"}),
     ),
     "gptj": Family(
         prefixes=("transformer.",),

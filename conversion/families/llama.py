@@ -28,7 +28,7 @@ def llama_layer(
     return shared(
         c,
         **{
-            "intermediate_size": c.intermediate_size,
+            "intermediate_size": fields.get("intermediate_size") or c.intermediate_size,
             "num_key_value_heads": fields.get("num_key_value_heads") or c.num_key_value_heads,
             "head_dim": head_dim(c),
             "norm_eps": getattr(c, "rms_norm_eps", None),

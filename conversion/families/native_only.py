@@ -43,21 +43,15 @@ CONVOLUTIONS = NativeOnly("some of its layers are convolutions")
 LINEAR = NativeOnly("some of its layers use linear attention")
 
 NATIVE_ONLY: dict[str, NativeOnly] = {
-    "afmoe": GATED,
     "apertus1p5_text": NativeOnly("its head has fewer rows than its embedding"),
-    "aria_text": EXPERTS,
     "bamba": STATE_SPACE,
     "beam": GATED,
     "bitnet": NativeOnly("it normalises before the output projection of attention and in its feed-forward layers"),
     "cohere_compass_text": NativeOnly("its rotary positions are multimodal, with several axes"),
-    "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
     "falcon_h1": NativeOnly("its layers combine attention with a state-space model"),
-    "flint": EXPERTS,
     "gemma3n_text": NativeOnly("its layers have several residual streams and share keys and values"),
-    "gpt_oss": EXPERTS,
     "granitemoehybrid": STATE_SPACE,
     "jamba": STATE_SPACE,
-    "kolibri1": EXPERTS,
     "laguna": GATED,
     "lara_mini": LINEAR,
     "lfm2": CONVOLUTIONS,
@@ -67,7 +61,6 @@ NATIVE_ONLY: dict[str, NativeOnly] = {
     "minimax": LINEAR,
     "nemotron_h": NativeOnly(STATE_SPACE.why, key="layers.{}.mixer.k_proj", value="layers.{}.mixer.v_proj"),
     "olmo_hybrid": NativeOnly(LINEAR.why, key_norm=_JOINT_NORM),
-    "phimoe": EXPERTS,
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_next": LINEAR,
@@ -108,6 +101,13 @@ IMAGE_TEXT: dict[str, NativeOnly] = dict.fromkeys(
 
 # Types that are canonical as well, but whose own class stores experts in another form; the same for `--target native`.
 MIXTURES: dict[str, NativeOnly] = {
+    "afmoe": EXPERTS,
+    "aria_text": EXPERTS,
+    "dbrx": NativeOnly(EXPERTS.why, fused="blocks.{}.norm_attn_norm.attn.Wqkv", heads="attn_config.kv_n_heads"),
+    "flint": EXPERTS,
+    "gpt_oss": EXPERTS,
+    "kolibri1": EXPERTS,
+    "phimoe": EXPERTS,
     "cohere2_moe": EXPERTS,
     "granitemoe": EXPERTS,
     "granitemoe_swa": EXPERTS,

@@ -172,6 +172,30 @@ def granite(c: SourceConfig) -> dict[str, Any]:
     )
 
 
+def modernbert_decoder(c: SourceConfig) -> dict[str, Any]:
+    _ = c.local_attention  # included in sliding_window
+    bias = c.attention_bias
+    return llama_layer(
+        c,
+        num_key_value_heads=c.num_attention_heads,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=c.mlp_bias,
+        norm_type="layer_norm",
+        norm_eps=c.norm_eps,
+        norm_bias=c.norm_bias,
+        hidden_act=c.hidden_activation,
+        embedding_norm=True,
+        first_norm=False,
+        head_transform=c.classifier_activation,
+        head_transform_bias=c.classifier_bias,
+        lm_head_bias=c.decoder_bias,
+        embedding_dropout=c.embedding_dropout,
+        activation_dropout=c.mlp_dropout,
+        **windows(c),
+    )
+
+
 def _replaced(rules: tuple[Rule, ...], *new: Rule) -> tuple[Rule, ...]:
     """Replace the rules that have the same targets as the new ones."""
     targets = {target for rule in new for target in rule.targets}
@@ -214,6 +238,22 @@ PERSIMMON_RULES = _replaced(
         ("final_layernorm", "norm"),
     ),
 )
+MODERNBERT_RULES = (
+    *renamed(
+        ("embeddings.tok_embeddings", "embed_tokens"),
+        ("embeddings.norm", "embed_norm"),
+        ("layers.{}.attn_norm", "layers.{}.input_layernorm"),
+        *((f"layers.{{}}.attn.{name}_proj", f"{ATTENTION}{name}_proj") for name in "qkv"),
+        ("layers.{}.attn.Wo", f"{ATTENTION}o_proj"),
+        ("layers.{}.mlp_norm", "layers.{}.post_attention_layernorm"),
+        ("layers.{}.mlp.Wo", "layers.{}.mlp.down_proj"),
+        ("final_norm", "norm"),
+        ("lm_head.dense", "head_transform.dense"),
+        ("lm_head.norm", "head_transform.norm"),
+        ("decoder", "lm_head"),
+    ),
+    *module_rules("layers.{}.mlp.Wi", "layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj", operation=SplitGateUp()),
+)
 _HEAD_NORMS = tuple(f"{ATTENTION}{name}_layernorm.norms" for name in "qk")
 _STACKED_NORMS = tuple(Stacked(name, {"weight": ("weight",)}) for name in _HEAD_NORMS)
 STABLELM_RULES = (
@@ -254,6 +294,14 @@ FAMILIES = {
     "gemma": _family(gemma, GEMMA_RULES, frozenset({"hidden_activation"})),
     "glm": _family(glm, GLM_RULES),
     "granite": _family(granite, LLAMA_RULES),
+    "modernbert-decoder": _family(
+        modernbert_decoder,
+        MODERNBERT_RULES,
+        # Of initialisation, of training kernels and of classifiers; ModernBERT's other names of positions and windows.
+        frozenset({"initializer_cutoff_factor", "classifier_dropout", "global_attn_every_n_layers"})
+        | {"global_rope_theta", "local_rope_theta", "cls_token_id", "sep_token_id", "norm_type"},
+        native=None,
+    ),
     "nemotron": _family(nemotron, NEMOTRON_RULES),
     "olmo": _family(olmo, LLAMA_RULES, frozenset({"pretraining_tp"})),
     "persimmon": _family(persimmon, PERSIMMON_RULES, native=None),

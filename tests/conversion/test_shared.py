@@ -19,7 +19,7 @@ from mqa_hf.conversion import states
 from mqa_hf.conversion.widths import Curves, choose_widths
 
 
-@pytest.mark.parametrize("what", [*CHOSEN, "granite_swa: two rotations, a layer without"])
+@pytest.mark.parametrize("what", [*CHOSEN, "granite_swa: two rotations, a layer without", "gpt_oss: experts"])
 def test_at_full_width_nothing_is_lost(what, tmp_path):
     source, theirs = make(what, tmp_path)
     heads = load_heads(source, tmp_path)
@@ -39,7 +39,7 @@ def load_heads(source, tmp_path):
     return convert(source, tmp_path / "probe", method="first").num_key_value_heads.before
 
 
-@pytest.mark.parametrize("what", CHOSEN)
+@pytest.mark.parametrize("what", [*CHOSEN, "gpt_oss: experts"])
 def test_a_fitted_head_is_nearer_than_the_mean(what, tmp_path):
     source, theirs = make(what, tmp_path)
     ids = batch(8)[0]

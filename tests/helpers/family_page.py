@@ -23,6 +23,7 @@ from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.families import FAMILIES, IMAGE_TEXT, NATIVE_ONLY, REFUSED
 from mqa_hf.conversion.families.base import SourceConfig
 from mqa_hf.conversion.families.checkpoints import CHECKPOINTS
+from mqa_hf.conversion.families.native_only import MIXTURES
 
 HEAD = """# Families
 
@@ -31,8 +32,8 @@ HEAD = """# Families
 Converted with all its heads, each family reproduces the float32 logits of its own class for every tested
 configuration. Pooled with the mean, it reproduces those of its own class with the heads overwritten by their mean.
 [exactness.md](exactness.md) lists the largest differences. The column *needs* lists required values; other values
-raise an error that names the switch. Quantised checkpoints and unknown switches in `config.json` are refused
-(`--ignore-switch NAME` accepts a switch that has no effect).
+raise an error that names the switch. Unknown switches in `config.json` (`--ignore-switch NAME` accepts a switch that
+has no effect) and quantised checkpoints are refused; gpt-oss's experts in MXFP4 are unpacked.
 """
 OWN_CLASS = """The canonical model cannot express these model types. `--target native` pools their key and value
 projections and copies the rest. The tests check pooling with the mean, and that a conversion with all heads
@@ -59,7 +60,7 @@ def table(families: list[str], cases: list[tuple[str, str, dict]]) -> str:
 
 
 def row(name: str, cases: list[tuple[str, dict]]) -> tuple[str, ...]:
-    family, native = FAMILIES[name], "none"
+    family, native = FAMILIES[name], "same class" if name in MIXTURES else "none"
     needs: dict[str, str] = {}
     for _, fields in cases:
         source = AutoConfig.for_model(name, **json.loads(json.dumps(fields)))

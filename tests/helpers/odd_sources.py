@@ -5,7 +5,7 @@
 
 import random
 
-from sources import EXPERTS, LLAMA, VOCAB, rope
+from sources import ABSENT, EXPERTS, VOCAB, mixture_of, rope
 
 # Types with a head_dim of their own; the width of the others' heads is hidden_size / num_attention_heads.
 OWN_WIDTH = {
@@ -149,7 +149,6 @@ def odd_mixture(model_type: str, seed: int) -> dict:
     H, count = draw.choice([1, 2, 3, 4, 6, 10]), draw.choice([1, 2, 3, 4])
     D = draw.choice([8, 16])
     fields = {
-        **LLAMA,
         **base,
         "num_attention_heads": H,
         "num_key_value_heads": draw.choice([g for g in range(1, H + 1) if H % g == 0]),
@@ -159,6 +158,13 @@ def odd_mixture(model_type: str, seed: int) -> dict:
         "tie_word_embeddings": draw.random() < 0.4,
         **({"head_dim": D} if "head_dim" in base else {}),
     }
+    if model_type == "dbrx":
+        return odd_dbrx(draw, fields)
+    if model_type == "phimoe":
+        half = fields["hidden_size"] // H // 2
+        scale = draw.choice([1.0, 1.3])
+        fields |= rope("longrope", short_factor=[1.0 + i / 7 for i in range(half)], long_factor=[3.0] * half,
+                       short_mscale=scale, long_mscale=scale, original_max_position_embeddings=10)  # fmt: skip
     groups = draw.choice([1, 2, 3]) if "n_group" in base else 1
     kept = draw.randint(1, groups)
     each = draw.choice([2, 3, 5, 12])
@@ -173,6 +179,13 @@ def odd_mixture(model_type: str, seed: int) -> dict:
         "shared_expert_intermediate_size": draw.choice([8, 40]),
         "shared_intermediate_size": draw.choice([8, 40]),
         "norm_topk_prob": draw.random() < 0.5,
+        "route_scale": draw.choice([0.5, 1.0, 2.5]),
+        "mup_enabled": draw.random() < 0.5,
+        "lm_head_bias": draw.random() < 0.5,
+        "num_dense_layers": draw.randint(0, count - 1),
+        "moe_num_shared_experts": draw.choice([1, 2]),
+        "swiglu_limit": draw.choice([0.5, 2.0, 7.0]),
+        "router_jitter_noise": draw.choice([0.01, 0.1, 0.4]),
         "decoder_sparse_step": draw.choice([1, 2, 3]),
         "mlp_only_layers": sorted(draw.sample(range(count), draw.randint(0, count - 1))),
         "first_k_dense_replace": draw.randint(0, count - 1),
@@ -186,4 +199,24 @@ def odd_mixture(model_type: str, seed: int) -> dict:
     }.items():
         if name in base:
             fields[name] = value
-    return fields
+    fields |= {name: ABSENT for name, value in base.items() if value is ABSENT}
+    return mixture_of(fields)
+
+
+def odd_dbrx(draw: random.Random, fields: dict) -> dict:
+    """DBRX's spelling of these fields."""
+    experts = draw.choice([1, 2, 5, 12])
+    return mixture_of({
+        **fields,
+        "intermediate_size": ABSENT,
+        "num_key_value_heads": ABSENT,
+        "tie_word_embeddings": False,
+        "d_model": fields["hidden_size"],
+        "n_heads": fields["num_attention_heads"],
+        "n_layers": fields["num_hidden_layers"],
+        "attn_config": {"kv_n_heads": fields["num_key_value_heads"], "rope_theta": 1e4,
+                        "clip_qkv": draw.choice([None, 0.3, 8])},
+        "ffn_config": {"ffn_hidden_size": draw.choice([8, 24, 56]), "moe_num_experts": experts,
+                       "moe_top_k": draw.randint(1, min(4, experts)),
+                       "moe_normalize_expert_weights": draw.choice([None, 1.0])},
+    })  # fmt: skip

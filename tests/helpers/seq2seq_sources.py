@@ -45,6 +45,8 @@ WHISPER = {
     "begin_suppress_tokens": None,
 }
 
+FSMT = {**{k: v for k, v in BART.items() if k != "vocab_size"}, "activation_function": "relu"}
+
 SEQ2SEQ_CASES: list[tuple[str, str, dict]] = [
     ("t5", "v1.0", {**T5, "feed_forward_proj": "relu"}),
     ("t5", "v1.1 and Flan, gated", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -61,6 +63,25 @@ SEQ2SEQ_CASES: list[tuple[str, str, dict]] = [
         "marian",
         "two vocabularies",
         {**BART, "share_encoder_decoder_embeddings": False, "decoder_vocab_size": 89, "activation_function": "relu"},
+    ),
+    ("blenderbot-small", "as published", BART),
+    (
+        "blenderbot-small",
+        "scaled, fewer decoder heads",
+        {**BART, "scale_embedding": True, "decoder_attention_heads": 4, "activation_function": "relu"},
+    ),
+    ("fsmt", "two vocabularies", {**FSMT, "src_vocab_size": VOCAB, "tgt_vocab_size": 89}),
+    (
+        "fsmt",
+        "one vocabulary, tied",
+        {
+            **FSMT,
+            "src_vocab_size": VOCAB,
+            "tgt_vocab_size": VOCAB,
+            "tie_word_embeddings": True,
+            "scale_embedding": False,
+            "activation_function": "gelu",
+        },
     ),
     ("pegasus", "as published", {**BART, "activation_function": "relu", "scale_embedding": True, "pad_token_id": 0}),
     ("m2m_100", "NLLB", {**BART, "activation_function": "relu", "scale_embedding": True}),
@@ -80,6 +101,9 @@ def make_seq2seq(model_type: str, config: dict) -> PreTrainedModel:
     model = auto.from_config(configuration).eval()
     if config.get("tie_word_embeddings") is False:
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    for module in model.modules():
+        if type(module).__name__ == "SinusoidalPositionalEmbedding" and config.get("tie_word_embeddings"):
+            module.weight.requires_grad = False  # which keeps the formula
     rescale(model)
     for name, buffer in model.named_buffers():
         if name == "final_logits_bias":
@@ -104,7 +128,9 @@ def inputs(model: PreTrainedModel, padding: str | None = None) -> dict[str, torc
         elif padding == "right":
             mask[row, 13 - 3 * row :] = 0
     ids = ids.masked_fill(mask == 0, config.pad_token_id)
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+    # With a cache, FSMT's class masks nothing in a pass over several tokens.
+    beside = {"use_cache": False} if config.model_type == "fsmt" else {}
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target, **beside}
 
 
 @torch.no_grad()

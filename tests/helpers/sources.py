@@ -45,6 +45,7 @@ OPT = {
     "max_position_embeddings": 64,
 }
 MHA = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+NEOX_JAPANESE = {k: v for k, v in MHA.items() if k != "intermediate_size"}
 NEO = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -84,6 +85,7 @@ def rope(rope_type: str, **parameters) -> dict:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}}
 
 
+ABSENT = object()
 # Mixtures of experts; the spellings of Mixtral, of Qwen and of DeepSeek's relatives.
 _CHOSEN = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _ROUTED = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 3, "topk_group": 2,
@@ -121,7 +123,34 @@ EXPERTS = {
                        "sliding_window": 5, "layer_rope_theta": [100.0, 1000.0, 0.0],
                        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "minimax_m2": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8},
+    "afmoe": {**_CHOSEN, "num_shared_experts": 2, "num_dense_layers": 1, "head_dim": 8, "route_scale": 1.5,
+              "mup_enabled": True, "sliding_window": 5,
+              "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "aria_text": {"moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "dbrx": {"intermediate_size": ABSENT, "num_key_value_heads": ABSENT, "tie_word_embeddings": False,
+             "d_model": 48, "n_heads": 6, "n_layers": 3, "max_seq_len": 64,
+             "attn_config": {"kv_n_heads": 3, "rope_theta": 1e4, "clip_qkv": 0.7},
+             "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 24, "moe_num_experts": 5, "moe_top_k": 2}},
+    "flint": {**_CHOSEN, "head_dim": 8, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
+              "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "swiglu_limit": 1.5,
+                "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)},
+    "kolibri1": {**_CHOSEN, "intermediate_size": ABSENT, "head_dim": 8, "shared_expert_intermediate_size": 40,
+                 "norm_topk_prob": True, "sliding_window": 5,
+                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "phimoe": {"num_local_experts": 5, "router_jitter_noise": 0.1, "attention_bias": True, "lm_head_bias": True,
+               "sliding_window": 7, **rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3], short_mscale=1.2,
+               long_factor=[2.0, 3.0, 4.0, 5.0], long_mscale=1.2, original_max_position_embeddings=10)},
 }  # fmt: skip
+
+
+def mixture_of(config: dict, base: dict = LLAMA) -> dict:
+    """A configuration of `EXPERTS`, whole; a field that is `ABSENT` is left out."""
+    whole = {**base, "num_key_value_heads": 3, **config}
+    return {name: value for name, value in whole.items() if value is not ABSENT}
+
+
 # (model type, what is special about it, configuration)
 CASES: list[tuple[str, str, dict]] = [
     ("llama", "multi-head", LLAMA),
@@ -292,6 +321,16 @@ CASES: list[tuple[str, str, dict]] = [
                                 "residual_multiplier": 0.22, "attention_multiplier": 0.3, "attention_bias": True,
                                 "mlp_bias": True, "tie_word_embeddings": True}),
     ("granite", "none", {**LLAMA}),
+    ("ctrl", "as published", {**GPT, "dff": 72}),
+    ("ctrl", "untied", {**GPT, "dff": 80, "tie_word_embeddings": False, "n_head": 4}),
+    ("gpt_neox_japanese", "as published", NEOX_JAPANESE),
+    ("gpt_neox_japanese", "half rotary, untied", {
+        **NEOX_JAPANESE, "intermediate_multiple_size": 2, "tie_word_embeddings": False,
+        **rope("default", partial_rotary_factor=0.5)}),
+    ("modernbert-decoder", "as published", {**MHA, "local_attention": 10, "pad_token_id": 0}),
+    ("modernbert-decoder", "biases, untied", {
+        **MHA, "local_attention": 8, "pad_token_id": 0, "norm_bias": True, "attention_bias": True, "mlp_bias": True,
+        "classifier_bias": True, "decoder_bias": False, "tie_word_embeddings": False}),
     ("cohere", "normalised queries and keys", {**LLAMA, "num_key_value_heads": 3, "use_qk_norm": True,
                                                "logit_scale": 1.0}),
     ("persimmon", "normalised queries and keys", {**MHA, "qk_layernorm": True}),
@@ -351,7 +390,7 @@ CASES: list[tuple[str, str, dict]] = [
     ("granite_swa", "sinks, windows", {**LLAMA, "num_key_value_heads": 3, **MIXED, "attention_multiplier": 0.3}),
     ("granite_swa", "two rotations, a layer without", {**LLAMA, **MIXED, "attention_multiplier": 0.3,
                                                        "layer_rope_theta": [100.0, 1000.0, 0.0]}),
-    *((family, "experts", {**LLAMA, "num_key_value_heads": 3, **config}) for family, config in EXPERTS.items()),
+    *((family, "experts", mixture_of(config)) for family, config in EXPERTS.items()),
 ]  # fmt: skip
 IDS = [f"{family}: {what}" for family, what, _ in CASES]
 

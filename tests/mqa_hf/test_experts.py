@@ -27,6 +27,9 @@ CASES = {
         "kv_latent_dim": 16, "qk_head_dim": 8, "rope_frequencies": [[0, 1, 2, 3]] * 3, "residual": "sandwich",
     },
     "parallel": {"residual": "parallel_shared_norm"},
+    "biases, a limit": {"expert_bias": True, "expert_limit": 0.8, "router_bias": True},
+    "chosen by logits": {"router_scores": "sigmoid", "router_choice": "logits", "router_correction": True},
+    "sparsemixer": {"router_scores": "sparsemixer", "router_jitter": 0.2, "router_renormalise": False},
 }  # fmt: skip
 cases = pytest.mark.parametrize("name", CASES)
 
@@ -72,13 +75,18 @@ def test_both_loops_give_the_same_tokens(name, beams, monkeypatch):
     assert tokens(model, num_beams=beams) == expected
     calls = []
 
-    def counted(*arguments):
+    def counted(*arguments, **beside):
         calls.append(arguments)
-        return naive_chosen_experts(*arguments)
+        assert (beside["limit"], beside["down_bias"] is not None) == (
+            model.config.expert_limit,
+            model.config.expert_bias,
+        )
+        return naive_chosen_experts(*arguments, **beside)
 
     def routed(x, router, k, **options):
         config = model.config
-        assert options["sigmoid"] == (config.router_scores == "sigmoid")
+        assert (options["scores"], options["choice"]) == (config.router_scores, config.router_choice)
+        assert options["gap"] == 2 * config.router_jitter
         assert (options["correction"] is not None) == config.router_correction
         assert (k, options["renormalise"], options["scale"], options["groups"], options["groups_kept"]) == (
             config.num_experts_per_tok, config.router_renormalise, config.router_scale, config.router_groups,

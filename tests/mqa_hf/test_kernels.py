@@ -271,7 +271,13 @@ def test_chosen_experts(seed, dtype):
     activation = choose.choice(list(ACTIVATIONS))
     arguments = x, gate_up, down, chosen, weights, activation
     blocks = dict.fromkeys(("inner_blocks", "outer_blocks"), (16, 32, 64, 4, 1)) if INTERPRETED else {}
-    assert distance(chosen_experts(*arguments, **blocks), naive_chosen_experts(*arguments)) < BOUNDS[dtype]
+    beside = {}
+    if choose.random() < 0.5:
+        beside |= {"gate_up_bias": torch.randn(E, 2 * f, **options), "down_bias": torch.randn(E, d, **options)}
+    if choose.random() < 0.5:
+        beside["limit"] = choose.choice([0.7, 7.0])
+    expected = naive_chosen_experts(*arguments, **beside)
+    assert distance(chosen_experts(*arguments, **beside, **blocks), expected) < BOUNDS[dtype]
 
 
 @kernel
@@ -284,21 +290,27 @@ def test_the_experts_of_a_row_are_those_of_the_mixture(seed, dtype):
     E, rows, d = groups * choose.choice([2, 3, 16, 40]), choose.choice([1, 3, 50]), choose.choice([24, 64, 700])
     kept = choose.randint(1, groups)
     k = choose.randint(1, min(8, kept * E // groups))
+    scores = choose.choice(["softmax", "sigmoid"] if groups > 1 else ["softmax", "sigmoid", "sparsemixer"])
+    plain = scores != "sparsemixer"
     fields = {
         "num_experts": E, "num_experts_per_tok": k, "hidden_size": d, "num_attention_heads": 1,
-        "expert_intermediate_size": 8, "router_scores": choose.choice(["softmax", "sigmoid"]),
-        "router_renormalise": choose.random() < 0.5, "router_scale": choose.choice([1.0, 2.5]),
-        "router_correction": choose.random() < 0.5, "router_groups": groups, "router_groups_kept": kept,
+        "expert_intermediate_size": 8, "router_scores": scores, "router_jitter": choose.choice([0.01, 0.2]),
+        "router_renormalise": plain and choose.random() < 0.5, "router_scale": choose.choice([1.0, 2.5]),
+        "router_correction": plain and choose.random() < 0.5, "router_groups": groups, "router_groups_kept": kept,
+        "router_bias": choose.random() < 0.4, "router_choice": choose.choice(["scores", "logits"]),
     }  # fmt: skip
     mixture = MQAMixture(MQAConfig(**fields)).to(DEVICE, dtype)
     mixture.router.weight.data.normal_(0, 2 * d**-0.5)
     if mixture.router_correction is not None:
         mixture.router_correction.data.normal_()
+    if mixture.router.bias is not None:
+        mixture.router.bias.data.normal_()
     x = torch.randn(rows, 2 * d, device=DEVICE, dtype=dtype)[:, :d]
     expected_weights, expected = mixture.route(x)
     weights, found = route(
-        x, mixture.router.weight, k, sigmoid=mixture.scores == "sigmoid", correction=mixture.router_correction,
-        renormalise=mixture.renormalise, scale=mixture.scale, groups=groups, groups_kept=kept,
+        x, mixture.router.weight, k, bias=mixture.router.bias, scores=scores, choice=mixture.choice, gap=mixture.gap,
+        correction=mixture.router_correction, renormalise=mixture.renormalise, scale=mixture.scale, groups=groups,
+        groups_kept=kept,
     )  # fmt: skip
     # Logits of different sums differ in their last bits, and so may the order of scores that are nearly equal.
     (found, order), (expected, other) = found.long().sort(-1), expected.sort(-1)
