@@ -57,6 +57,7 @@ def measure(shape: str, config: MQAConfig, rows: int, device: Device) -> ExpertR
     with torch.device("meta"):
         copies = [MQAExperts(config) for _ in range(max(1, min(4, int(8e9 // (6 * E * d * f)))))]
     for experts in copies:
+        experts.has_bias = config.expert_bias
         for name, weight in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(torch.randn(weight.shape, **options) * 0.02, requires_grad=False))
     x, weights = torch.randn(rows, d, **options), torch.rand(rows, k, **options)
@@ -64,7 +65,19 @@ def measure(shape: str, config: MQAConfig, rows: int, device: Device) -> ExpertR
     read = chosen.unique().numel()
     floor = max(6 * read * d * f / device.bandwidth, 6 * rows * k * d * f / device.rate)
     ours: list[Callable[[], object]] = [
-        partial(chosen_experts, x, m.gate_up_proj, m.down_proj, chosen, weights, config.hidden_act) for m in copies
+        partial(
+            chosen_experts,
+            x,
+            m.gate_up_proj,
+            m.down_proj,
+            chosen,
+            weights,
+            config.hidden_act,
+            gate_up_bias=m.gate_up_proj_bias,
+            down_bias=m.down_proj_bias,
+            limit=m.limit,
+        )
+        for m in copies
     ]
     theirs = {}
     for implementation in ("grouped_mm", "batched_mm"):
@@ -92,6 +105,7 @@ class ExpertTiming(Job[list[ExpertRecord]]):
     shapes: Annotated[Sequence[str], Option("Names of published shapes, directories or Hub ids.", comma=True)] = (
         "qwen3-30b-a3b",
         "mixtral-8x7b",
+        "gpt-oss-20b",
     )
     batch: Annotated[Sequence[int], Option("Rows.", min=1, comma=True)] = (1, 16, 64, 256)
     output: Annotated[Path | None, Option("File for JSON lines.")] = None

@@ -78,8 +78,11 @@ def step_weights(config: MQAConfig) -> int:
         total += d * ((config.num_experts or 0) + config.shared_expert_gate) if mixed else 0
     if config.embedding_size != d:
         total += 2 * d * config.embedding_size
+    if config.head_transform is not None:
+        total += d * d
     for i in range(config.num_hidden_layers):
-        total += own_attention(config, i).step_weights
+        own = own_attention(config, i)
+        total += own.step_weights + (d * own.H * own.Dv if config.attention_gate else 0)
         cross = cross_attention(config, i)
         total += 0 if cross is None else cross.step_weights
     return total

@@ -101,6 +101,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": llama(
         "mixtral", 32000, 4096, 14336, 32, 32, 8, 32768, num_local_experts=8, num_experts_per_tok=2, rope_theta=1e6
     ),
+    "gpt-oss-20b": llama(
+        "gpt_oss",
+        201088,
+        2880,
+        2880,
+        24,
+        64,
+        8,
+        131072,
+        head_dim=64,
+        sliding_window=128,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+    ),
     "olmo-2-7b": llama("olmo2", 100352, 4096, 11008, 32, 32, 32, 4096, rope_theta=5e5, rms_norm_eps=1e-6),
     "mistral-7b": llama("mistral", 32000, 4096, 14336, 32, 32, 8, 32768),
     "qwen2.5-7b": llama("qwen2", 152064, 3584, 18944, 28, 28, 4, 32768),

@@ -332,16 +332,25 @@ def test_plans_of_every_shape():
         assert records[-1].tokens_per_sec >= 0.99 * records[0].tokens_per_sec
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b", "gemma-3-12b", "mixtral-8x7b", "qwen3-30b-a3b"])
+@pytest.mark.parametrize("name", ["qwen3-8b", "gemma-3-12b", "mixtral-8x7b", "qwen3-30b-a3b", "gpt-oss-20b"])
 def test_weights_of_a_canonical_model_are_those_of_its_class(name):
     _, config = read_shape(name)
     for shape in (config, fitted(config, 1)):
         with torch.device("meta"):
             model = MQAForCausalLM(shape)
-        held = {n: p.numel() for n, p in model.named_parameters() if "norm" not in n and not n.endswith(".bias")}
+        left_out = ("bias", "sinks")
+        held = {n: p.numel() for n, p in model.named_parameters() if "norm" not in n and not n.endswith(left_out)}
         assert weights_of(shape).total == sum(held.values())
         assert weights_of(shape).experts == sum(count for n, count in held.items() if ".experts." in n)
         assert weights_of(shape).chosen == (shape.num_experts_per_tok / shape.num_experts if shape.num_experts else 1)
+
+
+def test_weights_of_gates_and_of_a_layer_before_the_head():
+    for fields in ({"attention_gate": True, "v_head_dim": 24}, {"head_transform": "gelu"}):
+        config = MQAConfig(**fields)
+        with torch.device("meta"):
+            model = MQAForCausalLM(config)
+        assert weights_of(config).total == sum(p.numel() for n, p in model.named_parameters() if "norm" not in n)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

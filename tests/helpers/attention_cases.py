@@ -83,5 +83,19 @@ OTHERS = {
         "query_scaling_beta": 0.5, "query_scaling_length": 4, "attention_softcap": 0.7, "qk_norm": "head",
         "residual": "sandwich", "logit_softcap": 1.5,
     },
+    "a gate": {"attention_gate": True, "num_key_value_heads": 2, "qk_norm": "head"},
+    "a gate, narrow values, parallel": {
+        "attention_gate": True, "v_head_dim": 12, "residual": "parallel_shared_norm", "attention_sinks": True,
+    },
+    "clipped": {"clip_qkv": 0.4, "num_key_value_heads": 2, "query_bias": True, "key_bias": True, "value_bias": True},
+    "clipped and normalised": {"clip_qkv": 0.4, "qk_norm": "head"},
+    "a layer before the head, no first norm": {
+        "head_transform": "gelu", "head_transform_bias": True, "first_norm": False, "norm_type": "layer_norm",
+        "embedding_norm": True, "lm_head_bias": True,
+    },
+    "a norm before positions, an output bias in the last layer": {
+        "embedding_norm": True, "embedding_norm_first": True, "position_embedding": "learned",
+        "output_bias": [False, False, True],
+    },
 }  # fmt: skip
 ATTENTION_CASES = {**NORMED, **MAPPED, **CAPPED, **WITH_SINKS, **OTHERS}
