@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from mqa_hf import MQAForCausalLM, MQAForConditionalGeneration, convert, plan
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, convert, plan
 from mqa_hf.base.datasheets import DEVICES, Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.shapes import SHAPES
