@@ -347,12 +347,13 @@ def expert_blocks(pairs: float, inputs: int, products: int, exact: bool, memory:
     """
     if exact:
         return 16, 32, 32, 4, 2
-    m = 16 if pairs <= 16 else 32 if pairs <= 32 else 64
-    n = 32 if products > 1 and m == 16 else 64
-    k = 256 if m == 16 and inputs >= 4096 and (products == 1 or pairs <= 1) else 128
+    # Twice the average, as an expert with more pairs than a block reads its weights once more.
+    m = next((m for m in (16, 32, 64) if 2 * pairs <= m), 128)
+    n = {16: 32, 32: 64, 64: 64, 128: 128}[m] if products > 1 else {16: 64, 32: 64, 64: 128, 128: 128}[m]
+    k = 256 if m == 16 and inputs >= 4096 and (products == 1 or pairs <= 1) else 128 if m <= 32 else 64
     while (stages := min(4, (memory - 8192) // (2 * k * (m + products * n)))) < 2:
         k //= 2
-    return m, n, k, 4, stages
+    return m, n, k, 4 if m <= 32 else 8, stages
 
 
 def naive_chosen_experts(

@@ -119,6 +119,7 @@ def glm4_moe(c: SourceConfig) -> dict[str, Any]:
 
 
 def solar_open(c: SourceConfig) -> dict[str, Any]:
+    _ = getattr(c, "intermediate_size", None)  # of dense layers, which there are none of
     layer = llama_layer(
         c, qkv_bias=c.attention_bias, output_bias=False, mlp_bias=False, **rope(c, partial=True),
         intermediate_size=c.moe_intermediate_size,

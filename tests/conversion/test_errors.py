@@ -91,7 +91,7 @@ def test_sizes_that_no_tensor_has(source, size):
 
 def test_an_unknown_family(source):
     edit_config(source, model_type="lama")
-    refused(source, "unsupported model type 'lama'; supported are apertus, arcee")
+    refused(source, "unsupported model type 'lama'; supported are afmoe, apertus, arcee")
 
 
 def test_a_converted_checkpoint_as_the_source(source, tmp_path):

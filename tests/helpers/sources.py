@@ -478,6 +478,8 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
         or (family in ("cohere", "flex_olmo", "minimax_m2", "olmo2", "olmo3", "olmoe") and ".k_norm." in name)
     ):
         return [index.view(G, -1)]
+    if family == "ctrl" and (".Wk." in name or ".Wv." in name):
+        return [index.view(G, -1)]
     if family in ("gpt2", "openai-gpt", "mpt") and ("c_attn" in name or "Wqkv" in name):
         return list(index.view(3, H, -1)[1:])
     if "c_attn" in name or "query_key_value" in name:
@@ -489,7 +491,7 @@ def key_and_value_rows(name: str, rows: int, model: PreTrainedModel) -> list[tor
     if "qkv_proj" in name and family == "codegen":
         _, value, key = (index.view(4, 3, H // 4, -1)[:, part].reshape(H, -1) for part in range(3))
         return [key, value]
-    if "qkv_proj" in name:
+    if "qkv_proj" in name or (family == "dbrx" and "Wqkv" in name):
         key, value = index[rows * H // (H + 2 * G) :].chunk(2)
         return [key.view(G, -1), value.view(G, -1)]
     return []
