@@ -12,7 +12,7 @@ from torch import nn
 from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, shared_memory, tl, triton
 from .kernel_norm_mqa import ACTIVATIONS, activated, naive_activate
 
-MAX_PAIRS = 8192  # sorting compares each pair with all
+MAX_PAIRS = 32768  # sorting compares each pair with all others
 FEW_ROWS = 32  # up to this many, a program per row and some experts computes their logits
 Blocks = tuple[int, int, int, int, int]  # pairs, outputs and inputs of a block; warps; stages
 

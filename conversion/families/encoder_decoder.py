@@ -223,7 +223,8 @@ def fsmt(c: SourceConfig) -> dict[str, Any]:
     positions = _sinusoidal(c, sinusoidal_endpoint=True, position_offset=c.pad_token_id + 1, positions_from_mask=True)
     encoder, decoder = {"vocab_size": c.src_vocab_size}, {"vocab_size": c.tgt_vocab_size}
     one = c.tie_word_embeddings  # the class then ties both embeddings to the head
-    fields = _bart(c, pre_norm=False, embedding_norm=False, **positions, encoder=encoder, decoder=decoder)
+    scaled = {"scale_inputs_embeds": True}
+    fields = _bart(c, pre_norm=False, embedding_norm=False, **positions, **scaled, encoder=encoder, decoder=decoder)
     return {**fields, "share_embeddings": bool(one)}
 
 

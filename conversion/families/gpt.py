@@ -195,6 +195,7 @@ def ctrl(c: SourceConfig) -> dict[str, Any]:
         num_key_value_heads=c.num_attention_heads,
         position_embedding="sinusoidal",
         embedding_scale=c.hidden_size**0.5,
+        scale_inputs_embeds=True,
         norm_eps=1e-6,
         hidden_act="relu",
         lm_head_bias=True,
