@@ -61,7 +61,6 @@ def mpt(c: SourceConfig) -> dict[str, Any]:
         )
     a = SourceConfig(c.attn_config)
     a.require("attn_type", "multihead_attention", "the transformers class has no other")
-    a.require("clip_qkv", None, "clipped keys and values are not linear in their input")
     a.require("qk_ln", False, "normalising queries and keys does not commute with pooling")
     a.require("prefix_lm", False, "attention within a prefix is bidirectional")
     a.require("alibi", True, "the transformers class has no other positions")
@@ -75,6 +74,7 @@ def mpt(c: SourceConfig) -> dict[str, Any]:
         num_key_value_heads=c.num_attention_heads,
         max_position_embeddings=c.max_seq_len,
         attention_scale=a.softmax_scale,
+        clip_qkv=a.clip_qkv,
         position_embedding="alibi",
         alibi_slopes=mpt_slopes(c.num_attention_heads),
         norm_type="layer_norm",

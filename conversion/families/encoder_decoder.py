@@ -328,12 +328,12 @@ _SPEC_AUGMENT = frozenset(
 FAMILIES = {
     "bart": _bart_family(bart, DropRows(2)),
     "blenderbot": _bart_family(blenderbot),
-    "blenderbot-small": _bart_family(blenderbot_small, inert=frozenset({"do_blenderbot_90_layernorm"})),
+    "blenderbot-small": _bart_family(blenderbot_small, inert=frozenset({"do_blenderbot_90_layernorm", "variant"})),
     "fsmt": _bart_family(
         fsmt,
         SinusoidTable(padded=True),
         rules=renamed(("decoder.output_projection", "lm_head")),
-        inert=frozenset({"langs"}),
+        inert=frozenset({"decoder", "langs"}),  # fairseq's other decoder, which the class does not read
     ),
     "m2m_100": _bart_family(m2m_100, ignored=("encoder.embed_positions.weights", "decoder.embed_positions.weights")),
     "marian": _bart_family(marian, SinusoidTable()),

@@ -93,7 +93,7 @@ def qwen3_moe(c: SourceConfig) -> dict[str, Any]:
 
 
 def olmoe(c: SourceConfig) -> dict[str, Any]:
-    c.require("clip_qkv", None, "clipped keys and values are no linear map of their input")
+    c.require("clip_qkv", None, "the class clips normalised queries and keys")
     bias = c.attention_bias
     layer = llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, qk_norm="joint")
     return {**layer, **mixture(c, c.intermediate_size, router_renormalise=c.norm_topk_prob)}

@@ -292,5 +292,7 @@ FAMILIES: dict[str, Family] = {
     # Other names of sizes; the class never reads them.
     "gpt_oss": one_mixture(gpt_oss, GPT_OSS_RULES, frozenset({"experts_per_token", "initial_context_length"}), ()),
     "kolibri1": one_mixture(kolibri1, KOLIBRI_RULES),
-    "phimoe": one_mixture(phimoe, PHIMOE_RULES, frozenset({"input_jitter_noise"}), PHIMOE_ONE_BY_ONE),
+    "phimoe": one_mixture(
+        phimoe, PHIMOE_RULES, frozenset({"hidden_dropout", "input_jitter_noise"}), PHIMOE_ONE_BY_ONE
+    ),
 }

@@ -26,8 +26,6 @@ from .base import (
 )
 from .llama import INTERLEAVED_LLAMA_RULES, LLAMA_RULES, llama_layer
 
-_CLIPPED = "clipped keys and values are not linear in their input"
-
 
 def stablelm(c: SourceConfig) -> dict[str, Any]:
     return llama_layer(
@@ -67,9 +65,8 @@ def persimmon(c: SourceConfig) -> dict[str, Any]:
 
 
 def olmo(c: SourceConfig) -> dict[str, Any]:
-    c.require("clip_qkv", None, _CLIPPED)
     bias = c.attention_bias
-    fields = {"norm_type": "layer_norm", "norm_eps": 1e-5, "norm_affine": False}
+    fields = {"norm_type": "layer_norm", "norm_eps": 1e-5, "norm_affine": False, "clip_qkv": c.clip_qkv}
     return llama_layer(c, qkv_bias=bias, output_bias=bias, mlp_bias=False, **fields)
 
 
@@ -297,9 +294,11 @@ FAMILIES = {
     "modernbert-decoder": _family(
         modernbert_decoder,
         MODERNBERT_RULES,
-        # Of initialisation, of training kernels and of classifiers; ModernBERT's other names of positions and windows.
-        frozenset({"initializer_cutoff_factor", "classifier_dropout", "global_attn_every_n_layers"})
-        | {"global_rope_theta", "local_rope_theta", "cls_token_id", "sep_token_id", "norm_type"},
+        # Of initialisation, of training and of classifiers; ModernBERT's other names of positions, windows and norms.
+        frozenset({"initializer_cutoff_factor", "classifier_dropout", "classifier_pooling", "is_causal"})
+        | {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta", "layer_norm_eps"}
+        | {"deterministic_flash_attn", "position_embedding_type", "reference_compile", "repad_logits_with_grad"}
+        | {"sparse_pred_ignore_index", "sparse_prediction"},
         native=None,
     ),
     "nemotron": _family(nemotron, NEMOTRON_RULES),

@@ -107,7 +107,7 @@ def test_a_switch_that_nothing_reads(source):
 
 
 def test_a_switch_without_a_canonical_equivalent(tmp_path):
-    source = save(make_model("olmo", {**LLAMA, "clip_qkv": 8.0}), tmp_path / "source")
+    source = save(make_model("olmoe", {**LLAMA, "num_experts": 4, "clip_qkv": 8.0}), tmp_path / "source")
     refused(source, "clip_qkv=8.0 is not supported")
 
 

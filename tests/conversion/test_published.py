@@ -4,6 +4,7 @@ import json
 
 import pytest
 from published_normalised import NORMALISED
+from published_others import DBRX, OTHERS
 from sources import need
 
 from mqa_hf import inspect
@@ -18,6 +19,7 @@ SUMMARY = {
 # name -> (parameters, query heads, K/V heads, config.json)
 PUBLISHED = {
     **NORMALISED,
+    **OTHERS,
     "gpt2": (
         124_439_808 - 12 * 768,  # without the key biases, which softmax does not see
         12,
@@ -855,3 +857,14 @@ def test_published_configurations_are_understood(name, tmp_path):
     assert result["parameters"] == parameters
     assert result["num_attention_heads"] == heads
     assert result["num_key_value_heads"] == kv_heads
+
+
+def test_dbrx_needs_its_rotation_where_transformers_reads_it(tmp_path):
+    need("dbrx")
+    (tmp_path / "config.json").write_text(json.dumps(DBRX))
+    assert "attn_config has rope_theta 500000" in inspect(tmp_path)["reason"]
+    added = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000}}
+    (tmp_path / "config.json").write_text(json.dumps(DBRX | added))
+    result = inspect(tmp_path)
+    assert result["convertible"], result["reason"]
+    assert result["parameters"] == 131_596_523_520  # the 132 billion of its card

@@ -1,0 +1,117 @@
+"""`config.json` as published models have it, of mixtures of experts with other routers or files, and of older models.
+
+name -> (parameters, query heads, K/V heads, config.json). Parameters of gpt-oss-20b, Phi-3.5-MoE and DBRX are those of
+their cards; the canonical form of the others has a row of norm weights for each head, or no tables of sinusoids.
+"""
+
+from typing import Any
+
+FACTORS = [1.0 + i / 32 for i in range(64)]
+
+OTHERS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+    "gpt-oss-20b": (20_914_757_184, 64, 8, {
+        "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+        "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+        "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+        "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn",
+            "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+            "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False},
+        "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+        "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+    }),
+    "Phi-3.5-MoE": (41_873_153_344, 32, 8, {
+        "architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+            "bos_token_id": 1,
+        "eos_token_id": 32000, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096,
+        "initializer_range": 0.02, "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": True,
+        "max_position_embeddings": 131072, "model_type": "phimoe", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+        "original_max_position_embeddings": 4096, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": FACTORS, "long_mscale": 1.243163121016122,
+            "original_max_position_embeddings": 4096, "short_factor": FACTORS,
+            "short_mscale": 1.243163121016122, "type": "longrope"},
+        "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32064,
+    }),
+    "Trinity-Mini": (26_124_113_664, 32, 4, {
+        "architectures": ["AfmoeForCausalLM"], "attention_dropout": 0.0, "global_attn_every_n_layers": 4,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 6144, "load_balance_coeff": 0.001, "max_position_embeddings": 131072,
+        "model_type": "afmoe", "moe_intermediate_size": 1024, "mup_enabled": True, "n_group": 1,
+        "num_attention_heads": 32, "num_dense_layers": 2, "num_expert_groups": 1, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 32, "num_key_value_heads": 4, "num_limited_groups": 1,
+        "num_shared_experts": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000,
+        "route_norm": True, "route_scale": 2.826, "score_func": "sigmoid", "sliding_window": 2048,
+        "tie_word_embeddings": False, "topk_group": 1, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_grouped_mm": True, "vocab_size": 200192,
+    }),
+    "wmt19-en-de": (406_149_120, 16, 16, {
+        "activation_dropout": 0.0, "activation_function": "relu",
+            "architectures": ["FSMTForConditionalGeneration"],
+        "attention_dropout": 0.1, "bos_token_id": 0, "d_model": 1024,
+        "decoder": {"bos_token_id": 2, "model_type": "fsmt_decoder", "vocab_size": 42024},
+        "decoder_attention_heads": 16, "decoder_ffn_dim": 8192, "decoder_layerdrop": 0, "decoder_layers": 6,
+        "dropout": 0.2, "early_stopping": False, "encoder_attention_heads": 16, "encoder_ffn_dim": 8192,
+        "encoder_layerdrop": 0, "encoder_layers": 6, "eos_token_id": 2, "init_std": 0.02,
+            "is_encoder_decoder": True,
+        "langs": ["en", "de"], "length_penalty": 1.15, "max_position_embeddings": 1024, "model_type": "fsmt",
+        "num_beams": 5, "num_hidden_layers": 6, "pad_token_id": 1, "scale_embedding": True,
+            "src_vocab_size": 42024,
+        "tgt_vocab_size": 42024, "tie_word_embeddings": False, "use_cache": True,
+    }),
+    "ctrl": (1_637_903_110, 16, 16, {
+        "architectures": ["CTRLLMHeadModel"], "attn_pdrop": 0.1, "dff": 8192, "embd_pdrop": 0.1, "from_tf": False,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-06, "model_type": "ctrl", "n_ctx": 512, "n_embd": 1280,
+        "n_head": 16, "n_layer": 48, "n_positions": 50000, "resid_pdrop": 0.1, "summary_activation": None,
+        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+        "summary_use_proj": True, "tie_word_embeddings": True, "torchscript": False, "use_cache": True,
+        "vocab_size": 246534,
+    }),
+    "ettin-decoder-150m": (149_655_232, 12, 12, {
+        "architectures": ["ModernBertDecoderForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 50281, "classifier_activation": "gelu", "classifier_bias": False,
+            "classifier_dropout": 0.0,
+        "classifier_pooling": "mean", "cls_token_id": 50281, "decoder_bias": True,
+            "deterministic_flash_attn": False,
+        "embedding_dropout": 0.0, "eos_token_id": 50282, "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0, "gradient_checkpointing": False, "hidden_activation": "gelu",
+        "hidden_size": 768, "initializer_cutoff_factor": 2.0, "initializer_range": 0.02, "intermediate_size": 1152,
+        "is_causal": True, "layer_norm_eps": 1e-05, "local_attention": 128, "local_rope_theta": 160000.0,
+        "max_position_embeddings": 7999, "mlp_bias": False, "mlp_dropout": 0.0, "model_type": "modernbert-decoder",
+        "norm_bias": False, "norm_eps": 1e-05, "num_attention_heads": 12, "num_hidden_layers": 22,
+        "pad_token_id": 50283, "position_embedding_type": "sans_pos", "reference_compile": None,
+        "repad_logits_with_grad": False, "sep_token_id": 50282, "sparse_pred_ignore_index": -100,
+        "sparse_prediction": False, "tie_word_embeddings": True, "torch_dtype": "float32", "vocab_size": 50368,
+    }),
+    "blenderbot_small-90M": (87_551_648, 16, 16, {
+        "activation_dropout": 0.0, "activation_function": "gelu", "add_bias_logits": False,
+        "add_final_layer_norm": False, "architectures": ["BlenderbotSmallForConditionalGeneration"],
+        "attention_dropout": 0.0, "bos_token_id": 1, "classif_dropout": 0.0, "classifier_dropout": 0.0,
+        "d_model": 512, "decoder_attention_heads": 16, "decoder_ffn_dim": 2048, "decoder_layerdrop": 0.0,
+        "decoder_layers": 8, "decoder_start_token_id": 1, "do_blenderbot_90_layernorm": True, "dropout": 0.1,
+        "encoder_attention_heads": 16, "encoder_ffn_dim": 2048, "encoder_layerdrop": 0.0, "encoder_layers": 8,
+        "eos_token_id": 2, "extra_layer_norm": False, "extra_pos_embeddings": 0,
+        "force_bos_token_to_be_generated": False, "init_std": 0.02, "is_encoder_decoder": True,
+        "layernorm_variant": "xlm", "length_penalty": 0.65, "max_length": 128, "max_position_embeddings": 512,
+        "min_length": 20, "model_type": "blenderbot-small", "normalize_before": False, "normalize_embedding": True,
+        "num_beams": 10, "num_hidden_layers": 8, "pad_token_id": 0, "scale_embedding": True,
+        "static_position_embeddings": False, "unk_token_id": 3, "use_cache": True, "variant": "xlm",
+        "vocab_size": 54944,
+    }),
+}  # fmt: skip
+# transformers 5 reads rope_theta from another place than this file has it.
+DBRX: dict[str, Any] = {
+    "architectures": ["DbrxForCausalLM"],
+    "attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "model_type": "", "rope_theta": 500000}, "d_model": 6144,
+    "emb_pdrop": 0.0,
+    "ffn_config": {"ffn_hidden_size": 10752, "model_type": "", "moe_jitter_eps": 0.01, "moe_loss_weight": 0.05,
+        "moe_num_experts": 16, "moe_top_k": 4},
+    "initializer_range": 0.02, "max_seq_len": 32768, "model_type": "dbrx", "n_heads": 48, "n_layers": 40,
+    "output_router_logits": False, "resid_pdrop": 0.0, "router_aux_loss_coef": 0.05, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 100352,
+}  # fmt: skip
