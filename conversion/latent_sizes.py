@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mqa_hf.base.errors import ConversionError
-from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
+from mqa_hf.configuration_checks_mqa import LATENT_BLOCK
+from mqa_hf.configuration_mqa import MQAConfig
 
 from .canonical import CanonicalConfig, heads_of, stack_of
 from .convert import ConversionOptions

@@ -6,7 +6,8 @@ r latent width, W key width (components rebuilt from the latent), G key/value he
 from collections.abc import Sequence
 
 from mqa_hf.base.errors import MQAError
-from mqa_hf.configuration_mqa import LATENT_BLOCK, MQAConfig
+from mqa_hf.configuration_checks_mqa import LATENT_BLOCK
+from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.conversion.canonical import decoder_of, latents_of
 from mqa_hf.conversion.families import check_own_heads
 from mqa_hf.conversion.latent_sizes import latent_config, most_keys, most_numbers

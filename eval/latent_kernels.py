@@ -24,7 +24,7 @@ from mqa_hf.base.datasheets import Device
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import write_whole
 from mqa_hf.base.options import Job, Option
-from mqa_hf.configuration_mqa import LATENT_BLOCK
+from mqa_hf.configuration_checks_mqa import LATENT_BLOCK
 from mqa_hf.kernel_attend_mqa import attend
 from mqa_hf.kernel_latent_mqa import attend_latent, latent_angles
 from mqa_hf.kernel_latent_plan_mqa import latent_bytes

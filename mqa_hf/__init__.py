@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from .eval.report import report
     from .finetune.pretrain import pretrain
     from .finetune.uptrain import uptrain
-    from .modeling_mqa import MQAForCausalLM, MQAModel, MQAPreTrainedModel
+    from .modeling_mqa import (
+        MQAForCausalLM,
+        MQAForQuestionAnswering,
+        MQAForSequenceClassification,
+        MQAForTokenClassification,
+        MQAModel,
+        MQAPreTrainedModel,
+    )
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
 
@@ -39,7 +46,10 @@ __all__ = [
     "MQAError",
     "MQAForCausalLM",
     "MQAForConditionalGeneration",
+    "MQAForQuestionAnswering",
+    "MQAForSequenceClassification",
     "MQAForSpeechSeq2Seq",
+    "MQAForTokenClassification",
     "MQAModel",
     "MQAPreTrainedModel",
     "MQASeq2SeqConfig",
@@ -72,7 +82,14 @@ _LIGHT = {
 _CLASSES = {
     "configuration_mqa": ("MQAConfig",),
     "configuration_mqa_seq2seq": ("MQASeq2SeqConfig",),
-    "modeling_mqa": ("MQAForCausalLM", "MQAModel", "MQAPreTrainedModel"),
+    "modeling_mqa": (
+        "MQAForCausalLM",
+        "MQAForQuestionAnswering",
+        "MQAForSequenceClassification",
+        "MQAForTokenClassification",
+        "MQAModel",
+        "MQAPreTrainedModel",
+    ),
     "modeling_mqa_seq2seq": ("MQAForConditionalGeneration", "MQASeq2SeqModel"),
     "modeling_mqa_speech": ("MQAForSpeechSeq2Seq",),
 }
@@ -105,15 +122,32 @@ def _register_configs() -> None:
 
 
 def _register_models() -> None:
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+    from transformers import (
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSeq2SeqLM,
+        AutoModelForSequenceClassification,
+        AutoModelForSpeechSeq2Seq,
+        AutoModelForTokenClassification,
+    )
 
-    from .modeling_mqa import MQAForCausalLM, MQAModel
+    from .modeling_mqa import (
+        MQAForCausalLM,
+        MQAForQuestionAnswering,
+        MQAForSequenceClassification,
+        MQAForTokenClassification,
+        MQAModel,
+    )
     from .modeling_mqa_seq2seq import MQAForConditionalGeneration, MQASeq2SeqModel
     from .modeling_mqa_speech import MQAForSpeechSeq2Seq
 
     for auto, model in (
         (AutoModel, MQAModel),
         (AutoModelForCausalLM, MQAForCausalLM),
+        (AutoModelForSequenceClassification, MQAForSequenceClassification),
+        (AutoModelForTokenClassification, MQAForTokenClassification),
+        (AutoModelForQuestionAnswering, MQAForQuestionAnswering),
         (AutoModel, MQASeq2SeqModel),
         (AutoModelForSeq2SeqLM, MQAForConditionalGeneration),
         (AutoModelForSpeechSeq2Seq, MQAForSpeechSeq2Seq),

@@ -12,6 +12,7 @@ Anything unknown is therefore reported:
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from functools import cache as remembered
 from typing import Any
@@ -164,3 +165,14 @@ def self_check(model: Any) -> None:
             f"transformers {transformers.__version__} is newer than the tested versions and does not run this model "
             f"correctly: logits with and without a cache differ by {difference:.2g} of the largest; {advice}"
         )
+
+
+def offer_default_targets() -> None:
+    """Tell PEFT, if it is imported, which projections adapters change by default: those that it takes for Llama, and
+    that of latents."""
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants is not None else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            targets = [*table["llama"], *(["kv_proj"] if "v_proj" in table["llama"] else [])]
+            for model_type in ("mqa", "mqa_seq2seq"):
+                table.setdefault(model_type, targets)

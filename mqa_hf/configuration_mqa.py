@@ -4,35 +4,22 @@ One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and the
 conversion cannot fold into the weights (position embeddings, order of norms, biases) are fields here.
 """
 
-from typing import Any
-
-from .compat_mqa import TESTED  # noqa: F401  (first: it raises if transformers is too old)
+from .compat_mqa import offer_default_targets  # first: it raises if transformers is too old
 
 # isort: split
 
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-POSITION_EMBEDDINGS = ("rotary", "learned", "sinusoidal", "alibi", "relative", "none")
-NORM_TYPES = ("rms_norm", "layer_norm")
+from .configuration_checks_mqa import BY_LENGTH, LATENTS, WIDTHS, check, check_sizes, of_layer
+
 AUTO_MAP = {
     "AutoConfig": "configuration_mqa.MQAConfig",
     "AutoModel": "modeling_mqa.MQAModel",
-    "AutoModelForCausalLM": "modeling_mqa.MQAForCausalLM",
+    **{
+        f"AutoModelFor{task}": f"modeling_mqa.MQAFor{task}"
+        for task in ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+    },
 }
-WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
-LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
-BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the length of the text
-LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
-RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")
-QK_NORMS = (None, "head", "joint")
-ROUTERS = ("softmax", "sigmoid", "sparsemixer")
-CHOICES = ("scores", "logits")
-
-
-def of_layer(value: Any, layer: int) -> Any:
-    """Value of a field for one layer; fields are one value for all layers or a list with one per layer."""
-    return value[layer] if isinstance(value, (list, tuple)) else value
 
 
 class MQAConfig(PreTrainedConfig):
@@ -278,7 +265,7 @@ class MQAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        self._check_sizes()
+        check_sizes(self)
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         if self.head_dim is None:
@@ -298,11 +285,15 @@ class MQAConfig(PreTrainedConfig):
             self.expert_layers = [self.num_experts is not None] * self.num_hidden_layers
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
-        self._check()
+        check(self)
         # Lets a saved checkpoint load without the package; `save_pretrained` copies the files that these names refer
         # to beside the weights (see `mqa_hf/__init__.py`).
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        offer_default_targets()  # PEFT reads the configuration with this method before it looks for them
+        return super().to_dict()
 
     def convert_rope_params_to_dict(self, **kwargs):
         if self.position_embedding != "rotary":
@@ -314,187 +305,6 @@ class MQAConfig(PreTrainedConfig):
             self.standardize_rope_params()
             return kwargs
         return super().convert_rope_params_to_dict(**kwargs)
-
-    def _check_sizes(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}")
-
-    def _check(self):
-        for name, allowed in (
-            ("position_embedding", POSITION_EMBEDDINGS),
-            ("norm_type", NORM_TYPES),
-            ("residual", RESIDUALS),
-            ("qk_norm", QK_NORMS),
-            ("qk_norm_type", NORM_TYPES),
-            ("router_scores", ROUTERS),
-            ("router_choice", CHOICES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
-        for name in ("attention_softcap", "logit_softcap", "query_scaling_length", "expert_limit", "clip_qkv"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if (self.query_scaling_beta is None) != (self.query_scaling_length is None):
-            raise ValueError(
-                f"query_scaling_beta ({self.query_scaling_beta}) needs query_scaling_length "
-                f"({self.query_scaling_length}), and the other way round"
-            )
-        for name in ("hidden_act", "head_transform"):
-            if getattr(self, name) not in ACT2FN and not (name == "head_transform" and self.head_transform is None):
-                raise ValueError(f"{name} must be one of {', '.join(ACT2FN)}, got {getattr(self, name)!r}")
-        if self.head_transform is not None and self.embedding_size != self.hidden_size:
-            raise ValueError(
-                f"head_transform needs an embedding_size equal to hidden_size, got {self.embedding_size} and "
-                f"{self.hidden_size}"
-            )
-        for name in ("num_key_value_heads", "cross_num_key_value_heads", "kv_latent_heads"):
-            if self.num_attention_heads % (getattr(self, name) or 1):
-                raise ValueError(
-                    f"num_attention_heads ({self.num_attention_heads}) must be divisible by {name} "
-                    f"({getattr(self, name)})"
-                )
-        self._check_rope_by_type()
-        self._check_experts()
-        if self.cross_num_key_value_heads and self.residual not in ("sequential", "post_norm"):
-            raise ValueError(f"cross-attention needs sequential or post_norm residuals, got {self.residual!r}")
-        buckets = self.relative_buckets // (2 if self.causal else 4)
-        if self.position_embedding == "relative" and not 0 < buckets < self.relative_max_distance:
-            raise ValueError(
-                f"relative_max_distance must be above {buckets}, the distances with a bucket each "
-                f"(relative_buckets={self.relative_buckets}), got {self.relative_max_distance}"
-            )
-        if self.position_embedding == "alibi" and len(self.alibi_slopes or ()) != self.num_attention_heads:
-            raise ValueError(
-                f"alibi_slopes has {len(self.alibi_slopes or ())} entries for {self.num_attention_heads} query heads"
-            )
-        lists = ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", "output_bias")
-        for name in (*lists, *WIDTHS, *LATENTS):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)) and len(value) != self.num_hidden_layers:
-                raise ValueError(
-                    f"{name} has {len(value)} entries for {self.num_hidden_layers} layers; give one per layer"
-                )
-        self._check_latents()
-        for i in range(self.num_hidden_layers):
-            self._check_widths(i)
-        if "sliding_attention" in self.layer_types and (self.sliding_window or 0) < 2:
-            # transformers' caches keep the window without the current position, and everything if that is empty.
-            raise ValueError(
-                f"sliding_window must be at least 2 with sliding_attention layers (the current position and the one "
-                f"before), got {self.sliding_window}"
-            )
-
-    def _check_experts(self):
-        if not any(self.expert_layers):
-            return
-        E, k, groups = self.num_experts or 0, self.num_experts_per_tok, self.router_groups
-        if E < 1 or not 1 <= k <= E:
-            raise ValueError(f"num_experts_per_tok must be between 1 and num_experts ({self.num_experts}), got {k}")
-        if not self.expert_intermediate_size:
-            raise ValueError(f"experts need expert_intermediate_size, got {self.expert_intermediate_size}")
-        if not self.gated_mlp or self.mlp_bias or self.activation_dropout or self.hidden_act == "xielu":
-            raise ValueError(
-                f"experts are gated MLPs without biases, dropout or the activation xielu; got gated_mlp="
-                f"{self.gated_mlp}, mlp_bias={self.mlp_bias}, activation_dropout={self.activation_dropout}, "
-                f"hidden_act={self.hidden_act!r}"
-            )
-        if self.router_scores == "sparsemixer" and (self.router_correction or groups > 1 or self.router_renormalise):
-            raise ValueError(
-                "the scores sparsemixer take no router_correction, router_groups or router_renormalise; got "
-                f"{self.router_correction}, {groups}, {self.router_renormalise}"
-            )
-        if groups < 1 or E % groups or not 1 <= self.router_groups_kept <= groups:
-            raise ValueError(
-                f"router_groups ({groups}) must divide num_experts ({E}), and router_groups_kept "
-                f"({self.router_groups_kept}) be at most that many"
-            )
-        kept = self.router_groups_kept * (E // groups)
-        if self.router_groups_kept < groups and (E // groups < 2 or k > kept):
-            raise ValueError(
-                f"groups of at least two experts, and as many experts in those that are kept ({kept}) as a token has "
-                f"({k}), are needed; got num_experts {E}, router_groups {groups}"
-            )
-
-    def _check_rope_by_type(self):
-        if not self.rope_by_type:
-            return
-        missing = {kind for kind, turned in zip(self.layer_types, self.rope_layers) if turned} - set(self.rope_by_type)
-        if missing:
-            raise ValueError(f"rope_parameters has no parameters for {', '.join(sorted(missing))} layers")
-        if len({one.get("partial_rotary_factor", 1.0) for one in self.rope_by_type.values()}) > 1:
-            raise ValueError("rope_parameters by layer type must have the same partial_rotary_factor in all of them")
-        if any(one.get("rope_type") in BY_LENGTH for one in self.rope_by_type.values()):
-            raise ValueError(f"rope_parameters by layer type cannot be {' or '.join(BY_LENGTH)}")
-
-    def _check_latents(self):
-        if self.query_maps and (self.qk_norm is None or self.qk_norm_after_rotation or self.latent):
-            raise ValueError(
-                f"query_maps need queries that are normalised (qk_norm is {self.qk_norm}) before they are rotated "
-                f"(qk_norm_after_rotation is {self.qk_norm_after_rotation}), and no latent"
-            )
-        if self.latent and self.qk_norm and self.qk_norm_after_rotation:
-            raise ValueError(
-                "a latent needs queries that are normalised before they are rotated; qk_norm_after_rotation is True"
-            )
-        for field in ("attention_gate", "clip_qkv"):
-            if self.latent and getattr(self, field):
-                raise ValueError(f"a latent cannot have {field}; got {getattr(self, field)}")
-        if self.kv_latent_bits not in (16, 8, 4):
-            raise ValueError(f"kv_latent_bits must be 16, 8 or 4, got {self.kv_latent_bits!r}")
-        if self.latent and (not isinstance(self.kv_latent_heads, int) or self.kv_latent_heads < 1):
-            raise ValueError(f"kv_latent_heads must be a positive whole number, got {self.kv_latent_heads!r}")
-        for name, heads in zip(LATENTS, ("num_key_value_heads", "cross_num_key_value_heads")):
-            if getattr(self, name) is None:
-                continue
-            if getattr(self, heads) != 1:
-                raise ValueError(
-                    f"{heads} must be 1 with {name}, because all query heads share one latent; got "
-                    f"{getattr(self, heads)}"
-                )
-            for r in (of_layer(getattr(self, name), i) for i in range(self.num_hidden_layers)):
-                if type(r) is not int or r < 1 or (self.kv_latent_bits < 16 and r % LATENT_BLOCK):
-                    multiple = f" and a multiple of {LATENT_BLOCK}" if self.kv_latent_bits < 16 else ""
-                    raise ValueError(f"{name} must be a positive whole number{multiple}, got {r!r}")
-
-    def _check_widths(self, layer: int):
-        rotated = self.position_embedding == "rotary" and self.rope_layers[layer]
-        for name in WIDTHS:
-            least = 0 if name == "qk_head_dim" and self.kv_latent_dim is not None and not rotated else 1
-            if of_layer(getattr(self, name), layer) < least:
-                raise ValueError(f"{name} must be positive, got {of_layer(getattr(self, name), layer)}")
-        width = of_layer(self.qk_head_dim, layer)
-        if self.kv_latent_dim is not None:
-            pairs = self.rope_frequencies[layer] if self.rope_frequencies is not None and rotated else ()
-            if rotated and self.rope_frequencies is None:
-                raise ValueError("kv_latent_dim needs rope_frequencies, the frequency of each rebuilt pair")
-            if 2 * len(pairs) != width:
-                raise ValueError(
-                    f"qk_head_dim of layer {layer} must be twice the {len(pairs)} pairs of rope_frequencies that are "
-                    f"rebuilt from the latent, got {width}"
-                )
-        if not rotated:
-            return
-        if self.rope_frequencies is None:
-            if width % self.head_dim:
-                raise ValueError(
-                    f"qk_head_dim ({width}) must be a multiple of head_dim ({self.head_dim}); otherwise set "
-                    "rope_frequencies"
-                )
-        else:
-            pairs, known = self.rope_frequencies[layer], self.rotary_dim // 2 * max(1, len(self.rope_by_type))
-            if 2 * len(pairs) > width or any(not 0 <= j < known for j in pairs):
-                raise ValueError(
-                    f"rope_frequencies of layer {layer} must be at most {width // 2} numbers below {known}, got "
-                    f"{len(pairs)}, the largest {max(pairs, default=None)}"
-                )
 
     @property
     def rope_by_type(self) -> dict[str, dict]:

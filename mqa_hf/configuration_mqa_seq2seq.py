@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from .compat_mqa import offer_default_targets
 from .configuration_mqa import MQAConfig
 
 SEQ2SEQ_AUTO_MAP = {
@@ -97,6 +98,10 @@ class MQASeq2SeqConfig(PreTrainedConfig):
                 f"share_embeddings needs one vocabulary, got {encoder.vocab_size} tokens in the encoder and "
                 f"{decoder.vocab_size} in the decoder"
             )
+
+    def to_dict(self) -> dict:
+        offer_default_targets()
+        return super().to_dict()
 
     @property
     def vocab_size(self) -> int:

@@ -7,7 +7,7 @@ compute the heads' values from mixtures of latents.
 
 import torch
 
-from .configuration_mqa import LATENT_BLOCK
+from .configuration_checks_mqa import LATENT_BLOCK
 from .kernel_append_mqa import turned
 from .kernel_launch_mqa import gdc_launch_dependents, gdc_wait, jit, launch, power, tl, triton
 from .packing_mqa import pack_latent

@@ -6,15 +6,18 @@ Layers are in `layer_mqa.py`, positions in `positions_mqa.py`. Tensors are named
 """
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -22,13 +25,13 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_mqa import ATTENTION_NAME, HeadNorm, eager_attention_forward
+from .attention_mqa import ATTENTION_NAME, eager_attention_forward
 from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
-from .experts_mqa import XIELU, MQAExperts, MQARouter
-from .latent_mqa import HeadLinear, MQALatentAttention, QueryMap
+from .initial_mqa import initialise
+from .latent_mqa import MQALatentAttention
 from .layer_mqa import (
     MQAMLP,
     MQAAttention,
@@ -46,7 +49,6 @@ from .positions_mqa import (
     make_masks,
     query_scale,
     relative_bucket,
-    rotated_components,
     sinusoids,
 )
 
@@ -55,6 +57,9 @@ __all__ = [
     "MQAAttention",
     "MQADecoderLayer",
     "MQAForCausalLM",
+    "MQAForQuestionAnswering",
+    "MQAForSequenceClassification",
+    "MQAForTokenClassification",
     "MQALatentAttention",
     "MQAModel",
     "MQAPreTrainedModel",
@@ -104,26 +109,7 @@ class MQAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ATTENTIONS) and module.rotated is not None:  # not in the checkpoint
-            init.copy_(module.rotated, rotated_components(module.config, module.layer_idx))
-        if isinstance(module, HeadNorm):
-            for weight, value in ((module.weight, 1.0), (module.bias, 0.0)):
-                if weight is not None:
-                    init.constant_(weight, value)
-        if isinstance(module, XIELU):
-            for name, value in module.CONSTANTS.items():
-                init.constant_(getattr(module, name), value)
-            for weight, alpha in ((module.alpha_p, 0.8), (module.alpha_n, 0.8 - module.CONSTANTS["beta"])):
-                init.constant_(weight, math.log(math.expm1(alpha)))
-        if isinstance(module, ATTENTIONS) and module.sinks is not None:
-            init.normal_(module.sinks, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, MQAExperts):
-            for weight in (module.gate_up_proj, module.down_proj):
-                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-        if isinstance(module, HeadLinear | QueryMap | MQARouter):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, MQALatentAttention) and module.query_factors is not None:
-            init.normal_(module.query_factors)
+        initialise(module, self.config.initializer_range)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -449,3 +435,37 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
             return super().generate_batch(*args, **kwargs)
         finally:
             self.set_attn_implementation(implementation)
+
+
+# transformers' generic classes make their stack with `AutoModel`, which asks before it runs a checkpoint's own code.
+class MQAForSequenceClassification(GenericForSequenceClassification, MQAPreTrainedModel):
+    """The decoder with a score of each of `config.num_labels` classes at the last token that is not padding."""
+
+    def __init__(self, config: MQAConfig):
+        MQAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MQAModel(config)
+        self.score = nn.Linear(config.embedding_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class MQAForTokenClassification(GenericForTokenClassification, MQAPreTrainedModel):
+    """The decoder with a score of each of `config.num_labels` classes at each token."""
+
+    def __init__(self, config: MQAConfig):
+        MQAPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = MQAModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.embedding_size, config.num_labels)
+        self.post_init()
+
+
+class MQAForQuestionAnswering(GenericForQuestionAnswering, MQAPreTrainedModel):
+    """The decoder with scores of the first and the last token of an answer."""
+
+    def __init__(self, config: MQAConfig):
+        MQAPreTrainedModel.__init__(self, config)
+        self.model = MQAModel(config)
+        self.qa_outputs = nn.Linear(config.embedding_size, 2)
+        self.post_init()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .configuration_mqa import LATENT_BLOCK
+from .configuration_checks_mqa import LATENT_BLOCK
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

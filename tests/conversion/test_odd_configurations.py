@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from odd_sources import ODD, odd, odd_mixture
+from odd_sources import ODD, OLDER, odd, odd_mixture, odd_older
 from sources import EXPERTS, batch, kv_heads_of, largest_difference, make_model, save
 from transformers import AutoModelForCausalLM
 
@@ -18,9 +18,10 @@ TOLERANCE = 1e-4  # on logits of order 10
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("model_type", [*ODD, *EXPERTS])
+@pytest.mark.parametrize("model_type", [*ODD, *OLDER, *EXPERTS])
 def test_with_all_heads_it_is_the_source(model_type, seed, tmp_path):
-    theirs = make_model(model_type, (odd_mixture if model_type in EXPERTS else odd)(model_type, seed))
+    make = odd_mixture if model_type in EXPERTS else odd_older if model_type in OLDER else odd
+    theirs = make_model(model_type, make(model_type, seed))
     theirs.set_attn_implementation("eager")  # which knows caps and sinks
     convert(save(theirs, tmp_path / "source"), tmp_path / "ours", kv_heads=kv_heads_of(theirs))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()

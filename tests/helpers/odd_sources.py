@@ -19,6 +19,7 @@ BY_TYPE = {"gemma3_text", "olmo3"}  # rotary parameters by layer type
 PARTIAL = {"glm4", "persimmon", "phi", "stablelm"}
 MULTIPLIED = {"granite_swa", "hyperclovax"}
 LAYER_NORMS = {"cohere", "persimmon", "phi", "stablelm"}
+OLDER = ("ctrl", "gpt_neox_japanese", "modernbert-decoder")
 ODD = sorted(OWN_WIDTH | WINDOWED | PARTIAL | MULTIPLIED | LAYER_NORMS | {"apertus", "olmo2"})
 
 
@@ -139,6 +140,32 @@ def special(draw: random.Random, model_type: str, head_dim: int, count: int) -> 
     return fields
 
 
+def odd_older(model_type: str, seed: int) -> dict:
+    """Like [`odd`], for types with as many key/value heads as query heads."""
+    draw = random.Random(f"{model_type} {seed}")
+    H, count, D = draw.choice([1, 2, 3, 5, 6, 9]), draw.choice([1, 2, 3, 4]), draw.choice([4, 6, 8, 10, 14, 22])
+    maybe = {name: draw.random() < 0.5 for name in ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")}
+    common = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": draw.random() < 0.5}
+    if model_type == "ctrl":
+        sizes = {"n_embd": H * D, "n_layer": count, "n_head": H, "n_positions": 64, "dff": draw.choice([17, 33, 80])}
+        return {**common, **sizes}
+    sizes = {"hidden_size": H * D, "num_hidden_layers": count, "num_attention_heads": H, "max_position_embeddings": 64}
+    if model_type == "gpt_neox_japanese":
+        part = draw.choice([2, 4, D])
+        turned = rope("default", partial_rotary_factor=min(1.0, (part + 0.5) / D))
+        own = {"intermediate_multiple_size": draw.choice([1, 2, 4]), "layer_norm_eps": draw.choice([1e-5, 1e-3])}
+        return {**common, **sizes, **turned, **own}
+    kinds = ("default", "linear", "yarn", "llama3")
+    return {
+        **common, **sizes, **maybe, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2,
+        "intermediate_size": draw.choice([17, 33, 80]), "decoder_bias": draw.random() < 0.5,
+        "local_attention": draw.choice([4, 7, 10, 80]),
+        "layer_types": [draw.choice(["sliding_attention", "full_attention"]) for _ in range(count)],
+        "classifier_activation": draw.choice(["gelu", "silu"]), "norm_eps": draw.choice([1e-5, 1e-3]),
+        "rope_parameters": {name: scaled(draw, kinds) for name in ("full_attention", "sliding_attention")},
+    }  # fmt: skip
+
+
 def odd_mixture(model_type: str, seed: int) -> dict:
     """Like [`odd`], for mixtures of experts: what the tested configuration of the type has, with other numbers.
 
@@ -215,7 +242,7 @@ def odd_dbrx(draw: random.Random, fields: dict) -> dict:
         "n_heads": fields["num_attention_heads"],
         "n_layers": fields["num_hidden_layers"],
         "attn_config": {"kv_n_heads": fields["num_key_value_heads"], "rope_theta": 1e4,
-                        "clip_qkv": draw.choice([None, 0.3, 8])},
+                        "clip_qkv": draw.choice([0.3, 2.0, 8])},
         "ffn_config": {"ffn_hidden_size": draw.choice([8, 24, 56]), "moe_num_experts": experts,
                        "moe_top_k": draw.randint(1, min(4, experts)),
                        "moe_normalize_expert_weights": draw.choice([None, 1.0])},
