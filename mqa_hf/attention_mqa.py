@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .configuration_mqa import MQAConfig
 
 ATTENTION_NAME = "mqa"
+OWN = {ATTENTION_NAME}  # attention functions that take values of any width, caps and sinks
 AT_ONCE = 2**26  # logits that are capped at once
 ALIGNED = 8  # PyTorch's flash attention takes widths that are multiples of this
 

@@ -111,6 +111,7 @@ class MQALatentAttention(nn.Module):
         self.softcap = None if cross else config.attention_softcap
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks and not cross else None
         self.capped = {} if self.softcap is None else {"softcap": self.softcap}
+        self.always_absorbed = False  # where the attention itself holds the cache, of keys and latents
         owns_bias = config.position_embedding == "relative" and (config.relative_per_layer or layer_idx == 0)
         self.relative_bias = nn.Embedding(config.relative_buckets, H) if owns_bias and not cross else None
         self.by_head = AttentionView(config, layer_idx, H // G, self.is_causal)
@@ -157,6 +158,9 @@ class MQALatentAttention(nn.Module):
                 if alone:
                     return self.attend_by_rows(query, stored, key_position_embeddings, attention_mask, kwargs)
                 return self.attend_absorbed(query, keys, held, attention_mask, kwargs)
+        if self.always_absorbed:
+            keys = self.rebuilt(latent, position_embeddings) if self.qk_head_dim else None
+            return self.attend_absorbed(query, keys, latent[:, None], attention_mask, kwargs)
         return self.attend_by_head(query, latent, position_embeddings, attention_mask, kwargs)
 
     def queries(self, x: torch.Tensor, angles: Angles | None) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_mqa import ATTENTION_NAME, eager_attention_forward
+from .attention_mqa import ATTENTION_NAME, OWN, eager_attention_forward
 from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
 from .configuration_mqa import MQAConfig
@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
-TAKE_LATENTS = (ATTENTION_NAME, "eager", "sdpa")  # attention with keys and values of different widths
+TAKE_LATENTS = ("eager", "sdpa")  # attention with keys and values of different widths
 CACHE = cache_name()
 ATTENTIONS = (MQAAttention, MQALatentAttention)
 # With label smoothing, Trainer shifts labels only for classes named here.
@@ -133,18 +133,18 @@ class MQAPreTrainedModel(PreTrainedModel):
                 f"{ATTENTION_NAME}, eager or sdpa"
             )
         latent = getattr(self.config, "latent", False)
-        if latent and name not in TAKE_LATENTS:
+        if latent and name not in (*OWN, *TAKE_LATENTS):
             raise ValueError(
                 f"a latent has keys and values of different widths, which {name} does not support; use "
-                f"{', '.join(TAKE_LATENTS[:-1])} or {TAKE_LATENTS[-1]}"
+                f"{ATTENTION_NAME}, {' or '.join(TAKE_LATENTS)}"
             )
         # Only what is listed takes these arguments; the others would ignore them.
         for field, takes in (
-            ("attention_softcap", (ATTENTION_NAME, "eager", "flex_attention", "flash_attention_2")),
-            ("attention_sinks", (ATTENTION_NAME, "eager", "flex_attention")),
+            ("attention_softcap", ("eager", "flex_attention", "flash_attention_2")),
+            ("attention_sinks", ("eager", "flex_attention")),
         ):
-            if getattr(self.config, field, None) and name not in takes:
-                usable = [one for one in takes if not latent or one in TAKE_LATENTS]
+            if getattr(self.config, field, None) and name not in (*OWN, *takes):
+                usable = [ATTENTION_NAME, *(one for one in takes if not latent or one in TAKE_LATENTS)]
                 raise ValueError(f"{name} does not support {field}; use {' or '.join(usable)}")
         return name
 
@@ -443,6 +443,7 @@ class MQAForSequenceClassification(GenericForSequenceClassification, MQAPreTrain
 
     def __init__(self, config: MQAConfig):
         MQAPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
         self.num_labels = config.num_labels
         self.model = MQAModel(config)
         self.score = nn.Linear(config.embedding_size, config.num_labels, bias=False)
@@ -454,6 +455,7 @@ class MQAForTokenClassification(GenericForTokenClassification, MQAPreTrainedMode
 
     def __init__(self, config: MQAConfig):
         MQAPreTrainedModel.__init__(self, config)
+        assert config.num_labels is not None
         self.num_labels = config.num_labels
         self.model = MQAModel(config)
         self.dropout = nn.Dropout(config.hidden_dropout)

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("travelling code", "mqa_hf.base", "mqa_hf.conversion", "mqa_hf.finetune", "mqa_hf.eval", "mqa_hf.cli")
-FOLDERS = {"mqa_hf": "mqa_hf", "conversion": "mqa_hf.conversion", "finetune": "mqa_hf.finetune", "eval": "mqa_hf.eval"}
+LAYERS = (
+    "travelling code",
+    "mqa_hf.base",
+    "mqa_hf.conversion",
+    "mqa_hf.finetune",
+    "mqa_hf.eval",
+    "mqa_hf.serving",
+    "mqa_hf.cli",
+)
+FOLDERS = {"mqa_hf": "mqa_hf"} | {name: f"mqa_hf.{name}" for name in ("conversion", "finetune", "eval", "serving")}
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
