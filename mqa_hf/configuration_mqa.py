@@ -4,6 +4,8 @@ One configuration describes GPT-2, OPT, GPT-NeoX, BLOOM, Llama, T5, BART and the
 conversion cannot fold into the weights (position embeddings, order of norms, biases) are fields here.
 """
 
+from typing import Any, ClassVar
+
 from .compat_mqa import offer_default_targets  # first: it raises if transformers is too old
 
 # isort: split
@@ -11,6 +13,7 @@ from .compat_mqa import offer_default_targets  # first: it raises if transformer
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_checks_mqa import BY_LENGTH, LATENTS, WIDTHS, check, check_sizes, of_layer
+from .parallel_mqa import PIPELINE, tensor_plan
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mqa.MQAConfig",
@@ -160,6 +163,8 @@ class MQAConfig(PreTrainedConfig):
     """
 
     model_type = "mqa"
+    base_model_tp_plan: ClassVar[Any]  # depends on the fields, so each configuration has its own
+    base_model_pp_plan: ClassVar[Any] = PIPELINE
     keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     # `__post_init__` derives defaults of `None` from the other fields.
@@ -289,6 +294,7 @@ class MQAConfig(PreTrainedConfig):
         # Lets a saved checkpoint load without the package; `save_pretrained` copies the files that these names refer
         # to beside the weights (see `mqa_hf/__init__.py`).
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        self.base_model_tp_plan = tensor_plan(self)  # type: ignore[misc]  # before transformers adds to it
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict:

@@ -125,6 +125,8 @@ class MQAAttention(nn.Module):
 
         if query_scale is not None:
             query = query * query_scale
+        if query.shape[1] != key.shape[1] * self.num_key_value_groups:  # a rank of tensor parallelism has some heads
+            self.num_key_value_groups = query.shape[1] // key.shape[1]
         beside = self.capped if self.sinks is None else {**self.capped, "s_aux": self.sinks}
         # vLLM looks for this call in the source of `forward`, and for the name of the cache in its arguments.
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -343,6 +343,8 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]
 
     def __init__(self, config: MQAConfig):
         super().__init__(config)

@@ -179,6 +179,8 @@ def unsupported(
         return "synced_gpus or assisted decoding is requested"
     if model.training:
         return "the model is in training mode"
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return "the model is divided among devices by tensor parallelism"
     for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name):
             return f"{name} is requested"

@@ -1,4 +1,4 @@
-"""vLLM with the plugin of this package: the tokens of transformers, and caches of the size that the configuration says.
+"""vLLM with the plugin of this package: the tokens of transformers, and caches as large as the configuration says.
 
 vLLM has an environment of its own, with this package installed there without its dependencies:
 

@@ -1,0 +1,83 @@
+"""Tensor parallelism of transformers: two processes give the logits and tokens of one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from latents import randomise
+
+from mqa_hf import MQAConfig, MQAForCausalLM
+from mqa_hf.parallel_mqa import tensor_plan
+
+STACK = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 1, "max_position_embeddings": 64, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "expert_intermediate_size": 32}
+CASES = {
+    "one head, by layer": {"qk_head_dim": [8, 16], "v_head_dim": [16, 8], "output_bias": True, "mlp_bias": True},
+    "two heads, a gate, caps": {"num_key_value_heads": 2, "attention_gate": True, "attention_softcap": 2.0},
+    "norms and sinks": {"qk_norm": "head", "attention_sinks": True, "lm_head_bias": True},
+    "latent": {"kv_latent_dim": 16, "qk_head_dim": 8, "rope_frequencies": [[0, 1, 2, 3]] * 2},
+    "experts": {**EXPERTS, "shared_expert_intermediate_size": 32, "expert_layers": [False, True]},
+    "experts with biases": {**EXPERTS, "expert_bias": True, "expert_limit": 2.0, "router_bias": True},
+    "learned positions, plain MLP": {"position_embedding": "learned", "gated_mlp": False, "tie_word_embeddings": True},
+}
+FAST = "one head, by layer"  # the others take as long again each
+names = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+PROGRAM = """
+import json, os, sys, torch
+import mqa_hf
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+directory, output = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2)).eval()
+ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1))
+with torch.no_grad():
+    logits = model(ids).logits
+logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
+tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+held = {n: list((p.to_local() if hasattr(p, "to_local") else p).shape) for n, p in model.named_parameters()}
+if os.environ["RANK"] == "0":
+    torch.save({"logits": logits, "tokens": tokens, "held": held}, output)
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", names)
+def test_two_ranks_give_the_tokens_of_one(name, tmp_path):
+    torch.manual_seed(1)
+    model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **CASES[name]}))).eval()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
+               tmp_path / "program.py", tmp_path / "model", tmp_path / "found"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "not sharded" not in result.stderr
+    assert "not applied" not in result.stderr
+    found = torch.load(tmp_path / "found")
+    ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-4)
+    assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=8, do_sample=False))
+    held, plan = found["held"], tensor_plan(model.config)
+    for pattern, style in plan.items():
+        names = [n for n in held if n.startswith("model." + pattern.replace("*", "1") + ".") and n.endswith("weight")]
+        for full in names:
+            whole, own = model.get_parameter(full).shape, held[full]
+            at = 0 if style == "colwise" else 1
+            assert own[at] * 2 == whole[at], (full, json.dumps(own))
+    assert held["model.layers.1.self_attn.o_proj.weight"][0] == 48
