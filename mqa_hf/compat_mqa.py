@@ -38,7 +38,7 @@ KNOWN_ARGUMENTS = frozenset(
         "max_length_q", "max_seqlen_k", "max_seqlen_q", "read_index", "write_index",
         # read by nothing here, and without effect for these models
         "cache_position", "logits_indices", "logits_processor_args", "logits_to_keep", "output_router_logits",
-        "seq_idx",
+        "seq_idx", "tokenizer",
     }
 )  # fmt: skip
 

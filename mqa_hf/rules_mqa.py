@@ -22,7 +22,7 @@ from .compat_mqa import cache_name
 CACHE = cache_name()
 KNOWN_ARGUMENTS = {
     "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "encoder_outputs",
-    "decoder_attention_mask", "decoder_position_ids", "inputs_embeds",
+    "decoder_attention_mask", "decoder_position_ids", "inputs_embeds", "tokenizer",
 }  # fmt: skip
 # (scores [B, V], tokens [B, W], cursor [1]) -> scores
 LogitsRule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

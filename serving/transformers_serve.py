@@ -1,0 +1,23 @@
+"""`transformers serve` for checkpoints of this package's classes.
+
+    python -m mqa_hf.serving.transformers_serve CONVERTED --port 8000
+
+`transformers serve` looks the class of a checkpoint up in transformers itself, by its name. This puts the classes there
+and runs it with the same options.
+"""
+
+import sys
+
+
+def main() -> None:
+    from transformers.cli.transformers import app
+
+    import mqa_hf
+
+    for name in ("MQAForCausalLM", "MQAForConditionalGeneration", "MQAForSpeechSeq2Seq"):
+        setattr(sys.modules["transformers"], name, getattr(mqa_hf, name))
+    app(["serve", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()
