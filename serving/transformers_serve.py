@@ -2,8 +2,8 @@
 
     python -m mqa_hf.serving.transformers_serve CONVERTED --port 8000
 
-`transformers serve` looks the class of a checkpoint up in transformers itself, by its name. This puts the classes there
-and runs it with the same options.
+`transformers serve` looks the class of a checkpoint up in transformers itself, by its name. This puts the classes
+there, and runs it with the same options.
 """
 
 import sys
@@ -12,10 +12,12 @@ import sys
 def main() -> None:
     from transformers.cli.transformers import app
 
-    import mqa_hf
+    from mqa_hf.modeling_mqa import MQAForCausalLM
+    from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
+    from mqa_hf.modeling_mqa_speech import MQAForSpeechSeq2Seq
 
-    for name in ("MQAForCausalLM", "MQAForConditionalGeneration", "MQAForSpeechSeq2Seq"):
-        setattr(sys.modules["transformers"], name, getattr(mqa_hf, name))
+    for model in (MQAForCausalLM, MQAForConditionalGeneration, MQAForSpeechSeq2Seq):
+        setattr(sys.modules["transformers"], model.__name__, model)
     app(["serve", *sys.argv[1:]])
 
 

@@ -12,10 +12,8 @@ logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers be
 
 
 def register() -> None:
-    """Register the configuration, the cache sizes and the model class with vLLM."""
+    """Register the cache sizes and the model class with vLLM; importing the package has registered configurations."""
     import vllm
-
-    import mqa_hf  # noqa: F401  (registers the configurations with transformers)
 
     version = ".".join(vllm.__version__.split(".")[:2])
     if version not in TESTED:

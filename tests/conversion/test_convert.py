@@ -196,13 +196,21 @@ def test_the_command_in_the_report_makes_the_same_checkpoint(model, tmp_path):
 
 def test_the_model_card(model, tmp_path):
     source = save(model, tmp_path / "source")
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\n---\n# Original\n")
+    (source / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\ndatasets: [a/b]\n---\n# Original\n")
     report = convert(source, tmp_path / "ours")
     card = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert card.data.datasets == ["a/b"]
+    assert card.data.base_model is None
+    assert str(tmp_path) not in str(card)  # nobody else has this folder
+    assert report.command.replace(str(source), "source") in card.text
     assert card.data.license == "mit"
     assert card.data.language == ["de"]
     assert card.data.library_name == "transformers"
-    assert report.command in card.text
+    (source / "README.md").write_text("---\nbase_model: someone/original\n---\n# Trained further\n")
+    convert(source, tmp_path / "ours", overwrite=True)
+    card = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/original", "finetune")
+    assert "mqa-hf convert someone/original OUTPUT" in card.text
     assert "| cache, bytes per token (16 bit) | 288 | 96 |" in card.text
 
 

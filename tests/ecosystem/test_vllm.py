@@ -9,14 +9,12 @@ vLLM has an environment of its own, with this package installed there without it
 
 import json
 import os
-import socket
 import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from servers import free_port, post, served
 from sources import LLAMA, make_model, rope, save
 from tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -129,46 +127,17 @@ def test_what_it_does_not_support_is_refused(tmp_path):
     assert "does not support alibi positions" in run_vllm(directory, check=False)
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def post(port, path, body):
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
-
-
 def test_the_server_answers(tmp_path):
     """Started with the path alone: no code is asked for, no option of this package is needed."""
     directory, port = make("llama", BASE, KINDS["50% budget"], tmp_path), free_port()
     command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--dtype", "float32",
                "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env, cwd=tmp_path
-        )
-        try:
-            for _ in range(300):
-                assert server.poll() is None, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(1)
-            body = {"model": str(directory), "max_tokens": COUNT, "temperature": 0, "ignore_eos": True,
-                    "return_token_ids": True}  # fmt: skip
-            found = [post(port, "/v1/completions", {**body, "prompt": prompt}) for prompt in PROMPTS]
-            chat = {"messages": [{"role": "user", "content": "and the"}], "max_tokens": 5, "model": str(directory)}
-            said = post(port, "/v1/chat/completions", chat)
-        finally:
-            server.terminate()
-            server.wait(60)
+    env = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    body = {"model": str(directory), "max_tokens": COUNT, "temperature": 0, "ignore_eos": True,
+            "return_token_ids": True}  # fmt: skip
+    with served(command, port, tmp_path, **env):
+        found = [post(port, "/v1/completions", {**body, "prompt": prompt}) for prompt in PROMPTS]
+        chat = {"messages": [{"role": "user", "content": "and the"}], "max_tokens": 5, "model": str(directory)}
+        said = post(port, "/v1/chat/completions", chat)
     assert [one["choices"][0]["token_ids"] for one in found] == expected_tokens(directory)
     assert said["choices"][0]["message"]["role"] == "assistant"
