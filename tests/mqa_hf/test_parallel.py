@@ -36,15 +36,16 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 directory, output = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=2)).eval()
-ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1))
+ranks = int(os.environ["WORLD_SIZE"])
+model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=ranks)).eval()
+ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1)).to(model.device)
 with torch.no_grad():
     logits = model(ids).logits
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
 held = {n: list((p.to_local() if hasattr(p, "to_local") else p).shape) for n, p in model.named_parameters()}
 if os.environ["RANK"] == "0":
-    torch.save({"logits": logits, "tokens": tokens, "held": held}, output)
+    torch.save({"logits": logits.cpu(), "tokens": tokens.cpu(), "held": held, "device": ids.device.type}, output)
 """
 
 
@@ -56,18 +57,34 @@ def free_port():
 
 @pytest.mark.parametrize("name", names)
 def test_two_ranks_give_the_tokens_of_one(name, tmp_path):
+    assert divided(CASES[name], 2, tmp_path, CUDA_VISIBLE_DEVICES="") == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_several_gpus_give_the_tokens_of_one(name, ranks, tmp_path):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    eight_heads = {"hidden_size": 64, "num_attention_heads": 8}
+    assert divided({**eight_heads, **CASES[name]}, ranks, tmp_path) == "cuda"
+
+
+def divided(fields, ranks, directory, **env):
+    """The device that `ranks` processes ran on, once what they computed and hold is what it should be."""
     torch.manual_seed(1)
-    model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **CASES[name]}))).eval()
-    model.save_pretrained(tmp_path / "model")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}",
-               tmp_path / "program.py", tmp_path / "model", tmp_path / "found"]  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **fields}))).eval()
+    model.save_pretrained(directory / "model")
+    (directory / "program.py").write_text(PROGRAM)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+               f"--master_port={free_port()}", directory / "program.py", directory / "model",
+               directory / "found"]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "not sharded" not in result.stderr
     assert "not applied" not in result.stderr
-    found = torch.load(tmp_path / "found")
+    found = torch.load(directory / "found")
     ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
@@ -79,5 +96,6 @@ def test_two_ranks_give_the_tokens_of_one(name, tmp_path):
         for full in names:
             whole, own = model.get_parameter(full).shape, held[full]
             at = 0 if style == "colwise" else 1
-            assert own[at] * 2 == whole[at], (full, json.dumps(own))
-    assert held["model.layers.1.self_attn.o_proj.weight"][0] == 48
+            assert own[at] * ranks == whole[at], (full, json.dumps(own))
+    assert held["model.layers.1.self_attn.o_proj.weight"][0] == model.config.hidden_size
+    return found["device"]
