@@ -93,7 +93,7 @@ def mqa_attention_forward(
         )
     B, H, T, D = query.shape
     G = key.shape[1]
-    g = H // G
+    g = int(H // G)  # a tensor while torch.jit.trace runs
     causal = attention_mask is None and bool(module.is_causal if is_causal is None else is_causal)
     if causal and key.shape[2] > T > 1:  # prefill of a static cache: positions beyond T are empty
         key, value = key[:, :, :T], value[:, :, :T]

@@ -28,6 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_mqa import ATTENTION_NAME, OWN, eager_attention_forward
 from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
+from .configuration_checks_mqa import of_layer
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
 from .initial_mqa import initialise
@@ -427,6 +428,13 @@ class MQAForCausalLM(FastDecoding, MQAPreTrainedModel, GenerationMixin):
         for field, what in names.items():
             if getattr(self.config, field):
                 raise ValueError(f"continuous batching does not support {what}; use generate()")
+        layers, held = range(self.config.num_hidden_layers), (self.config.qk_head_dim, self.config.v_head_dim)
+        widths = {of_layer(width, layer) for width in held for layer in layers}
+        if widths != {self.config.head_dim}:
+            raise ValueError(
+                f"continuous batching stores heads of width {self.config.head_dim} alone, and this model has keys and "
+                f"values of widths {', '.join(map(str, sorted(widths)))}; use generate()"
+            )
         if self.config._attn_implementation == ATTENTION_NAME:
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)

@@ -7,7 +7,7 @@ import torch
 from sources import LLAMA, make_model, save
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, pipeline
 
-from mqa_hf import convert
+from mqa_hf import MQAConfig, MQAForCausalLM, convert
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,20 @@ def test_continuous_batching(pair):
             0, len(request) :
         ]
         assert generated[tuple(request)] == alone.tolist()
+
+
+STACK = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [{"qk_head_dim": 16}, {"v_head_dim": [8, 24]}], ids=str)
+def test_continuous_batching_refuses_widths_that_its_cache_does_not_hold(widths):
+    model = MQAForCausalLM(MQAConfig(**STACK, **widths))
+    with pytest.raises(ValueError, match="stores heads of width 8 alone"):
+        model.generate_batch(inputs=[[5, 9, 17]])
+    assert model.config._attn_implementation == "mqa"
 
 
 def test_the_text_generation_pipeline(tmp_path):
