@@ -11,7 +11,7 @@ import torch
 
 from mqa_hf.base.errors import ConversionError
 
-from .checkpoint import Reader, TensorInfo
+from .checkpoint import Reader, TensorInfo, nonfinite_in
 from .families import PREDICTION_FIELDS
 
 # The numbers of E2M1, the 4-bit format of MXFP4 (Open Compute Project, Microscaling Formats, section 5.3.3).
@@ -33,12 +33,16 @@ class PackedReader:
 
     "x_blocks" [E, n, B, 16] and "x_scales" [E, n, B], both uint8, become "x" [E, 32·B, n], as gpt-oss's class has it.
 
+    Args:
+        reader: of the packed tensors.
+        allow_nonfinite: read tensors with NaN or infinite entries too.
+
     Raises:
         ConversionError: if one of the two is missing or shapes do not fit.
     """
 
-    def __init__(self, reader: Reader):
-        self.reader = reader
+    def __init__(self, reader: Reader, allow_nonfinite: bool = False):
+        self.reader, self.allow_nonfinite = reader, allow_nonfinite
         self.nonfinite = reader.nonfinite  # the same object, which grows with each `read`
         self.tensors: dict[str, TensorInfo] = {}
         self.packed: set[str] = set()
@@ -65,9 +69,33 @@ class PackedReader:
         names = list(names)
         parts = ([n + BLOCKS, n + SCALES] if n in self.packed else [n] for n in names)
         found = self.reader.read(name for part in parts for name in part)
-        return {
-            n: unpacked(found.pop(n + BLOCKS), found.pop(n + SCALES)) if n in self.packed else found[n] for n in names
-        }
+        packed = [n for n in names if n in self.packed]
+        whole = {n: unpacked(found.pop(n + BLOCKS), found.pop(n + SCALES)) for n in packed}
+        self.nonfinite |= nonfinite_in(
+            whole, self.allow_nonfinite, lambda name: f"{name}{SCALES} are NaN or infinite; fetch the source again, or"
+        )
+        return {n: whole[n] if n in whole else found[n] for n in names}
+
+
+def check_packed(reader: Reader, raw: Mapping[str, Any], experts: int | None) -> None:
+    """Raise ConversionError for tensors in MXFP4 that are incomplete or do not fit a configuration.
+
+    Args:
+        reader: of the packed tensors.
+        raw: the content of `config.json`.
+        experts: of a layer; `None`: without experts.
+    """
+    found = PackedReader(reader)
+    if found.packed and not is_mxfp4(raw):
+        raise ConversionError(
+            f"{min(found.packed)}{BLOCKS} is packed, and config.json has no quantization_config with the quant_method "
+            "mxfp4"
+        )
+    for name in sorted(found.packed):
+        if found.tensors[name].shape[0] != experts:
+            raise ConversionError(
+                f"{name}{BLOCKS} has {found.tensors[name].shape[0]} experts, and the configuration {experts}"
+            )
 
 
 def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -89,7 +117,13 @@ def prediction_layers(names: Iterable[str], raw: Mapping[str, Any], layers: int)
         names: of all tensors.
         raw: the content of `config.json`, which says how many there are.
         layers: of the model itself.
+
+    Raises:
+        ConversionError: if one of its fields is no number of layers.
     """
+    for field in PREDICTION_FIELDS:
+        if not isinstance(raw.get(field, 0) or 0, int) or (raw.get(field) or 0) < 0:
+            raise ConversionError(f"{field} in config.json must be a number of layers, got {raw[field]!r}")
     count = max((raw.get(field) or 0 for field in PREDICTION_FIELDS), default=0)
     found = ((name, _PREDICTION_NAMES.fullmatch(name)) for name in names) if count else ()
     return [

@@ -24,6 +24,7 @@ from .families import ONLY_OWN_CLASS, OWN_CLASS, Family, NativeOnly, check_not_q
 from .matching import TensorStep, template
 from .memory import AnySource
 from .operations import SplitStacked
+from .packed import check_packed
 from .plan import Plan, Reading, in_parts
 from .pooling import check_divides
 
@@ -127,6 +128,7 @@ def own_class_plan(source: AnySource, job: ConversionOptions) -> Plan:
         raise ConversionError(f"`ignore_switch`: {kind} keeps its own class and every switch")
     own, row = own_class(source, job.kv_heads), OWN_CLASS[kind]
     reader = source.reader(job.allow_nonfinite)
+    check_packed(reader, source.raw, getattr(source.config, "num_local_experts", None))
     _check_projections(reader.tensors, own, row)
     dtype = DTYPES[job.dtype] if job.dtype else None
     steps = [_step(row, name) for name in reader.tensors]

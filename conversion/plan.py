@@ -172,7 +172,7 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
         check_own_heads(config)
     reader: Reader = source.reader(job.allow_nonfinite)
     if is_mxfp4(source.raw):
-        reader = PackedReader(reader)
+        reader = PackedReader(reader, job.allow_nonfinite)
     for name in prediction_layers(list(reader.tensors), source.raw, decoder_of(config).num_hidden_layers):
         del reader.tensors[name]
     if family.stacked:
@@ -285,7 +285,10 @@ def _fitted(reading: Reading, job: ConversionOptions, widths: Mapping[str, Width
     if job.method == "latent":
         sizes = widths or {name: equal_latents(config, name, job) for name in reading.attentions}
         return latent_config(config, reading.pooled, reading.attentions, sizes, job.latent_bits)
-    fitted = fitted_config(config, reading.pooled, reading.attentions, job.width_factors, widths, chosen_frequencies)
+    fitted = fitted_config(
+        config, reading.pooled, reading.attentions, job.width_factors, widths, chosen_frequencies,
+        linear_keys=job.method == "shared",
+    )  # fmt: skip
     wider = job.width_factors != (1, 1) or decoder_of(fitted).output_bias != decoder_of(config).output_bias
     if job.target == "native" and wider:
         raise ConversionError(

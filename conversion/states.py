@@ -15,6 +15,7 @@ import torch
 
 from mqa_hf.attention_mqa import ATTENTION_NAME
 from mqa_hf.base.errors import ConversionError
+from mqa_hf.configuration_checks_mqa import PER_LAYER
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 from mqa_hf.modeling_mqa import MQAModel
@@ -100,8 +101,10 @@ class Stream:
         self.tokens, self._valid = tokens, valid
         self.device = torch.device(options.device)
         self.fitted_rows = len(tokens) - options.held_out
-        empty: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "rope_layers": [], "expert_layers": []}
-        self.shell = MQAModel(MQAConfig(**{**config.to_dict(), **empty})).float().eval().to(self.device)
+        empty: dict[str, Any] = {name: [] for name in PER_LAYER if isinstance(getattr(config, name), (list, tuple))}
+        self.shell = (
+            MQAModel(MQAConfig(**{**config.to_dict(), "num_hidden_layers": 0, **empty})).float().eval().to(self.device)
+        )
         # The shell makes masks and positions for every layer. "eager" masks are tensors, so that rows can be taken.
         self.shell.config = copy.deepcopy(config)
         self.shell.config._attn_implementation = "eager"

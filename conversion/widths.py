@@ -140,6 +140,7 @@ def fitted_config(
     factors: tuple[float, float],
     widths: Mapping[str, Widths] | None = None,
     choose_frequencies: bool = True,
+    linear_keys: bool = True,
 ) -> CanonicalConfig:
     """The configuration with fitted heads.
 
@@ -150,6 +151,7 @@ def fitted_config(
         factors: widths of keys and values as multiples of an old head's.
         widths: by attention, chosen widths instead.
         choose_frequencies: whether the fit chooses the frequencies of rotated pairs instead of equal ones.
+        linear_keys: whether keys are fitted, without their norms, and not pooled.
 
     Returns:
         `pooled` with those widths, the bias of values folded into the output bias, and placeholders for the chosen
@@ -174,7 +176,7 @@ def fitted_config(
             unit = getattr(stack, field)
             setattr(stack, field, chosen if chosen is not None else max(2, 2 * round(unit * factor / 2)))
         fold_value_bias(stack)
-        if name != "cross":
+        if name != "cross" and linear_keys:
             map_queries(stack)
         if choose_frequencies and name != "cross" and stack.position_embedding == "rotary":
             stack.rope_frequencies = []

@@ -8,6 +8,7 @@ POSITION_EMBEDDINGS = ("rotary", "learned", "sinusoidal", "alibi", "relative", "
 NORM_TYPES = ("rms_norm", "layer_norm")
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
+PER_LAYER = ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", "output_bias", *WIDTHS, *LATENTS)
 BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the length of the text
 LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
 RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")
@@ -84,8 +85,7 @@ def check(config: Any) -> None:
         raise ValueError(
             f"alibi_slopes has {len(config.alibi_slopes or ())} entries for {config.num_attention_heads} query heads"
         )
-    lists = ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", "output_bias")
-    for name in (*lists, *WIDTHS, *LATENTS):
+    for name in PER_LAYER:
         value = getattr(config, name)
         if isinstance(value, (list, tuple)) and len(value) != config.num_hidden_layers:
             raise ValueError(

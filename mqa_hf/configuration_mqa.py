@@ -143,6 +143,7 @@ class MQAConfig(PreTrainedConfig):
             Default: none.
         router_scores (`str`): Scores of the experts: `"softmax"` or `"sigmoid"` of the router's logits, or
             `"sparsemixer"`, a softmax for each choice without those experts whose logits are far below it (PhiMoE).
+            Without PhiMoE's sampling while training, a router gets no gradient where one expert remains.
         router_jitter (`float`): With `"sparsemixer"`, half the relative distance of the logits that are far.
         router_bias (`bool`): Whether the router's logits have a bias.
         router_renormalise (`bool`): Whether the scores of the chosen experts are divided by their sum.
@@ -327,7 +328,9 @@ class MQAConfig(PreTrainedConfig):
     @property
     def rope_by_length(self) -> bool:
         """Whether rotary frequencies depend on the length of the text."""
-        return (self.rope_parameters or {}).get("rope_type") in BY_LENGTH
+        one = self.rope_parameters or {}
+        same = one.get("rope_type") == "longrope" and one.get("short_factor") == one.get("long_factor")  # PhiMoE
+        return one.get("rope_type") in BY_LENGTH and not same
 
     def first_frequency(self, layer: int) -> int:
         """Index of the first frequency of a layer's type among those of all types."""

@@ -16,10 +16,11 @@ def tensor_plan(config: Any) -> dict[str, str]:
     """The plan of a stack, by patterns of module names, as transformers names its styles.
 
     Query heads are divided. Each rank has the shared key/value head whole; with several, each has some. Attention with
-    latents, or with norms, sinks or maps that belong to single heads, runs whole on each rank.
+    latents, or with norms, sinks, maps or biases that belong to single heads, runs whole on each rank.
     """
     plan: dict[str, str] = {}
-    if not (config.latent or config.qk_norm or config.attention_sinks):
+    biased = config.position_embedding in ("alibi", "relative")  # by query head
+    if not (config.latent or config.qk_norm or config.attention_sinks or biased):
         plan |= attention_plan("self_attn", config.num_key_value_heads)
         if config.attention_gate:
             plan["layers.*.self_attn.gate_proj"] = "colwise"

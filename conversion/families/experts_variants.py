@@ -68,7 +68,7 @@ def scaled_rope(c: SourceConfig) -> dict[str, Any]:
         )
     if "short_factor" in parameters:
         parameters["long_factor"] = parameters["short_factor"]
-        _ = getattr(c, "original_max_position_embeddings", None)  # included in rope_parameters
+    _ = getattr(c, "original_max_position_embeddings", None)  # included in rope_parameters
     return {"position_embedding": "rotary", "rope_parameters": {**parameters, "attention_factor": short}}
 
 

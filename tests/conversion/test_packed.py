@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sources import EXPERTS, largest_difference, make_model, mixture_of, need, save
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mqa_hf import convert
@@ -66,7 +66,8 @@ def test_in_its_own_class_they_stay_packed(packed, tmp_path):
     assert written["quantization_config"]["quant_method"] == "mxfp4"
 
 
-def test_scales_that_are_missing_or_do_not_fit(packed, tmp_path):
+@pytest.mark.parametrize("target", ["mqa", "native"])
+def test_scales_that_are_missing_or_do_not_fit(target, packed, tmp_path):
     source, _ = packed
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.experts.down_proj_scales"
@@ -74,8 +75,45 @@ def test_scales_that_are_missing_or_do_not_fit(packed, tmp_path):
         rest = {n: t for n, t in tensors.items() if n != name}
         save_file(rest | changed, source / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(MQAError, match=said):
-            convert(source, tmp_path / "ours")
+            convert(source, tmp_path / "ours", target=target)
         assert not (tmp_path / "ours").exists()
+
+
+def test_scales_that_are_no_numbers(packed, tmp_path):
+    source, _ = packed
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][0, 0, 0] = 255
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MQAError, match=r"down_proj_scales are NaN or infinite.*`allow_nonfinite`"):
+        convert(source, tmp_path / "ours", dtype="float32")
+    convert(source, tmp_path / "ours", dtype="float32", allow_nonfinite=True)
+
+
+def test_packed_experts_that_the_configuration_does_not_know(packed, tmp_path):
+    source, _ = packed
+    config = json.loads((source / "config.json").read_text())
+    for changed, said in (
+        ({"quantization_config": None}, "no quantization_config"),
+        ({"num_local_experts": 6}, "has 5 experts, and the configuration 6"),
+    ):
+        (source / "config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(MQAError, match=said):
+            convert(source, tmp_path / "ours", target="native")
+
+
+@pytest.mark.parametrize("layers", ["1", [1], -1, 1.5])
+def test_a_number_of_layers_that_is_none(layers, packed, tmp_path):
+    source, _ = packed
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": layers}))
+    with pytest.raises(MQAError, match=r"num_nextn_predict_layers in config\.json must be a number of layers"):
+        convert(source, tmp_path / "ours")
+
+
+def test_the_long_factors_that_phimoe_never_uses(tmp_path):
+    source = save(make_model("phimoe", mixture_of(EXPERTS["phimoe"])), tmp_path / "source")
+    convert(source, tmp_path / "ours")
+    assert not AutoConfig.from_pretrained(tmp_path / "ours").rope_by_length
 
 
 def test_other_quantised_weights_are_refused(packed):

@@ -253,8 +253,9 @@ def test_keys_and_values_of_different_widths(tmp_path):
     assert (config.qk_head_dim, config.v_head_dim) == (1.5 * config.head_dim, 0.5 * config.head_dim)
 
 
-def test_refitted_mean_heads_are_nearer_than_the_mean(tmp_path):
-    source, theirs = make("llama: biases", tmp_path)
+@pytest.mark.parametrize("case", ["llama: biases", "olmo2: biases"])
+def test_refitted_mean_heads_are_nearer_than_the_mean(case, tmp_path):
+    source, theirs = make(case, tmp_path)
     ids = batch(8)[0]
     with torch.no_grad():
         expected = theirs(ids).logits

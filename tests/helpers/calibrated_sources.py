@@ -22,6 +22,7 @@ CHOSEN = [
     "gpt2: as published",
     "opt: post-norm, projected",
     "gpt_neox: parallel, quarter rotary",
+    "gpt_neox_japanese: as published",
     "gptj: as published",
     "bloom: five heads",
     "mpt: six heads",

@@ -25,6 +25,8 @@ CASES = {
     "latent": {"kv_latent_dim": 16, "qk_head_dim": 8, "rope_frequencies": [[0, 1, 2, 3]] * 2},
     "experts": {**EXPERTS, "shared_expert_intermediate_size": 32, "expert_layers": [False, True]},
     "experts with biases": {**EXPERTS, "expert_bias": True, "expert_limit": 2.0, "router_bias": True},
+    "biases of ALiBi": {"position_embedding": "alibi", "alibi_slopes": [0.5, 0.4, 0.3, 0.2, 0.1, 0.05]},
+    "relative biases": {"position_embedding": "relative"},
     "learned positions, plain MLP": {"position_embedding": "learned", "gated_mlp": False, "tie_word_embeddings": True},
 }
 FAST = "one head, by layer"  # the others take as long again each
@@ -67,7 +69,8 @@ def test_several_gpus_give_the_tokens_of_one(name, ranks, tmp_path):
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} GPUs")
     eight_heads = {"hidden_size": 64, "num_attention_heads": 8}
-    assert divided({**eight_heads, **CASES[name]}, ranks, tmp_path) == "cuda"
+    slopes = {"alibi_slopes": [0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.04, 0.03]} if "ALiBi" in name else {}
+    assert divided({**eight_heads, **CASES[name], **slopes}, ranks, tmp_path) == "cuda"
 
 
 def divided(fields, ranks, directory, **env):
