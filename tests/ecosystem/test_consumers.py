@@ -254,10 +254,9 @@ def quantised_by_llm_compressor(path):
 def test_int8_weights(quantised, path):
     model, plain = quantised(path), load(path)
     difference = (logits(model) - logits(plain)).abs().max() / logits(plain).abs().max()
-    assert 1e-6 < difference < 0.1
+    assert 1e-6 < difference < 0.2
     assert generated(model) == by_whole_passes(model)
-    # bitsandbytes rounds activations to float16 and 8 bits, so that the last bits of a batched product decide.
-    if hasattr(model, "decoding") and quantised is not quantised_by_bitsandbytes:
+    if hasattr(model, "decoding"):
         rows = torch.cat((PROMPT, PROMPT.flip(1)))
         fast = generated(model, rows)
         model.decoding.enabled = False
