@@ -38,7 +38,8 @@ def test_it_generates_what_the_source_does(model_type, tmp_path):
         assert tokens[0].shape == (len(ids), ids.shape[1] + TOKENS)
         for other in tokens[1:]:
             torch.testing.assert_close(other, tokens[0])
-        fast = (ours.config.rope_parameters or {}).get("rope_type") not in ("dynamic", "longrope")
+        by_length = (ours.config.rope_parameters or {}).get("rope_type") in ("dynamic", "longrope")
+        fast = not by_length or model_type == "phimoe"  # which never uses its long factors
         assert (ours.decoding.engine is not None) == fast
         ours.decoding.release()
 
