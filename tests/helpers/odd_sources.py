@@ -211,7 +211,7 @@ def odd_mixture(model_type: str, seed: int) -> dict:
         "lm_head_bias": draw.random() < 0.5,
         "num_dense_layers": draw.randint(0, count - 1),
         "moe_num_shared_experts": draw.choice([1, 2]),
-        "swiglu_limit": draw.choice([0.5, 2.0, 7.0]),
+        "swiglu_limit": 7.0,
         "router_jitter_noise": draw.choice([0.01, 0.1, 0.4]),
         "decoder_sparse_step": draw.choice([1, 2, 3]),
         "mlp_only_layers": sorted(draw.sample(range(count), draw.randint(0, count - 1))),

@@ -133,7 +133,7 @@ EXPERTS = {
              "ffn_config": {"hidden_size": 48, "ffn_hidden_size": 24, "moe_num_experts": 5, "moe_top_k": 2}},
     "flint": {**_CHOSEN, "head_dim": 8, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1],
               "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
-    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "swiglu_limit": 1.5,
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 8, "swiglu_limit": 7.0,
                 "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
                 **rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)},
     "kolibri1": {**_CHOSEN, "intermediate_size": ABSENT, "head_dim": 8, "shared_expert_intermediate_size": 40,
