@@ -121,10 +121,11 @@ def prediction_layers(names: Iterable[str], raw: Mapping[str, Any], layers: int)
     Raises:
         ConversionError: if one of its fields is no number of layers.
     """
-    for field in PREDICTION_FIELDS:
-        if not isinstance(raw.get(field, 0) or 0, int) or (raw.get(field) or 0) < 0:
-            raise ConversionError(f"{field} in config.json must be a number of layers, got {raw[field]!r}")
-    count = max((raw.get(field) or 0 for field in PREDICTION_FIELDS), default=0)
+    given = {field: raw.get(field) or 0 for field in PREDICTION_FIELDS}
+    for field, number in given.items():
+        if not isinstance(number, int) or number < 0:
+            raise ConversionError(f"{field} in config.json must be a number of layers, got {number!r}")
+    count = max(given.values())
     found = ((name, _PREDICTION_NAMES.fullmatch(name)) for name in names) if count else ()
     return [
         name

@@ -9,6 +9,7 @@ NORM_TYPES = ("rms_norm", "layer_norm")
 WIDTHS = ("qk_head_dim", "v_head_dim", "cross_qk_head_dim", "cross_v_head_dim")
 LATENTS = ("kv_latent_dim", "cross_kv_latent_dim")
 PER_LAYER = ("rope_layers", "layer_types", "expert_layers", "rope_frequencies", "output_bias", *WIDTHS, *LATENTS)
+BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 BY_LENGTH = ("dynamic", "longrope")  # rope types whose frequencies depend on the length of the text
 LATENT_BLOCK = 32  # a latent stored in 8 or 4 bits has a multiple of this width
 RESIDUALS = ("sequential", "post_norm", "sandwich", "output_norm", "parallel", "parallel_shared_norm")

@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_mqa import ATTENTION_NAME, OWN, eager_attention_forward
 from .cache_mqa import DecodeCache
 from .compat_mqa import cache_name, one_cache, refuse_unread
-from .configuration_checks_mqa import of_layer
+from .configuration_checks_mqa import BIAS_POSITIONS, of_layer
 from .configuration_mqa import MQAConfig
 from .decoding_mqa import Decoding, FastDecoding
 from .initial_mqa import initialise
@@ -43,7 +43,6 @@ from .layer_mqa import (
     scaled_logits,
 )
 from .positions_mqa import (
-    BIAS_POSITIONS,
     Mask,
     MQARotaryEmbedding,
     PositionBias,

@@ -5,6 +5,8 @@ H query heads, G key/value heads
 
 from typing import Any
 
+from .configuration_checks_mqa import BIAS_POSITIONS
+
 PIPELINE = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -19,7 +21,7 @@ def tensor_plan(config: Any) -> dict[str, str]:
     latents, or with norms, sinks, maps or biases that belong to single heads, runs whole on each rank.
     """
     plan: dict[str, str] = {}
-    biased = config.position_embedding in ("alibi", "relative")  # by query head
+    biased = config.position_embedding in BIAS_POSITIONS  # by query head
     if not (config.latent or config.qk_norm or config.attention_sinks or biased):
         plan |= attention_plan("self_attn", config.num_key_value_heads)
         if config.attention_gate:

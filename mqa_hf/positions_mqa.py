@@ -19,10 +19,10 @@ from transformers.masking_utils import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .compat_mqa import cache_name
+from .configuration_checks_mqa import BIAS_POSITIONS
 from .configuration_mqa import MQAConfig
 
 CACHE = cache_name()
-BIAS_POSITIONS = ("alibi", "relative")  # those that add to the attention logits
 Mask = torch.Tensor | dict[str, torch.Tensor] | None  # as passed to a model: 2D, 4D, or 4D by layer type
 MASKS: dict[tuple[bool, str], Callable] = {
     (True, "full_attention"): create_causal_mask,

@@ -6,8 +6,8 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
+from mqa_hf.configuration_checks_mqa import BIAS_POSITIONS
 from mqa_hf.configuration_mqa import MQAConfig, of_layer
-from mqa_hf.positions_mqa import BIAS_POSITIONS
 
 BY_LAYER = ("qk_head_dim", "v_head_dim", "kv_latent_dim")
 CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of the attention kernels of vLLM's CPU build
