@@ -133,7 +133,7 @@ def test_a_converted_checkpoint_is_timed_as_it_is(source: Path, tmp_path: Path):
     assert "MQA, 2 K/V heads, dynamic" in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize("model_type", ["falcon_h1", "dbrx", "afmoe", "nemotron_h", "zamba"])
+@pytest.mark.parametrize("model_type", ["falcon_h1", "jamba", "beam", "nemotron_h", "zamba"])
 def test_a_model_in_its_own_class_is_timed_there(tmp_path: Path, model_type: str):
     path = save(make_native(model_type), tmp_path / "source")
     _, own = read_shape(str(path))
