@@ -1,6 +1,7 @@
 """The model card of a converted checkpoint."""
 
 import shlex
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,27 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
+from mqa_hf.base.errors import ConversionWarning
+
 from .canonical import PIPELINES, auto_class
+from .convert import FileOptions
 from .record import ConversionRecord
 
 
-def write_card(directory: Path, record: ConversionRecord, source: Path | None, config: PreTrainedConfig) -> None:
+def write_card(
+    directory: Path, record: ConversionRecord, source: Path | None, config: PreTrainedConfig, job: FileOptions
+) -> None:
     """Write `README.md`: what was changed, by which command, and how to load the result.
 
-    Licence, language, data sets and pipeline tag are copied from the card at `source`, if any. `config` is that of the
-    result.
+    The original is named by its hub id: `base_model` of the job, that of the source, or for a local source the
+    `base_model` of its card. A local path is named by its last part alone.
 
-    The original is named by its hub id: that of the source, or for a local one the `base_model` of its card. A local
-    path is named by its last part alone.
+    Args:
+        directory: the result's.
+        record: of the conversion.
+        source: the source's card, if any. Licence, language, data sets and pipeline tag are copied from it.
+        config: of the result.
+        job: what it says of the original goes before what is known.
     """
     own, loaded_by = record.output.startswith("mqa"), auto_class(config)
     inherited: dict[str, Any] = {}
@@ -39,6 +49,13 @@ def write_card(directory: Path, record: ConversionRecord, source: Path | None, c
     is_id = " " not in record.source and not Path(record.source).exists()
     if is_id:
         inherited["base_model"] = record.source
+    if job.base_model is not None:
+        inherited["base_model"] = job.base_model
+    if job.license is not None:
+        inherited = {k: v for k, v in inherited.items() if not k.startswith("license")} | {"license": job.license}
+    if "license" not in inherited and job.push_to_hub:
+        said = "the card has no licence, because the source's has none; give `license`"
+        warnings.warn(said, ConversionWarning, stacklevel=5)
     original = inherited.get("base_model") or Path(record.source).name
     relation = {"base_model_relation": "finetune"} if "base_model" in inherited else {}
     data = ModelCardData(

@@ -1,6 +1,7 @@
 """`mqa-hf convert`: convert a pretrained checkpoint to a multi-query one."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, ParamSpec, Protocol,
 
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, check_keywords, describe, options, refuse
+from mqa_hf.base.upload import Upload
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,12 +172,22 @@ class Hub(Options, panel="Hub"):
 
 
 @dataclass(frozen=True)
-class Upload(Options, panel="Hub"):
-    """Where the result is uploaded."""
+class Named(Options, panel="Hub"):
+    """What the model card says that the source does not."""
 
     _: KW_ONLY
-    push_to_hub: Annotated[str | None, Option("Repository to upload the result to.", recorded="never")] = None
-    private: Annotated[bool, Option("Make a new repository private.", recorded="never")] = False
+    base_model: Annotated[
+        str | None, Option("Hub id of the original, for the card. Default: the source, or what its card names.")
+    ] = None
+    license: Annotated[
+        str | None,
+        Option("Licence for the card, such as apache-2.0. Default: that of the source's card."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.base_model):
+            raise ConversionError(f"`base_model` takes a hub id such as name/model, got {self.base_model!r}")
 
 
 @dataclass(frozen=True)
@@ -285,7 +297,7 @@ class ModelConversion(ConversionOptions, Job["PreTrainedModel"]):
 
 
 @dataclass(frozen=True)
-class FileOptions(Upload, Written, ConversionOptions):
+class FileOptions(Upload, Named, Written, ConversionOptions):
     """Options of a conversion and of the files it writes."""
 
 
@@ -334,8 +346,6 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
 
     def resolve(self) -> "Conversion":
         """Fill in `refit` and `fit_steps`; raises ConversionError for options that contradict each other."""
-        if self.private and not self.push_to_hub:
-            raise ConversionError("`private` needs `push_to_hub`; name the repository to upload to")
         return settled(self)
 
     def run(self) -> "ConversionRecord":

@@ -56,11 +56,11 @@ def carry_out(job: Conversion) -> ConversionRecord:
         said = [*companions.doubts(), *warnings_of(plan, maker, writer)]
         record = record_of(plan, job, maker, writer, layers, said)
         (partial / REPORT_FILE).write_text(record.to_json() + "\n", encoding="utf-8")  # renamed as a whole
-        write_card(partial, record, companions.card, plan.output)
+        write_card(partial, record, companions.card, plan.output, job)
         write_config(plan, final_config(plan, maker), partial)
         companions.check(partial)
     if job.push_to_hub:
-        push(place, job.push_to_hub)
+        push(place, job.push_to_hub, "Convert with mqa-hf")
     for message in said:
         warnings.warn(message, ConversionWarning, stacklevel=4)
     return record

@@ -2,9 +2,10 @@
 
     python -m mqa_hf.eval.vllm_times llama-2-7b --kv-heads 32 --cells 1x512,16x4096
 
-Runs the source's own class of transformers with random weights and prompts, in an environment that has vLLM. Two
-calls over the same prompts differ by `tokens` steps of the whole batch. The time of a step is the difference of their
-times, divided by `tokens`.
+Runs the source's own class of transformers with random weights and prompts, in an environment that has vLLM. With
+`--plugin`, and for a checkpoint of this package, runs this package's class through its plugin. Two calls over the same
+prompts differ by `tokens` steps of the whole batch. The time of a step is the difference of their times, divided by
+`tokens`.
 """
 
 import tempfile
@@ -38,6 +39,7 @@ class VLLMRecord(Record):
 
     shape: str
     kv_heads: int
+    plugin: bool
     batch: int
     context: int
     time_per_token_ms: float
@@ -56,6 +58,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
     shape: Annotated[str, Option("Published shape by name, or directory of a checkpoint.")]
     _: KW_ONLY
     kv_heads: Annotated[int | None, Option("Key/value heads. Default: the source's own.", min=1)] = None
+    plugin: Annotated[bool, Option("Run this package's class through its plugin for vLLM.")] = False
     cells: Annotated[Sequence[str], Option("Pairs of batch and context.", comma=True)] = (
         "1x512",
         "16x4096",
@@ -66,19 +69,23 @@ class VLLMTiming(Job[list[VLLMRecord]]):
     output: Annotated[Path | None, Option("File for JSON lines.")] = None
 
     def resolve(self) -> "VLLMTiming":
-        """With its head count; raises MQAError for what cannot be timed."""
+        """With its head count, and `plugin` as it has to be; raises MQAError for what cannot be timed."""
         for cell in self.cells:
             pair(cell)
-        return replace(self, kv_heads=self.contender().kv_heads)
+        model, source = self.contender(), read_shape(self.shape)[0]
+        own = self.plugin or isinstance(source, MQAConfig)
+        if not own and model.run_config is model.config:
+            raise MQAError(
+                f"{self.shape} with {model.kv_heads} key/value heads has no class that vLLM knows; use `plugin`"
+            )
+        return replace(self, kv_heads=model.kv_heads, plugin=own)
 
     def contender(self) -> Contender:
-        """The shape with its heads in a class of transformers; raises MQAError where there is none."""
+        """The shape with its heads; raises MQAError if it cannot have them."""
         source, config = read_shape(self.shape)
         if not isinstance(config, MQAConfig):
             raise MQAError(f"{self.shape} is no decoder-only model of this package; time it in vLLM itself")
         [model] = contenders(self.shape, source, config, [self.kv_heads], ["dynamic"])
-        if model.run_config is model.config:
-            raise MQAError(f"{self.shape} with {model.kv_heads} key/value heads has no class that vLLM knows")
         return model
 
     def run(self) -> list[VLLMRecord]:
@@ -95,7 +102,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         for batch, context in map(pair, job.cells):
             record = VLLMRecord(
-                shape=job.shape, kv_heads=job.kv_heads, batch=batch, context=context,
+                shape=job.shape, kv_heads=job.kv_heads, plugin=job.plugin, batch=batch, context=context,
                 time_per_token_ms=1e3 * job.step_seconds(vllm, engine, batch, context), startup_sec=startup,
                 vllm=vllm.__version__, device=name, command=job.command(),
             )  # fmt: skip
@@ -106,7 +113,8 @@ class VLLMTiming(Job[list[VLLMRecord]]):
 
     def engine(self, vllm: Any, directory: Path) -> Any:
         """vLLM with the shape and random weights; no prefix is cached, all rows fit at once."""
-        theirs, cells = self.contender().run_config, [pair(cell) for cell in self.cells]
+        model, cells = self.contender(), [pair(cell) for cell in self.cells]
+        theirs = model.config if self.plugin else model.run_config
         classes: Any = AutoModelForCausalLM._model_mapping
         theirs.architectures = [classes[type(theirs)].__name__]
         theirs.save_pretrained(directory)

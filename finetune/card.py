@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import yaml
+from huggingface_hub import ModelCard
+
 from mqa_hf.base.card import with_section
 from mqa_hf.base.figures import can_draw, describe, panels, save
 
@@ -92,4 +95,19 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     # Bytes of other encodings are kept.
     said = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     said = said.replace("No training has followed.", "Training followed.")
+    said = with_datasets(said, [part["source"] for part in options["dataset"]])
     card.write_text(with_section(said, HEADING, "\n".join(text)), encoding="utf-8", errors="surrogateescape")
+
+
+def with_datasets(said: str, sources: list[str]) -> str:
+    """The card with the Hub's data sets among `sources` in its metadata; unchanged if that cannot be read."""
+    ids = [source.split(":")[0].split("[")[0] for source in sources if not Path(source).exists()]
+    try:
+        card = ModelCard(said)
+    except (ValueError, yaml.YAMLError):
+        return said
+    known = card.data.to_dict().get("datasets") or []
+    if not ids or not isinstance(known, list):
+        return said
+    card.data.datasets = list(dict.fromkeys([*known, *ids]))
+    return str(card)

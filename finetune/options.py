@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import Job, Option, Options
+from mqa_hf.base.upload import Upload
 
 R = TypeVar("R")
 
@@ -193,7 +194,7 @@ class Run(Logs, Schedule):
 
 
 @dataclass(frozen=True)
-class Training(Written, Run, Data, Job[R]):
+class Training(Upload, Written, Run, Data, Job[R]):
     """Options of both commands. During training, checkpoints are kept beside the output."""
 
     @property

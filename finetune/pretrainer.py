@@ -10,6 +10,7 @@ from transformers import set_seed
 from mqa_hf.base.code import runtime_files
 from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.files import stamps
+from mqa_hf.base.hub import make_repository, push
 from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.base.text import load_tokenizer, one_column
 from mqa_hf.conversion.loading import load_model
@@ -33,6 +34,8 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     pairs = bool(configuration(fields).is_encoder_decoder)
     if not pairs:
         one_column(job.columns, "`columns`")
+    if job.push_to_hub and state.is_main_process:
+        make_repository(job.push_to_hub, job.private)
     begin(job.place, {"files": [stamp for part in job.parts for stamp in stamps(part.source)], **options}, job.restart)
 
     with state.main_process_first():
@@ -58,6 +61,8 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     )
     if state.is_main_process:
         write(job, target, model.config, tokenizer, record)
+        if job.push_to_hub:
+            push(target, job.push_to_hub, "Train with mqa-hf")
     state.wait_for_everyone()
     return record
 

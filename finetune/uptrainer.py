@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import REPORT_FILE, stamps
-from mqa_hf.base.hub import CHAT_TEMPLATES, PICKLES, SAFETENSORS
+from mqa_hf.base.hub import CHAT_TEMPLATES, PICKLES, SAFETENSORS, make_repository, push
 from mqa_hf.base.output import resolve_output, written_beside
 from mqa_hf.base.text import load_tokenizer
 from mqa_hf.conversion.companions import check_loads, copy_files, inside
@@ -45,6 +45,8 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     carried_over(source)  # check before training
     files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]
     known = [stamp for path in files for stamp in stamps(path)]
+    if job.push_to_hub and state.is_main_process:
+        make_repository(job.push_to_hub, job.private)
     begin(job.place, {"student": str(source.resolve()), "files": known, **job.decisive()}, job.restart)
 
     student = load_model(source, config=config if job.dropout else without_dropout(config), dtype=torch.float32)
@@ -68,6 +70,8 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     record = describe(job, text.row_tokens, logs)
     if state.is_main_process:
         write(job, target, config, record)
+        if job.push_to_hub:
+            push(target, job.push_to_hub, "Train with mqa-hf")
     state.wait_for_everyone()
     return record
 

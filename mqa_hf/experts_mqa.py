@@ -49,13 +49,16 @@ class MQAMLP(nn.Module):
         self.dropout = config.activation_dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate_proj is None:
-            inner = self.act_fn(self.up_proj(x))
-        else:
-            inner = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        inner = self.inner(x)
         if self.training and self.dropout:
             inner = nn.functional.dropout(inner, self.dropout)
         return self.down_proj(inner)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., d] -> [..., width]."""
+        if self.gate_proj is None:
+            return self.act_fn(self.up_proj(x))
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
 
 @use_experts_implementation

@@ -101,18 +101,17 @@ class MQAAttention(nn.Module):
         query_scale: [B, 1, T, 1], a factor on the queries.
         """
         B, T, _ = hidden_states.shape
-        query = self.clipped(project(self.q_proj, hidden_states, self.query_width))
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if self.cross else past_key_values.self_attention_cache
             known = self.cross and past_key_values.is_updated.get(self.layer_idx, False)
         if known and cache is not None:
+            query = self.clipped(project(self.q_proj, hidden_states, self.query_width))
             stored: Any = cache.layers[self.layer_idx]  # on another device in an offloaded cache
             key, value = stored.keys.to(query.device), stored.values.to(query.device)
         else:
             states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-            key = self.clipped(project(self.k_proj, states, self.qk_head_dim))
-            value = self.clipped(project(self.v_proj, states, self.v_head_dim))
+            query, key, value = map(self.clipped, self.projected(hidden_states, states))
             query, key = self.placed(query, key, position_embeddings)
             if cache is not None and not isinstance(cache, Cache) and CACHE != "cache":
                 kwargs["cache"] = cache  # before 5.24, the attention function extends a paged cache
@@ -148,6 +147,14 @@ class MQAAttention(nn.Module):
         if self.gate_proj is not None:
             output = output * self.gate_proj(hidden_states).sigmoid()
         return self.o_proj(output), weights
+
+    def projected(self, x: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries of `x` [B, T, d], keys and values of `states` [B, S, d], each [B, heads, T or S, width]."""
+        return (
+            project(self.q_proj, x, self.query_width),
+            project(self.k_proj, states, self.qk_head_dim),
+            project(self.v_proj, states, self.v_head_dim),
+        )
 
     def clipped(self, x: torch.Tensor) -> torch.Tensor:
         """Projected queries, keys or values, clipped if the model does."""

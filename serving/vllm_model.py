@@ -17,7 +17,9 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mqa_hf.attention_mqa import OWN, HeadNorm
 from mqa_hf.latent_mqa import MQALatentAttention
+from mqa_hf.parallel_mqa import tensor_plan
 
+from .vllm_joined import join
 from .vllm_shapes import cached_width
 
 NAME = "mqa_vllm"  # of the attention in transformers
@@ -57,6 +59,7 @@ class MQAForVLLM(TransformersForCausalLM):
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        object.__setattr__(self, "vllm", vllm_config)  # `nn.Module` takes attributes after its own `__init__` only
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config, logits = self.text_config, getattr(self, "logits_processor", None)
         if logits is not None and config.logit_softcap is not None:
@@ -80,10 +83,17 @@ class MQAForVLLM(TransformersForCausalLM):
             if isinstance(attention, MQALatentAttention):
                 attention.always_absorbed = True
             if attention.sinks is not None:  # vLLM's attention keeps it before the weights are loaded
-                count = attention.sinks.numel() // get_tensor_model_parallel_world_size()
+                count = attention.sinks.numel() // self.attention_ranks()
                 sinks = nn.Parameter(torch.empty(count, device=self.device_config.device), requires_grad=False)
                 set_weight_attrs(sinks, {"weight_loader": sharded_weight_loader(0)})
                 attention.sinks = sinks
+        if self.quant_config is None and self.vllm.lora_config is None:  # both replace single layers later
+            join(self.model)
+
+    def attention_ranks(self) -> int:
+        """Ranks that query heads are divided among; 1 where each computes all of them."""
+        divided = "layers.*.self_attn.q_proj" in tensor_plan(self.text_config)
+        return get_tensor_model_parallel_world_size() if divided else 1
 
     def attentions(self) -> dict[str, Any]:
         """The self-attentions of this rank's layers, by name."""
@@ -91,7 +101,7 @@ class MQAForVLLM(TransformersForCausalLM):
 
     def _create_attention_instances(self, prefix: str = "") -> None:
         """Give each layer vLLM's attention, for which vLLM then allocates a cache."""
-        config, ranks = self.text_config, get_tensor_model_parallel_world_size()
+        config, ranks = self.text_config, self.attention_ranks()
         for name, module in self.attentions().items():
             latent = isinstance(module, MQALatentAttention)
             heads = 1 if latent else max(1, config.num_key_value_heads // ranks)
@@ -109,3 +119,8 @@ class MQAForVLLM(TransformersForCausalLM):
                 **sinks,
             )
             (module.absorbed if latent else module).vllm_attention = made
+
+    def create_attention_instances(self) -> dict[int, Attention]:
+        """The same in vLLM 0.24, which would pass what this returns to the model."""
+        self._create_attention_instances()
+        return {}

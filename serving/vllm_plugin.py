@@ -5,7 +5,7 @@ vLLM calls [`register`] in each of its processes (entry point `vllm.general_plug
 
 import logging
 
-TESTED = ("0.32",)  # versions of vLLM
+TESTED = ("0.24", "0.32")  # versions of vLLM
 ARCHITECTURES = {"MQAForCausalLM": "mqa_hf.serving.vllm_model:MQAForVLLM"}
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM configures the loggers below its name

@@ -105,12 +105,13 @@ def make_repository(repo_id: str, private: bool) -> None:
         raise MQAError(f"cannot push to {repo_id}: {error}") from error
 
 
-def push(output: Path, repo_id: str) -> None:
+def push(output: Path, repo_id: str, message: str) -> None:
+    """Upload a finished directory as one commit; raises MQAError, which leaves the directory as it is."""
     try:
         HfApi().upload_folder(
             repo_id=repo_id,
             folder_path=output,
-            commit_message="Convert with mqa-hf",
+            commit_message=message,
             delete_patterns=[*SAFETENSORS, *PICKLES],  # shards of an earlier upload
         )
     except (HTTPError, OSError, ValueError) as error:

@@ -83,7 +83,7 @@ def expected_tokens(directory):
 
 
 def run_vllm(directory, check=True, **options):
-    """The last line of the worker, or its output if it is not to succeed."""
+    """What the worker found, or its output if it is not to succeed."""
     command = [PYTHON, Path(__file__).with_name("vllm_worker.py"), directory, options, PROMPTS, COUNT]
     command = [part if isinstance(part, (str, Path)) else json.dumps(part) for part in command]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=directory.parent)
@@ -91,7 +91,7 @@ def run_vllm(directory, check=True, **options):
         assert result.returncode != 0
         return result.stdout + result.stderr
     assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(next(line for line in result.stdout.splitlines() if line.startswith('{"tokens"')))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,6 +119,13 @@ def test_tokens_of_other_models(model_type, tmp_path):
 def test_features(feature, tmp_path):
     directory = make("llama", BASE, KINDS["50% budget"], tmp_path)
     assert run_vllm(directory, **FEATURES[feature])["tokens"] == expected_tokens(directory)
+
+
+@pytest.mark.parametrize("kind", ["one head", "latent"])
+def test_two_ranks(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    directory = make("llama", BASE, KINDS[kind], tmp_path)
+    assert run_vllm(directory, tensor_parallel_size=2)["tokens"] == expected_tokens(directory)
 
 
 def test_what_it_does_not_support_is_refused(tmp_path):

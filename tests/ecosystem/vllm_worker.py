@@ -1,4 +1,4 @@
-"""Runs in vLLM's environment: tokens and the size of the cache for a checkpoint, as JSON in the last line.
+"""Runs in vLLM's environment: tokens and the size of the cache for a checkpoint, as JSON in a line.
 
 python vllm_worker.py CHECKPOINT OPTIONS PROMPTS COUNT
 """
