@@ -1,6 +1,5 @@
 """The model card of a converted checkpoint."""
 
-import shlex
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
+from mqa_hf.base.card import public_command
 from mqa_hf.base.errors import ConversionWarning
 
 from .canonical import PIPELINES, auto_class
@@ -73,15 +73,13 @@ def write_card(
         trust=", trust_remote_code=True" if own else "",
         changed=[n for n, heads in record.attentions.items() if heads.before != heads.after or n in record.latents],
         stored="16 bit" + "".join(f", latents {count}" for count in bits),
-        **{**dict(record), "source": original, "command": without_paths(record.command, record.source, original)},
+        **{**dict(record), "source": original, "command": public_call(record, original)},
     )
     card.save(directory / "README.md")
 
 
-def without_paths(command: str, source: str, original: str) -> str:
-    """The command with the source's and the output's names in place of their paths."""
-    if not command.startswith("mqa-hf "):
-        return command.replace(repr(source), repr(original))
-    words = shlex.split(command)
-    words = [original if word == source else Path(word).name if Path(word).is_absolute() else word for word in words]
-    return shlex.join(words)
+def public_call(record: ConversionRecord, original: str) -> str:
+    """The command or Python call of the conversion, with names in place of paths."""
+    if record.command.startswith("mqa-hf "):
+        return public_command(record.command, {record.source: original})
+    return record.command.replace(repr(record.source), repr(original))

@@ -184,11 +184,6 @@ class Named(Options, panel="Hub"):
         Option("Licence for the card, such as apache-2.0. Default: that of the source's card."),
     ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.base_model is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.base_model):
-            raise ConversionError(f"`base_model` takes a hub id such as name/model, got {self.base_model!r}")
-
 
 @dataclass(frozen=True)
 class ConversionOptions(Hub, Weights, Fit, Heads):
@@ -345,7 +340,10 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
         return f"mqa_hf.convert({', '.join([source, repr('OUTPUT'), *(f'{k}={v}' for k, v in said.items())])})"
 
     def resolve(self) -> "Conversion":
-        """Fill in `refit` and `fit_steps`; raises ConversionError for options that contradict each other."""
+        """Fill in `refit` and `fit_steps`; raises MQAError for options that contradict each other."""
+        self.check_upload()
+        if self.base_model is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.base_model):
+            raise ConversionError(f"`base_model` takes a hub id such as name/model, got {self.base_model!r}")
         return settled(self)
 
     def run(self) -> "ConversionRecord":

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from mqa_hf.base.card import with_section
+from mqa_hf.base.card import public, public_command, with_section
 from mqa_hf.base.figures import can_draw, describe, panels, save
 
 from .records import Line, UptrainingRecord
@@ -69,10 +69,10 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     """Add how the checkpoint was trained to `README.md`, replacing the section of an earlier training."""
     options = record.options
     goals = ", ".join(f"{name} (weight {weight:g})" for name, weight in options["losses"])
+    texts = ", ".join(public(part["source"]) for part in options["dataset"])
     text = [
-        f"Trained on {record.tokens:,} tokens of {', '.join(part['source'] for part in options['dataset'])}, in steps "
-        f"of {options['batch_tokens']:,} tokens; loss: {goals}"
-        + (f", teacher `{options['teacher']}`" if options.get("teacher") else "")
+        f"Trained on {record.tokens:,} tokens of {texts}, in steps of {options['batch_tokens']:,} tokens; loss: {goals}"
+        + (f", teacher `{public(options['teacher'])}`" if options.get("teacher") else "")
         + f"; trained: {options['train']}; peak learning rate {options['learning_rate']:g}.",
         "",
     ]
@@ -90,7 +90,7 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     if draw(record, directory / PICTURE):
         text += [f"![losses over tokens]({PICTURE})", ""]
     if record.command:
-        text += ["```bash", record.command, "```", ""]
+        text += ["```bash", public_command(record.command, {}), "```", ""]
     card = directory / "README.md"
     # Bytes of other encodings are kept.
     said = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""

@@ -110,6 +110,10 @@ class Pretraining(Weights, PretrainingSchedule, Model, Training["PretrainingReco
             "equal_parameters": None if other is None else read_config(other, "equal_parameters"),
         }
 
+    def resolve(self) -> "Pretraining":
+        self.check_upload()
+        return self
+
     def run(self) -> "PretrainingRecord":
         try:
             from .pretrainer import carry_out

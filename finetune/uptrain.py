@@ -136,6 +136,7 @@ class Uptraining(UptrainingSchedule, Lesson, Training["UptrainingRecord"], Stude
         return self.loss or ("kl" if self.taught else "lm")
 
     def check(self) -> None:
+        self.check_upload()
         given = (self.alpha is not None, self.pretraining_tokens is not None)
         if given not in ((False, False), (True, True)) or (self.tokens is None) != all(given):
             raise MQAError("pass `tokens`, or `alpha` with `pretraining_tokens`")

@@ -1,9 +1,27 @@
 """Sections of a model card."""
 
 import re
-from collections.abc import Iterable, Iterator
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 FENCE = re.compile(r"\s*(```|~~~)")
+
+
+def public(source: str) -> str:
+    """A hub id as it is, a file or directory by its name alone: nobody else has the rest of the path."""
+    path = Path(source)
+    return path.name if path.is_absolute() or path.exists() else source
+
+
+def public_command(command: str, names: Mapping[str, str]) -> str:
+    """A command with paths replaced: by `names`, else as [`public`]. A weight after a path stays (`a.txt=2`)."""
+
+    def shown(word: str) -> str:
+        path, sign, rest = word.partition("=")
+        return names.get(word) or public(path) + sign + rest
+
+    return shlex.join(word if word.startswith("-") else shown(word) for word in shlex.split(command))
 
 
 def with_section(text: str, heading: str, body: str) -> str:

@@ -15,7 +15,7 @@ class Upload(Options, panel="Hub"):
     push_to_hub: Annotated[str | None, Option("Repository to upload the result to.", recorded="never")] = None
     private: Annotated[bool, Option("Make a new repository private.", recorded="never")] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_upload(self) -> None:
+        """Raise MQAError for options that contradict each other."""
         if self.private and not self.push_to_hub:
             raise MQAError("`private` needs `push_to_hub`; name the repository to upload to")

@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 import mqa_hf
 from mqa_hf import convert, inspect
 from mqa_hf.base.code import runtime_files
+from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.conversion.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo
 from mqa_hf.conversion.record import ConversionRecord
 
@@ -212,6 +213,13 @@ def test_the_model_card(model, tmp_path):
     assert (card.data.base_model, card.data.base_model_relation) == ("someone/original", "finetune")
     assert "mqa-hf convert someone/original OUTPUT" in card.text
     assert "| cache, bytes per token (16 bit) | 288 | 96 |" in card.text
+    said = {"base_model": "me/mine", "license": "apache-2.0"}
+    report = convert(source, tmp_path / "ours", overwrite=True, **said)
+    card = ModelCard.load(tmp_path / "ours" / "README.md")
+    assert (card.data.base_model, card.data.license) == ("me/mine", "apache-2.0")
+    assert "--base-model me/mine --license apache-2.0" in report.command
+    with pytest.raises(MQAError, match="`base_model` takes a hub id such as name/model, got 'a b'"):
+        convert(source, tmp_path / "other", base_model="a b")
 
 
 PROBE = """
@@ -353,7 +361,9 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
             calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
 
     monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
-    convert(save(model, tmp_path / "source"), tmp_path / "ours", push_to_hub="me/mqa", private=True)
+    source = save(model, tmp_path / "source")
+    with pytest.warns(ConversionWarning, match="the card has no licence, .*; give `license`"):
+        convert(source, tmp_path / "ours", push_to_hub="me/mqa", private=True)
     assert calls[0] == ("me/mqa", {"private": True, "exist_ok": True})
     assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= set(calls[1][1])
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from isolated import run_without_the_package
 from safetensors.torch import load_file
 from tokenizer import write_tokenizer
@@ -36,6 +37,7 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.cli import app
 from mqa_hf.finetune import checkpoints, trainer, uptrainer
 from mqa_hf.finetune.arguments import warmup_steps
+from mqa_hf.finetune.card import with_datasets
 from mqa_hf.finetune.checkpoints import last_checkpoint
 from mqa_hf.finetune.data import training_rows
 from mqa_hf.finetune.options import Part
@@ -107,7 +109,8 @@ def test_the_student_comes_nearer_to_its_teacher_and_loads_anywhere(home, tmp_pa
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{after['kl']:.3f}" in card
     assert report.command.startswith("mqa-hf uptrain ")
-    assert report.command in card
+    assert report.command.replace(f"{home}/", "").replace(f"{tmp_path}/", "") in card
+    assert str(home) not in card
     assert "uptraining.png" in card
     assert (tmp_path / "out" / "uptraining.png").stat().st_size > 5000
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(
@@ -283,6 +286,37 @@ def command(home, output, *more, student="student"):
     words = ["uptrain", str(home / student), str(output), "--dataset", str(home / "text.jsonl")]
     words += ["--tokens", "5120", "--sequence-length", "16", "--batch-tokens", "128", "--micro-batch", "4"]
     return [*words, "--save-every", "3", "--learning-rate", "3e-3", "--report-to", "none", "--dropout", *more]
+
+
+def test_the_result_is_uploaded(home, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, **options):
+            calls.append((repo_id, options))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
+            calls.append((repo_id, commit_message, {path.name for path in folder_path.iterdir()}))
+
+    monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
+    with pytest.raises(MQAError, match="`private` needs `push_to_hub`"):
+        job(home, tmp_path / "trained", private=True).run()
+    job(home, tmp_path / "trained", push_to_hub="me/trained").run()
+    assert calls[0] == ("me/trained", {"private": False, "exist_ok": True})
+    repo_id, message, names = calls[1]
+    assert (repo_id, message) == ("me/trained", "Train with mqa-hf")
+    assert {"config.json", "model.safetensors", "README.md", "uptraining.json"} <= names
+
+
+def test_the_card_names_the_data_sets_of_the_hub(tmp_path):
+    local = tmp_path / "text.jsonl"
+    local.write_text("")
+    card = "---\ndatasets:\n- a/b\nlicense: mit\n---\n# Title\n"
+    found = ModelCard(with_datasets(card, [str(local), "c/d:en[train]", "a/b"])).data
+    assert (found.datasets, found.license) == (["a/b", "c/d"], "mit")
+    assert with_datasets("no metadata", [str(local)]) == "no metadata"
+    broken = "---\n: [\n---\n"
+    assert with_datasets(broken, ["c/d"]) == broken
 
 
 def test_a_training_that_made_it_worse_is_said(home, tmp_path):
