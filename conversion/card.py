@@ -70,6 +70,7 @@ def write_card(
         name=Path(record.source).name,
         auto_class=loaded_by.__name__,
         language="bash" if record.command.startswith("mqa-hf ") else "python",
+        place=job.push_to_hub or "DIRECTORY_OR_ID",
         trust=", trust_remote_code=True" if own else "",
         changed=[n for n, heads in record.attentions.items() if heads.before != heads.after or n in record.latents],
         stored="16 bit" + "".join(f", latents {count}" for count in bits),

@@ -71,7 +71,7 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     goals = ", ".join(f"{name} (weight {weight:g})" for name, weight in options["losses"])
     texts = ", ".join(public(part["source"]) for part in options["dataset"])
     text = [
-        f"Trained on {record.tokens:,} tokens of {texts}, in steps of {options['batch_tokens']:,} tokens; loss: {goals}"
+        f"Trained on {record.tokens:,} tokens of {texts}, in steps of {options['batch_tokens']:,}; loss: {goals}"
         + (f", teacher `{public(options['teacher'])}`" if options.get("teacher") else "")
         + f"; trained: {options['train']}; peak learning rate {options['learning_rate']:g}.",
         "",

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from isolated import run_without_the_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from seq2seq_sources import T5
 from sources import LLAMA, batch, largest_difference, make_model, save
 from tokenizer import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -220,6 +221,33 @@ def test_the_model_card(model, tmp_path):
     assert "--base-model me/mine --license apache-2.0" in report.command
     with pytest.raises(MQAError, match="`base_model` takes a hub id such as name/model, got 'a b'"):
         convert(source, tmp_path / "other", base_model="a b")
+
+
+CARD = """
+import json, time
+directory, program = json.loads(sys.argv[1])
+start = time.time()
+exec(program.replace("DIRECTORY_OR_ID", directory))
+print(json.dumps([type(model).__name__, time.time() - start]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "target", "expected"),
+    [
+        ("llama", "mqa", "MQAForCausalLM"),
+        ("llama", "native", "LlamaForCausalLM"),
+        ("t5", "mqa", "MQAForConditionalGeneration"),
+    ],
+)
+def test_the_program_of_the_card_asks_no_question(model_type, target, expected, tmp_path):
+    source = save(make_model(model_type, LLAMA if model_type == "llama" else T5), tmp_path / "source")
+    write_tokenizer(source)
+    convert(source, tmp_path / "ours", target=target)
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "ours" / "README.md").read_text(), re.DOTALL)
+    name, seconds = run_without_the_package(CARD, tmp_path / "ours", program, scratch=tmp_path)
+    assert name == expected
+    assert seconds < 14  # transformers waits 15 for an answer
 
 
 PROBE = """

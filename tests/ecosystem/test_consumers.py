@@ -3,6 +3,7 @@
 Each test needs the package that it is about, beside this one, and is skipped without it:
 
     pip install peft trl lm-eval optimum-quanto torchao bitsandbytes onnx onnxscript onnxruntime openvino ctranslate2
+    pip install executorch
     pip install --no-deps mergekit llmcompressor compressed-tensors
     pytest -m slow tests/ecosystem/test_consumers.py
 
@@ -29,8 +30,10 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from mqa_hf import convert
+from mqa_hf.serving.executorch import ExportableDecoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -315,29 +318,49 @@ def test_openvino(traced, path):
         torch.testing.assert_close(torch.tensor(compiled(inputs)[0]), logits(load(path), ids), **LOGITS)
 
 
-def test_exportable_module(path):
-    from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
-
+def exportable(path, kind):
+    """The step of transformers' module for ExecuTorch, exported."""
     model = load(path)
-    expected, ids = by_whole_passes(model)[0], PROMPT[0].tolist()
     model.generation_config = GenerationConfig(
         use_cache=True, cache_implementation="static", max_length=64, eos_token_id=None, pad_token_id=0,
         cache_config={"batch_size": 1, "max_cache_len": 64},
     )  # fmt: skip
     model.config.use_cache = True
-    module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=64, device="cpu")
-    arguments = {"input_ids": PROMPT[:, :1], "cache_position": torch.zeros(1, dtype=torch.long)}
-    if path.name not in ONE_WIDTH:
-        with torch.no_grad(), pytest.raises(RuntimeError, match="index_copy_"):
-            module.export(**arguments)
-        return
+    module = kind(model, batch_size=1, max_cache_len=64, device="cpu")
     with torch.no_grad():
-        step = module.export(**arguments).module()
+        return module.export(input_ids=PROMPT[:, :1], cache_position=torch.zeros(1, dtype=torch.long))
+
+
+def tokens_of(step):
+    """Greedy tokens of a step from (token, position) to logits [1, 1, vocabulary]."""
+    ids = PROMPT[0].tolist()
     for position in range(len(ids) + COUNT - 1):
-        scores = step(input_ids=torch.tensor([[ids[position]]]), cache_position=torch.tensor([position]))
+        scores = step(torch.tensor([[ids[position]]]), torch.tensor([position]))
         if position >= PROMPT.shape[1] - 1:
-            ids.append(int(getattr(scores, "logits", scores)[0, -1].argmax()))
-    assert ids[PROMPT.shape[1] :] == expected
+            ids.append(int(scores[0, -1].argmax()))
+    return [ids[PROMPT.shape[1] :]]
+
+
+def test_exportable_module(path):
+    step = exportable(path, ExportableDecoder).module()
+    found = tokens_of(lambda token, position: step(input_ids=token, cache_position=position))
+    assert found == by_whole_passes(load(path))
+    if path.name not in ONE_WIDTH:
+        with pytest.raises(RuntimeError, match="index_copy_"):
+            exportable(path, TorchExportableModuleForDecoderOnlyLM)
+
+
+def test_executorch(path, tmp_path):
+    pytest.importorskip("executorch")
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    lowered = to_edge_transform_and_lower(exportable(path, ExportableDecoder), partitioner=[XnnpackPartitioner()])
+    (tmp_path / "model.pte").write_bytes(lowered.to_executorch().buffer)
+    program = Runtime.get().load_program(tmp_path / "model.pte")
+    method = program.load_method("forward")
+    assert tokens_of(lambda *arguments: method.execute(arguments)[0]) == by_whole_passes(load(path))
 
 
 def test_ctranslate2(path, tmp_path):

@@ -1,4 +1,4 @@
-"""Programs in a process that has transformers but cannot import this package."""
+"""Programs in a process that has transformers but cannot import this package, and nobody to answer questions."""
 
 import json
 import subprocess
@@ -27,6 +27,7 @@ def run_without_the_package(program: str, *arguments: Any, scratch: Path) -> Any
         [sys.executable, "-c", BLOCKED + program, json.dumps(arguments, default=str)],
         env={"PYTHONPATH": str(blocker), "HF_HUB_OFFLINE": "1", "HF_HOME": str(scratch / "home"), "PATH": "/usr/bin"},
         cwd=scratch,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
