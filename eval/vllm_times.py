@@ -4,8 +4,8 @@
 
 Runs the source's own class of transformers with random weights and prompts, in an environment that has vLLM. With
 `--plugin`, and for a checkpoint of this package, runs this package's class through its plugin. Two calls over the same
-prompts differ by `tokens` steps of the whole batch. The time of a step is the difference of their times, divided by
-`tokens`.
+cached prompts differ by `tokens` steps of the whole batch. The time of a step is the difference of their times,
+divided by `tokens`.
 """
 
 import tempfile
@@ -112,7 +112,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         return found
 
     def engine(self, vllm: Any, directory: Path) -> Any:
-        """vLLM with the shape and random weights; no prefix is cached, all rows fit at once."""
+        """vLLM with the shape and random weights; all rows fit at once, and prompts are read once."""
         model, cells = self.contender(), [pair(cell) for cell in self.cells]
         theirs = model.config if self.plugin else model.run_config
         classes: Any = AutoModelForCausalLM._model_mapping
@@ -121,7 +121,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         longest = max(context for _, context in cells) + 3 * self.tokens + 64
         gpu = torch.cuda.is_available()
         return vllm.LLM(
-            str(directory), load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False,
+            str(directory), load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=True,
             dtype="bfloat16" if gpu else "float32", enforce_eager=not gpu, max_model_len=longest,
             max_num_seqs=max(batch for batch, _ in cells), gpu_memory_utilization=self.memory,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The model card section on the training of a checkpoint, with a plot of its losses."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
@@ -103,7 +104,7 @@ def with_datasets(said: str, sources: list[str]) -> str:
     """The card with the Hub's data sets among `sources` in its metadata; unchanged if that cannot be read."""
     ids = [source.split(":")[0].split("[")[0] for source in sources if not Path(source).exists()]
     try:
-        card = ModelCard(said)
+        card: Any = ModelCard(said)
     except (ValueError, yaml.YAMLError):
         return said
     known = card.data.to_dict().get("datasets") or []

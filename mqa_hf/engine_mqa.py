@@ -13,6 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 from .beams_mqa import BeamSearch
 from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .graph_mqa import StepGraph
+from .parallel_mqa import config_of_rank
 from .request_mqa import ROOM, Call, round_up
 from .rules_mqa import CACHE, decoder_stack
 from .sampling_mqa import Sampler, Text
@@ -35,7 +36,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, call: Call):
-        request, config, head = call.request, decoder_stack(model).config, model.lm_head.weight
+        request, config, head = call.request, config_of_rank(decoder_stack(model)), model.lm_head.weight
         self.model, self.request = weakref.proxy(model), request
         cache, cross, device = call.cache, None, head.device
         if cache is None:

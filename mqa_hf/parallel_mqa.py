@@ -1,9 +1,15 @@
-"""How transformers divides a stack among the ranks of tensor and pipeline parallelism.
+"""How transformers divides a stack among the ranks of tensor and pipeline parallelism, and what a decode step needs to
+know of it.
 
-H query heads, G key/value heads
+B rows decoded, N outputs of a projection on this rank, H query heads, G key/value heads
 """
 
+import copy
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from .configuration_checks_mqa import BIAS_POSITIONS
 
@@ -51,3 +57,46 @@ def attention_plan(name: str, heads: int) -> dict[str, str]:
 def mlp_plan(name: str, gated: bool) -> dict[str, str]:
     projections = ("gate_proj", "up_proj") if gated else ("up_proj",)
     return {**{f"layers.*.{name}.{p}": "colwise" for p in projections}, f"layers.*.{name}.down_proj": "rowwise"}
+
+
+def divided(weight: Any) -> bool:
+    """Whether a weight is divided among the ranks of tensor parallelism, along one dimension."""
+    return isinstance(weight, torch.Tensor) and len(getattr(weight, "placements", ())) == 1
+
+
+def local(weight: Any) -> Any:
+    """This rank's part of a weight, with the storage that the weight has; the weight itself if it is not divided."""
+    return weight._local_tensor if divided(weight) else weight
+
+
+def summed_over(weight: Any) -> Any:
+    """The ranks among which the inputs of a projection are divided, if they are."""
+    return weight.device_mesh.get_group() if divided(weight) and weight.placements[0].is_shard(1) else None
+
+
+def gathered(x: torch.Tensor, weight: Any, size: int) -> torch.Tensor:
+    """The outputs [B, `size`] of a projection whose outputs `x` [B, N] are divided as the rows of `weight` are."""
+    if x.shape[-1] == size or not divided(weight):
+        return x
+    ranks = weight.device_mesh.get_group()
+    most = -(-size // weight.device_mesh.size())  # rows of the first ranks; the last ones may have fewer
+    part = nn.functional.pad(x, (0, most - x.shape[-1])).contiguous()
+    parts = [torch.empty_like(part) for _ in range(weight.device_mesh.size())]
+    dist.all_gather(parts, part, group=ranks)
+    return torch.cat(parts, dim=-1)[:, :size]
+
+
+def forward_of_rank(module: nn.Module) -> bool:
+    """Whether `forward` was replaced by transformers, to divide the module among ranks."""
+    name = getattr(vars(module).get("forward"), "__qualname__", "")
+    return name.endswith("install_forward.<locals>.tp_forward")
+
+
+def config_of_rank(stack: Any) -> Any:
+    """The configuration of a stack with the number of key/value heads that this rank has."""
+    own, layer = copy.copy(stack.config), stack.layers[0]
+    for name, part in (("num_key_value_heads", "self_attn"), ("cross_num_key_value_heads", "cross_attn")):
+        projection = getattr(getattr(layer, part, None), "v_proj", None)
+        if projection is not None and divided(projection.weight):
+            setattr(own, name, getattr(own, name) // projection.weight.device_mesh.size())
+    return own

@@ -18,6 +18,7 @@ from transformers.generation import GenerationMixin, logits_process, stopping_cr
 
 from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .compat_mqa import cache_name
+from .parallel_mqa import forward_of_rank
 
 CACHE = cache_name()
 KNOWN_ARGUMENTS = {
@@ -159,7 +160,7 @@ def altered(module: nn.Module) -> bool:
     return (
         bool(changes)
         or hasattr(module, "_hf_hook")
-        or not (forward is None or hasattr(forward, "_torchdynamo_orig_callable"))
+        or not (forward is None or hasattr(forward, "_torchdynamo_orig_callable") or forward_of_rank(module))
     )
 
 
@@ -179,8 +180,8 @@ def unsupported(
         return "synced_gpus or assisted decoding is requested"
     if model.training:
         return "the model is in training mode"
-    if (getattr(model, "_tp_size", None) or 1) > 1:
-        return "the model is divided among devices by tensor parallelism"
+    if (getattr(model, "_tp_size", None) or 1) > 1 and any(stack.expert_layers):
+        return "experts are divided among devices by tensor parallelism"
     for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name):
             return f"{name} is requested"

@@ -27,6 +27,7 @@ from .kernel_launch_mqa import available, compile_all
 from .kernel_norm_mqa import normalise
 from .latent_mqa import Angles, MQALatentAttention, QueryMap
 from .layer_mqa import scaled_logits
+from .parallel_mqa import divided, gathered
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
@@ -64,6 +65,7 @@ class DecodeStep:
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
         fixed = all(by_kernel(self, module) for module in self.mixtures())
+        fixed = fixed and not divided(head)  # graphs with sums over ranks have not been measured
         self.graph = request.graphs and self.device.type == "cuda" and fixed
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0
@@ -273,6 +275,7 @@ class DecodeStep:
             logits = self.linear(x, (self.model.lm_head,), norm=self.stack.norm)
         else:
             logits = self.linear(self.stack.leave(x), (self.model.lm_head,))
+        logits = gathered(logits, self.model.lm_head.weight, self.config.vocab_size)
         return scaled_logits(logits, self.config)
 
     def layer(self, layer: "MQADecoderLayer", x: torch.Tensor, i: int) -> torch.Tensor:
@@ -327,7 +330,8 @@ class DecodeStep:
     def self_attention(self, attention: "MQAAttention", joined: torch.Tensor, i: int) -> torch.Tensor:
         """[B, H·D + G·D + G·Dv] -> [B, H·Dv]."""
         held: Any = self.cache.decode_layers[i]
-        H, G, D = self.config.num_attention_heads, held.keys.shape[1], attention.qk_head_dim
+        G, D = held.keys.shape[1], attention.qk_head_dim
+        H = (joined.shape[1] - G * (D + attention.v_head_dim)) // attention.query_width  # of this rank
         scaled = held.keys.dtype == FLOAT8
         key_scales, value_scales = (held.key_scales, held.value_scales) if scaled else (None, None)
         if self.triton and plain_norms(attention):

@@ -5,19 +5,34 @@ B rows decoded, N outputs and K inputs of a projection, H query heads, G key/val
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .attention_mqa import HeadNorm
 from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
 from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
+from .parallel_mqa import divided, local, summed_over
 
 if TYPE_CHECKING:
     from .layer_mqa import MQAAttention
 
 WIDE = 16384  # outputs from which the kernel for a few rows reads weights faster than cuBLAS does (measured, H100)
+
+
+class Plan(NamedTuple):
+    """What is multiplied for a group of projections.
+
+    Attributes:
+        weight, bias: [ΣN, K] and [ΣN]; of this rank, if the modules are divided.
+        summed: the ranks whose outputs are added, where K is divided among them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    summed: Any = None
 
 
 class Projections:
@@ -31,7 +46,7 @@ class Projections:
     def __init__(self, hidden_act: str, triton: bool):
         self.activation = hidden_act if hidden_act in ACTIVATIONS else None
         self.triton = triton
-        self.plans: dict[int, tuple[torch.Tensor, torch.Tensor | None] | None] = {}
+        self.plans: dict[int, Plan | None] = {}
 
     def prepare(self, groups: Iterable[tuple[nn.Module, ...]]) -> bool:
         """Join the weights of each group of modules; called before the first step of each text.
@@ -46,20 +61,20 @@ class Projections:
         now = {key: plan is not None for key, plan in self.plans.items()}
         return now != before or not all(now.values())
 
-    def weights(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Joined weight [ΣN, K] and bias [ΣN] of plain projections; `None` if one is not plain (LoRA, int8)."""
+    def weights(self, modules: tuple[nn.Module, ...]) -> Plan | None:
+        """Joined weight and bias of plain projections; `None` if one is not plain (LoRA, int8)."""
         key = id(modules[0])
         if key not in self.plans:
             self.plans[key] = None
             linears = [module for module in modules if plain(module)]
             if len(linears) == len(modules) and len({m.weight.dtype for m in linears}) == 1:
-                sizes = [m.out_features for m in linears]
-                weights: list[torch.Tensor | None] = [m.weight for m in linears]
-                biases: list[torch.Tensor | None] = [m.bias for m in linears]
+                weights = [local(m.weight) for m in linears]
+                biases = [local(m.bias) for m in linears]
+                sizes = [len(w) for w in weights if w is not None]
                 if joinable(weights, sizes) and joinable(biases, sizes):
                     weight = joined(weights, sizes)
                     assert weight is not None
-                    self.plans[key] = weight, joined(biases, sizes)
+                    self.plans[key] = Plan(weight, joined(biases, sizes), summed_over(linears[0].weight))
         return self.plans[key]
 
     def __call__(
@@ -87,7 +102,12 @@ class Projections:
                 parts[0] = activation(parts[0])
             out = parts[0] * parts[1] if gated else torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             return out if residual is None else residual + out
-        weight, bias = found
+        weight, bias, ranks = found
+        if ranks is not None:
+            out = product(x, weight, None)  # behind a norm, inputs are whole
+            dist.all_reduce(out, group=ranks)
+            out = out if bias is None else out + bias
+            return out if residual is None else residual + out
         fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype
         normal = None if norm is None else kernel_norm(norm)
         if fits and len(x) == 1 and (norm is None or normal is not None):
@@ -97,7 +117,7 @@ class Projections:
             return fused_linear(y, weight, bias, activation=name, gated=gated, residual=residual)
         if residual is not None and bias is None and y.is_cuda:
             return torch.addmm(residual, y, weight.t(), out=residual)
-        out = few_rows(y, weight, bias) if left_is_faster(y) else nn.functional.linear(y, weight, bias)
+        out = product(y, weight, bias)
         if activation is not None and fits:
             out = activate(out, name, gated)  # type: ignore[arg-type]
         elif activation is not None:
@@ -154,10 +174,10 @@ def plain_norms(attention: "MQAAttention") -> bool:
 
 
 def plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is only a matrix product (no adapter, no quantised weight, no hook)."""
+    """Whether a module is only a matrix product (no adapter, no quantised weight, no hook), or one rank's part."""
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
+        and (type(module.weight) is nn.Parameter or divided(module.weight))
         and module.weight.element_size() > 1
         and module.weight.is_contiguous()
         and not module._forward_hooks
@@ -221,6 +241,11 @@ def joined(parameters: list[torch.Tensor | None], sizes: list[int]) -> torch.Ten
             part.copy_(p.data)
             p.data = part
     return whole
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x · Wᵀ + b."""
+    return few_rows(x, weight, bias) if left_is_faster(x) else nn.functional.linear(x, weight, bias)
 
 
 def left_is_faster(x: torch.Tensor) -> bool:

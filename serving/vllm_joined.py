@@ -43,6 +43,8 @@ class Joined(nn.Module):
 class JoinedMLP(MQAMLP):
     """An MLP whose gate and input are one product."""
 
+    joined: Joined
+
     def inner(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.joined(x)
         return self.act_fn(gate) * up
@@ -50,6 +52,8 @@ class JoinedMLP(MQAMLP):
 
 class JoinedAttention(MQAAttention):
     """Attention whose queries, keys and values are one product."""
+
+    joined: Joined
 
     def projected(self, x: torch.Tensor, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert x is states, "keys and values of another input"

@@ -122,6 +122,7 @@ def test_what_vllm_cannot_time_is_said(tmp_path):
         VLLMTiming("llama-2-7b", cells=["1"]).resolve()
     with pytest.raises(MQAError, match="no class that vLLM knows"):
         VLLMTiming("pythia-6.9b", kv_heads=1).resolve()
+    assert VLLMTiming("pythia-6.9b", kv_heads=1, plugin=True).resolve().plugin
     if find_spec("vllm") is None:
         with pytest.raises(MQAError, match="this needs vLLM"):
             VLLMTiming("llama-2-7b").run()

@@ -45,9 +45,15 @@ with torch.no_grad():
     logits = model(ids).logits
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
+fast = model.decoding.engine is not None
+beams = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2)
+model.decoding.enabled = False
+slow = model.generate(ids, max_new_tokens=8, do_sample=False)
 held = {n: list((p.to_local() if hasattr(p, "to_local") else p).shape) for n, p in model.named_parameters()}
 if os.environ["RANK"] == "0":
-    torch.save({"logits": logits.cpu(), "tokens": tokens.cpu(), "held": held, "device": ids.device.type}, output)
+    found = {"logits": logits, "tokens": tokens, "beams": beams, "slow": slow}
+    found = {name: tensor.cpu() for name, tensor in found.items()}
+    torch.save({**found, "held": held, "device": ids.device.type, "fast": fast}, output)
 """
 
 
@@ -92,7 +98,11 @@ def divided(fields, ranks, directory, **env):
     with torch.no_grad():
         expected = model(ids).logits
     torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-4)
-    assert torch.equal(found["tokens"], model.generate(ids, max_new_tokens=8, do_sample=False))
+    own = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found["tokens"], own)
+    assert torch.equal(found["slow"], own)
+    assert torch.equal(found["beams"], model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2))
+    assert found["fast"] == (not any(model.config.expert_layers))
     held, plan = found["held"], tensor_plan(model.config)
     for pattern, style in plan.items():
         names = [n for n in held if n.startswith("model." + pattern.replace("*", "1") + ".") and n.endswith("weight")]
