@@ -129,7 +129,8 @@ class VLLMTiming(Job[list[VLLMRecord]]):
     def step_seconds(self, vllm: Any, engine: Any, batch: int, context: int) -> float:
         """The difference of two calls; both write enough tokens that every row's prompt has been read."""
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(5, 1000, (batch, context), generator=generator).tolist()
+        most = min(1000, self.contender().config.vocab_size)
+        rows = torch.randint(5, most, (batch, context), generator=generator).tolist()
         prompts = [{"prompt_token_ids": row} for row in rows]
 
         def seconds(tokens: int) -> float:
