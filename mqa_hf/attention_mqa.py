@@ -53,8 +53,14 @@ class HeadNorm(nn.Module):
 
 
 def project(linear: nn.Linear, x: torch.Tensor, width: int) -> torch.Tensor:
-    """[B, T, d] -> [B, heads, T, width]."""
-    return linear(x).view(*x.shape[:2], -1, width).transpose(1, 2)
+    """[B, T, d] -> [B, heads, T, width]; raises ValueError if a rank of tensor parallelism has parts of heads."""
+    made = linear(x)
+    if made.shape[-1] % width:
+        raise ValueError(
+            f"a rank has {made.shape[-1]} outputs of a projection to heads of width {width}: the number of ranks must "
+            "divide the number of query heads, and that of key/value heads if there are several"
+        )
+    return made.view(*x.shape[:2], -1, width).transpose(1, 2)
 
 
 def mqa_attention_forward(

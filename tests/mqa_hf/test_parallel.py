@@ -79,8 +79,15 @@ def test_several_gpus_give_the_tokens_of_one(name, ranks, tmp_path):
     assert divided({**eight_heads, **CASES[name], **slopes}, ranks, tmp_path) == "cuda"
 
 
-def divided(fields, ranks, directory, **env):
-    """The device that `ranks` processes ran on, once what they computed and hold is what it should be."""
+@pytest.mark.slow
+def test_heads_that_the_ranks_do_not_divide(tmp_path):
+    result = run({"num_attention_heads": 3}, 2, tmp_path, CUDA_VISIBLE_DEVICES="")[1]
+    assert result.returncode != 0
+    assert "the number of ranks must divide the number of query heads" in result.stderr
+
+
+def run(fields, ranks, directory, **env):
+    """The model with these fields, and what `PROGRAM` says on `ranks` processes."""
     torch.manual_seed(1)
     model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **fields}))).eval()
     model.save_pretrained(directory / "model")
@@ -89,7 +96,12 @@ def divided(fields, ranks, directory, **env):
                f"--master_port={free_port()}", directory / "program.py", directory / "model",
                directory / "found"]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+    return model, subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False)
+
+
+def divided(fields, ranks, directory, **env):
+    """The device that `ranks` processes ran on, once what they computed and hold is what it should be."""
+    model, result = run(fields, ranks, directory, **env)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "not sharded" not in result.stderr
     assert "not applied" not in result.stderr
