@@ -1,6 +1,6 @@
 """The model card of a converted checkpoint."""
 
-import warnings
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedConfig
 
-from mqa_hf.base.card import public_command
-from mqa_hf.base.errors import ConversionWarning
+from mqa_hf.base.card import public, public_command
 
 from .canonical import PIPELINES, auto_class
 from .convert import FileOptions
@@ -20,7 +19,7 @@ from .record import ConversionRecord
 
 def write_card(
     directory: Path, record: ConversionRecord, source: Path | None, config: PreTrainedConfig, job: FileOptions
-) -> None:
+) -> list[str]:
     """Write `README.md`: what was changed, by which command, and how to load the result.
 
     The original is named by its hub id: `base_model` of the job, that of the source, or for a local source the
@@ -32,6 +31,9 @@ def write_card(
         source: the source's card, if any. Licence, language, data sets and pipeline tag are copied from it.
         config: of the result.
         job: what it says of the original goes before what is known.
+
+    Returns:
+        What the card lacks, as warnings.
     """
     own, loaded_by = record.output.startswith("mqa"), auto_class(config)
     inherited: dict[str, Any] = {}
@@ -53,9 +55,6 @@ def write_card(
         inherited["base_model"] = job.base_model
     if job.license is not None:
         inherited = {k: v for k, v in inherited.items() if not k.startswith("license")} | {"license": job.license}
-    if "license" not in inherited and job.push_to_hub:
-        said = "the card has no licence, because the source's has none; give `license`"
-        warnings.warn(said, ConversionWarning, stacklevel=5)
     original = inherited.get("base_model") or Path(record.source).name
     relation = {"base_model_relation": "finetune"} if "base_model" in inherited else {}
     data = ModelCardData(
@@ -70,6 +69,7 @@ def write_card(
         name=Path(record.source).name,
         auto_class=loaded_by.__name__,
         language="bash" if record.command.startswith("mqa-hf ") else "python",
+        text=public(record.held_out_loss.text or "") if record.held_out_loss else "",
         place=job.push_to_hub or "DIRECTORY_OR_ID",
         trust=", trust_remote_code=True" if own else "",
         changed=[n for n, heads in record.attentions.items() if heads.before != heads.after or n in record.latents],
@@ -77,10 +77,13 @@ def write_card(
         **{**dict(record), "source": original, "command": public_call(record, original)},
     )
     card.save(directory / "README.md")
+    lacking = bool(job.push_to_hub) and "license" not in inherited
+    return ["the card has no licence; give `license`"] if lacking else []
 
 
 def public_call(record: ConversionRecord, original: str) -> str:
     """The command or Python call of the conversion, with names in place of paths."""
     if record.command.startswith("mqa-hf "):
         return public_command(record.command, {record.source: original})
-    return record.command.replace(repr(record.source), repr(original))
+    said = record.command.replace(repr(record.source), repr(original))
+    return re.sub(r"'[^'\n]*'", lambda found: repr(public(found[0][1:-1])), said)

@@ -173,7 +173,7 @@ class Hub(Options, panel="Hub"):
 
 @dataclass(frozen=True)
 class Named(Options, panel="Hub"):
-    """What the model card says that the source does not."""
+    """What the model card says of the original."""
 
     _: KW_ONLY
     base_model: Annotated[

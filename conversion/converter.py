@@ -8,6 +8,7 @@ save      configuration, code, tokenizer, `conversion.json`, model card; then th
 import os
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def carry_out(job: Conversion) -> ConversionRecord:
     place = resolve_output(job.output, source.directory, job.overwrite)
     plan, maker = prepare(source, job, scratch=place.parent)
     if job.push_to_hub:
-        make_repository(job.push_to_hub, job.private)
+        job = replace(job, push_to_hub=make_repository(job.push_to_hub, job.private))
     with written_beside(place, plan.nbytes, job.overwrite) as partial:
         companions.carry_over(partial)
         writer = CheckpointWriter(partial, plan.tensors, job.max_shard_size, job.allow_nonfinite)
@@ -56,13 +57,13 @@ def carry_out(job: Conversion) -> ConversionRecord:
         said = [*companions.doubts(), *warnings_of(plan, maker, writer)]
         record = record_of(plan, job, maker, writer, layers, said)
         (partial / REPORT_FILE).write_text(record.to_json() + "\n", encoding="utf-8")  # renamed as a whole
-        write_card(partial, record, companions.card, plan.output, job)
+        said += write_card(partial, record, companions.card, plan.output, job)
         write_config(plan, final_config(plan, maker), partial)
         companions.check(partial)
-    if job.push_to_hub:
-        push(place, job.push_to_hub, "Convert with mqa-hf")
     for message in said:
         warnings.warn(message, ConversionWarning, stacklevel=4)
+    if job.push_to_hub:
+        push(place, job.push_to_hub, "Convert with mqa-hf")
     return record
 
 

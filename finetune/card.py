@@ -1,5 +1,6 @@
 """The model card section on the training of a checkpoint, with a plot of its losses."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def draw(record: UptrainingRecord, path: Path) -> bool:
     return True
 
 
-def add_training_section(directory: Path, record: UptrainingRecord) -> None:
-    """Add how the checkpoint was trained to `README.md`, replacing the section of an earlier training."""
+def add_training_section(directory: Path, record: UptrainingRecord, place: str | None) -> None:
+    """Add how the checkpoint was trained to `README.md`, replacing the section of an earlier training.
+
+    The card's program loads the trained checkpoint from the hub id `place`, if given.
+    """
     options = record.options
     goals = ", ".join(f"{name} (weight {weight:g})" for name, weight in options["losses"])
     texts = ", ".join(public(part["source"]) for part in options["dataset"])
@@ -96,6 +100,7 @@ def add_training_section(directory: Path, record: UptrainingRecord) -> None:
     # Bytes of other encodings are kept.
     said = card.read_text(encoding="utf-8", errors="surrogateescape") if card.is_file() else ""
     said = said.replace("No training has followed.", "Training followed.")
+    said = re.sub(r'(from_pretrained\(|model=)"[^"]+"', rf'\1"{place or "DIRECTORY_OR_ID"}"', said)
     said = with_datasets(said, [part["source"] for part in options["dataset"]])
     card.write_text(with_section(said, HEADING, "\n".join(text)), encoding="utf-8", errors="surrogateescape")
 
@@ -108,6 +113,7 @@ def with_datasets(said: str, sources: list[str]) -> str:
     except (ValueError, yaml.YAMLError):
         return said
     known = card.data.to_dict().get("datasets") or []
+    known = [known] if isinstance(known, str) else known
     if not ids or not isinstance(known, list):
         return said
     card.data.datasets = list(dict.fromkeys([*known, *ids]))

@@ -34,8 +34,6 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     pairs = bool(configuration(fields).is_encoder_decoder)
     if not pairs:
         one_column(job.columns, "`columns`")
-    if job.push_to_hub and state.is_main_process:
-        make_repository(job.push_to_hub, job.private)
     begin(job.place, {"files": [stamp for part in job.parts for stamp in stamps(part.source)], **options}, job.restart)
 
     with state.main_process_first():
@@ -45,6 +43,7 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
             tokenizer = trained_tokenizer(job, job.vocab_size, job.place / "tokenizer", pairs, job.seed)
     if job.equal_parameters is not None:
         fields = widened(fields, read_config(job.equal_parameters, "equal_parameters"), tokenizer)
+    place = make_repository(job.push_to_hub, job.private) if job.push_to_hub and state.is_main_process else None
     set_seed(job.seed)
     model = build(fields, tokenizer)
     text = training_set(tokenizer, model.config, job)
@@ -61,9 +60,9 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     )
     if state.is_main_process:
         write(job, target, model.config, tokenizer, record)
-        if job.push_to_hub:
-            push(target, job.push_to_hub, "Train with mqa-hf")
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # not for the upload, which may take longer than a barrier waits
+    if place is not None:
+        push(target, place, "Train with mqa-hf")
     return record
 
 

@@ -45,8 +45,6 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     carried_over(source)  # check before training
     files = [str(source), *([str(job.teacher)] if job.taught else []), *(part.source for part in job.parts)]
     known = [stamp for path in files for stamp in stamps(path)]
-    if job.push_to_hub and state.is_main_process:
-        make_repository(job.push_to_hub, job.private)
     begin(job.place, {"student": str(source.resolve()), "files": known, **job.decisive()}, job.restart)
 
     student = load_model(source, config=config if job.dropout else without_dropout(config), dtype=torch.float32)
@@ -54,6 +52,8 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     teacher = teacher_of(job, student)
     text = training_set(tokenizer, config, job)
+    if job.push_to_hub and state.is_main_process:
+        job = replace(job, push_to_hub=make_repository(job.push_to_hub, job.private))
     set_seed(job.seed)  # adapters are initialised at random
     logs: dict[str, list[dict[str, float]]] = {}
     main: Uptraining = job
@@ -70,9 +70,9 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     record = describe(job, text.row_tokens, logs)
     if state.is_main_process:
         write(job, target, config, record)
-        if job.push_to_hub:
-            push(target, job.push_to_hub, "Train with mqa-hf")
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # not for the upload, which may take longer than a barrier waits
+    if job.push_to_hub and state.is_main_process:
+        push(target, job.push_to_hub, "Train with mqa-hf")
     return record
 
 
@@ -216,7 +216,7 @@ def write(job: Uptraining, target: Path, config: Any, record: UptrainingRecord) 
         record.write(partial)
         if not (partial / REPORT_FILE).is_file():  # marks what may be replaced
             (partial / REPORT_FILE).write_text(json.dumps({"source": str(source)}) + "\n")
-        add_training_section(partial, record)
+        add_training_section(partial, record, job.push_to_hub)
         check_loads(partial, source)
     with suppress(OSError):
         shutil.rmtree(job.place)

@@ -84,6 +84,11 @@ class DecodeLayer(CacheLayerMixin):
             self.grow(max(end, 2 * self.capacity))
         every = self.shape[0] // rows
         for name, states in new.items():
+            if states.shape[1] != getattr(self, name).shape[1]:
+                raise ValueError(
+                    f"the cache has {getattr(self, name).shape[1]} heads and gets {states.shape[1]}; let `generate()` "
+                    "make the cache of a model that is divided among ranks"
+                )
             for copy in range(every if self.copy else 1):
                 getattr(self, name)[copy::every, :, first:end].copy_(states)
         self.length = end

@@ -179,6 +179,7 @@ class MQASeq2SeqModel(MQASeq2SeqPreTrainedModel):
 class MQAForConditionalGeneration(FastDecoding, MQASeq2SeqPreTrainedModel, GenerationMixin):
     """Encoder and decoder with a language-model head; `AutoModelForSeq2SeqLM` loads converted checkpoints as this."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {
         "lm_head.weight": "model.decoder.embed_tokens.weight",
         "model.encoder.embed_tokens.weight": "model.decoder.embed_tokens.weight",

@@ -13,6 +13,7 @@ from torch import nn
 
 from .configuration_checks_mqa import BIAS_POSITIONS
 
+STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}  # that a decode step knows
 PIPELINE = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -61,7 +62,10 @@ def mlp_plan(name: str, gated: bool) -> dict[str, str]:
 
 def divided(weight: Any) -> bool:
     """Whether a weight is divided among the ranks of tensor parallelism, along one dimension."""
-    return isinstance(weight, torch.Tensor) and len(getattr(weight, "placements", ())) == 1
+    if not isinstance(weight, torch.Tensor) or len(getattr(weight, "placements", ())) != 1:
+        return False
+    own: Any = weight
+    return type(own._local_tensor) in (torch.Tensor, nn.Parameter)  # not quantised
 
 
 def local(weight: Any) -> Any:
@@ -97,6 +101,7 @@ def config_of_rank(stack: Any) -> Any:
     own, layer = copy.copy(stack.config), stack.layers[0]
     for name, part in (("num_key_value_heads", "self_attn"), ("cross_num_key_value_heads", "cross_attn")):
         projection = getattr(getattr(layer, part, None), "v_proj", None)
-        if projection is not None and divided(projection.weight):
-            setattr(own, name, getattr(own, name) // projection.weight.device_mesh.size())
+        weight: Any = getattr(projection, "weight", None)
+        if divided(weight):
+            setattr(own, name, getattr(own, name) // weight.device_mesh.size())
     return own

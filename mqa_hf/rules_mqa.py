@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin, logits_process, stopping_cr
 
 from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .compat_mqa import cache_name
-from .parallel_mqa import forward_of_rank
+from .parallel_mqa import STYLES, forward_of_rank
 
 CACHE = cache_name()
 KNOWN_ARGUMENTS = {
@@ -164,6 +164,21 @@ def altered(module: nn.Module) -> bool:
     )
 
 
+def undivided_only(model: Any, criteria: StoppingCriteriaList, arguments: dict[str, Any]) -> str | None:
+    """Why a call of a model that is divided among ranks needs transformers' loop, or `None`."""
+    cache = arguments.get(CACHE)
+    reasons = (
+        # Steps are launched ahead there, and ranks that do not launch as many wait for each other forever.
+        (model.device.type != "cpu", "the model is divided among devices by tensor parallelism"),
+        (any(decoder_stack(model).config.expert_layers), "experts are divided among ranks"),
+        (getattr(model, "hf_quantizer", None) is not None, "the model is quantised and divided among ranks"),
+        (not set(model.tp_plan.values()) <= STYLES, "the plan of tensor parallelism is not this package's"),
+        (isinstance(cache, DecodeCache), "the cache has the heads of all ranks"),
+        (any(hasattr(criterion, "max_time") for criterion in criteria), "clocks of ranks differ, and max_time is set"),
+    )
+    return next((reason for holds, reason in reasons if holds), None)
+
+
 def unsupported(
     model: Any,
     input_ids: torch.Tensor,
@@ -180,8 +195,10 @@ def unsupported(
         return "synced_gpus or assisted decoding is requested"
     if model.training:
         return "the model is in training mode"
-    if (getattr(model, "_tp_size", None) or 1) > 1 and any(stack.expert_layers):
-        return "experts are divided among devices by tensor parallelism"
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        reason = undivided_only(model, criteria, arguments)
+        if reason is not None:
+            return reason
     for name in ("output_attentions", "output_hidden_states", "output_scores", "output_logits"):
         if getattr(config, name):
             return f"{name} is requested"

@@ -27,7 +27,7 @@ from .kernel_launch_mqa import available, compile_all
 from .kernel_norm_mqa import normalise
 from .latent_mqa import Angles, MQALatentAttention, QueryMap
 from .layer_mqa import scaled_logits
-from .parallel_mqa import divided, gathered
+from .parallel_mqa import gathered
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
@@ -65,7 +65,6 @@ class DecodeStep:
         self.triton = request.kernels and available(self.device) and max(self.widths()) <= MAX_HEAD_WIDTH
         # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
         fixed = all(by_kernel(self, module) for module in self.mixtures())
-        fixed = fixed and not divided(head)  # graphs with sums over ranks have not been measured
         self.graph = request.graphs and self.device.type == "cuda" and fixed
         self.linear = Projections(self.config.hidden_act, self.triton)
         self.host_length = 0

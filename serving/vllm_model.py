@@ -14,6 +14,7 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from mqa_hf.attention_mqa import OWN, HeadNorm
 from mqa_hf.latent_mqa import MQALatentAttention
@@ -59,7 +60,7 @@ class MQAForVLLM(TransformersForCausalLM):
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
-        object.__setattr__(self, "vllm", vllm_config)  # `nn.Module` takes attributes after its own `__init__` only
+        self.lora = vllm_config.lora_config is not None
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config, logits = self.text_config, getattr(self, "logits_processor", None)
         if logits is not None and config.logit_softcap is not None:
@@ -87,7 +88,7 @@ class MQAForVLLM(TransformersForCausalLM):
                 sinks = nn.Parameter(torch.empty(count, device=self.device_config.device), requires_grad=False)
                 set_weight_attrs(sinks, {"weight_loader": sharded_weight_loader(0)})
                 attention.sinks = sinks
-        if self.quant_config is None and self.vllm.lora_config is None:  # both replace single layers later
+        if self.quant_config is None and not self.lora:  # both replace single layers later
             join(self.model)
 
     def attention_ranks(self) -> int:
@@ -102,6 +103,11 @@ class MQAForVLLM(TransformersForCausalLM):
     def _create_attention_instances(self, prefix: str = "") -> None:
         """Give each layer vLLM's attention, for which vLLM then allocates a cache."""
         config, ranks = self.text_config, self.attention_ranks()
+        if ranks < get_tensor_model_parallel_world_size() and not current_platform.is_cpu():
+            raise ValueError(
+                "mqa-hf's vLLM plugin: latents, norms of heads and sinks are computed whole on each rank, for which "
+                "vLLM's GPU kernels have not been tried; use tensor_parallel_size=1"
+            )
         for name, module in self.attentions().items():
             latent = isinstance(module, MQALatentAttention)
             heads = 1 if latent else max(1, config.num_key_value_heads // ranks)

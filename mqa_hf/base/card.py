@@ -1,5 +1,6 @@
 """Sections of a model card."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,16 +11,17 @@ FENCE = re.compile(r"\s*(```|~~~)")
 
 def public(source: str) -> str:
     """A hub id as it is, a file or directory by its name alone: nobody else has the rest of the path."""
-    path = Path(source)
-    return path.name if path.is_absolute() or path.exists() else source
+    return Path(source).resolve().name if os.path.isabs(source) or os.path.exists(source) else source
 
 
 def public_command(command: str, names: Mapping[str, str]) -> str:
     """A command with paths replaced: by `names`, else as [`public`]. A weight after a path stays (`a.txt=2`)."""
 
     def shown(word: str) -> str:
-        path, sign, rest = word.partition("=")
-        return names.get(word) or public(path) + sign + rest
+        path, sign, weight = word.rpartition("=")
+        if word in names or not re.fullmatch(r"[\d.]+", weight) or not sign:
+            return names.get(word) or public(word)
+        return public(path) + sign + weight
 
     return shlex.join(word if word.startswith("-") else shown(word) for word in shlex.split(command))
 

@@ -97,10 +97,14 @@ def _files_on_hub(repo_id: str, revision: str | None) -> list[str]:
         return []
 
 
-def make_repository(repo_id: str, private: bool) -> None:
-    """Create the repository before the work, so that a missing token or a taken name fails early."""
+def make_repository(repo_id: str, private: bool) -> str:
+    """Create the repository before the work, so that a missing token or a taken name fails early.
+
+    Returns:
+        The id with its namespace.
+    """
     try:
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        return HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
     except (HTTPError, OSError, ValueError) as error:
         raise MQAError(f"cannot push to {repo_id}: {error}") from error
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoUrl
 from isolated import run_without_the_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -224,11 +224,10 @@ def test_the_model_card(model, tmp_path):
 
 
 CARD = """
-import json, time
+import json
 directory, program = json.loads(sys.argv[1])
-start = time.time()
 exec(program.replace("DIRECTORY_OR_ID", directory))
-print(json.dumps([type(model).__name__, time.time() - start]))
+print(json.dumps(type(model).__name__))
 """
 
 
@@ -239,9 +238,7 @@ def test_the_program_of_the_card_asks_no_question(name, tmp_path):
     write_tokenizer(source)
     convert(source, tmp_path / "ours", target="mqa" if name.startswith("MQA") else "native")
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "ours" / "README.md").read_text(), re.DOTALL)
-    found, seconds = run_without_the_package(CARD, tmp_path / "ours", program, scratch=tmp_path)
-    assert found == name
-    assert seconds < 14  # transformers waits 15 for an answer
+    assert run_without_the_package(CARD, tmp_path / "ours", program, scratch=tmp_path) == name
 
 
 PROBE = """
@@ -377,6 +374,7 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
     class Api:
         def create_repo(self, repo_id, **options):
             calls.append((repo_id, options))
+            return RepoUrl(f"https://huggingface.co/{repo_id}")
 
         def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
             assert "*.safetensors" in delete_patterns
@@ -384,7 +382,7 @@ def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
     source = save(model, tmp_path / "source")
-    with pytest.warns(ConversionWarning, match="the card has no licence, .*; give `license`"):
+    with pytest.warns(ConversionWarning, match="the card has no licence; give `license`"):
         convert(source, tmp_path / "ours", push_to_hub="me/mqa", private=True)
     assert calls[0] == ("me/mqa", {"private": True, "exist_ok": True})
     assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= set(calls[1][1])

@@ -83,9 +83,9 @@ def test_generation_is_that_of_the_source(model_type, what, config, options, tmp
     theirs, ours = convert_all_heads(model_type, config, tmp_path)
     for padding in ("right", "left") if model_type != "whisper" else (None,):
         arguments = {k: v for k, v in inputs(theirs, padding).items() if k != "decoder_input_ids"}
-        arguments |= {"max_new_tokens": 50, "min_new_tokens": 50, "do_sample": False, **options}
+        arguments |= {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **options}
         expected = theirs.generate(**arguments)
-        assert expected.shape[1] >= 50
+        assert expected.shape[1] >= 24
         for caching in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
             torch.testing.assert_close(ours.generate(**arguments, **caching), expected)
         # The fast loop has run, but for the processor of n-grams that Blenderbot's generation begins with.

@@ -1,4 +1,4 @@
-"""Fifty tokens of one model of each family, greedily and with beams: what the source's class generates, ours does."""
+"""One model of each family generates, greedily and with beams, what the source's class does."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from mqa_hf import convert
 
-TOKENS = 50
+TOKENS = 24
 FIRST = {family: fields for family, _, fields in reversed(CASES)}
 
 
@@ -32,8 +32,8 @@ def test_it_generates_what_the_source_does(model_type, tmp_path):
                 max_new_tokens=TOKENS,
                 pad_token_id=0,
             )
-            for model in (theirs, ours)
-            for use_cache in (True, False)
+            for model, use_cache in ((theirs, True), (ours, True), (ours, False))
+            if use_cache or num_beams == 1
         ]
         assert tokens[0].shape == (len(ids), ids.shape[1] + TOKENS)
         for other in tokens[1:]:

@@ -69,10 +69,10 @@ def test_a_card_keeps_what_others_wrote_when_a_model_is_trained_again(tmp_path):
     card = tmp_path / "README.md"
     card.write_bytes(CARD.encode() + b"\nw\xf6rds in another encoding. No training has followed.\n")
     record = UptrainingRecord.of(PUBLISHED, "uptraining.json")
-    add_training_section(tmp_path, record)
+    add_training_section(tmp_path, record, None)
     with card.open("a") as file:
         file.write("\n## Quality and speed\n\ntables\n")
-    add_training_section(tmp_path, record)
+    add_training_section(tmp_path, record, None)
     content = card.read_bytes()
     assert content.count(HEADING.encode()) == 1
     assert content.endswith(b"## Quality and speed\n\ntables\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, RepoUrl
 from isolated import run_without_the_package
 from safetensors.torch import load_file
 from tokenizer import write_tokenizer
@@ -294,6 +294,7 @@ def test_the_result_is_uploaded(home, tmp_path, monkeypatch):
     class Api:
         def create_repo(self, repo_id, **options):
             calls.append((repo_id, options))
+            return RepoUrl(f"https://huggingface.co/{repo_id}")
 
         def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
             calls.append((repo_id, commit_message, {path.name for path in folder_path.iterdir()}))
@@ -306,6 +307,7 @@ def test_the_result_is_uploaded(home, tmp_path, monkeypatch):
     repo_id, message, names = calls[1]
     assert (repo_id, message) == ("me/trained", "Train with mqa-hf")
     assert {"config.json", "model.safetensors", "README.md", "uptraining.json"} <= names
+    assert 'from_pretrained("me/trained", trust' in (tmp_path / "trained" / "README.md").read_text()
 
 
 def test_the_card_names_the_data_sets_of_the_hub(tmp_path):
@@ -314,6 +316,7 @@ def test_the_card_names_the_data_sets_of_the_hub(tmp_path):
     card = "---\ndatasets:\n- a/b\nlicense: mit\n---\n# Title\n"
     found = ModelCard(with_datasets(card, [str(local), "c/d:en[train]", "a/b"])).data
     assert (found.datasets, found.license) == (["a/b", "c/d"], "mit")
+    assert ModelCard(with_datasets("---\ndatasets: a/b\n---\n", ["c/d"])).data.datasets == ["a/b", "c/d"]
     assert with_datasets("no metadata", [str(local)]) == "no metadata"
     broken = "---\n: [\n---\n"
     assert with_datasets(broken, ["c/d"]) == broken

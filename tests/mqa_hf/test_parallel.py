@@ -10,7 +10,7 @@ import pytest
 import torch
 from latents import randomise
 
-from mqa_hf import MQAConfig, MQAForCausalLM
+from mqa_hf import MQAConfig, MQAForCausalLM, MQAForConditionalGeneration, MQASeq2SeqConfig
 from mqa_hf.parallel_mqa import tensor_plan
 
 STACK = {
@@ -27,6 +27,11 @@ CASES = {
     "experts with biases": {**EXPERTS, "expert_bias": True, "expert_limit": 2.0, "router_bias": True},
     "biases of ALiBi": {"position_embedding": "alibi", "alibi_slopes": [0.5, 0.4, 0.3, 0.2, 0.1, 0.05]},
     "relative biases": {"position_embedding": "relative"},
+    "an encoder and a decoder": {
+        "num_key_value_heads": 2,
+        "position_embedding": "relative",
+        "cross_num_key_value_heads": 2,
+    },
     "learned positions, plain MLP": {"position_embedding": "learned", "gated_mlp": False, "tie_word_embeddings": True},
 }
 FAST = "one head, by layer"  # the others take as long again each
@@ -34,15 +39,17 @@ names = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) fo
 PROGRAM = """
 import json, os, sys, torch
 import mqa_hf
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.distributed import DistributedConfig
 
 directory, output = sys.argv[1:]
 ranks = int(os.environ["WORLD_SIZE"])
-model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=ranks)).eval()
+several = AutoConfig.from_pretrained(directory).is_encoder_decoder
+auto = AutoModelForSeq2SeqLM if several else AutoModelForCausalLM
+model = auto.from_pretrained(directory, distributed_config=DistributedConfig(tp_size=ranks)).eval()
 ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1)).to(model.device)
 with torch.no_grad():
-    logits = model(ids).logits
+    logits = model(ids, **({"decoder_input_ids": ids} if several else {})).logits
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
 fast = model.decoding.engine is not None
@@ -89,7 +96,13 @@ def test_heads_that_the_ranks_do_not_divide(tmp_path):
 def run(fields, ranks, directory, **env):
     """The model with these fields, and what `PROGRAM` says on `ranks` processes."""
     torch.manual_seed(1)
-    model = randomise(MQAForCausalLM(MQAConfig(**{**STACK, **fields}))).eval()
+    stack = {**STACK, **fields}
+    if "cross_num_key_value_heads" in fields:
+        encoder = {**stack, "causal": False, "cross_num_key_value_heads": None}
+        config = MQASeq2SeqConfig(encoder=encoder, decoder=stack, decoder_start_token_id=0, pad_token_id=0)
+        model = randomise(MQAForConditionalGeneration(config)).eval()
+    else:
+        model = randomise(MQAForCausalLM(MQAConfig(**stack))).eval()
     model.save_pretrained(directory / "model")
     (directory / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
@@ -108,19 +121,22 @@ def divided(fields, ranks, directory, **env):
     found = torch.load(directory / "found")
     ids = torch.randint(5, 90, (2, 17), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = model(ids).logits
+        several = model.config.is_encoder_decoder
+        expected = model(ids, **({"decoder_input_ids": ids} if several else {})).logits
     torch.testing.assert_close(found["logits"], expected, rtol=0, atol=1e-4)
     own = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(found["tokens"], own)
     assert torch.equal(found["slow"], own)
     assert torch.equal(found["beams"], model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2))
-    assert found["fast"] == (not any(model.config.expert_layers))
-    held, plan = found["held"], tensor_plan(model.config)
+    decoder = model.config.get_text_config(decoder=True)
+    assert found["fast"] == (found["device"] == "cpu" and not any(decoder.expert_layers))
+    held, plan = found["held"], tensor_plan(decoder)
+    stack = "model.decoder." if several else "model."
     for pattern, style in plan.items():
-        names = [n for n in held if n.startswith("model." + pattern.replace("*", "1") + ".") and n.endswith("weight")]
+        names = [n for n in held if n.startswith(stack + pattern.replace("*", "1") + ".") and n.endswith("weight")]
         for full in names:
             whole, own = model.get_parameter(full).shape, held[full]
             at = 0 if style == "colwise" else 1
             assert own[at] * ranks == whole[at], (full, json.dumps(own))
-    assert held["model.layers.1.self_attn.o_proj.weight"][0] == model.config.hidden_size
+    assert held[stack + "layers.1.self_attn.o_proj.weight"][0] == decoder.hidden_size
     return found["device"]
