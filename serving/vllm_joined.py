@@ -7,6 +7,7 @@ from torch import nn
 
 from mqa_hf.experts_mqa import MQAMLP
 from mqa_hf.layer_mqa import MQAAttention
+from mqa_hf.weights_mqa import joined
 
 
 class Joined(nn.Module):
@@ -22,17 +23,10 @@ class Joined(nn.Module):
     def __init__(self, *parts: Any):
         super().__init__()
         self.rows = [part.weight.shape[0] for part in parts]
-        weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-        # Buffers outside of checkpoints: vLLM looks for every parameter there.
-        self.register_buffer("weight", weights[0].new_empty(sum(self.rows), *weights[0].shape[1:]), persistent=False)
-        some = any(bias is not None for bias in biases)
-        self.register_buffer("bias", weights[0].new_zeros(sum(self.rows)) if some else None, persistent=False)
-        for weight, rows in zip(weights, self.weight.split(self.rows)):
-            weight.data = rows
-        if self.bias is not None:
-            for bias, rows in zip(biases, self.bias.split(self.rows)):
-                if bias is not None:
-                    bias.data = rows
+        for name in ("weight", "bias"):
+            # A buffer outside of checkpoints: vLLM looks for every parameter there.
+            whole = joined([getattr(part, name) for part in parts], self.rows)
+            self.register_buffer(name, whole, persistent=False)
         for part in parts:
             part.quant_method = None  # vLLM would rearrange weights that nothing reads
 

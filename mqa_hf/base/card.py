@@ -19,9 +19,9 @@ def public_command(command: str, names: Mapping[str, str]) -> str:
 
     def shown(word: str) -> str:
         path, sign, weight = word.rpartition("=")
-        if word in names or not re.fullmatch(r"[\d.]+", weight) or not sign:
-            return names.get(word) or public(word)
-        return public(path) + sign + weight
+        if word in names:
+            return names[word]
+        return public(path) + sign + weight if sign and re.fullmatch(r"[\d.]+", weight) else public(word)
 
     return shlex.join(word if word.startswith("-") else shown(word) for word in shlex.split(command))
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import ModelCard
 from isolated import run_without_the_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from sources import LLAMA, batch, largest_difference, make_model, save
 from tokenizer import CHAT_TEMPLATE, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.dynamic_module_utils import custom_object_save
+from uploads import record_uploads
 
 import mqa_hf
 from mqa_hf import convert, inspect
@@ -369,23 +370,12 @@ def test_the_inspect_command(arguments, model, tmp_path):
 
 
 def test_pushing_uploads_the_whole_directory(model, tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **options):
-            calls.append((repo_id, options))
-            return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-            assert "*.safetensors" in delete_patterns
-            calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
-
-    monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
+    calls = record_uploads(monkeypatch)
     source = save(model, tmp_path / "source")
     with pytest.warns(ConversionWarning, match="the card has no licence; give `license`"):
         convert(source, tmp_path / "ours", push_to_hub="me/mqa", private=True)
     assert calls[0] == ("me/mqa", {"private": True, "exist_ok": True})
-    assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= set(calls[1][1])
+    assert {"config.json", "model.safetensors", "modeling_mqa.py", "README.md"} <= calls[1][2]
 
 
 def test_a_hub_id_is_converted_from_the_cache_with_its_commit(model, tmp_path, monkeypatch):

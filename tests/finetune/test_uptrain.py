@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import ModelCard
 from isolated import run_without_the_package
 from safetensors.torch import load_file
 from tokenizer import write_tokenizer
@@ -31,6 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from typer.testing import CliRunner
+from uploads import record_uploads
 
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
@@ -289,17 +290,7 @@ def command(home, output, *more, student="student"):
 
 
 def test_the_result_is_uploaded(home, tmp_path, monkeypatch):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **options):
-            calls.append((repo_id, options))
-            return RepoUrl(f"https://huggingface.co/{repo_id}")
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-            calls.append((repo_id, commit_message, {path.name for path in folder_path.iterdir()}))
-
-    monkeypatch.setattr("mqa_hf.base.hub.HfApi", Api)
+    calls = record_uploads(monkeypatch)
     with pytest.raises(MQAError, match="`private` needs `push_to_hub`"):
         job(home, tmp_path / "trained", private=True).run()
     job(home, tmp_path / "trained", push_to_hub="me/trained").run()
