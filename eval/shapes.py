@@ -101,8 +101,9 @@ def own_shape(source: Source, kv_heads: int) -> OwnShape:
 def chosen_share(config: PreTrainedConfig) -> float:
     """Fraction of a layer's experts that a token is routed to."""
     text = config.get_text_config(decoder=True)
+    said = getattr(text, "ffn_config", text)  # of DBRX
     counts = [
-        next((n for n in (getattr(text, name, None) for name in names) if isinstance(n, int)), None)
+        next((n for n in (getattr(said, name, None) for name in names) if isinstance(n, int)), None)
         for names in (CHOSEN, EXPERTS)
     ]
     if counts[0] is None or not counts[1]:

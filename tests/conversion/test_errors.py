@@ -377,6 +377,7 @@ def test_what_appears_at_the_output_meanwhile_is_kept(source, tmp_path, monkeypa
     def write_card(*arguments):
         output.mkdir()
         (output / "thesis.tex").write_text("years of work")
+        return []
 
     monkeypatch.setattr(converter, "write_card", write_card)
     with pytest.raises(MQAError, match="exists and is not empty"):

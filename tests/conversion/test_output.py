@@ -367,7 +367,7 @@ plain = c.write_card
 def slow(*arguments):
     print("at the end", flush=True)
     input()
-    plain(*arguments)
+    return plain(*arguments)
 c.write_card = slow
 """
 

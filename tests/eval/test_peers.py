@@ -233,7 +233,8 @@ def test_a_smaller_cache_loses_more_and_has_its_bytes(name, monkeypatch):
     known = [peer for peer in PEERS if name in ROTARY or peer not in ROTARY_PEERS]
     assert list(dict.fromkeys(method.partition(" at")[0].partition(" (")[0] for method in errors)) == known
     for found in errors.values():
-        assert 0 < found[0] < found[-1]
+        assert 0 <= found[0] < found[-1]  # CARE's first rank for wide heads is the hidden size: nothing is lost
+        assert found[1] > 0
 
 
 @pytest.mark.parametrize("name", ROTARY)
