@@ -9,7 +9,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
 
 from . import fitting
-from .heads import compare, fit_heads, groups, heads_output, key_maps, new_attention, value_maps
+from .heads import attended, compare, fit_heads, groups, key_maps, new_attention, value_maps
 from .moments import Seen, look
 from .states import Stream, old_heads
 from .widths import Curves, fold_value_bias, map_queries
@@ -99,7 +99,7 @@ def output_sizes(stream: Stream, layer: MQADecoderLayer, site: str) -> tuple[flo
     count = 0
     for rows in stream.batches(held_out=True):
         kept = stream.valid(rows)
-        y = heads_output(stream, getattr(layer, site), *stream.at(layer, site, rows))[1][kept]
+        y = attended(stream, getattr(layer, site), *stream.at(layer, site, rows))[kept]
         output += float(y.double().square().sum())
         ended += float((stream.states[rows].to(stream.device)[kept] + y).double().square().sum())
         count += len(y)

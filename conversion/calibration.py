@@ -122,7 +122,7 @@ class Calibration:
         stack, number = layer
         stream, teacher = self.enter(layer, tensors)
         pooled = self.pooled[stack]
-        student = stream.layer(pooled, number, tensors, strict=False)
+        student = stream.student(teacher, pooled)
         prefix = f"{stream.prefix}layers.{number}."
         result: Tensors = dict(tensors)
         report: dict[str, float] = {}

@@ -67,26 +67,42 @@ def covariance(moment: torch.Tensor) -> torch.Tensor:
     return moment[:-1, :-1] - torch.outer(mean, mean)
 
 
-def subspace(stacked: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best rank-`rank` factors of a matrix in the Frobenius norm (Eckart and Young 1936).
+def subspace(stacked: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best rank-`rank` factors of A C^½ in the Frobenius norm (Eckart and Young 1936), from the eigenvectors of
+    A C A', or of C^½ A'A C^½ if A has more rows than columns.
 
     Args:
-        stacked: [rows, columns].
+        stacked: A [rows, d].
+        moment: C [d, d].
 
     Returns:
         U [rows, rank] and singular values s [rank] with zero columns where the matrix has no more rank, and the share
         of the squared norm that they leave out.
     """
-    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
+    s2, vectors = torch.linalg.eigh(gram(stacked, moment))
+    s, vectors = s2.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     energy = s.square().sum()
     kept = s[:rank]
     kept = torch.where(kept > s[:1] * RANK_TOLERANCE**0.5, kept, torch.zeros_like(kept))
-    u = u[:, :rank] * (kept > 0)
+    u = vectors[:, :rank]
+    if len(u) < len(stacked):
+        u = stacked @ (root(moment) @ u) * inverse(kept)
+    u = u * (kept > 0)
     missing = rank - u.shape[1]
     if missing > 0:
         u, kept = torch.nn.functional.pad(u, (0, missing)), torch.nn.functional.pad(kept, (0, missing))
     discarded = 1.0 - float(kept.square().sum() / energy) if energy > 0 else 0.0
     return u, kept, max(discarded, 0.0)
+
+
+def gram(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """A C A' [rows, rows] of A [rows, d] and C [d, d], or C^½ A'A C^½ [d, d], of the same spectrum, if smaller."""
+    if len(stacked) <= len(moment):
+        found = stacked @ moment @ stacked.mT
+    else:
+        half = root(moment)
+        found = half @ (stacked.mT @ stacked) @ half
+    return (found + found.mT) / 2
 
 
 def inverse(s: torch.Tensor) -> torch.Tensor:
@@ -185,7 +201,7 @@ def reduced(
         Ŵ [rank, d], the maps W_i · moment · Ŵ' [m, D, rank], and the share of energy that is left out.
     """
     m, D, _ = old.shape
-    U, s, discarded = subspace(stacked @ root(moment), rank)
+    U, s, discarded = subspace(stacked, moment, rank)
     white = inverse(s)[:, None] * (U.mT @ stacked)
     scale = torch.einsum("mad,de,mae->", old, moment, old).clamp(min=0).div(m * D).sqrt()
     scale = scale if scale > 0 else torch.ones_like(scale)
@@ -229,7 +245,7 @@ def weighted_values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor)
 
 def spectrum(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
     """The energies that the components of a stack carry, largest first."""
-    return torch.linalg.svdvals(stacked @ root(moment)).square()
+    return torch.linalg.eigvalsh(gram(stacked, moment)).flip(0).clamp(min=0)
 
 
 def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: torch.Tensor, rank: int) -> Values:
@@ -243,19 +259,21 @@ def values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor, mixed: t
     return Values(rows, torch.einsum("nda,nar->ndr", w_o, mapped[head_of]), discarded)
 
 
-def refit(outputs: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
-    """The output projection by ridge regression towards the original one.
+def refit(outputs: torch.Tensor, errors: torch.Tensor, ridge: float = 1e-3) -> torch.Tensor:
+    """The change of the output projection by ridge regression.
+
+    (Y'Z + λ W) (Z'Z + λ I)⁻¹ = W + E'Z (Z'Z + λ I)⁻¹ with E = Y - Z W', the errors of the projection W. Rounding E'Z
+    costs little where the errors are small; Y'Z in float32 would change directions that the tokens hardly span.
 
     Args:
         outputs: Z'Z [r, r], of the new heads' outputs on the student's own inputs.
-        cross: Y'Z [d, r], Y the teacher layer's attention output on the same inputs.
-        weight: W_O [d, r] to start from.
+        errors: E'Z [d, r], of the attention's output, with that of the teacher's layer on the same inputs as Y.
 
     Returns:
-        (Y'Z + λ W_O)(Z'Z + λ I)⁻¹ with λ = `ridge` times the mean of the diagonal of Z'Z.
+        E'Z (Z'Z + λ I)⁻¹ [d, r] with λ = `ridge` times the mean of the diagonal of Z'Z.
     """
     strength = ridge * outputs.diagonal().mean()
-    eye = torch.eye(outputs.shape[0], dtype=outputs.dtype, device=outputs.device)
     if strength <= 0:
-        return weight
-    return torch.linalg.solve(outputs + strength * eye, cross + strength * weight, left=False)
+        return torch.zeros_like(errors)
+    eye = torch.eye(outputs.shape[0], dtype=outputs.dtype, device=outputs.device)
+    return torch.linalg.solve(outputs + strength * eye, errors, left=False)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, make_attention
@@ -187,56 +188,64 @@ def folded_bias(attention: MQAAttention) -> torch.Tensor:
 def new_attention(config: MQAConfig, number: int, fitted: Tensors, old: MQAAttention) -> Attention:
     """The new attention with the fitted projections; the old value bias is added to the output bias, if it folds."""
     device = old.k_proj.weight.device
-    new = make_attention(config, number, cross=old.cross).float().eval()
-    state = {name: t.to(device, torch.float32) for name, t in fitted.items()}
+    with no_init_weights(), device:
+        new = make_attention(config, number, cross=old.cross).float().eval()
+    state = dict(fitted)
     state |= {f"relative_bias.{n}": t for n, t in (old.relative_bias or nn.Identity()).state_dict().items()}
     if new.o_proj.bias is not None:
         state["o_proj.bias"] = folded_bias(old) + state.get("o_proj.bias", 0.0)
     new.load_state_dict(state)
-    return new.to(device)
+    return new
+
+
+def attended(
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The output of an attention [B, T, d]."""
+    own = {"encoder_hidden_states": source} if attention.cross else stream.placing
+    return attention(h, attention_mask=mask, **own)[0]
 
 
 def heads_output(
-    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The outputs of an attention's heads side by side [B, T, H·Dv], and of the attention [B, T, d]."""
-    seen: list[torch.Tensor] = []
-    hook = attention.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    output, _ = attention(
-        h,
-        attention_mask=mask,
-        encoder_hidden_states=source if attention.cross else None,
-        **({} if attention.cross else stream.placing),
-    )
-    hook.remove()
-    return seen[0], output
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The outputs of an attention's heads side by side [B, T, H·Dv], before the output projection."""
+    projection, attention.o_proj = attention.o_proj, nn.Identity()  # type: ignore[assignment]
+    try:
+        return attended(stream, attention, h, source, mask)
+    finally:
+        attention.o_proj = projection
 
 
 def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str) -> None:
-    """Refit the student's output projection (and bias, if any) to the teacher's attention output."""
+    """Refit the student's output projection (and bias, if any) to the teacher's attention output, and keep the outputs
+    of its heads in `Stream.known`."""
     old, new = getattr(teacher, site), getattr(student, site)
     projection = new.o_proj
     r, d = projection.in_features, projection.out_features
-    biased = projection.bias is not None
     zz = torch.zeros(r + 1, r + 1, dtype=torch.float64, device=stream.device)
-    yz = torch.zeros(d, r + 1, dtype=torch.float64, device=stream.device)
-    for rows in stream.batches():
+    ez = torch.zeros(d, r + 1, dtype=torch.float64, device=stream.device)
+    known = stream.keep(site, r)
+    for rows in stream.rows(0, len(stream.tokens)):
         at, kept = stream.at(student, site, rows), stream.valid(rows)
-        z = heads_output(stream, new, *at)[0][kept]
-        y = heads_output(stream, old, *at)[1][kept]
-        z = nn.functional.pad(z.double(), (0, 1), value=1.0)
-        zz += z.mT @ z
-        yz += y.double().mT @ z
+        made = heads_output(stream, new, *at)
+        known[rows] = made
+        if rows.start < stream.fitted_rows:
+            kept = kept & (torch.arange(rows.start, rows.stop, device=kept.device) < stream.fitted_rows)[:, None]
+            error = (attended(stream, old, *at) - projection(made))[kept]
+            z = nn.functional.pad(made[kept], (0, 1), value=1.0)
+            zz += (z.mT @ z).double()
+            ez += (error.mT @ z).double()
     n = zz[-1, -1]
-    zz, yz = zz / n, yz / n
-    mean_z, mean_y = zz[:-1, -1], yz[:, -1]
-    zz, yz = zz[:-1, :-1], yz[:, :-1]
-    if biased:  # a bias takes the means
-        zz, yz = zz - torch.outer(mean_z, mean_z), yz - torch.outer(mean_y, mean_z)
-    weight = fitting.refit(zz, yz, projection.weight.double())
-    projection.weight.data.copy_(weight)
-    if biased:
-        projection.bias.data.copy_(mean_y - weight @ mean_z)
+    zz, ez = zz / n, ez / n
+    mean_z, mean_error = zz[:-1, -1], ez[:, -1]
+    zz, ez = zz[:-1, :-1], ez[:, :-1]
+    if projection.bias is not None:  # which takes the means
+        zz, ez = zz - torch.outer(mean_z, mean_z), ez - torch.outer(mean_error, mean_z)
+    change = fitting.refit(zz, ez)
+    projection.weight.data += change
+    if projection.bias is not None:
+        projection.bias.data += mean_error - change @ mean_z
 
 
 def compare(
@@ -250,13 +259,13 @@ def compare(
     for rows in stream.batches(held_out=True):
         h, source, mask = stream.at(student, site, rows)
         kept = stream.valid(rows)
-        expected = heads_output(stream, old, h, source, mask)[1][kept]
-        found = heads_output(stream, new, h, source, mask)[1][kept]
+        expected = attended(stream, old, h, source, mask)[kept]
+        found = attended(stream, new, h, source, mask)[kept]
         distance += float((found - expected).double().square().sum())
         size += float(expected.double().square().sum())
         chosen = choose_queries(stream, h.shape[1], generator)
         p, q = (
-            sampled_weights(a, *projected(stream, a, h, source), mask, chosen)[0]
+            sampled_weights(a, *projected(stream, a, h, source, chosen), mask, chosen)[0]
             .transpose(1, 2)[kept[:, chosen]]
             .clamp(min=1e-30)
             for a in (old, new)

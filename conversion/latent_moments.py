@@ -14,7 +14,7 @@ from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
 from mqa_hf.positions_mqa import rotate
 
 from . import fitting
-from .moments import Spread, choose_queries, numerical_rank, projected, sampled_weights
+from .moments import Spread, choose_queries, mask_rows, numerical_rank, projected, sampled_weights, second_moment
 from .normalised import Vectors, own_angles, vectors_of
 from .states import Stream, old_heads
 
@@ -83,10 +83,10 @@ def look_for_latent(
         known = valid if memory is None else memory.valid(rows)
         chosen = choose_queries(stream, h.shape[1], generator)
         ok = valid[:, chosen]
-        for moment, x, kept in ((queries, h, valid), (keys, source, known)):
-            flat = nn.functional.pad(x[kept].double(), (0, 1), value=1.0)
-            moment += flat.mT @ flat
-        query, key = projected(stream, attention, h, source)
+        queries += second_moment(h, valid)
+        if attention.cross:
+            keys += second_moment(source, known)
+        query, key = projected(stream, attention, h, source, chosen)
         weights, here = sampled_weights(attention, query, key, mask, chosen)
         weights = weights * ok[:, None, :, None]
         values = project(attention.v_proj, source, attention.v_head_dim)
@@ -103,9 +103,10 @@ def look_for_latent(
             flat = average[:, part].flatten(0, 1)
             mixed[part] += (flat.mT @ flat).double()
         if J:
-            rotated.add(query, key, here, chosen, ok)
+            rotated.add(query, key, here, ok)
         if vectors is not None:
             vectors.add(h, source, valid, known, by_key)
+    keys = keys if attention.cross else queries.clone()
     if vectors is not None:
         vectors.finish(float(queries[-1, -1]), float(keys[-1, -1]), felt[:, -1, -1])
     queries, keys, tokens = queries / queries[-1, -1], keys / keys[-1, -1], int(keys[-1, -1])
@@ -171,6 +172,6 @@ def spread_of(
         h, source, mask = stream.at(layer, site, rows)
         k = torch.einsum("bsr,gdr->bgsd", (source - center) @ Z.mT, weight) + constant[:, None]
         chosen = choose_queries(stream, h.shape[1], generator)
-        here = mask if mask.shape[2] == 1 else mask[:, :, chosen]
-        rotated.add(k, rotate(k, *angles, R), here, chosen, stream.valid(rows)[:, chosen])
+        here = mask_rows(getattr(layer, site), mask, chosen, k.shape[2])
+        rotated.add(k[:, :, chosen], rotate(k, *angles, R), here, stream.valid(rows)[:, chosen])
     return rotated.spread[0] / (rotated.count or 1)

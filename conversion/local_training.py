@@ -10,7 +10,7 @@ import torch
 
 from mqa_hf.layer_mqa import MQADecoderLayer
 
-from .heads import compare, heads_output, refit
+from .heads import attended, compare, refit
 from .states import Stream
 
 ROWS = 4  # sequences per step
@@ -57,14 +57,15 @@ def train(
         refit(stream, teacher, student, site)
     if not compare(stream, teacher, student, site, generator)["attention_error"] <= error:
         new.load_state_dict(before)
+        stream.known.pop(site, None)
 
 
 def _loss(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, site: str, rows: slice) -> torch.Tensor:
     """The squared relative error of the attention's output; tokens are weighted by 1 / ‖stream‖²."""
     with torch.no_grad():
         h, source, mask = stream.at(student, site, rows)
-        expected = heads_output(stream, getattr(teacher, site), h, source, mask)[1]
+        expected = attended(stream, getattr(teacher, site), h, source, mask)
         size = stream.states[rows].to(stream.device).square().sum(-1, keepdim=True)
         weight = stream.valid(rows)[..., None] / size.clamp(min=1e-12)
-    found = heads_output(stream, getattr(student, site), h, source, mask)[1]
+    found = attended(stream, getattr(student, site), h, source, mask)
     return (weight * (found - expected).square()).sum() / (weight * expected.square()).sum().clamp(min=1e-30)

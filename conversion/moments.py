@@ -18,6 +18,7 @@ from . import fitting
 from .normalised import Vectors, own_angles, vectors_of
 from .states import Stream, old_heads
 
+FLOAT32_NOISE = 1e-6  # of the largest eigenvalue
 ENOUGH = 4  # calibration tokens per hidden dimension; with fewer, moments are mostly noise
 
 
@@ -46,30 +47,49 @@ class Seen:
 
 
 def projected(
-    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor
+    stream: Stream, attention: Attention, h: torch.Tensor, source: torch.Tensor, chosen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys, rotated: [B, H, T, D] and [B, G, S, D]."""
+    """Queries at the `chosen` positions and keys, rotated: [B, H, chosen, D] and [B, G, S, D]."""
+    angles, scale = stream.angles, None if attention.cross else stream.query_scale
+    here = None if angles is None else (angles[0][:, :, chosen], angles[1][:, :, chosen])
     if isinstance(attention, MQALatentAttention):
-        query = attention.queries(h, stream.angles)
-        query = query if stream.query_scale is None or attention.cross else query * stream.query_scale
-        return query, attention.keys_by_head(attention.latents(source), stream.angles)
-    query = attention.clipped(project(attention.q_proj, h, attention.query_width))
-    key = attention.clipped(project(attention.k_proj, source, attention.qk_head_dim))
-    query, key = attention.placed(query, key, stream.angles)
-    return query if stream.query_scale is None or attention.cross else query * stream.query_scale, key
+        query = attention.queries(h[:, chosen], here)
+        key = attention.keys_by_head(attention.latents(source), angles)
+    else:
+        query = attention.clipped(project(attention.q_proj, h[:, chosen], attention.query_width))
+        key = attention.clipped(project(attention.k_proj, source, attention.qk_head_dim))
+        query, key = attention.placed_queries(query, here), attention.placed_keys(key, angles)
+    return query if scale is None else query * scale[:, :, chosen], key
 
 
 def sampled_weights(
-    attention: Attention,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor,
-    chosen: torch.Tensor,
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, chosen: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention weights [B, H, chosen, S] of some queries, and the mask's rows for them."""
-    mask = mask if mask.shape[2] == 1 else mask[:, :, chosen]
-    weights = attention_weights(query[:, :, chosen], key, mask, attention.scaling, attention.softcap, attention.sinks)
-    return weights, mask
+    """Attention weights [B, H, chosen, S] of the queries at the `chosen` positions, and the mask's rows for them."""
+    mask = mask_rows(attention, mask, chosen, key.shape[2])
+    return attention_weights(query, key, mask, attention.scaling, attention.softcap, attention.sinks), mask
+
+
+def mask_rows(attention: Attention, mask: torch.Tensor | None, chosen: torch.Tensor, length: int) -> torch.Tensor:
+    """The rows [B or 1, H or 1, chosen or 1, S] of an additive mask for queries at the `chosen` positions; without a
+    mask, each sees all tokens up to itself, or all if the attention is not causal."""
+    if mask is not None:
+        return mask if mask.shape[2] == 1 else mask[:, :, chosen]
+    rows = torch.zeros(len(chosen), length, device=chosen.device)
+    if attention.is_causal:
+        later = torch.arange(length, device=chosen.device) > chosen[:, None]
+        rows = rows.masked_fill(later, torch.finfo(torch.float).min)
+    return rows[None, None]
+
+
+def second_moment(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Σ x x' [d + 1, d + 1] of the tokens [B, T, d] that are `kept` [B, T], with a 1 appended to each.
+
+    The products of a batch are in float32, sums of batches in float64: rounding adds 1e-7 of each input's energy,
+    while [`fitting.shrunk`] adds 1e-4 of it.
+    """
+    flat = nn.functional.pad(x[kept], (0, 1), value=1.0)
+    return (flat.mT @ flat).double()
 
 
 def choose_queries(stream: Stream, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -89,16 +109,14 @@ class Spread:
         self.spread = torch.zeros(new, J, m, m, dtype=torch.complex128, device=device)
         self.energy = torch.zeros(old, J, dtype=torch.float64, device=device)
 
-    def add(
-        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor, ok: torch.Tensor
-    ) -> None:
-        """Add those `chosen` queries that are `ok` [B, chosen]; `query` [B, H, T, D], `key` [B, G, S, D]."""
+    def add(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, ok: torch.Tensor) -> None:
+        """Add the queries [B, H, n, D] that are `ok` [B, n], with their rows of the mask; `key` is [B, G, S, D]."""
         B, G, J = len(key), key.shape[1], self.J
         visible = (mask > torch.finfo(torch.float).min / 2).double()[:, :1].expand(B, -1, -1, -1)[:, 0]
         visible = (visible / visible.sum(-1, keepdim=True))[ok]  # [queries, S]
         owner = ok.nonzero()[:, 0]
         k = torch.complex(key[..., :J].double(), key[..., J : 2 * J].double())  # [B, G, S, J]
-        q = query[:, :, chosen].transpose(1, 2)[ok][..., : 2 * J].double()  # [queries, H, 2 J]
+        q = query.transpose(1, 2)[ok][..., : 2 * J].double()  # [queries, H, 2 J]
         self.energy += q.square().unflatten(-1, (2, J)).sum((0, 2)).view(G, -1, J).sum(1)
         share = torch.zeros(B, visible.shape[1], dtype=torch.float64, device=key.device)
         share.index_add_(0, owner, visible)  # [B, S], how often each key is seen
@@ -136,7 +154,7 @@ def look(
     e = d if attention.config.folds_value_bias else d + 1
     mixed = torch.zeros(new, e, e, **options)
     rotated = Spread(new, old_heads(attention), J, stream.device)
-    counts = dict.fromkeys(("queries", "keys", "mixed"), 0)
+    count = 0
     vectors = vectors_of(stream, attention)
     memory = stream.memory if site == "cross_attn" else None
     for rows in stream.batches():
@@ -144,47 +162,50 @@ def look(
         valid = stream.valid(rows)
         known = valid if memory is None else memory.valid(rows)
         chosen = choose_queries(stream, h.shape[1], generator)
-        for name, moment, x, kept in (("queries", queries, h, valid), ("keys", keys, source, known)):
-            flat = nn.functional.pad(x[kept].double(), (0, 1), value=1.0)
-            moment += flat.mT @ flat
-            counts[name] += len(flat)
-        query, key = projected(stream, attention, h, source)
+        queries += second_moment(h, valid)
+        if attention.cross:
+            keys += second_moment(source, known)
+        query, key = projected(stream, attention, h, source, chosen)
         weights, here = sampled_weights(attention, query, key, mask, chosen)
         ok = valid[:, chosen]
         inputs = nn.functional.pad(source, (0, e - d), value=1.0)
         average = (weights.flatten(1, 2) @ inputs).view(len(h), new, H // new, -1, e)
-        average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2).double()  # [K, queries, e]
-        mixed += average.mT @ average
-        counts["mixed"] += average.shape[1]
+        average = average.permute(1, 0, 3, 2, 4)[:, ok].flatten(1, 2)  # [K, queries, e]
+        mixed += (average.mT @ average).double()
+        count += average.shape[1]
         if vectors is not None:
             vectors.add(h, source, valid, known)
             if J and attention.norm_after_rotation:
-                query, key = vectors.rotated(h, source, own_angles(stream, attention))
+                query, key = vectors.rotated(h, source, own_angles(stream, attention), chosen)
         if J:
-            rotated.add(query, key, here, chosen, ok)
+            rotated.add(query, key, here, ok)
+    keys = keys if attention.cross else queries.clone()
+    tokens = float(queries[-1, -1]), float(keys[-1, -1])
     if vectors is not None:
-        vectors.finish(counts["queries"], counts["keys"])
-    queries, keys, mixed = queries / counts["queries"], keys / counts["keys"], mixed / counts["mixed"]
+        vectors.finish(*tokens)
+    queries, keys, mixed = queries / tokens[0], keys / tokens[1], mixed / count
     rank = numerical_rank(keys[:-1, :-1])
     for moment in (queries, keys):
         moment[:-1, :-1] = fitting.shrunk(moment[:-1, :-1])
-    count = rotated.count or 1
+    sampled = rotated.count or 1
     return Seen(
         queries,
         keys,
         fitting.shrunk(mixed),
-        rotated.spread / count if J else None,
-        rotated.energy / count if J else None,
+        rotated.spread / sampled if J else None,
+        rotated.energy / sampled if J else None,
         vectors,
-        min(counts["queries"], counts["keys"]),
+        int(min(tokens)),
         rank,
     )
 
 
 def numerical_rank(moment: torch.Tensor) -> int:
-    """Numerical rank of a moment."""
-    spectrum = torch.linalg.eigvalsh(moment)
-    return int((spectrum > fitting.RANK_TOLERANCE * spectrum[-1]).sum())
+    """Numerical rank of a moment of float32 inputs, each scaled to the same energy."""
+    energy = moment.diagonal()
+    scale = fitting.inverse(energy.sqrt())
+    spectrum = torch.linalg.eigvalsh(scale[:, None] * moment * scale)
+    return int((spectrum > FLOAT32_NOISE * spectrum[-1]).sum())
 
 
 def doubts(attention: MQAAttention, seen: Any, where: str) -> dict[str, str | None]:

@@ -77,11 +77,13 @@ class Vectors:
             self.felt /= felt.clamp(min=1e-300).repeat_interleave(len(self.felt) // len(felt))[:, None, None]
 
     def rotated(
-        self, h: torch.Tensor, source: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
+        self, h: torch.Tensor, source: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], chosen: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`Vectors.of_queries`] and [`Vectors.of_keys`], rotated by the layer's own angles."""
-        D = self.attention.qk_head_dim
-        return rotate(self.of_queries(h), *angles, D), rotate(self.of_keys(source), *angles, D)
+        """[`Vectors.of_queries`] of the `chosen` positions and [`Vectors.of_keys`], rotated by the layer's own
+        angles."""
+        D, (cos, sin) = self.attention.qk_head_dim, angles
+        queries = rotate(self.of_queries(h[:, chosen]), cos[:, :, chosen], sin[:, :, chosen], D)
+        return queries, rotate(self.of_keys(source), cos, sin, D)
 
     def regression(self, moments: torch.Tensor, felt: float = 0.0) -> torch.Tensor:
         """The maps [G, D, d + 1] from inputs with moments [P, d + 1, d + 1] to keys, with the share `felt` of the

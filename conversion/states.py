@@ -6,23 +6,25 @@ B sequences, T tokens of each, S tokens attended to, H query heads, d hidden siz
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from mqa_hf.attention_mqa import ATTENTION_NAME
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.configuration_checks_mqa import PER_LAYER
 from mqa_hf.configuration_mqa import MQAConfig
-from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer
+from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, make_attention
 from mqa_hf.modeling_mqa import MQAModel
-from mqa_hf.positions_mqa import query_scale
+from mqa_hf.positions_mqa import BIAS_POSITIONS, query_scale
 
 Tensors = dict[str, torch.Tensor]
 MAPPED_ABOVE = 8 * 2**30  # bytes of hidden states kept in memory; larger ones are in a mapped file
+ON_DEVICE = 0.25  # of its free memory, for hidden states
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Stream:
     Attributes:
         states: [N, T, d], after the student's layers.
         original: [held out, T, d], after the teacher's layers.
+        known: outputs of the student's heads [N, T, H·Dv] in this layer, before the output projection, by attention.
         shell: the stack without layers: embeddings, positions, masks, last norm.
     """
 
@@ -109,6 +112,9 @@ class Stream:
         self.shell.config = copy.deepcopy(config)
         self.shell.config._attn_implementation = "eager"
         self.states = self.original = torch.empty(0)
+        self.known: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._masks: dict[int, torch.Tensor] = {}
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self.query_scale: torch.Tensor | None = None
         self.first: MQADecoderLayer | None = None  # whose relative bias all layers share
@@ -122,7 +128,7 @@ class Stream:
         assert embed is not None
         self.states = self.room(N, T, self.config.hidden_size)
         for rows in self.rows(0, N):
-            self.states[rows] = self.shell.enter(embed(self.tokens[rows].to(self.device)), position_ids).cpu()
+            self.states[rows] = self.shell.enter(embed(self.tokens[rows].to(self.device)), position_ids)
         self.original = self.states[-self.options.held_out :].clone()
         x = self.states[:1].to(self.device)
         self.angles = None if self.shell.rotary_emb is None else self.shell.rotary_emb(x, position_ids)
@@ -131,11 +137,13 @@ class Stream:
         if self.memory is not None:  # the encoder's last layer is done
             for states in (self.memory.states, self.memory.original):
                 for rows in self.rows(0, len(states)):
-                    states[rows] = self.memory.shell.leave(states[rows].to(self.device)).cpu()
+                    states[rows] = self.memory.shell.leave(states[rows].to(self.device))
 
     def room(self, *shape: int) -> torch.Tensor:
-        """An empty float32 tensor, in a mapped file if it is large."""
+        """An empty float32 tensor: on the device if there is plenty of room, in a mapped file if it is large."""
         count = torch.Size(shape).numel()
+        if self.device.type == "cuda" and 4 * count < torch.cuda.mem_get_info(self.device)[0] * ON_DEVICE:
+            return torch.empty(shape, device=self.device)
         scratch = self.options.scratch
         if 4 * count <= MAPPED_ABOVE or scratch is None:
             return torch.empty(shape)
@@ -169,74 +177,143 @@ class Stream:
         scale = {} if self.query_scale is None else {"query_scale": self.query_scale}
         return {"position_embeddings": self.angles, **scale}
 
-    def masks(self, layer: MQADecoderLayer, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The additive masks [B or 1, H or 1, T, S] of a layer's self- and cross-attention for some sequences."""
+    def plain(self, layer: MQADecoderLayer) -> bool:
+        """Whether a layer's self-attention needs no mask: tokens see all up to themselves, or in an encoder all."""
+        number = layer.self_attn.layer_idx
+        if self._valid is not None or self.config.position_embedding in BIAS_POSITIONS:
+            return False
+        window = self.config.sliding_window if self.config.layer_types[number] == "sliding_attention" else None
+        return window is None or (self.config.causal and window >= self.tokens.shape[1])
+
+    def mask(self, layer: MQADecoderLayer, rows: slice) -> torch.Tensor | None:
+        """The additive mask [B or 1, H or 1, T, T] of a layer's self-attention for some sequences; `None` if it needs
+        none."""
+        if self.plain(layer):
+            return None
+        shared = self._masks.get(id(layer))
+        if shared is not None and len(shared) in (1, rows.stop - rows.start):
+            return shared
         x = torch.empty((*self.tokens[rows].shape, 1), device=self.device)
         known = None if self._valid is None else self.valid(rows)
         position_ids = torch.arange(x.shape[1], device=self.device)[None]
         ready = self.shell.make_masks(x, known, position_ids, None)
-        T = x.shape[1]  # an encoder without padding has no mask; add one
+        T = x.shape[1]  # an encoder without padding has no mask to add a bias to
         ready = {name: torch.zeros(1, 1, T, T, device=self.device) if m is None else m for name, m in ready.items()}
         biased = self.shell.position_bias(ready, known, x, None)
         kind = self.config.layer_types[layer.self_attn.layer_idx]
         if self.first is not None:
             biased(self.first, kind)
-        own, cross = biased(layer, kind), None
-        if self.memory is not None:
-            source = self.memory.valid(rows)
-            cross = torch.zeros(source.shape, device=self.device).masked_fill(~source, torch.finfo(torch.float).min)
-            cross = cross[:, None, None]
-        return own, cross
+        made: torch.Tensor = biased(layer, kind)
+        if self._valid is None:
+            self._masks[id(layer)] = made
+        return made
 
-    def layer(self, config: MQAConfig, number: int, tensors: Tensors, strict: bool = True) -> MQADecoderLayer:
-        """Make a layer with a configuration's heads from canonical tensors; without `strict`, from those that fit."""
+    def cross_mask(self, rows: slice) -> torch.Tensor | None:
+        """The additive mask [B, 1, 1, S] of cross-attention."""
+        if self.memory is None:
+            return None
+        source = self.memory.valid(rows)
+        mask = torch.zeros(source.shape, device=self.device).masked_fill(~source, torch.finfo(torch.float).min)
+        return mask[:, None, None]
+
+    def layer(self, config: MQAConfig, number: int, tensors: Tensors) -> MQADecoderLayer:
+        """Make a layer from canonical tensors."""
+        with no_init_weights(), self.device:
+            layer = MQADecoderLayer(config, number).float().eval()
         prefix = f"{self.prefix}layers.{number}."
-        layer = MQADecoderLayer(config, number).float().eval()
         known = layer.state_dict()  # without the key bias, which softmax ignores
-        state = {name.removeprefix(prefix): tensor.float() for name, tensor in tensors.items()}
-        state = {name: t for name, t in state.items() if name in known and (strict or t.shape == known[name].shape)}
-        layer.load_state_dict(state, strict=strict)
-        layer = layer.to(self.device)
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        layer.load_state_dict({name: tensor for name, tensor in state.items() if name in known})
         if number == 0 and layer.self_attn.relative_bias is not None and not config.relative_per_layer:
             self.first = layer
         return layer
 
-    def inputs(self, layer: MQADecoderLayer, site: str, x: torch.Tensor, mask: Any) -> torch.Tensor:
-        """The input of a layer's attention [B, T, d]; that of cross-attention follows the layer's self-attention."""
+    def student(self, teacher: MQADecoderLayer, config: MQAConfig) -> MQADecoderLayer:
+        """The same layer with attentions of another configuration, which take those of its tensors that fit."""
+        student = copy.copy(teacher)
+        student._modules = dict(teacher._modules)
+        for site in ("self_attn", "cross_attn"):
+            old = getattr(teacher, site, None)
+            if old is None:
+                continue
+            with no_init_weights(), self.device:
+                new = make_attention(config, old.layer_idx, cross=old.cross).float().eval()
+            known = new.state_dict()
+            held = {name: t for name, t in old.state_dict().items() if name in known and t.shape == known[name].shape}
+            new.load_state_dict(held, strict=False)
+            setattr(student, site, new)
+        if self.first is teacher:
+            self.first = student
+        return student
+
+    def walk(
+        self,
+        layer: MQADecoderLayer,
+        x: torch.Tensor,
+        source: torch.Tensor | None,
+        rows: slice,
+        known: Mapping[str, torch.Tensor],
+        until: str | None = None,
+    ) -> torch.Tensor:
+        """Pass x [B, T, d] through a layer, or up to the input of the attention `until`.
+
+        Args:
+            source: states of the encoder.
+            known: outputs of the layer's heads, as in `Stream.known`, which are not computed again.
+        """
         for branches, after, leave in layer.residuals(cross=self.memory is not None):
-            norm, module = branches[0]
-            h = x if norm is None else norm(x)
-            if module is getattr(layer, site):
-                return h
-            output = module(h, attention_mask=mask, **self.placing)[0]
-            x = x + layer.added(output if leave is None else leave(output))
-            x = x if after is None else after(x)
-        raise AssertionError(f"a layer without {site}")
+            total = x
+            for norm, module in branches:
+                h = x if norm is None else norm(x)
+                if until is not None and module is getattr(layer, until):
+                    return h
+                if module is layer.mlp:
+                    output = module(h)
+                else:
+                    site = "self_attn" if module is layer.self_attn else "cross_attn"
+                    if site in known:
+                        output = module.o_proj(known[site][rows].to(self.device))  # type: ignore[operator]
+                    elif site == "self_attn":
+                        output = module(h, attention_mask=self.mask(layer, rows), **self.placing)[0]
+                    else:
+                        output = module(h, attention_mask=self.cross_mask(rows), encoder_hidden_states=source)[0]
+                total = total + layer.added(output if leave is None else leave(output))
+            x = total if after is None else after(total)
+        assert until is None, f"a layer without {until}"
+        return x
 
-    def at(self, layer: MQADecoderLayer, site: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def at(
+        self, layer: MQADecoderLayer, site: str, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The student's states at an attention: its input, what it attends to, and the mask."""
-        own, cross = self.masks(layer, rows)
-        h = self.inputs(layer, site, self.states[rows].to(self.device), own)
+        source = None if self.memory is None else self.memory.states[rows].to(self.device)
+        h = self.walk(layer, self.states[rows].to(self.device), source, rows, self.known, until=site)
         if site == "self_attn":
-            return h, h, own
-        assert self.memory is not None
-        assert cross is not None
-        return h, self.memory.states[rows].to(self.device), cross
+            return h, h, self.mask(layer, rows)
+        assert source is not None
+        return h, source, self.cross_mask(rows)
 
-    def passed(self, layer: MQADecoderLayer, x: torch.Tensor, memory: Any, rows: slice) -> torch.Tensor:
-        own, cross = self.masks(layer, rows)
-        return layer(x.to(self.device), own, memory, cross, **self.placing).cpu()
+    def keep(self, site: str, width: int) -> torch.Tensor:
+        """An empty tensor [N, T, `width`] in `known`."""
+        N, T = self.tokens.shape
+        held = self._buffers.get(site)
+        if held is None or held.shape[-1] != width:
+            held = self._buffers[site] = self.room(N, T, width)
+        self.known[site] = held
+        return held
 
     def advance(self, teacher: MQADecoderLayer, student: MQADecoderLayer) -> None:
         """Pass the tokens through the student, and the held-out ones also through the teacher."""
         memory = self.memory
         for rows in self.rows(0, len(self.states)):
             source = None if memory is None else memory.states[rows].to(self.device)
-            self.states[rows] = self.passed(student, self.states[rows], source, rows)
+            self.states[rows] = self.walk(student, self.states[rows].to(self.device), source, rows, self.known)
         for rows in self.batches(held_out=True):
             own = slice(rows.start - self.fitted_rows, rows.stop - self.fitted_rows)
             source = None if memory is None else memory.original[own].to(self.device)
-            self.original[own] = self.passed(teacher, self.original[own], source, rows)
+            self.original[own] = self.walk(teacher, self.original[own].to(self.device), source, rows, {})
+        self.known.clear()
+        self._masks.clear()
 
 
 def old_heads(attention: MQAAttention) -> int:

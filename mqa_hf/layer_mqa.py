@@ -164,13 +164,19 @@ class MQAAttention(nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalise, map and rotate queries [B, H, T, D] and keys [B, G, T, D]."""
-        turns = self.rotary and angles is not None
-        if turns and self.norm_after_rotation:
-            query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
-        query, key = self.own_queries(query), key if self.k_norm is None else self.k_norm(key)
-        if turns and not self.norm_after_rotation:
-            query, key = self.rotate(query, *angles), self.rotate(key, *angles)  # type: ignore[misc]
-        return query, key
+        return self.placed_queries(query, angles), self.placed_keys(key, angles)
+
+    def placed_queries(self, query: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        if self.norm_after_rotation:
+            return self.own_queries(self.rotate(query, angles))
+        return self.rotate(self.own_queries(query), angles)
+
+    def placed_keys(self, key: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        if self.k_norm is None:
+            return self.rotate(key, angles)
+        if self.norm_after_rotation:
+            return self.k_norm(self.rotate(key, angles))
+        return self.rotate(self.k_norm(key), angles)
 
     def own_queries(self, query: torch.Tensor) -> torch.Tensor:
         """Projected queries [B, H, T, `query_width`] -> [B, H, T, D], before their rotation."""
@@ -185,8 +191,12 @@ class MQAAttention(nn.Module):
             or torch.equal(self.rotated.cpu(), rotated_components(self.config, self.layer_idx))
         )
 
-    def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Rotate queries or keys [B, heads, T, qk_head_dim]; `cos` and `sin` are those of all frequencies."""
+    def rotate(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Rotate queries or keys [B, heads, T, qk_head_dim], if the layer has rotary positions; `angles` are the
+        cosines and sines of all frequencies."""
+        if not self.rotary or angles is None:
+            return x
+        cos, sin = angles
         if self.rotated is not None:
             cos, sin = cos[..., self.rotated], sin[..., self.rotated]
         return rotate(x, cos, sin, self.rotated_width)

@@ -50,7 +50,7 @@ def rotate_kept(
 ) -> torch.Tensor:
     """Rotate queries or keys [B, heads, T, D] in the components that are kept [G, 2 J] of the head they belong to."""
     kept = kept.repeat_interleave(x.shape[1] // len(kept), 0)[:, None]
-    return attention.rotate(x, torch.where(kept, cos, 1.0), torch.where(kept, sin, 0.0))
+    return attention.rotate(x, (torch.where(kept, cos, 1.0), torch.where(kept, sin, 0.0)))
 
 
 def partly_rotary(attention: MQAAttention, kept: torch.Tensor, rank: int) -> MQAAttention:

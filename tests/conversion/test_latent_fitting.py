@@ -205,7 +205,7 @@ def test_a_head_as_wide_as_all_has_the_logits_of_the_regressed_keys(rotated, aff
             cos, sin = (torch.cat((part, part), -1) for part in (angles.cos(), angles.sin()))
             sin = torch.cat((-sin[..., :J], sin[..., J:]), -1)
             queries, keys = (rotate(y, cos, sin, D) for y in (queries, keys))
-            mapped, found = fitted.rotate(mapped, cos, sin), fitted.rotate(found, cos, sin)
+            mapped, found = fitted.rotate(mapped, (cos, sin)), fitted.rotate(found, (cos, sin))
     expected = queries @ keys.repeat_interleave(H // G, 1).mT
     logits = mapped @ found.mT
     if rotated < D:  # softmax ignores what all keys share of the part without rotation

@@ -409,6 +409,10 @@ def make_model(model_type: str, config: dict) -> PreTrainedModel:
     fields = json.loads(json.dumps(config))  # configurations change nested dictionaries in place
     configuration = AutoConfig.for_model(model_type, **fields, dtype="float32")
     model = capped(AutoModelForCausalLM.from_config(configuration).eval())
+    if model_type == "gpt_neox_japanese" and configuration.rope_parameters.get("partial_rotary_factor", 1.0) < 1.0:
+        width = configuration.hidden_size // configuration.num_attention_heads
+        if 2 * len(model.gpt_neox_japanese.rotary_emb.inv_freq) == width:
+            pytest.skip(f"transformers {transformers.__version__} makes angles for whole heads of {model_type}")
     rescale(model)
     return model
 
