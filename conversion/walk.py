@@ -1,6 +1,7 @@
 """Read, pool or fit, and write one layer after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from mqa_hf.base.errors import ConversionError
 from .calibration import Calibration
 from .checkpoint import Writer
 from .matching import Layer
-from .plan import Plan, Reading, Tensors
+from .plan import Part, Plan, Reading, Tensors
 from .record import LayerRecord
 
 
@@ -38,15 +39,22 @@ class HeadMaker(Protocol):
 def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
     """Read, convert and write one layer after the other, and tensors outside the layers one by one.
 
+    While a layer is converted, the next one is read and the last one is written.
+
     Returns:
         The errors of each layer from `maker`.
     """
     count = sum(part.layer is not None for part in plan.parts)
     records: list[LayerRecord] = []
-    with _progress(DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad():
+
+    @torch.no_grad()  # which holds in one thread only
+    def write(part: Part, canonical: Tensors) -> int:
+        return writer.write(plan.written(part, canonical))
+
+    with _progress(DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad(), ThreadPoolExecutor(1) as behind:
         task = bar.add_task("embeddings", total=writer.total_bytes)
-        for part in plan.parts:
-            canonical = plan.reading.read(part)
+        written: Future[int] | None = None
+        for part, canonical in read_ahead(plan.reading, plan.parts):
             if part.layer is None:
                 maker.outside(canonical)
             else:
@@ -60,10 +68,30 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
                 records.append(
                     LayerRecord.model_validate({"layer": number, **({"stack": stack} if stack else {}), **errors})
                 )
-            bar.advance(task, writer.write(plan.written(part, canonical)))
+            if written is not None:
+                bar.advance(task, written.result())
+            written = behind.submit(write, part, canonical)
+        if written is not None:
+            bar.advance(task, written.result())
         bar.advance(task, writer.write({name: torch.zeros(plan.tensors[name].shape) for name in plan.zeros}))
     writer.finish()
     return records
+
+
+def read_ahead(reading: Reading, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensors]]:
+    """The parts and their canonical tensors, each read while the one before is in use."""
+
+    @torch.no_grad()
+    def read(part: Part) -> Tensors:
+        return reading.read(part)
+
+    with ThreadPoolExecutor(1) as ahead:
+        found = [ahead.submit(read, part) for part in parts[:1]]
+        for part, following in zip(parts, [*parts[1:], None]):
+            canonical = found.pop().result()
+            if following is not None:
+                found.append(ahead.submit(read, following))
+            yield part, canonical
 
 
 def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
@@ -71,8 +99,7 @@ def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
     curves: dict[str, list[Any]] = {}
     with _progress() as bar, torch.no_grad():
         task = bar.add_task("surveying layers", total=len(reading.parts))
-        for part in reading.parts:
-            canonical = reading.read(part)
+        for part, canonical in read_ahead(reading, reading.parts):
             if part.layer is None:
                 calibration.outside(canonical)
             else:
