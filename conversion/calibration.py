@@ -9,6 +9,7 @@ and the states are held in memory.
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from .matching import Layer
 from .moments import Seen, doubts, look
 from .states import Examples, FitOptions, Stream, Tensors, layer_config
 from .widths import Curves
+
+FAR_WORSE = 2.0  # rise of the loss on one calibration text as a multiple of that on the others
 
 
 class Calibration:
@@ -55,7 +58,7 @@ class Calibration:
         attentions: Sequence[str],
         options: FitOptions,
     ):
-        self.options, self.attentions = options, attentions
+        self.options, self.attentions, self.held_out = options, attentions, examples.held_out
         self.heads = heads_of(pooled)
         self.device = torch.device(options.device)
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -194,24 +197,44 @@ class Calibration:
         stream.advance(teacher, teacher)
         return curves
 
+    @cached_property
     @torch.no_grad()
-    def losses(self) -> dict[str, float]:
-        """Mean cross-entropy in nats per held-out token, before and after, and the number of tokens."""
+    def losses(self) -> dict[str, Any]:
+        """Mean cross-entropy in nats per held-out token, before and after, of all parts of the text and of each (if
+        there are several), and the number of tokens."""
         stream = self.last
         held = slice(stream.fitted_rows, len(stream.tokens))
         labels = stream.tokens[held, 1:].to(self.device)
         labels = labels.masked_fill(~stream.valid(held)[:, 1:], -100)
-        result: dict[str, float] = {}
-        count = int((labels != -100).sum())
+        counts = (labels != -100).sum(1).tolist()
+        sums: dict[str, list[float]] = {}
         for name, states in (("before", stream.original), ("after", stream.states[held])):
-            total = 0.0
+            sums[name] = []
             for i, x in enumerate(states):
                 logits = self.head(stream.shell.leave(x[None].to(self.device)))[0, :-1]
                 logits = scaled_logits(logits, stream.config)
-                total += float(nn.functional.cross_entropy(logits.float(), labels[i], reduction="sum"))
-            result[name] = total / count
-        return {**result, "tokens": count}
+                sums[name].append(float(nn.functional.cross_entropy(logits.float(), labels[i], reduction="sum")))
+
+        def mean(rows: Sequence[int]) -> dict[str, float]:
+            total = max(1, sum(counts[i] for i in rows))
+            return {name: sum(values[i] for i in rows) / total for name, values in sums.items()}
+
+        found: dict[str, Any] = {**mean(range(len(counts))), "tokens": sum(counts)}
+        names = list(dict.fromkeys(self.held_out))
+        if len(names) > 1:
+            found["parts"] = {p: mean([i for i, own in enumerate(self.held_out) if own == p]) for p in names}
+        return found
 
     def warnings(self) -> list[str]:
         """Reasons to doubt the fit, a sentence each."""
-        return [text + (f": {', '.join(where[:4])}" if where else "") for text, where in self.notes.items()]
+        found = [text + (f": {', '.join(where[:4])}" if where else "") for text, where in self.notes.items()]
+        rises = {name: loss["after"] - loss["before"] for name, loss in self.losses.get("parts", {}).items()}
+        for name, rise in rises.items():
+            others = [other for part, other in rises.items() if part != name]
+            usual = sum(others) / len(others)
+            if rise > max(FAR_WORSE * usual, usual + 0.1):
+                found.append(
+                    f"the loss on {name} rises by {rise:.2f} nats per token, on the other calibration texts by "
+                    f"{usual:.2f}; give it more weight if such text matters"
+                )
+        return found

@@ -1,5 +1,6 @@
 """`mqa-hf convert`: convert a pretrained checkpoint to a multi-query one."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, ParamSpec, Protocol, TypeVar, overload
 
 from mqa_hf.base.errors import ConversionError
+from mqa_hf.base.mixture import DEFAULT, Part
 from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, check_keywords, describe, options, refuse
 from mqa_hf.base.upload import Upload
 
@@ -72,20 +74,26 @@ class Fit(Options, panel="Fitting (--method shared, latent)"):
 
     _: KW_ONLY
     calibration: Annotated[
-        str | os.PathLike[str] | Sequence[str] | None,
+        Sequence[str],
         Option(
-            "Calibration text: a text, JSON lines or parquet file, or the id of a data set on the Hub; in Python also "
-            "a list of texts. Default: Python's reference manual.",
-            objects="also",
+            "Calibration text: a text, JSON lines or parquet file, the id of a data set on the Hub, or "
+            "builtin:manual, builtin:languages, builtin:code or builtin:verse. Repeat it to mix several by weight. "
+            "Default: these four, 4:3:2:1.",
+            metavar="SOURCE[=WEIGHT]",
         ),
+    ] = ()
+    texts: Annotated[
+        Sequence[str] | None,
+        Option("Calibration texts in memory, instead of `calibration`.", recorded="never", objects="only"),
     ] = None
     calibration_tokens: Annotated[int, Option("Number of tokens to fit on.", min=1)] = 131_072
     sequence_length: Annotated[int, Option("Tokens per calibration sequence.", min=4)] = 512
     calibration_columns: Annotated[
         Sequence[str],
         Option(
-            "Column of the text; for encoder-decoder models also two, such as en,de: encoder and decoder input. "
-            "Default: text, or the two languages of a translation.",
+            "Column of the text or of chats, or columns of a prompt and an answer; for encoder-decoder models two, "
+            "such as en,de: encoder and decoder input. Default: text, messages, prompt and completion, instruction "
+            "and output, or the two languages of a translation.",
             comma=True,
         ),
     ] = ()
@@ -206,6 +214,18 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
         return self.method in FITTED or bool(self.refit)
 
     @property
+    def calibration_parts(self) -> tuple[Part, ...]:
+        """The mixture that heads are fitted on."""
+        return tuple(map(Part.parse, self.calibration)) or DEFAULT
+
+    @property
+    def calibration_text(self) -> str:
+        """The names of the texts that heads are fitted on."""
+        if self.texts is not None:
+            return f"{len(self.texts):,} texts in memory"
+        return ", ".join(part.source for part in self.calibration_parts)
+
+    @property
     def width_factors(self) -> tuple[float, float]:
         """Widths of a new head's keys and values, as multiples of the source's."""
         key, value = self.key_width, self.value_width
@@ -250,8 +270,20 @@ def settled(job: C) -> C:
         ),
         (latent and job.target == "native", "no class of transformers holds a latent; use `target` mqa"),
         (
-            not job.calibrated and (job.calibration is not None or bool(job.calibration_columns)),
+            not job.calibrated and (bool(job.calibration) or job.texts is not None or bool(job.calibration_columns)),
             f"calibration text is for `method` shared and latent, and for `refit`; `method` {job.method} reads none",
+        ),
+        (
+            bool(job.calibration) and job.texts is not None,
+            "`calibration` and `texts` both name the calibration text; pass one of them",
+        ),
+        (
+            bool(job.calibration_columns) and not job.calibration,
+            f"`calibration_columns` {','.join(job.calibration_columns)} needs `calibration`",
+        ),
+        (
+            not all(0 < part.weight < math.inf for part in job.calibration_parts),
+            f"`calibration` needs weights above 0; got {[part.weight for part in job.calibration_parts]}",
         ),
         (
             job.calibrated and job.allow_nonfinite,
@@ -316,24 +348,19 @@ class Conversion(FileOptions, Job["ConversionRecord"]):
     @property
     def in_memory(self) -> bool:
         """Whether the source or the texts are objects in memory, which no command can name."""
-        texts = self.calibration is None or isinstance(self.calibration, str | os.PathLike)
-        return not (isinstance(self.source, str | os.PathLike) and texts)
+        return not isinstance(self.source, str | os.PathLike) or self.texts is not None
 
     def recorded(self) -> dict[str, Any]:
         fit = {field.name for field in fields(Fit)} - {"refit"}
         unread = {"source", "output"} | (set() if self.calibrated else fit)
-        found = {name: value for name, value in super().recorded().items() if name not in unread}
-        texts = found.get("calibration")
-        if texts is not None and not isinstance(texts, str):
-            found["calibration"] = f"{len(texts):,} texts in memory"
-        return found
+        return {name: value for name, value in super().recorded().items() if name not in unread}
 
     def call(self) -> str:
         """The Python call of this conversion, for those that no command can express."""
         changed = {"kv_heads", "method", *(f.name for f in options(type(self)) if getattr(self, f.name) != f.default)}
         said = {name: repr(value) for name, value in self.recorded().items() if name in changed}
-        if "calibration" in said and not isinstance(self.calibration, str):
-            said["calibration"] = "texts"
+        if self.texts is not None:
+            said["texts"] = "texts"
         if self.tokenizer is not None:
             said["tokenizer"] = "tokenizer"
         source = repr(str(self.source)) if isinstance(self.source, str | os.PathLike) else "model"

@@ -8,9 +8,11 @@ save      configuration, code, tokenizer, `conversion.json`, model card; then th
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from mqa_hf.base import text
@@ -124,7 +126,7 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
         method=job.method,
         refit=bool(job.refit),
         steps=job.fit_steps or 0,
-        held_out=max(1, len(examples.tokens) // 16),
+        held_out=len(examples.held_out),
         device=job.device,
         seed=job.seed,
         scratch=scratch,
@@ -154,14 +156,33 @@ def _examples(reading: Reading, job: ConversionOptions) -> Examples:
         companions_of(reading.source).tokenizer(),
     )
     length = min(job.sequence_length, longest(config))
+    parts: Sequence[text.Part] | Sequence[str] = job.calibration_parts if job.texts is None else job.texts
+    names = [job.calibration_text] if job.texts is not None else [part.source for part in job.calibration_parts]
     if isinstance(config, MQAConfig):
-        column = text.one_column(columns, "`calibration_columns`")
         text.check_count(job.calibration_tokens, length)
-        tokens = text.calibration_tokens(
-            tokenizer, job.calibration, job.calibration_tokens, length, config.vocab_size, job.seed, column
+        found = text.mixed_tokens(
+            tokenizer, parts, job.calibration_tokens, length, config.vocab_size, job.seed, columns
         )
-        return Examples(tokens)
-    source, source_valid, tokens, valid = text.seq2seq_tokens(
-        tokenizer, job.calibration, columns, job.calibration_tokens, length, config, job.seed
+        order, held_out = held_out_last(names, [len(rows) for rows in found])
+        return Examples(torch.cat(found)[order], held_out=held_out)
+    source, source_valid, tokens, valid, counts = text.seq2seq_tokens(
+        tokenizer, parts, columns, job.calibration_tokens, length, config, job.seed
     )
-    return Examples(tokens, valid, source, source_valid)
+    order, held_out = held_out_last(names, counts)
+    return Examples(tokens[order], valid[order], source[order], source_valid[order], held_out)
+
+
+def held_out_last(names: Sequence[str], counts: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
+    """The order of rows in which a sixteenth of each part of a mixture comes last, and the names of the parts of these
+    rows; a part of one row has none there."""
+    fitted: list[int] = []
+    last: list[int] = []
+    held_out: list[str] = []
+    start = 0
+    for name, count in zip(names, counts):
+        some = max(1, count // 16) if count > 1 else 0
+        fitted += range(start, start + count - some)
+        last += range(start + count - some, start + count)
+        held_out += [name] * some
+        start += count
+    return torch.tensor(fitted + last), held_out

@@ -1,13 +1,12 @@
 """What a conversion would read, write and need in memory, from headers alone."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.output import resolve_output
-from mqa_hf.base.text import check_count, check_file
+from mqa_hf.base.text import check_count, check_source
 from mqa_hf.configuration_mqa import of_layer
 
 from . import states
@@ -38,8 +37,9 @@ def forecast(job: Conversion) -> dict[str, Any]:
     Raises:
         ConversionError: if the conversion is impossible, or the weights of a hub id are not downloaded.
     """
-    if job.calibrated and isinstance(job.calibration, str | os.PathLike):
-        check_file(job.calibration, "`calibration`")
+    if job.calibrated and job.texts is None:
+        for part in job.calibration_parts:
+            check_source(part.source, "`calibration`")
     source = _here(job)
     place = resolve_output(job.output, source.directory, job.overwrite, recover=False)
     plan = _plan(source, job)

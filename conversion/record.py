@@ -54,10 +54,11 @@ def span(sizes: Sizes) -> str:
 
 
 class HeldOutLoss(BeforeAfter[float]):
-    """Cross-entropy in nats per token on held-out tokens of the calibration text."""
+    """Cross-entropy in nats per token on held-out tokens of the calibration text, and of each part of a mixture."""
 
     tokens: int | None = None
     text: str | None = None
+    parts: dict[str, BeforeAfter[float]] = {}
 
 
 class Nonfinite(BaseModel):

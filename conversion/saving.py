@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from mqa_hf.base import text
 from mqa_hf.base.code import runtime_files
 from mqa_hf.base.errors import listing
 from mqa_hf.base.files import REPORT_FILE
@@ -61,8 +60,7 @@ def record_of(
     if latents_of(after):
         found["latents"] = latents_of(after)
     if isinstance(maker, Calibration):
-        said = job.recorded()["calibration"] or text.DEFAULT_TEXT
-        found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses(), "text": said})
+        found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses, "text": job.calibration_text})
     named = replace(job, source=source.name, output="OUTPUT", revision=source.revision)
     return ConversionRecord(
         source=source.name,

@@ -6,7 +6,7 @@ B sequences, T tokens of each, S tokens attended to, H query heads, d hidden siz
 import copy
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,14 @@ class Examples:
     """Token ids [N, T]; `valid` [N, T] is false for padding, which is on the right (`None`: no padding).
 
     For an encoder-decoder model they are the decoder's input, and `source`, `source_valid` [N, S] the encoder's.
+    `held_out` names the part of the text that each of the last rows is from, which are not fitted on.
     """
 
     tokens: torch.Tensor
     valid: torch.Tensor | None = None
     source: torch.Tensor | None = None
     source_valid: torch.Tensor | None = None
+    held_out: Sequence[str] = ()
 
 
 def layer_config(config: MQAConfig) -> MQAConfig:

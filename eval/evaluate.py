@@ -11,6 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mqa_hf.base.chats import LOSS_ON
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.options import NUMBER_TYPES, Job, Option, Options, function, refuse
 
@@ -64,8 +65,16 @@ class Text(Options, panel="Held-out text"):
     ] = None
     columns: Annotated[
         Sequence[str],
-        Option("Column with the text (default: text) or chats; two for encoder-decoder models: en,de.", comma=True),
+        Option(
+            "Column with the text or chats, or columns of a prompt and an answer; two for encoder-decoder models: "
+            "en,de. Default: text, messages, prompt and completion, or instruction and output.",
+            comma=True,
+        ),
     ] = ()
+    loss_on: Annotated[
+        str,
+        Option("Tokens of chats and instructions that are predicted: all, or those of answers.", choices=LOSS_ON),
+    ] = "all"
     tokens: Annotated[int, Option("Maximum number of tokens to predict.", min=1)] = 131_072
     seed: Annotated[int, Option("Seed for choosing documents.", min=0, below=2**64)] = 0
     window: Annotated[

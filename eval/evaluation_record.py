@@ -158,6 +158,7 @@ class Settings(Part):
 
     text: str | None
     columns: list[str] = []
+    loss_on: str = "all"
     tokens: int = 0
     window: int | None = None
     stride: int | None = None

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 FEW = 10  # with fewer documents, intervals are over windows
 # Options that determine the measurements of a checkpoint; if one changes, they are repeated.
 DECISIVE = (
-    *("text", "columns", "tokens", "window", "stride", "prompts", "prompt_tokens", "new_tokens", "beams"),
+    *("text", "columns", "loss_on", "tokens", "window", "stride", "prompts", "prompt_tokens", "new_tokens", "beams"),
     *("dtype", "seed"),
 )
 KEY, TASKS = "key.json", "tasks.json"

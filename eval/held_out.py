@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mqa_hf.base.chats import Document, encoded
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.text import documents, load, one_column, pairs
+from mqa_hf.base.text import Texts, documents, load, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs, starts_with_last
 
 from .metrics import Translations, WordErrors
@@ -81,7 +82,10 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
     A document is preceded by the tokenizer's bos, or by eos if there is none, so that its first token is also
     predicted.
     """
-    texts = documents(job.text, one_column(job.columns, "`columns`"), "`text`", tokenizer)
+    texts = documents(job.text, job.columns, "`text`", tokenizer)
+    answers = job.loss_on == "answers"
+    if answers and (not isinstance(texts, Texts) or texts.form.kind == "text"):
+        raise MQAError(f"`text` {job.text} has no answers; use `loss_on` all")
     longest = getattr(config, "max_position_embeddings", None) or 2048
     window = job.window or min(longest, 2048)
     stride = job.stride or max(1, window // 2)
@@ -95,23 +99,28 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
     left = job.tokens
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(job.seed)).tolist()
     for number, document in enumerate(order):
-        ids = tokenizer(texts[document], verbose=False).input_ids
+        text = texts.document(document) if isinstance(texts, Texts) else Document(texts[document])
+        ((ids, counted),) = encoded([text], tokenizer, answers)
         if prefix is not None and ids[:1] != [prefix]:
-            ids = [prefix, *ids]
+            ids, counted = [prefix, *ids], [False, *counted]
         if len(ids) > job.prompt_tokens and len(prompts) < job.prompts:
             prompts.append(ids[: job.prompt_tokens])
-        ids = ids[: left + 1]
+        ids = ids if answers else ids[: left + 1]
         end = 1  # tokens before it are already predicted
         for begin in range(0, len(ids) - 1, stride):
             last = min(begin + window + 1, len(ids))
             if last <= end:
                 break
             begin = max(0, min(begin, last - 1 - window))  # the last window is as long as the others
-            labels = [IGNORED] * (end - begin - 1) + ids[end:last]
-            said = tokenizer.decode(ids[end:last], skip_special_tokens=True)
-            windows.append(Window(number, ids[begin : last - 1], labels, len(said.encode())))
+            predicted = [i for i in range(end, last) if not answers or counted[i]]
+            labels = [IGNORED] * (last - begin - 1)
+            for i in predicted:
+                labels[i - begin - 1] = ids[i]
+            if predicted:
+                said = tokenizer.decode([ids[i] for i in predicted], skip_special_tokens=True)
+                windows.append(Window(number, ids[begin : last - 1], labels, len(said.encode())))
+            left -= len(predicted)
             end = last
-        left -= max(len(ids) - 1, 0)
         if left < 1 and (len(prompts) == job.prompts or number > LOOKED_AT * job.prompts):
             break
     if not windows:

@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from mqa_hf.base.chats import Document, encoded, form_of, holds_text
 from mqa_hf.base.console import NORMAL, verbosity
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import stamps
+from mqa_hf.base.mixture import Part
 from mqa_hf.base.text import (
-    chat_text,
-    check_file,
+    built_in,
+    check_source,
+    check_template,
     corrupt_spans,
     documents,
     features_of,
-    holds_chats,
-    holds_text,
     is_plain,
     load,
     no_text,
-    one_column,
     sentinel_ids,
 )
 from mqa_hf.modeling_mqa_seq2seq import shift_right
 
-from .options import Part, Training
+from .options import Training
 from .order import check_rows
 
 IGNORED = -100  # label of positions without a target in transformers
@@ -59,11 +59,11 @@ def open_dataset(source: str, streaming: bool = False, option: str = DATASET) ->
     Raises:
         MQAError: if it cannot be read.
     """
-    if not is_plain(source):
+    if not is_plain(source) and built_in(source, option) is None:
         return load(source, option, streaming)
     import datasets
 
-    whole = datasets.Dataset.from_list([{"text": documents(source, option=option)[0]}])
+    whole = datasets.Dataset.from_list([{"text": text} for text in documents(source, option=option)])
     return whole.to_iterable_dataset() if streaming else whole
 
 
@@ -72,18 +72,27 @@ def column_names(rows: Any) -> list[str]:
 
 
 def choose_columns(
-    source: str, rows: Any, columns: Sequence[str], tokenizer: Any = None, option: str = DATASET
+    source: str,
+    rows: Any,
+    columns: Sequence[str],
+    tokenizer: Any = None,
+    option: str = DATASET,
+    pairs: bool = False,
+    answers: bool = False,
 ) -> Any:
-    """The same rows with one column "text", or "source" and "target" if two columns are named.
+    """The same rows with one column "text" (see [`form_of`]), or with "source" and "target" for pairs.
 
-    Columns may also be languages of "translation", as the Hub's data sets of translations have them. Chats become text
-    by the template of the tokenizer.
+    Args:
+        columns: also two languages of "translation", as the Hub's data sets of translations have them.
+        tokenizer: for the template of chats.
+        pairs: whether two columns are for encoder and decoder.
+        answers: whether to add a column "answers", the beginning and end of each answer in the text.
     """
     import datasets
 
     features = reading(f"{option} {source}", features_of, rows)
     known = list(features)
-    if "translation" in known and len(columns) == 2:
+    if pairs and "translation" in known and len(columns) == 2:
         one, other = columns
         inside = features["translation"]
         languages = list(inside) if isinstance(inside, dict) else list(getattr(inside, "languages", ()))
@@ -98,26 +107,38 @@ def choose_columns(
             return {"source": both.get(one), "target": both.get(other)}
 
         return rows.map(sides, remove_columns=known)
-    wanted = list(columns) or ["text"]
-    if len(wanted) == 1 and holds_chats(features.get(wanted[0])):
-        (name,) = wanted
-        if tokenizer is None:
-            raise MQAError(
-                f"{option} {source}: {name} holds chats, which need a tokenizer with a chat template; pass `tokenizer`"
-            )
+    if pairs and len(columns) == 2:
+        return renamed(source, rows, features, columns, ("source", "target"), option)
+    form = form_of(features, columns)
+    if form is None or form.kind == "text":
+        if answers and form is not None:
+            said = f"{option} {source}: {form.columns[0]} holds texts, which have no answers"
+            raise MQAError(f"{said}; use `loss_on` all")
+        if len(columns) > 1:
+            raise no_text(source, option, columns, features)
+        return renamed(source, rows, features, columns or ("text",), ("text",), option)
+    check_template(form, tokenizer, f"{option} {source}")
 
-        def chat(row: dict[str, Any]) -> dict[str, str]:
-            return {"text": chat_text(row[name], tokenizer)}
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        text, places = form.read(row, tokenizer)
+        return {"text": text, **({"answers": [list(place) for place in places or []]} if answers else {})}
 
-        text = datasets.Features({"text": datasets.Value("string")})
-        return reading(f"{option} {source}", rows.map, chat, remove_columns=known, features=text)
+    kinds: dict[str, Any] = {"text": datasets.Value("string")}
+    if answers:
+        kinds["answers"] = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+    return reading(f"{option} {source}", rows.map, read, remove_columns=known, features=datasets.Features(kinds))
+
+
+def renamed(source: str, rows: Any, features: Any, columns: Sequence[str], names: Sequence[str], option: str) -> Any:
+    """The same rows with only these columns of text, under other names."""
+    import datasets
+
     # A part of a mixture or the beginning of a stream may have no rows.
-    wrong = [n for n in wanted if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
+    wrong = [n for n in columns if not holds_text(features.get(n)) and getattr(features.get(n), "dtype", "") != "null"]
     if wrong:
         raise no_text(source, option, wrong, features)
-    names = ["text"] if len(wanted) == 1 else ["source", "target"]
-    rows = rows.select_columns(wanted)
-    for old, new in zip(wanted, names):
+    rows = rows.select_columns(list(columns))
+    for old, new in zip(columns, names):
         rows = rows if old == new else rows.rename_column(old, new)
         rows = rows.cast_column(new, datasets.Value("string"))  # so that all parts have the same type
     return rows
@@ -140,12 +161,14 @@ def mixture(
     seed: int = 0,
     tokenizer: Any = None,
     option: str = DATASET,
+    pairs: bool = False,
+    answers: bool = False,
 ) -> Any:
     """Mix all parts into one data set, drawn at random by weight until each has been read through.
 
     Args:
         parts: parts of the mixture.
-        columns: one column of text (default: "text"), or two for encoder and decoder.
+        columns, pairs, answers: see [`choose_columns`].
         streaming: whether to fetch rows on demand.
         seed: random seed of the order.
         tokenizer: for the template of chats.
@@ -156,13 +179,15 @@ def mixture(
     """
     import datasets
 
-    if len(columns) > 2:
+    if pairs and len(columns) > 2:
         raise MQAError(f"`columns` takes one column, or two of pairs; got {', '.join(columns)}")
     if not parts or not all(0 < part.weight < math.inf for part in parts):
         raise MQAError(f"{option} needs weights above 0; got {[part.weight for part in parts]}")
     found = []
     for part in parts:
-        rows = choose_columns(part.source, open_dataset(part.source, streaming, option), columns, tokenizer, option)
+        opened = open_dataset(part.source, streaming, option)
+        own = () if is_plain(part.source) and len(columns) > 1 and not pairs else columns
+        rows = choose_columns(part.source, opened, own, tokenizer, option, pairs, answers)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
     if len(found) == 1:
         return found[0]
@@ -171,9 +196,11 @@ def mixture(
     return datasets.interleave_datasets(found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
-def batches(rows: Any, column: str = "text") -> Iterator[list[Any]]:
+def batches(rows: Any) -> Iterator[list[Document]]:
     for batch in read_batches(rows):
-        yield [text for text in batch[column] if text]  # skip rows without text
+        answers = batch.get("answers") or [None] * len(batch["text"])
+        found = (Document(text, places) for text, places in zip(batch["text"], answers))
+        yield [document for document in found if document.text]  # skip rows without text
 
 
 def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
@@ -184,27 +211,36 @@ def read_batches(rows: Any) -> Iterator[dict[str, list[Any]]]:
             yield reading("the text", next, found)
 
 
-def packed(texts: Iterator[list[str]], tokenizer: Any, length: int) -> Iterator[dict[str, np.ndarray]]:
+def packed(
+    texts: Iterator[list[Document]], tokenizer: Any, length: int, answers: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
     """Pack documents, each followed by eos, into rows of `length` tokens without padding.
 
     Yields:
         `input_ids` [length], and `position_ids` [length], which start at 0 again with each document: transformers
-        reads from them that tokens do not attend across (`find_packed_sequence_indices`).
+        reads from them that tokens do not attend across (`find_packed_sequence_indices`). With `answers`, also
+        `answered` [length], 1 for tokens of answers and an eos that follows them; rows without any are left out.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids, starts = np.empty(0, np.int32), np.empty(0, bool)
+    ids, starts, answered = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int32)
     index = np.arange(length)
     for batch in texts:
         if not batch:
             continue
-        found = tokenizer(batch, verbose=False).input_ids
-        pieces = [np.array(words if words[-1:] == end else words + end, np.int32) for words in found]
-        first = [np.arange(len(piece)) == 0 for piece in pieces]
-        ids, starts = np.concatenate([ids, *pieces]), np.concatenate([starts, *first])
+        pieces = [(words, own, end if words[-1:] != end else []) for words, own in encoded(batch, tokenizer, answers)]
+        ids = np.concatenate([ids, *(np.array(words + more, np.int32) for words, _, more in pieces)])
+        starts = np.concatenate([starts, *(np.arange(len(words) + len(more)) == 0 for words, _, more in pieces)])
+        if answers:  # an eos belongs to the answer before it
+            marks = (np.array(own + own[-1:] * len(more), np.int32) for _, own, more in pieces)
+            answered = np.concatenate([answered, *marks])
         while len(ids) >= length:
             beginning = np.maximum.accumulate(np.where(starts[:length], index, 0))
-            yield {"input_ids": ids[:length], "position_ids": (index - beginning).astype(np.int32)}
-            ids, starts = ids[length:], starts[length:]
+            row = {"input_ids": ids[:length], "position_ids": (index - beginning).astype(np.int32)}
+            if answers:
+                row["answered"] = answered[:length]
+            if not answers or answered[1:length].any():
+                yield row
+            ids, starts, answered = ids[length:], starts[length:], answered[length:]
 
 
 def paired(
@@ -248,6 +284,7 @@ def training_rows(
     streaming: bool = False,
     seed: int = 0,
     option: str = DATASET,
+    answers: bool = False,
 ) -> Any:
     """The examples of a training run, cached on disk by `datasets` for the same text and options.
 
@@ -258,6 +295,7 @@ def training_rows(
         count: rows wanted. A text may give fewer; training then repeats them in another order.
         pairs: whether they are for an encoder-decoder model.
         option: name of the option, for messages.
+        answers: whether only the tokens of answers are to be predicted.
 
     Returns:
         A `Dataset`, or an endless `IterableDataset` if streaming.
@@ -265,8 +303,6 @@ def training_rows(
     import datasets
     from datasets.fingerprint import Hasher
 
-    if not pairs:
-        one_column(columns, "`columns`")
     sentinels = sentinel_ids(tokenizer) if pairs and len(columns) != 2 else []
     if pairs and len(columns) != 2 and len(sentinels) < 2:
         raise MQAError(
@@ -274,7 +310,7 @@ def training_rows(
         )
 
     # Outside of the generators, in which `datasets` would replace its errors.
-    opened = mixture(parts, columns, streaming, seed, tokenizer, option)
+    opened = mixture(parts, columns, streaming, seed, tokenizer, option, pairs, answers)
     if pairs and len(columns) == 2 and not streaming:
         count = min(count, len(opened))  # so that the cached rows do not depend on a larger count
 
@@ -282,11 +318,11 @@ def training_rows(
     nothing += "`sequence_length`"
 
     def once(turn: int) -> Iterator[dict[str, Any]]:
-        rows = mixture(parts, columns, streaming, seed + turn, tokenizer, option) if turn else opened
+        rows = mixture(parts, columns, streaming, seed + turn, tokenizer, option, pairs, answers) if turn else opened
         if pairs:
             yield from paired(rows, tokenizer, length, seed + turn, sentinels)
         else:
-            yield from packed(batches(rows), tokenizer, length)
+            yield from packed(batches(rows), tokenizer, length, answers)
 
     def endless() -> Iterator[dict[str, Any]]:
         turn, some = 0, True
@@ -309,10 +345,11 @@ def training_rows(
     known = [(os.path.abspath(part.source), part.weight, stamps(part.source)) for part in parts]
     vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
     words = (vocabulary, tokenizer.eos_token_id, tokenizer.chat_template)
-    made_of = (known, words, length, count, list(columns), pairs, seed, "1")
+    made_of = (known, words, length, count, list(columns), pairs, seed, answers, "2")
     if count < 1 or next(iter(first()), None) is None:
         raise MQAError(nothing)
-    rows = kept(first, ("input_ids", "labels" if pairs else "position_ids"), -1 if pairs else length, made_of)
+    names = ("input_ids", "labels" if pairs else "position_ids", *(("answered",) if answers else ()))
+    rows = kept(first, names, -1 if pairs else length, made_of)
     return rows if pairs else rows.with_format("numpy")
 
 
@@ -331,11 +368,15 @@ def kept(rows: Callable[[], Iterator[dict[str, Any]]], names: Sequence[str], len
 
 
 def collate_packed(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Batch packed rows [B, T], with the token to predict at each position; `IGNORED` at the end of a document."""
+    """Batch packed rows [B, T], with the token to predict at each position; `IGNORED` at the end of a document, and
+    where only answers are predicted before other tokens."""
     ids = torch.from_numpy(np.stack([row["input_ids"] for row in rows])).long()
     positions = torch.from_numpy(np.stack([row["position_ids"] for row in rows])).long()
     labels = torch.full_like(ids, IGNORED)
-    labels[:, :-1] = ids[:, 1:].masked_fill(positions[:, 1:] == 0, IGNORED)
+    left_out = positions[:, 1:] == 0
+    if "answered" in rows[0]:
+        left_out |= torch.from_numpy(np.stack([row["answered"] for row in rows]))[:, 1:] == 0
+    labels[:, :-1] = ids[:, 1:].masked_fill(left_out, IGNORED)
     return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
 
@@ -390,16 +431,18 @@ class TrainingSet:
 def check_there(job: Training) -> None:
     """Raise MQAError if a text file of a job is missing."""
     for part in job.parts:
-        check_file(part.source, DATASET)
+        check_source(part.source, DATASET)
     if job.validation is not None:
-        check_file(job.validation, "`validation`")
+        check_source(job.validation, "`validation`")
 
 
 def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
     """The text of a job, prepared for a model with `config`."""
     assert job.tokens is not None, "a job is resolved first"
-    pairs, length = bool(config.is_encoder_decoder), job.sequence_length
-    common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed}
+    pairs, length, answers = bool(config.is_encoder_decoder), job.sequence_length, job.loss_on == "answers"
+    if pairs and answers:
+        raise MQAError("`loss_on` answers is for decoder-only models; an encoder-decoder model writes only the target")
+    common: dict[str, Any] = {"columns": job.columns, "pairs": pairs, "seed": job.seed, "answers": answers}
     if not (pairs or job.streaming):  # for pairs, when their lengths are known
         check_rows(job, job.steps(length))
     with processes().main_process_first():

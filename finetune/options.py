@@ -11,7 +11,9 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from mqa_hf.base.chats import LOSS_ON
 from mqa_hf.base.errors import MQAError
+from mqa_hf.base.mixture import Part
 from mqa_hf.base.options import Job, Option, Options
 from mqa_hf.base.upload import Upload
 
@@ -23,23 +25,6 @@ LOGGERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)} 
 
 LOSSES = ("lm", "kl", "hidden", "attention")
 TRAINED_ON, HOW, LOGS, OUTPUT = "What it is trained on", "How long and how", "Checkpoints and logs", "Output"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A data set of a mixture and its weight."""
-
-    source: str
-    weight: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """`SOURCE` or `SOURCE=WEIGHT`."""
-        source, sign, weight = text.rpartition("=")
-        try:
-            return cls(source, float(weight)) if sign else cls(text)
-        except ValueError:
-            return cls(text)  # a name with "=" in it
 
 
 @dataclass(frozen=True)
@@ -57,8 +42,16 @@ class Data(Options, panel=TRAINED_ON):
     ]
     columns: Annotated[
         Sequence[str],
-        Option("Column of the text (default: text) or of chats, or two for translation: en,de.", comma=True),
+        Option(
+            "Column of the text or of chats, or columns of a prompt and an answer; for encoder-decoder models two, "
+            "such as en,de. Default: text, messages, prompt and completion, or instruction and output.",
+            comma=True,
+        ),
     ] = ()
+    loss_on: Annotated[
+        str,
+        Option("Tokens of chats and instructions that the losses count: all, or those of answers.", choices=LOSS_ON),
+    ] = "all"
     streaming: Annotated[bool, Option("Fetch the text during training instead of all of it first.")] = False
     validation: Annotated[str | None, Option("Held-out text to measure losses on.")] = None
     validation_tokens: Annotated[int, Option("Number of tokens to read from `validation`.", min=1)] = 131_072

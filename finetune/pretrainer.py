@@ -12,7 +12,7 @@ from mqa_hf.base.devices import DTYPES, processes
 from mqa_hf.base.files import stamps
 from mqa_hf.base.hub import make_repository, push
 from mqa_hf.base.output import resolve_output, written_beside
-from mqa_hf.base.text import load_tokenizer, one_column
+from mqa_hf.base.text import load_tokenizer
 from mqa_hf.conversion.loading import load_model
 
 from .architecture import build, configuration, widened
@@ -32,8 +32,6 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     target = resolve_output(job.output, Path(job.parts[0].source), job.overwrite, PretrainingRecord.file)
     fields, options = read_config(job.config), job.decisive()
     pairs = bool(configuration(fields).is_encoder_decoder)
-    if not pairs:
-        one_column(job.columns, "`columns`")
     begin(job.place, {"files": [stamp for part in job.parts for stamp in stamps(part.source)], **options}, job.restart)
 
     with state.main_process_first():

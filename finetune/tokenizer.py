@@ -41,7 +41,7 @@ def trained_tokenizer(data: Data, size: int, directory: Path, pairs: bool, seed:
     if not (directory / "tokenizer.json").is_file():
         rows = (
             row
-            for batch in read_batches(mixture(data.parts, data.columns, data.streaming, seed))
+            for batch in read_batches(mixture(data.parts, data.columns, data.streaming, seed, pairs=pairs))
             for row in zip(*batch.values())
         )
         texts = (text for row in itertools.islice(rows, TOKENIZER_TEXTS) for text in row if text)

@@ -2,18 +2,19 @@
 
 import codecs
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
+from .chats import Document, Form, form_of, holds_text
 from .console import NORMAL, verbosity
 from .errors import MQAError
+from .mixture import BUILT_IN, MANUAL, Part, shares
 
 PLAIN = (".txt", ".md", ".rst")
-DEFAULT_TEXT = "Python's reference manual"
 CHUNK = 32  # documents that are tokenised at once
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -53,6 +54,12 @@ def format_of(path: Path) -> str | None:
     return next((FORMATS[suffix] for suffix in reversed(path.suffixes) if suffix in FORMATS), None)
 
 
+def check_source(source: str, option: str) -> None:
+    """Raise MQAError for a text that is not built in and not a file that can be read; ids on the Hub pass."""
+    if built_in(source, option) is None:
+        check_file(source, option)
+
+
 def check_file(source: str | os.PathLike, option: str) -> None:
     """Raise MQAError for a missing or empty file or an unknown format; ids on the Hub pass."""
     path = Path(source)
@@ -71,17 +78,26 @@ def check_file(source: str | os.PathLike, option: str) -> None:
         raise MQAError(f"{option} {source} must be one of {', '.join((*PLAIN, *FORMATS))}")
 
 
+def built_in(source: Any, option: str = "`calibration`") -> list[str] | None:
+    """The documents of one of [`mixture.BUILT_IN`]; `None` for other sources, MQAError for unknown names."""
+    if not str(source).startswith("builtin:"):
+        return None
+    if source not in BUILT_IN:
+        raise MQAError(f"{option} {source} is not one of {', '.join(BUILT_IN)}")
+    return BUILT_IN[source]()
+
+
 def is_plain(source: str | os.PathLike) -> bool:
     """Whether it is a plain text file, which is one document."""
     return Path(source).suffix in PLAIN and Path(source).is_file()
 
 
 class Texts(Sequence[str]):
-    """The texts of a column of strings or chats, read on demand; "" for rows without text."""
+    """The texts of rows, read on demand; "" for rows without text."""
 
-    def __init__(self, rows: Any, column: str, name: str, tokenizer: Any = None):
+    def __init__(self, rows: Any, form: Form, name: str, tokenizer: Any = None):
         """`name` is for messages; `tokenizer` has the template of chats."""
-        self.rows, self.column, self.name, self.tokenizer = rows.select_columns([column]), column, name, tokenizer
+        self.rows, self.form, self.name, self.tokenizer = rows.select_columns(form.columns), form, name, tokenizer
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,39 +105,17 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
+        return self.document(index).text
+
+    def document(self, index: int) -> Document:
+        """The text of a row and the answers in it."""
         try:
-            cell = self.rows[index][self.column]
+            row = self.rows[index]
         except IndexError:
             raise
         except Exception as error:  # such as invalid UTF-8
             raise MQAError(f"{self.name} cannot be read, row {index}: {error}") from error
-        return (cell or "") if self.tokenizer is None else chat_text(cell, self.tokenizer)
-
-
-def chat_text(messages: Any, tokenizer: Any) -> str:
-    """Format a chat with the tokenizer's template, without the bos that the tokenizer adds itself.
-
-    Args:
-        messages: `role` and `content` of each; `None`: no chat.
-        tokenizer: a transformers tokenizer.
-
-    Raises:
-        MQAError: if the tokenizer has no template, or the template does not accept these messages.
-    """
-    if not messages:
-        return ""
-    try:
-        # `datasets` fills missing fields with null.
-        said = [{name: value for name, value in message.items() if value is not None} for message in messages]
-        if not all("role" in message for message in said):
-            raise ValueError("messages need role and content")
-        text = tokenizer.apply_chat_template(said, tokenize=False)
-    except Exception as error:  # templates raise any type
-        raise MQAError(f"the chat template does not accept {str(messages)[:80]} ...: {error}") from error
-    bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
-        return text.removeprefix(bos)
-    return text
+        return self.form.read(row, self.tokenizer)
 
 
 def features_of(rows: Any) -> Any:
@@ -131,16 +125,6 @@ def features_of(rows: Any) -> Any:
     import datasets
 
     return datasets.Dataset.from_list(list(rows.take(100))).features
-
-
-def holds_text(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
-
-
-def holds_chats(feature: Any) -> bool:
-    """Whether it is a list of messages with `role` and `content`, or of objects of different types."""
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
-    return type(inner).__name__ == "Json" or (isinstance(inner, dict) and {"role", "content"} <= set(inner))
 
 
 def no_text(
@@ -161,22 +145,12 @@ def kind_of(feature: Any) -> str:
     return inner if isinstance(inner, str) else type(feature).__name__.lower()
 
 
-def one_column(columns: Sequence[str], option: str) -> str | None:
-    """The column that a decoder-only model reads; raises MQAError for more than one."""
-    if len(columns) > 1:
-        raise MQAError(
-            f"{option} {','.join(columns)}: a decoder-only model reads one column, of texts or of chats (lists of "
-            "messages)"
-        )
-    return columns[0] if columns else None
-
-
 def given_texts(source: Any, option: str) -> Sequence[str] | None:
     """The texts, if `source` is a list of them; raises MQAError for a list of anything else."""
     if source is None or isinstance(source, str | os.PathLike):
         return None
     if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
-        raise MQAError(f"{option} must be a file, an id on the Hub or a list of texts; got {str(source)[:80]!r}")
+        raise MQAError(f"{option} must be a list of texts; got {str(source)[:80]!r}")
     for number, text in enumerate(source):
         try:
             text.encode()
@@ -187,48 +161,55 @@ def given_texts(source: Any, option: str) -> Sequence[str] | None:
 
 def documents(
     source: str | os.PathLike | Sequence[str] | None,
-    column: str | None = None,
+    columns: Sequence[str] = (),
     option: str = "`calibration`",
     tokenizer: Any = None,
 ) -> Sequence[str]:
     """The documents of a text.
 
     Args:
-        source: a text file, JSON lines, parquet or CSV (also compressed), or an id of the Hub's datasets. `None` is
-            Python's reference manual, part of every installation: English technical prose, enough for a first try.
-            Text like the model's training data is better. A list of texts is taken as it is.
-        column: name of a column of text or chats. Default: "text", else the first with text.
+        source: a text file, JSON lines, parquet or CSV (also compressed), an id of the Hub's datasets, or one of
+            [`mixture.BUILT_IN`]. Default: `builtin:manual`. A list of texts is taken as it is.
+        columns: as in [`form_of`]. Default: as there, else the first column with text.
         option: name of the option, for messages.
         tokenizer: for the template of chats.
 
     Raises:
         MQAError: if there is no such text.
     """
-    if source is None:
-        from pydoc_data.topics import topics
-
-        return [topics[name] for name in sorted(topics)]
     given = given_texts(source, option)
     if given is not None:
-        if column:
-            raise MQAError(f"{option} is a list of texts, without columns; got the column {column}")
+        if columns:
+            raise MQAError(f"{option} is a list of texts, without columns; got {', '.join(columns)}")
         return given
+    source = MANUAL if source is None else source
     assert isinstance(source, str | os.PathLike)
-    if is_plain(source):
-        if column:
-            raise MQAError(f"{option} {source} is one text, without columns; got the column {column}")
-        return [read_plain(source, option)]
+    known = built_in(source, option)
+    if known is not None or is_plain(source):
+        if columns:
+            raise MQAError(f"{option} {source} is text without columns; got {', '.join(columns)}")
+        return [read_plain(source, option)] if known is None else known
     rows = load(source, option)
     features = features_of(rows)
-    candidates = [column] if column else ["text", *features]
     if not len(rows):
         raise MQAError(f"{option} {source} has no rows")
-    found = next((name for name in candidates if holds_text(features.get(name))), None)
-    if found is None and column and tokenizer is not None and holds_chats(features.get(column)):
-        return Texts(rows, column, f"{option} {source}", tokenizer)
-    if found is None:
-        raise no_text(source, option, [column] if column else [], features)
-    return Texts(rows, found, f"{option} {source}")
+    form = form_of(features, columns)
+    if form is None and not columns:
+        name = next((name for name in features if holds_text(features[name])), None)
+        form = None if name is None else Form("text", (name,))
+    if form is None:
+        raise no_text(source, option, columns, features)
+    check_template(form, tokenizer, f"{option} {source}")
+    return Texts(rows, form, f"{option} {source}", tokenizer)
+
+
+def check_template(form: Form, tokenizer: Any, name: str) -> None:
+    """Raise MQAError if rows of this form need a chat template and there is no tokenizer."""
+    if form.kind in ("chat", "instruction") and tokenizer is None:
+        raise MQAError(
+            f"{name}: {', '.join(form.columns)} hold chats, which need a tokenizer with a chat template; pass "
+            "`tokenizer`"
+        )
 
 
 def read_plain(source: str | os.PathLike, option: str) -> str:
@@ -289,7 +270,7 @@ def pairs(
     wrong = [name for name in chosen if name not in known or not holds_text(rows.features[inside + name])]
     if wrong or len(chosen) < 2:
         raise no_text(source, option, wrong, {name: rows.features[inside + name] for name in known})
-    one, other = (Texts(rows, inside + name, f"{option} {source}") for name in chosen)
+    one, other = (Texts(rows, Form("text", (inside + name,)), f"{option} {source}") for name in chosen)
     return one, other
 
 
@@ -339,25 +320,70 @@ def calibration_tokens(
     length: int,
     vocab_size: int,
     seed: int,
-    column: str | None = None,
+    columns: Sequence[str] = (),
 ) -> torch.Tensor:
     """Token ids [N, length] of a calibration text; see [`documents`] and [`token_rows`].
 
     Args:
         tokenizer: a transformers tokenizer.
-        source, column, count, length, seed: as there.
+        source, columns, count, length, seed: as there.
         vocab_size: vocabulary size of the model.
 
     Raises:
         MQAError: if there is too little text, or an id outside the model's vocabulary.
     """
-    tokens = token_rows(documents(source, column, tokenizer=tokenizer), tokenizer, length, count, seed).long()
+    tokens = token_rows(documents(source, columns, tokenizer=tokenizer), tokenizer, length, count, seed).long()
     if len(tokens) < 2:
         raise MQAError(
             f"the calibration text has fewer than {2 * length} tokens; give at least two sequences of {length}"
         )
     check_ids(tokens, vocab_size)
     return tokens
+
+
+def mixed_tokens(
+    tokenizer: Any,
+    parts: Sequence[Part] | Sequence[str],
+    count: int,
+    length: int,
+    vocab_size: int,
+    seed: int,
+    columns: Sequence[str] = (),
+) -> list[torch.Tensor]:
+    """Token ids [N, length] of each part of a calibration mixture (or of a list of texts), about `count` in all,
+    divided by weight; what a short part lacks is divided among the others.
+
+    Raises:
+        MQAError: if a part has not two sequences, or an id is outside the model's vocabulary.
+    """
+    mixed = [part for part in parts if isinstance(part, Part)]
+    if len(mixed) < 2:
+        source: Any = mixed[0].source if mixed else parts
+        return [calibration_tokens(tokenizer, source, count, length, vocab_size, seed, columns)]
+    wanted = shares(mixed, count // length)
+    texts = {}
+    for part, rows in zip(mixed, wanted):
+        if rows:
+            own = columns if built_in(part.source) is None and not is_plain(part.source) else ()
+            texts[part] = documents(part.source, own, tokenizer=tokenizer)
+    found: dict[Part, torch.Tensor] = {}
+    left, open_parts = count // length, dict(zip(mixed, wanted))
+    while open_parts:
+        short = []
+        for part, rows in open_parts.items():
+            if part in texts:
+                found[part] = token_rows(texts[part], tokenizer, length, rows * length, seed).long()
+                short += [part] if len(found[part]) < rows else []
+        if not short or len(short) == len(open_parts):
+            break
+        left -= sum(len(found[part]) for part in short)
+        rest = [part for part in open_parts if part not in short]
+        open_parts = dict(zip(rest, shares(rest, left)))
+    for part, tokens in found.items():
+        if not len(tokens):
+            raise MQAError(f"`calibration` {part.source} has fewer than {length} tokens, one sequence")
+        check_ids(tokens, vocab_size)
+    return list(found.values())
 
 
 def check_count(count: int, length: int) -> None:
@@ -407,57 +433,30 @@ def padded(rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]
 
 def seq2seq_tokens(
     tokenizer: Any,
-    source: str | os.PathLike | Sequence[str] | None,
+    parts: Sequence[Part] | Sequence[str],
     columns: Sequence[str],
     count: int,
     length: int,
     config: Any,
     seed: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
     """Calibration tokens of an encoder-decoder model: source [N, S] and the decoder's input [N, T], each with a mask
-    of the tokens that are not padding.
-
-    Pairs of texts are used as they are. In a single text, spans are hidden if the tokenizer has sentinels (T5);
-    otherwise the decoder writes what the encoder reads.
+    of the tokens that are not padding, and the number of examples of each part.
 
     Args:
-        tokenizer, source, columns, seed: see [`calibration_tokens`] and [`pairs`].
-        count: maximum number of tokens, both sides together.
+        tokenizer, columns, seed: see [`calibration_tokens`] and [`pairs`].
+        parts: a mixture, or a list of texts.
+        count: maximum number of tokens, both sides together, divided by weight.
         length: maximum number of tokens per side.
         config: `MQASeq2SeqConfig` of the model.
     """
     generator = torch.Generator().manual_seed(seed)
-    two = pairs(source, columns)
     sources: list[list[int]] = []
     targets: list[list[int]] = []
-    total = 0
-    if two is None:
-        check_count(count, length - 2)
-        sentinels = sentinel_ids(tokenizer)
-        texts = documents(source, columns[0] if columns else None, tokenizer=tokenizer)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        for row in token_rows(texts, tokenizer, length - 2, count, seed).tolist():
-            if len(sentinels) > 1:
-                one, other = corrupt_spans(row, sentinels, generator)
-                one, other = one + end, other + end
-            else:
-                one = other = tokenizer.build_inputs_with_special_tokens(row) if not end else row + end
-            sources.append(one)
-            targets.append(other)
-    else:
-        for chunk in torch.randperm(len(two[0]), generator=generator).split(CHUNK):
-            both = [(two[0][i], two[1][i]) for i in chunk.tolist()]
-            texts, goals = ([pair[side] for pair in both if all(pair)] for side in (0, 1))
-            if not texts:
-                continue
-            options = {"truncation": True, "max_length": length, "verbose": False}
-            batch = tokenizer(texts, **options).input_ids, tokenizer(text_target=goals, **options).input_ids
-            kept = [(one, other) for one, other in zip(*batch) if len(one) > 1 and len(other) > 1]
-            sources += [one for one, _ in kept]
-            targets += [other for _, other in kept]
-            total += sum(len(one) + len(other) for one, other in kept)
-            if total >= count:
-                break
+    counts: list[int] = []
+    for source, share in divided(parts, count):
+        one, other = examples_of(tokenizer, source, columns, share, length, generator, seed)
+        sources, targets, counts = sources + one, targets + other, [*counts, len(one)]
     if len(sources) < 2:
         raise MQAError(
             f"the calibration text has {len(sources)} examples; give at least two, of {length} tokens if they are "
@@ -472,4 +471,63 @@ def seq2seq_tokens(
     written, written_valid = padded([[start, *row][:longest] for row in targets], pad)
     check_ids(read, config.encoder.vocab_size)
     check_ids(written, config.decoder.vocab_size)
-    return read, read_valid, written, written_valid
+    return read, read_valid, written, written_valid, counts
+
+
+def divided(parts: Sequence[Part] | Sequence[str], count: int) -> Iterator[tuple[str | Sequence[str], int]]:
+    """The sources of a mixture with their shares of `count`; a list of texts is one source."""
+    mixed = [part for part in parts if isinstance(part, Part)]
+    if not mixed:
+        yield parts, count  # type: ignore[misc]
+    for part, share in zip(mixed, shares(mixed, count)):
+        if share:
+            yield part.source, share
+
+
+def examples_of(
+    tokenizer: Any,
+    source: str | Sequence[str],
+    columns: Sequence[str],
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    seed: int,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids that the encoder reads and that the decoder writes, about `count` in all.
+
+    Pairs of texts are used as they are. In a single text, spans are hidden if the tokenizer has sentinels (T5);
+    otherwise the decoder writes what the encoder reads.
+    """
+    own = columns if isinstance(source, str) and built_in(source) is None else ()
+    two = None if isinstance(source, str) and built_in(source) is not None else pairs(source, columns)
+    sources: list[list[int]] = []
+    targets: list[list[int]] = []
+    total = 0
+    if two is None:
+        check_count(count, length - 2)
+        sentinels = sentinel_ids(tokenizer)
+        texts = documents(source, own, tokenizer=tokenizer)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for row in token_rows(texts, tokenizer, length - 2, count, seed).tolist():
+            if len(sentinels) > 1:
+                one, other = corrupt_spans(row, sentinels, generator)
+                one, other = one + end, other + end
+            else:
+                one = other = tokenizer.build_inputs_with_special_tokens(row) if not end else row + end
+            sources.append(one)
+            targets.append(other)
+        return sources, targets
+    for chunk in torch.randperm(len(two[0]), generator=generator).split(CHUNK):
+        both = [(two[0][i], two[1][i]) for i in chunk.tolist()]
+        texts, goals = ([pair[side] for pair in both if all(pair)] for side in (0, 1))
+        if not texts:
+            continue
+        options = {"truncation": True, "max_length": length, "verbose": False}
+        batch = tokenizer(texts, **options).input_ids, tokenizer(text_target=goals, **options).input_ids
+        kept = [(one, other) for one, other in zip(*batch) if len(one) > 1 and len(other) > 1]
+        sources += [one for one, _ in kept]
+        targets += [other for _, other in kept]
+        total += sum(len(one) + len(other) for one, other in kept)
+        if total >= count:
+            break
+    return sources, targets

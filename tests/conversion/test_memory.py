@@ -18,7 +18,7 @@ from mqa_hf.cli import app
 from mqa_hf.conversion.record import ConversionRecord
 
 TEXTS = [f"one key and one value for all heads of layer {n}, read once for every token" for n in range(60)]
-FIT = {"method": "shared", "calibration": TEXTS, "calibration_tokens": 512, "sequence_length": 16}
+FIT = {"method": "shared", "texts": TEXTS, "calibration_tokens": 512, "sequence_length": 16}
 pytestmark = pytest.mark.filterwarnings("ignore::mqa_hf.ConversionWarning")
 
 
@@ -100,11 +100,13 @@ def test_texts_in_memory_are_a_text_in_a_file(tmp_path):
     write_tokenizer(save(make("llama"), tmp_path / "source"))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     record = convert(tmp_path / "source", tmp_path / "one", **FIT)
-    convert(tmp_path / "source", tmp_path / "two", **{**FIT, "calibration": str(tmp_path / "text.jsonl")})
+    convert(
+        tmp_path / "source", tmp_path / "two", **{**FIT, "texts": None, "calibration": str(tmp_path / "text.jsonl")}
+    )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
-    assert record.options["calibration"] == record.held_out_loss.text == "60 texts in memory"
-    assert "calibration=texts" in record.command
+    assert record.held_out_loss.text == "60 texts in memory"
+    assert "texts=texts" in record.command
 
 
 def test_calibration_takes_the_tokenizer_of_where_the_model_was_loaded_from(tmp_path):
@@ -129,7 +131,7 @@ def test_a_class_of_its_own_keeps_it(model_type, tmp_path):
     [
         ([], "has fewer than"),
         ([1, 2], "a list of texts"),
-        (5, "a text or an object in memory"),
+        (5, "must be a list"),
         ([b"text"], "a list of texts"),
         (["a", "\udc80"], "lone surrogate"),
     ],
@@ -139,8 +141,8 @@ def test_texts_that_are_none(calibration, match, tmp_path):
     source = save(make("llama"), tmp_path / "source")
     write_tokenizer(source)
     with pytest.raises(MQAError, match=match):
-        convert(source, **{**FIT, "calibration": calibration})
-    with pytest.raises(MQAError, match="without columns"):
+        convert(source, **{**FIT, "texts": calibration})
+    with pytest.raises(MQAError, match="`calibration_columns` text needs `calibration`"):
         convert(source, **FIT, calibration_columns="text")
 
 

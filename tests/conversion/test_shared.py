@@ -119,7 +119,7 @@ def test_calibration_text_from_files(tmp_path):
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"n": 1, "text": "no play " * 30}) for _ in range(20)))
     for name in ("text.txt", "text.jsonl"):
         report = convert(source, tmp_path / f"from-{name}", method="shared", calibration=str(tmp_path / name), **SMALL)
-        assert report.options["calibration"].endswith(name)
+        assert report.options["calibration"] == [str(tmp_path / name)]
         assert f"--calibration {tmp_path / name}" in report.command
     card = (tmp_path / "from-text.txt" / "README.md").read_text()
     assert "the loss went from" in card

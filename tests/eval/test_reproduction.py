@@ -252,7 +252,7 @@ def test_the_jobs_of_a_recipe_are_those_of_its_options(name):
     chain = chains[f"{name}/seed-0/from-shared"]
     convert, train = chain.steps["convert"].job, chain.steps["train 0.05"].job
     assert convert.words()[:3] == ["convert", f"work/{name}/seed-0/multi-head/model", str(chain.place / "converted")]
-    assert (convert.method, convert.seed, convert.calibration) == ("shared", 0, "text/text")
+    assert (convert.method, convert.seed, convert.calibration) == ("shared", 0, ("text/text",))
     assert (train.tokens, train.loss, train.teacher) == (round(0.05 * experiment.recipe.tokens), "kl", None)
     assert chains[f"{name}/seed-0/from-mean"].steps["train 0.01"].job.teacher == "none"
     assert experiment.shapes[0] == [FIRST, "original"]

@@ -10,13 +10,15 @@ from tokenizer import write_tokenizer
 from tokenizers import processors
 from transformers import LlamaConfig
 
+from mqa_hf.base.chats import Document, Form
 from mqa_hf.base.console import QUIET
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.text import chat_text, documents, load
+from mqa_hf.base.mixture import Part
+from mqa_hf.base.text import documents, load
 from mqa_hf.eval.evaluate import Evaluation
 from mqa_hf.eval.held_out import held_out_text
 from mqa_hf.finetune.data import IGNORED, CollatePairs, batches, collate_packed, mixture, packed, training_rows
-from mqa_hf.finetune.options import Part, Schedule
+from mqa_hf.finetune.options import Schedule
 from mqa_hf.finetune.order import in_order
 
 
@@ -30,9 +32,13 @@ def tokenizer(tmp_path):
     return write_tokenizer(tmp_path / "tokenizer")
 
 
+def batched(*batches):
+    return iter([[Document(text) for text in batch] for batch in batches])
+
+
 def test_packing_keeps_every_token_and_counts_positions_within_documents(tokenizer):
     texts = ["abc", "defghijk", "l", "mnopqrstuvw"]
-    rows = list(packed(iter([texts[:2], texts[2:]]), tokenizer, 5))
+    rows = list(packed(batched(texts[:2], texts[2:]), tokenizer, 5))
     flat = [i for ids in tokenizer(texts).input_ids for i in [*ids, tokenizer.eos_token_id]]
     assert np.concatenate([row["input_ids"] for row in rows]).tolist() == flat[: len(rows) * 5]
     assert len(rows) == len(flat) // 5
@@ -44,7 +50,7 @@ def test_packing_keeps_every_token_and_counts_positions_within_documents(tokeniz
 
 
 def test_labels_are_the_next_token_of_the_same_document(tokenizer):
-    row = next(packed(iter([["abc", "defg"]]), tokenizer, 8))
+    row = next(packed(batched(["abc", "defg"]), tokenizer, 8))
     batch = collate_packed([row])
     ids = batch["input_ids"][0].tolist()
     assert batch["labels"][0].tolist() == [*ids[1:4], IGNORED, *ids[5:8], IGNORED]
@@ -58,7 +64,7 @@ def test_packed_documents_do_not_see_each_other(tokenizer, tmp_path, positions):
     config |= {"num_attention_heads": 4, "num_key_value_heads": 1, "initializer_range": 0.3}
     slopes = {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]} if positions == "alibi" else {}
     model = MQAForCausalLM(MQAConfig(**config, position_embedding=positions, **slopes)).eval()
-    row = next(packed(iter([["abcd", "efghijk", "lm"]]), tokenizer, 16))
+    row = next(packed(batched(["abcd", "efghijk", "lm"]), tokenizer, 16))
     batch = collate_packed([row])
     given = {name: batch[name] for name in ("input_ids", "position_ids")}
     with torch.no_grad():
@@ -191,10 +197,10 @@ def test_chats_are_the_text_that_the_template_makes_of_them(tmp_path, tokenizer)
     rows[3]["messages"][0]["name"] = "x"  # a field that the others have not
     part = write(tmp_path / "chats.jsonl", rows)
     expected = [f"<user>q{n}<assistant>{'a' * n}" for n in range(1, 30)]
-    assert sorted(documents(part.source, "messages", tokenizer=tokenizer)) == sorted([*expected, ""])
+    assert sorted(documents(part.source, ["messages"], tokenizer=tokenizer)) == sorted([*expected, ""])
     for streaming in (False, True):
         found = mixture([part], ["messages"], streaming, tokenizer=tokenizer)
-        assert sorted(text for texts in batches(found) for text in texts) == sorted(expected)
+        assert sorted(document.text for batch in batches(found) for document in batch) == sorted(expected)
     assert len(training_rows((part,), tokenizer, 16, 5, columns=("messages",))) == 5
     config = LlamaConfig(vocab_size=93)
     asked = Evaluation("original", text=part.source, columns=("messages",))
@@ -204,12 +210,13 @@ def test_chats_are_the_text_that_the_template_makes_of_them(tmp_path, tokenizer)
 
 
 def test_a_template_that_begins_with_bos_gives_it_once(tokenizer):
-    chat = [{"role": "user", "content": "q"}]
+    chat = {"messages": [{"role": "user", "content": "q"}]}
+    form = Form("chat", ("messages",))
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    assert chat_text(chat, tokenizer) == "<s><user>q"  # this tokenizer puts none before a text
+    assert form.read(chat, tokenizer).text == "<s><user>q"  # this tokenizer puts none before a text
     begins = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.backend_tokenizer.post_processor = begins
-    ids = tokenizer(chat_text(chat, tokenizer)).input_ids
+    ids = tokenizer(form.read(chat, tokenizer).text).input_ids
     assert (ids[0], ids.count(1)) == (1, 1)
 
 
@@ -221,17 +228,17 @@ def test_a_template_that_is_not_there_or_does_not_take_a_chat_is_said(tmp_path, 
             next(iter(training_rows((part,), tokenizer, 4, 2, columns=("messages",), **options)))
     other = write(tmp_path / "other.jsonl", [{"messages": [{"from": "user"}, {"value": n}]} for n in (1, "a")])
     with pytest.raises(MQAError, match=r"messages need role and content|has no column 'messages' of text"):
-        documents(other.source, "messages", tokenizer=tokenizer)[0]
+        documents(other.source, ["messages"], tokenizer=tokenizer)[0]
     tokenizer.chat_template = None
     with pytest.raises(MQAError, match="chat template does not accept"):
-        documents(part.source, "messages", tokenizer=tokenizer)[0]
+        documents(part.source, ["messages"], tokenizer=tokenizer)[0]
 
 
 def test_texts_that_the_tokenizer_ends_are_ended_once(tmp_path):
     from mqa_hf.finetune.tokenizer import train_tokenizer
 
     ends = train_tokenizer(["abc def"], 400, pairs=True)
-    row = next(packed(iter([["abc", "def"] * 5]), ends, 12))
+    row = next(packed(batched(["abc", "def"] * 5), ends, 12))
     ids = row["input_ids"].tolist()
     assert (ends.eos_token_id, ends.eos_token_id) not in itertools.pairwise(ids)
 

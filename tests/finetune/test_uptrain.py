@@ -35,13 +35,13 @@ from uploads import record_uploads
 
 from mqa_hf import convert
 from mqa_hf.base.errors import MQAError
+from mqa_hf.base.mixture import Part
 from mqa_hf.cli import app
 from mqa_hf.finetune import checkpoints, trainer, uptrainer
 from mqa_hf.finetune.arguments import warmup_steps
 from mqa_hf.finetune.card import with_datasets
 from mqa_hf.finetune.checkpoints import last_checkpoint
 from mqa_hf.finetune.data import training_rows
-from mqa_hf.finetune.options import Part
 from mqa_hf.finetune.pretrain import pretrain
 from mqa_hf.finetune.trainer import ends
 from mqa_hf.finetune.uptrain import Uptraining, default_learning_rate, parse_losses, uptrain

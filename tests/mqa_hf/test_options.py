@@ -58,5 +58,5 @@ def test_a_mapping_may_spell_options_as_flags_but_once():
         Uptraining.of({"student": "a", "output": "b", "dataset": "x", "batch-tokens": 64, "batch_tokens": 32})
     with pytest.raises(MQAError, match="unknown option `batch_token`; did you mean `batch_tokens`"):
         Uptraining.of({"student": "a", "output": "b", "dataset": "x", "batch_token": 64})
-    with pytest.raises(MQAError, match="`calibration` must be"):
-        Conversion.of({"source": "a", "output": "b", "calibration": ["a", "b"]})
+    with pytest.raises(MQAError, match="`latent` must be"):
+        Conversion.of({"source": "a", "output": "b", "latent": ["a", "b"]})

@@ -1,0 +1,196 @@
+"""Rows of data sets as text: chats, prompts with completions, and instructions, with the places of the answers.
+
+Chats become text by the chat template of the tokenizer. A prompt and its completion are joined as they are, as in TRL.
+An instruction and its output are a chat of two turns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from .errors import MQAError
+
+CHATS = ("messages", "conversations", "conversation")
+PROMPTS = ("prompt", "completion")
+INSTRUCTIONS, INPUTS, OUTPUTS = ("instruction", "question"), ("input", "context"), ("output", "response", "answer")
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # of ShareGPT
+ANSWER = "assistant"
+LOSS_ON = ("all", "answers")  # choices of the option `loss_on`
+
+Spans = list[tuple[int, int]]
+
+
+class Document(NamedTuple):
+    """A text, and the beginning and end of each answer in it, in characters; `None`: it has no answers."""
+
+    text: str
+    answers: Spans | None = None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a data set hold text.
+
+    Attributes:
+        kind: "text"; "chat"; "completion", a prompt and its completion, both texts or both messages; "instruction", an
+            instruction, perhaps an input, and an output.
+        columns: their columns, in this order.
+    """
+
+    kind: str
+    columns: tuple[str, ...]
+
+    def read(self, row: Mapping[str, Any], tokenizer: Any) -> Document:
+        """The text of a row, "" if it has none; `tokenizer` has the template of chats.
+
+        Raises:
+            MQAError: if there is no template, or it does not accept the messages.
+        """
+        cells = [row[name] for name in self.columns]
+        if self.kind == "text":
+            return Document(cells[0] or "")
+        if self.kind == "chat":
+            said = messages(cells[0])
+            return as_text(said, [message["role"] == ANSWER for message in said], tokenizer)
+        if not cells[0] or not cells[-1]:
+            return Document("", [])
+        if self.kind == "instruction":
+            asked = "\n\n".join(cell for cell in cells[:-1] if cell)
+            said = [{"role": "user", "content": asked}, {"role": ANSWER, "content": cells[-1]}]
+            return as_text(said, [False, True], tokenizer)
+        if isinstance(cells[0], str):
+            return Document(cells[0] + cells[1], [(len(cells[0]), len(cells[0]) + len(cells[1]))])
+        before, after = map(messages, cells)
+        own = [False] * len(before) + [message["role"] == ANSWER for message in after]
+        return as_text([*before, *after], own, tokenizer)
+
+
+def form_of(features: Mapping[str, Any], columns: Sequence[str] = ()) -> Form | None:
+    """How rows with these columns hold text; `None` if they do not.
+
+    Args:
+        features: columns and their types.
+        columns: a column of texts or chats, or a prompt, perhaps an input, and an answer. Default: "text", chats in
+            one of `CHATS`, "prompt" and "completion", or an instruction with its output.
+    """
+    kinds = {name: "text" if holds_text(f) else "chat" if holds_chats(f) else None for name, f in features.items()}
+    if len(columns) == 1:
+        kind = kinds.get(columns[0])
+        return None if kind is None else Form(kind, tuple(columns))
+    if columns:
+        found = {kinds.get(name) for name in columns}
+        if found == {"chat"} or (tuple(columns) == PROMPTS and found == {"text"}):
+            return Form("completion", tuple(columns))
+        return Form("instruction", tuple(columns)) if found == {"text"} else None
+    if kinds.get("text") == "text":
+        return Form("text", ("text",))
+    chat = next((name for name in CHATS if kinds.get(name) == "chat"), None)
+    if chat is not None:
+        return Form("chat", (chat,))
+    if None is not kinds.get(PROMPTS[0]) == kinds.get(PROMPTS[1]):
+        return Form("completion", PROMPTS)
+    named = [next((n for n in names if kinds.get(n) == "text"), None) for names in (INSTRUCTIONS, INPUTS, OUTPUTS)]
+    if named[0] and named[2]:
+        return Form("instruction", tuple(name for name in named if name))
+    return None
+
+
+def holds_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def holds_chats(feature: Any) -> bool:
+    """Whether it is a list of messages with `role` and `content` or `from` and `value`, or of objects of different
+    types."""
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if type(inner).__name__ == "Json":
+        return True
+    return isinstance(inner, dict) and ({"role", "content"} <= set(inner) or {"from", "value"} <= set(inner))
+
+
+def messages(cell: Any) -> list[dict[str, Any]]:
+    """Messages with `role` and `content`; `None` is an empty chat."""
+    found = []
+    for message in cell or ():
+        said = {name: value for name, value in message.items() if value is not None}  # `datasets` fills with null
+        if "from" in said:
+            said = {"role": ROLES.get(said["from"], said["from"]), "content": said.get("value", "")}
+        if "role" not in said:
+            raise MQAError(f"the chat template does not accept {str(cell)[:80]} ...: messages need role and content")
+        found.append(said)
+    return found
+
+
+def as_text(said: Sequence[dict[str, Any]], answered: Sequence[bool], tokenizer: Any) -> Document:
+    """A chat as the template writes it, and its answers: from the prompt for an answer up to the next message.
+
+    Args:
+        said: the messages.
+        answered: which of them are answers.
+        tokenizer: of transformers, with a chat template.
+    """
+    if not said:
+        return Document("", [])
+    text = rendered(said, tokenizer)
+    answers = []
+    for i, message in enumerate(said):
+        if not answered[i]:
+            continue
+        before = rendered(said[:i], tokenizer, prompt=True) if i else ""
+        after, content = rendered(said[: i + 1], tokenizer), str(message.get("content") or "").strip()
+        if not text.startswith(before):
+            raise MQAError(f"the chat template rewrites what precedes the answer {content[:60]!r} when a chat goes on")
+        end = len(after)
+        if not text.startswith(after):  # templates may leave out thoughts of earlier answers
+            at, own = text.find(content, len(before)), after.rfind(content)
+            if at < 0 or own < 0 or not content:
+                raise MQAError(f"the chat template rewrites the answer {content[:60]!r} when a chat goes on")
+            end, closing = at + len(content), after[own + len(content) :]
+            end += len(closing) if text.startswith(closing, end) else 0
+        answers.append((len(before), end))
+    shift = len(text) - len(without_bos(text, tokenizer))
+    return Document(text[shift:], [(max(start - shift, 0), end - shift) for start, end in answers])
+
+
+def rendered(said: Sequence[dict[str, Any]], tokenizer: Any, prompt: bool = False) -> str:
+    """The template's text of messages; `prompt`: with the beginning of an answer.
+
+    Raises:
+        MQAError: if the tokenizer has no template, or the template does not accept these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # templates raise any type
+        raise MQAError(f"the chat template does not accept {str(said)[:80]} ...: {error}") from error
+
+
+def without_bos(text: str, tokenizer: Any) -> str:
+    """The text without the bos that the tokenizer adds itself."""
+    bos = tokenizer.bos_token
+    if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(bos)
+    return text
+
+
+def encoded(
+    batch: Sequence[Document], tokenizer: Any, answers: bool = False
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """The token ids of each document, and with `answers`, whether each token is part of an answer.
+
+    Raises:
+        MQAError: for answers, if the tokenizer does not know the places of tokens.
+    """
+    texts = [document.text for document in batch]
+    if not answers:
+        for ids in tokenizer(texts, verbose=False).input_ids:
+            yield ids, []
+        return
+    if not tokenizer.is_fast:
+        raise MQAError(
+            f"`loss_on` answers needs a fast tokenizer, which knows the places of tokens, not a "
+            f"{type(tokenizer).__name__}"
+        )
+    found = tokenizer(texts, verbose=False, return_offsets_mapping=True)
+    for document, ids, places in zip(batch, found.input_ids, found.offset_mapping):
+        spans = document.answers or []
+        yield ids, [any(start < end and begin <= start < stop for begin, stop in spans) for start, end in places]
