@@ -33,6 +33,7 @@ from .states import Examples, FitOptions, Stream, Tensors, layer_config
 from .widths import Curves
 
 FAR_WORSE = 2.0  # rise of the loss on one calibration text as a multiple of that on the others
+SMALL_RISE = 0.1  # nats per token, below which no text counts as worse
 
 
 class Calibration:
@@ -232,7 +233,7 @@ class Calibration:
         for name, rise in rises.items():
             others = [other for part, other in rises.items() if part != name]
             usual = sum(others) / len(others)
-            if rise > max(FAR_WORSE * usual, usual + 0.1):
+            if rise > FAR_WORSE * max(usual, SMALL_RISE):
                 found.append(
                     f"the loss on {name} rises by {rise:.2f} nats per token, on the other calibration texts by "
                     f"{usual:.2f}; give it more weight if such text matters"

@@ -54,9 +54,8 @@ def training_arguments(run: Run, steps: int, directory: Path) -> TrainingArgumen
         adam_beta2=0.95,
         bf16=bf16,
         **checkpointing,
-        torch_compile=run.compile,
         save_strategy="steps",
-        save_steps=run.save_every or max(1, steps // 20),
+        save_steps=run.save_every or steps + 1,  # 0: by time, see `SaveByTime`
         save_total_limit=run.keep,
         eval_strategy="steps" if run.evaluate_every else "no",
         eval_steps=run.evaluate_every or None,

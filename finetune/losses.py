@@ -103,6 +103,7 @@ def chunk_losses(
     student: Callable[[torch.Tensor], torch.Tensor],
     teacher: Callable[[torch.Tensor], torch.Tensor] | None,
     learn_lm: bool = True,
+    sums: "Callable[..., torch.Tensor] | None" = None,
 ) -> torch.Tensor:
     """Sums over tokens with a label, in nats: cross-entropy, and KL(teacher ‖ student) at temperature 1.
 
@@ -112,18 +113,29 @@ def chunk_losses(
         teacher_hidden: [n, d'] of the teacher.
         student, teacher: from hidden states to logits.
         learn_lm: whether the cross-entropy needs gradients.
+        sums: [`sums_of_logits`], or a compiled form of it.
 
     Returns:
         [2].
     """
-    log_p = F.log_softmax(student(hidden).float(), dim=-1)
+    told = None
+    if teacher is not None and teacher_hidden is not None:
+        with torch.no_grad():
+            told = teacher(teacher_hidden)
+    return (sums or sums_of_logits)(student(hidden), labels, told, learn_lm)
+
+
+def sums_of_logits(
+    logits: torch.Tensor, labels: torch.Tensor, told: torch.Tensor | None, learn_lm: bool
+) -> torch.Tensor:
+    """[`chunk_losses`] of the logits [n, V] of student and teacher."""
+    log_p = F.log_softmax(logits.float(), dim=-1)
     lm = F.nll_loss(log_p if learn_lm else log_p.detach(), labels, ignore_index=IGNORED, reduction="sum")
-    if teacher is None or teacher_hidden is None:
+    if told is None:
         return torch.stack((lm, lm.detach() * 0))
-    with torch.no_grad():
-        log_q = F.log_softmax(teacher(teacher_hidden).float(), dim=-1)
-        q = log_q.exp()
-        negative_entropy = (q * log_q).sum(-1)
+    log_q = F.log_softmax(told.detach().float(), dim=-1)
+    q = log_q.exp()
+    negative_entropy = (q * log_q).sum(-1)
     divergence = negative_entropy - (q * log_p).sum(-1)  # not as a dot product: autocast makes those in 16 bits
     return torch.stack((lm, (divergence * (labels != IGNORED)).sum()))
 
@@ -143,12 +155,14 @@ class Objective:
         teacher: frozen; needed by all but `lm`. Called through its sharding wrapper, like the student.
         chunk_elements: maximum number of logits at once.
         liger: train with Liger's fused head and loss; evaluation does not use them.
+        compile: compile the losses of a chunk.
     """
 
     weights: dict[str, float]
     teacher: nn.Module | None = None
     chunk_elements: int = CHUNK_ELEMENTS
     liger: bool = False
+    compile: bool = False
     _seen: dict[str, Any] = field(default_factory=dict, repr=False)  # caught by hooks in a forward pass
     _given: dict[str, Any] = field(default_factory=dict, repr=False)  # inputs that hooks substitute
 
@@ -165,6 +179,10 @@ class Objective:
             )
         if self.liger:
             check_liger()
+
+    @functools.cached_property
+    def _sums(self) -> Callable[..., torch.Tensor]:
+        return torch.compile(sums_of_logits) if self.compile else sums_of_logits
 
     @property
     def layerwise(self) -> bool:
@@ -295,7 +313,7 @@ class Objective:
         again = labels.numel() * logits_size(model) > kept_elements(hidden.device, self.chunk_elements)
         total: Any = 0
         for states, targets, told in zip(*pieces):
-            given = (states, targets, told, student, teacher, "lm" in self.weights)
+            given = (states, targets, told, student, teacher, "lm" in self.weights, self._sums)
             if again and torch.is_grad_enabled():
                 total = total + checkpoint(chunk_losses, *given, use_reentrant=False)
             else:

@@ -99,7 +99,7 @@ class Schedule(Options, panel=HOW):
         Option("Compute in bfloat16; weights and optimizer stay in float32. Default: on GPUs that support it."),
     ] = None
     gradient_checkpointing: Annotated[bool, Option("Recompute activations: less memory, more time.")] = False
-    compile: Annotated[bool, Option("Use torch.compile.")] = False
+    compile: Annotated[bool, Option("Compile layers and losses with torch.compile.")] = False
     seed: Annotated[int, Option("Random seed of the order of rows and everything else.", min=0, below=2**32)] = 0
 
     @property
@@ -138,7 +138,14 @@ class Logs(Options, panel=LOGS):
     """What is saved and shown during training."""
 
     _: KW_ONLY
-    save_every: Annotated[int, Option("Steps between checkpoints. 0: about 20 in all.", min=0, recorded="never")] = 0
+    save_every: Annotated[
+        int,
+        Option(
+            "Steps between checkpoints. 0: by time, at least every 15 minutes and for at most 3% of it.",
+            min=0,
+            recorded="never",
+        ),
+    ] = 0
     keep: Annotated[int, Option("Number of checkpoints to keep.", min=1, recorded="never")] = 2
     evaluate_every: Annotated[int, Option("Steps between evaluations. 0: only at start and end.", min=0)] = 0
     log_every: Annotated[int, Option("Steps between log lines. 0: about 50 in all.", min=0, recorded="never")] = 0
@@ -203,7 +210,7 @@ class Training(Upload, Written, Run, Data, Job[R]):
         return {**found, "dataset": [asdict(part) for part in self.parts]}
 
     def interrupted(self) -> str:
-        if not any(self.place.glob("*/checkpoint-*")):
+        if not any(self.place.glob("*/checkpoint-*[0-9]")):
             return "No checkpoint was saved yet"
         again = " without `restart`" * self.restart
         return f"Checkpoints are in {self.place}; run the same command again{again} to resume"

@@ -45,7 +45,7 @@ def carry_out(job: Pretraining) -> PretrainingRecord:
     set_seed(job.seed)
     model = build(fields, tokenizer)
     text = training_set(tokenizer, model.config, job)
-    log = train("pretraining", model, Objective({"lm": 1.0}), job, text, job.place / "main")
+    log = train("pretraining", model, Objective({"lm": 1.0}, compile=job.compile), job, text, job.place / "main")
 
     measured = [line["eval_lm"] for line in log if "eval_lm" in line]
     record = PretrainingRecord(

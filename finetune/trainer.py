@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
@@ -25,6 +26,7 @@ from .data import IGNORED, TrainingSet
 from .losses import LOSSES, Objective, core
 from .options import Run
 from .order import POOL, by_like_length, in_order
+from .saving import SaveByTime, Saver, is_whole, read_optimizer, read_weights
 
 DIVERGED = 1.5, 1.0  # diverged: a loss above 1.5 times the first one plus 1 nat
 
@@ -38,6 +40,7 @@ class LossTrainer(Trainer):
     def __init__(self, objective: Objective, **kwargs: Any):
         super().__init__(**kwargs)
         self.objective = objective
+        self.saver: Saver | None = None  # `None`: the Trainer writes checkpoints itself (DeepSpeed, FSDP1)
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step
         self._sums: Any = 0
         for printer in (PrinterCallback, ProgressCallback):
@@ -83,6 +86,8 @@ class LossTrainer(Trainer):
             share, more = DIVERGED
             if loss <= share * abs(first) + more:
                 return
+        if self.saver is not None:
+            self.saver.settle()
         began = f"; it was {first:.4g} at first" if math.isfinite(first) else ""
         kept = last_checkpoint(Path(str(self.args.output_dir)))
         raise MQAError(
@@ -100,7 +105,35 @@ class LossTrainer(Trainer):
             self._check(math.nan, math.nan)
         if self.args.should_save:
             check_disk(Path(str(self.args.output_dir)), 3 * sum(p.numel() * p.element_size() for p in local))
-        super()._save_checkpoint(model, trial)
+        if self.saver is None:
+            super()._save_checkpoint(model, trial)
+            return
+        partial = self.saver.begin(self.state.global_step)
+        self._save_rng_state(str(partial))
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), partial / SCHEDULER_NAME)
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self.saver.write(partial, self.model, self.own_optimizer)
+
+    @property
+    def own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # type: ignore[return-value]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if is_whole(resume_from_checkpoint):
+            read_weights(resume_from_checkpoint, self.model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_whole(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        read_optimizer(checkpoint, self.model, self.own_optimizer)
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The mean of each loss over the tokens of the evaluation rows, during training."""
@@ -183,10 +216,21 @@ def prepare_teacher(trainer: Trainer, teacher: PreTrainedModel) -> nn.Module:
         return fsdp2_prepare_model(accelerator, teacher)
     if trainer.is_fsdp_enabled:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
-    teacher.to(accelerator.device)
-    if trainer.args.torch_compile:
-        teacher.compile()
-    return teacher
+    return teacher.to(accelerator.device)
+
+
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile the layers of each stack of a model in place, with `options` of torch.compile.
+
+    Layers of a stack share their compiled code, so that compiling takes as long for many layers as for a few; what is
+    around them is little.
+    """
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            inside.update(module.modules())
+            for layer in module:
+                layer.compile(**options)
 
 
 @contextmanager
@@ -258,6 +302,10 @@ def train(
         rows = in_order(rows, run, steps)
     set_seed(run.seed)
     operations = operations_per_token(model, objective.teacher, run.sequence_length)
+    if run.compile:
+        compile_layers(model)
+        if objective.teacher is not None:
+            compile_layers(objective.teacher)
     saving = SaveWhenTold()
     progress = Progress(name, run.rows * text.row_tokens, operations)
     trainer = LossTrainer(
@@ -267,7 +315,13 @@ def train(
         train_dataset=rows,
         eval_dataset=text.validation,
         data_collator=text.collate,
-        callbacks=[progress, LastStep(text.validation is not None), saving, *callbacks],
+        callbacks=[
+            progress,
+            *([] if run.save_every else [SaveByTime()]),
+            LastStep(text.validation is not None),
+            saving,
+            *callbacks,
+        ],
     )
     carry_out(trainer, saving, directory)
     trainer.save_model(str(directory / "final"))
@@ -275,6 +329,18 @@ def train(
         history.write_text(json.dumps(trainer.state.log_history))
     state.wait_for_everyone()
     return trainer.state.log_history
+
+
+@contextmanager
+def saved_aside(trainer: LossTrainer, directory: Path) -> Iterator[None]:
+    """Let the trainer write checkpoints in the background, if it can."""
+    fsdp1 = trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False)
+    if trainer.is_deepspeed_enabled or fsdp1:
+        yield
+        return
+    trainer.saver = Saver(directory, trainer.args.save_total_limit or 1)
+    with trainer.saver.working():
+        yield
 
 
 def carry_out(trainer: LossTrainer, saving: SaveWhenTold, directory: Path) -> None:
@@ -288,7 +354,7 @@ def carry_out(trainer: LossTrainer, saving: SaveWhenTold, directory: Path) -> No
         with processes().main_process_first():
             found = last_checkpoint(directory)
         trainer.args.eval_on_start = trainer.eval_dataset is not None and found is None
-        with saving.listening():
+        with saving.listening(), saved_aside(trainer, directory):
             trainer.train(resume_from_checkpoint=found)
         if saving.told and trainer.state.global_step < trainer.state.max_steps:
             raise SystemExit(128 + signal.SIGTERM)

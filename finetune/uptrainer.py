@@ -62,7 +62,7 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
         teacher = teacher_of(job, student)  # the first one may be sharded by now
         main = replace(job, tokens=int(job.tokens or 0) - job.attention_tokens, seed=(job.seed + 1) % 2**32)
     trained = select_parameters(student, teacher, job)
-    objective = Objective(job.losses, teacher, liger=job.liger)
+    objective = Objective(job.losses, teacher, liger=job.liger, compile=job.compile)
     if job.attention_tokens and job.streaming:  # skip the rows of the first stage
         text = replace(text, rows=training_set(tokenizer, config, main).rows)
     logs["main"] = train("uptraining", trained, objective, main, text, job.place / "main")
@@ -165,7 +165,7 @@ def attention_stage(
     job: Uptraining, student: PreTrainedModel, teacher: PreTrainedModel | None, text: TrainingSet
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """The first stage: train only attention layers, each on the teacher's outputs."""
-    objective = Objective({"attention": 1.0}, teacher)
+    objective = Objective({"attention": 1.0}, teacher, compile=job.compile)
     short = replace(job, tokens=job.attention_tokens)
     model, directory = only_attention(student, teacher), job.place / "attention"
     logged = train("attention", model, objective, short, text, directory)
