@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.files import read_json
 from mqa_hf.base.hub import CHAT_TEMPLATES, COMPANIONS
-from mqa_hf.base.text import load_tokenizer
+from mqa_hf.base.text import load_processor, load_tokenizer
 
 from .source import load_config
 
@@ -160,6 +160,10 @@ class Beside:
     def tokenizer(self) -> Any:
         """The tokenizer for calibration texts; raises MQAError without one."""
         return load_tokenizer(self.directory)
+
+    def processor(self) -> Any:
+        """The processor for recordings; raises MQAError without one."""
+        return load_processor(self.directory)
 
     @property
     def card(self) -> Path | None:

@@ -8,37 +8,32 @@ save      configuration, code, tokenizer, `conversion.json`, model card; then th
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from mqa_hf.base import text
 from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionError, ConversionWarning
 from mqa_hf.base.files import REPORT_FILE
 from mqa_hf.base.hub import make_repository, push
 from mqa_hf.base.output import resolve_output, written_beside
-from mqa_hf.configuration_mqa import MQAConfig
 
 from .calibration import Calibration
-from .canonical import longest
 from .card import write_card
 from .checkpoint import CheckpointWriter
-from .companions import Beside
 from .convert import Conversion, ConversionOptions, ModelConversion
+from .examples import companions_of, examples_of
 from .families import OWN_CLASS
 from .latent_sizes import choose_latents
-from .memory import AnySource, Given, ModelSource, ModelWriter, build, open_model
+from .memory import AnySource, ModelSource, ModelWriter, build, open_model
 from .passthrough import own_class_plan
 from .plan import Plan, Reading, make_plan, make_reading, surveyed
 from .pooling import Pooling
 from .record import ConversionRecord
 from .saving import final_config, record_of, warnings_of, write_config
 from .source import open_source
-from .states import Examples, FitOptions
+from .states import FitOptions
 from .walk import HeadMaker, survey, walk
 from .widths import budget_components, choose_widths
 
@@ -94,10 +89,6 @@ def open_any(job: Conversion | ModelConversion) -> AnySource:
     return open_model(job.source, job.tokenizer)
 
 
-def companions_of(source: AnySource) -> Beside | Given:
-    return Given(source.model, source.tokenizer) if isinstance(source, ModelSource) else Beside(source.directory)
-
-
 def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, HeadMaker]:
     """The plan of a conversion and the maker of its heads.
 
@@ -121,7 +112,7 @@ def prepare(source: AnySource, job: ConversionOptions, scratch: Path | None) -> 
 
 
 def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) -> tuple[Plan, HeadMaker]:
-    examples = _examples(reading, job)
+    examples = examples_of(reading, job)
     options = FitOptions(
         method=job.method,
         refit=bool(job.refit),
@@ -147,42 +138,3 @@ def _calibrated(reading: Reading, job: ConversionOptions, scratch: Path | None) 
             }
     plan = make_plan(reading, job, widths)
     return plan, Calibration(reading.config, plan.pooled, examples, reading.attentions, options)
-
-
-def _examples(reading: Reading, job: ConversionOptions) -> Examples:
-    columns, config, tokenizer = (
-        list(job.calibration_columns),
-        reading.config,
-        companions_of(reading.source).tokenizer(),
-    )
-    length = min(job.sequence_length, longest(config))
-    parts: Sequence[text.Part] | Sequence[str] = job.calibration_parts if job.texts is None else job.texts
-    names = [job.calibration_text] if job.texts is not None else [part.source for part in job.calibration_parts]
-    if isinstance(config, MQAConfig):
-        text.check_count(job.calibration_tokens, length)
-        found = text.mixed_tokens(
-            tokenizer, parts, job.calibration_tokens, length, config.vocab_size, job.seed, columns
-        )
-        order, held_out = held_out_last(names, [len(rows) for rows in found])
-        return Examples(torch.cat(found)[order], held_out=held_out)
-    source, source_valid, tokens, valid, counts = text.seq2seq_tokens(
-        tokenizer, parts, columns, job.calibration_tokens, length, config, job.seed
-    )
-    order, held_out = held_out_last(names, counts)
-    return Examples(tokens[order], valid[order], source[order], source_valid[order], held_out)
-
-
-def held_out_last(names: Sequence[str], counts: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
-    """The order of rows in which a sixteenth of each part of a mixture comes last, and the names of the parts of these
-    rows; a part of one row has none there."""
-    fitted: list[int] = []
-    last: list[int] = []
-    held_out: list[str] = []
-    start = 0
-    for name, count in zip(names, counts):
-        some = max(1, count // 16) if count > 1 else 0
-        fitted += range(start, start + count - some)
-        last += range(start + count - some, start + count)
-        held_out += [name] * some
-        start += count
-    return torch.tensor(fitted + last), held_out

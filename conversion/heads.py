@@ -226,7 +226,7 @@ def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, si
     zz = torch.zeros(r + 1, r + 1, dtype=torch.float64, device=stream.device)
     ez = torch.zeros(d, r + 1, dtype=torch.float64, device=stream.device)
     known = stream.keep(site, r)
-    for rows in stream.rows(0, len(stream.tokens)):
+    for rows in stream.rows(0, stream.count):
         at, kept = stream.at(student, site, rows), stream.valid(rows)
         made = heads_output(stream, new, *at)
         known[rows] = made

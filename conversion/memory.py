@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mqa_hf.base.errors import ConversionError, listing
-from mqa_hf.base.text import load_tokenizer
+from mqa_hf.base.text import load_processor, load_tokenizer
 
 from .canonical import on_meta
 from .checkpoint import TensorInfo, check_range, nonfinite_in
@@ -224,6 +224,14 @@ class Given:
         if not self.model.name_or_path:
             raise ConversionError("calibration of a model in memory needs a tokenizer; pass `tokenizer`")
         return load_tokenizer(self.model.name_or_path)
+
+    def processor(self) -> Any:
+        """The processor for recordings, as [`Given.tokenizer`]."""
+        if hasattr(self.given, "feature_extractor"):
+            return self.given
+        if self.given is not None or not self.model.name_or_path:
+            raise ConversionError("a speech model in memory is fitted with its processor; pass it as `tokenizer`")
+        return load_processor(self.model.name_or_path)
 
     @property
     def card(self) -> Path | None:

@@ -13,7 +13,6 @@ from transformers import PreTrainedConfig
 
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import ConversionError, listing
-from mqa_hf.configuration_mqa import MQAConfig
 
 from .canonical import (
     CanonicalConfig,
@@ -180,10 +179,6 @@ def make_reading(source: AnySource, job: ConversionOptions) -> Reading:
     family, config = as_stored(family, config, reader)
     attentions = choose_attentions(config, job.attention)
     with_heads(config, job.kv_heads, attentions)  # check before comparing values
-    if job.calibrated and not isinstance(config, MQAConfig) and config.num_mel_bins is not None:
-        raise ConversionError(
-            f"`method` {job.method} calibrates on text, and this is a speech model; use mean, first or random"
-        )
     if job.calibrated:
         check_fit(config, job)
     if job.method == "latent":

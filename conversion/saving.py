@@ -60,7 +60,8 @@ def record_of(
     if latents_of(after):
         found["latents"] = latents_of(after)
     if isinstance(maker, Calibration):
-        found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses, "text": job.calibration_text})
+        said = ", ".join(dict.fromkeys(maker.held_out))
+        found["held_out_loss"] = HeldOutLoss.model_validate({**maker.losses, "text": said})
     named = replace(job, source=source.name, output="OUTPUT", revision=source.revision)
     return ConversionRecord(
         source=source.name,

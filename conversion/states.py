@@ -20,6 +20,7 @@ from mqa_hf.configuration_checks_mqa import PER_LAYER
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, make_attention
 from mqa_hf.modeling_mqa import MQAModel
+from mqa_hf.modeling_mqa_seq2seq import MQAAudioEncoder
 from mqa_hf.positions_mqa import BIAS_POSITIONS, query_scale
 
 Tensors = dict[str, torch.Tensor]
@@ -58,7 +59,8 @@ class FitOptions:
 class Examples:
     """Token ids [N, T]; `valid` [N, T] is false for padding, which is on the right (`None`: no padding).
 
-    For an encoder-decoder model they are the decoder's input, and `source`, `source_valid` [N, S] the encoder's.
+    For an encoder-decoder model they are the decoder's input, and `source`, `source_valid` [N, S] the encoder's; for
+    speech, `source` are the features [N, mels, frames].
     `held_out` names the part of the text that each of the last rows is from, which are not fitted on.
     """
 
@@ -82,7 +84,8 @@ class Stream:
     Args:
         prefix: prefix of the stack's canonical tensor names.
         config: configuration of the stack, with all heads of the source.
-        tokens, valid: ids [N, T], and a mask that is false for padding (`None`: no padding).
+        tokens, valid: ids [N, T], and a mask that is false for padding (`None`: no padding); of an audio encoder,
+            features [N, mels, 2 T].
         options: options of the fit.
         memory: stream of the encoder, for the decoder of an encoder-decoder model.
 
@@ -106,10 +109,13 @@ class Stream:
         self.tokens, self._valid = tokens, valid
         self.device = torch.device(options.device)
         self.fitted_rows = len(tokens) - options.held_out
+        audio = config.num_mel_bins is not None
+        self.count, self.length = len(tokens), tokens.shape[-1] // 2 if audio else tokens.shape[1]
         empty: dict[str, Any] = {name: [] for name in PER_LAYER if isinstance(getattr(config, name), (list, tuple))}
-        self.shell = (
-            MQAModel(MQAConfig(**{**config.to_dict(), "num_hidden_layers": 0, **empty})).float().eval().to(self.device)
+        shell = (MQAAudioEncoder if audio else MQAModel)(
+            MQAConfig(**{**config.to_dict(), "num_hidden_layers": 0, **empty})
         )
+        self.shell: MQAModel = shell.float().eval().to(self.device)
         # The shell makes masks and positions for every layer. "eager" masks are tensors, so that rows can be taken.
         self.shell.config = copy.deepcopy(config)
         self.shell.config._attn_implementation = "eager"
@@ -124,10 +130,9 @@ class Stream:
     @torch.no_grad()
     def start(self) -> None:
         """Embed the tokens and compute the positions that all layers share."""
-        N, T = self.tokens.shape
+        N, T = self.count, self.length
         position_ids = torch.arange(T, device=self.device)[None]
-        embed = self.shell.embed_tokens
-        assert embed is not None
+        embed: Any = self.shell.heard if isinstance(self.shell, MQAAudioEncoder) else self.shell.embed_tokens
         self.states = self.room(N, T, self.config.hidden_size)
         for rows in self.rows(0, N):
             self.states[rows] = self.shell.enter(embed(self.tokens[rows].to(self.device)), position_ids)
@@ -165,12 +170,12 @@ class Stream:
 
     def batches(self, held_out: bool = False) -> Iterator[slice]:
         """Batches of the sequences to fit on, or of the held-out ones."""
-        return self.rows(self.fitted_rows, len(self.tokens)) if held_out else self.rows(0, self.fitted_rows)
+        return self.rows(self.fitted_rows, self.count) if held_out else self.rows(0, self.fitted_rows)
 
     def valid(self, rows: slice) -> torch.Tensor:
         """[B, T]: mask of the tokens that are not padding."""
         if self._valid is None:
-            return torch.ones(self.tokens[rows].shape, dtype=torch.bool, device=self.device)
+            return torch.ones(rows.stop - rows.start, self.length, dtype=torch.bool, device=self.device)
         return self._valid[rows].to(self.device)
 
     @property
@@ -185,7 +190,7 @@ class Stream:
         if self._valid is not None or self.config.position_embedding in BIAS_POSITIONS:
             return False
         window = self.config.sliding_window if self.config.layer_types[number] == "sliding_attention" else None
-        return window is None or (self.config.causal and window >= self.tokens.shape[1])
+        return window is None or (self.config.causal and window >= self.length)
 
     def mask(self, layer: MQADecoderLayer, rows: slice) -> torch.Tensor | None:
         """The additive mask [B or 1, H or 1, T, T] of a layer's self-attention for some sequences; `None` if it needs
@@ -195,7 +200,7 @@ class Stream:
         shared = self._masks.get(id(layer))
         if shared is not None and len(shared) in (1, rows.stop - rows.start):
             return shared
-        x = torch.empty((*self.tokens[rows].shape, 1), device=self.device)
+        x = torch.empty(rows.stop - rows.start, self.length, 1, device=self.device)
         known = None if self._valid is None else self.valid(rows)
         position_ids = torch.arange(x.shape[1], device=self.device)[None]
         ready = self.shell.make_masks(x, known, position_ids, None)
@@ -297,7 +302,7 @@ class Stream:
 
     def keep(self, site: str, width: int) -> torch.Tensor:
         """An empty tensor [N, T, `width`] in `known`."""
-        N, T = self.tokens.shape
+        N, T = self.count, self.length
         held = self._buffers.get(site)
         if held is None or held.shape[-1] != width:
             held = self._buffers[site] = self.room(N, T, width)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mqa_hf.base import sound
 from mqa_hf.base.chats import Document, encoded
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.text import Texts, documents, load, pairs
+from mqa_hf.base.text import Texts, documents, load_processor, pairs
 from mqa_hf.finetune.data import IGNORED, CollatePairs, starts_with_last
 
 from .metrics import Translations, WordErrors
@@ -178,32 +179,17 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
 
     Columns are "audio" (a file, or audio decoded by `datasets`) and "text", unless two others are named.
     """
-    from transformers import AutoProcessor
-
     if job.text is None:
         raise MQAError("speech models need `text` with recordings and transcripts (columns audio and text)")
-    try:
-        processor: Any = AutoProcessor.from_pretrained(path)
-        rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
-    except Exception as error:  # transformers raises anything for invalid files
-        raise MQAError(f"{path} has no speech processor that can be loaded: {error}") from error
-    if len(job.columns) not in (0, 2):
-        raise MQAError(f"speech models need two `columns`, such as audio,text; got {', '.join(job.columns)}")
-    rows, (sound, said) = load(job.text, "`text`"), job.columns or ("audio", "text")
-    if not {sound, said} <= set(rows.column_names):
-        raise MQAError(f"{job.text} has no columns {sound} and {said}; its columns are {rows.column_names}")
+    processor = load_processor(path)
+    rate, longest = processor.feature_extractor.sampling_rate, processor.feature_extractor.n_samples
     recordings: list[Any] = []
     references: list[str] = []
     windows: list[Window] = []
     left = job.tokens
-    for index in torch.randperm(len(rows), generator=torch.Generator().manual_seed(job.seed)).tolist():
-        try:
-            audio, text = rows[index][sound], rows[index][said]
-        except Exception as error:  # `datasets` raises anything for audio that it cannot decode
-            raise MQAError(f"`text` {job.text}: row {index} cannot be read: {error}") from error
-        if not isinstance(text, str):
-            raise MQAError(f"`text` {job.text}: row {index} needs a transcript in {said}, got {text!r}")
-        audio = hear(Path(job.text).parent / audio if isinstance(audio, str) else audio, rate)
+    for audio, text, _ in sound.recordings(job.text, job.columns, rate, "`text`", job.seed):
+        if text is None:
+            raise MQAError(f"`text` {job.text} needs a transcript for each recording")
         if len(audio) > longest:
             raise MQAError(
                 f"{job.text}: a recording of {len(audio) / rate:.1f} s is longer than the model's input of "
@@ -231,30 +217,6 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
 
     count = min(job.prompts, len(windows))
     return HeldOut(windows, collate, [[]] * count, ask, references[:count], WordErrors())
-
-
-def hear(recording: Any, rate: int) -> Any:
-    """Samples [N] at `rate`, from a file or from audio decoded by `datasets`."""
-    if isinstance(recording, Path):
-        try:
-            import soundfile
-        except ImportError as error:
-            raise MQAError("recordings need soundfile and soxr: pip install 'mqa-hf[speech]'") from error
-        try:
-            channels, had = soundfile.read(recording, dtype="float32", always_2d=True)
-        except (OSError, RuntimeError) as error:
-            raise MQAError(f"recording {recording} cannot be read: {error}") from error
-        samples = channels.mean(1)
-    else:
-        try:
-            samples, had = recording["array"], recording["sampling_rate"]
-        except (KeyError, TypeError) as error:
-            raise MQAError(f"{str(recording)[:80]} is not a recording; give a file name or its bytes") from error
-    if had == rate:
-        return samples
-    import soxr
-
-    return soxr.resample(samples, had, rate)
 
 
 def check_ids(windows: Sequence[Window], size: int | None) -> None:

@@ -67,14 +67,17 @@ class MQAAudioEncoder(MQAModel):
                 f"input_features must have {expected} frames, got {input_features.shape[-1]}; pad or cut the audio, "
                 "as the checkpoint's feature extractor does"
             )
-        x = nn.functional.gelu(self.conv1(input_features))
-        x = nn.functional.gelu(self.conv2(x))
-        outputs = super().forward(inputs_embeds=x.transpose(1, 2), **kwargs)
+        outputs = super().forward(inputs_embeds=self.heard(input_features), **kwargs)
         return BaseModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def heard(self, input_features: torch.Tensor) -> torch.Tensor:
+        """[B, mels, frames] -> [B, frames / 2, d], in place of embeddings."""
+        x = nn.functional.gelu(self.conv1(input_features))
+        return nn.functional.gelu(self.conv2(x)).transpose(1, 2)
 
 
 class MQASeq2SeqPreTrainedModel(MQAPreTrainedModel):

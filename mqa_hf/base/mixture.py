@@ -6,6 +6,7 @@
 - `builtin:verse`: plays and poems of Shakespeare.
 """
 
+import json
 import lzma
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from .errors import MQAError
+
+SPOKEN = 250  # bytes of UTF-8 that are spoken together, 5 to 30 s
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,32 @@ def code() -> list[str]:
     return [path.read_text(encoding="utf-8", errors="replace") for path in found]
 
 
-def languages() -> list[str]:
-    import json
+def packed(package: str, *path: str) -> list[dict[str, str]]:
+    """The rows of compressed JSON lines in a package."""
+    content = files(package).joinpath(*path).read_bytes()
+    return [json.loads(line) for line in lzma.decompress(content).decode().splitlines()]
 
-    packed = (files("mqa_hf.conversion") / "texts" / "languages.jsonl.xz").read_bytes()
-    return [json.loads(line)["text"] for line in lzma.decompress(packed).decode().splitlines()]
+
+def languages() -> list[str]:
+    return [row["text"] for row in packed("mqa_hf.conversion", "texts", "languages.jsonl.xz")]
+
+
+def spoken_sentences() -> list[tuple[str, str]]:
+    """(language, text) of `builtin:languages`: paragraphs, short ones joined."""
+    found = []
+    for row in packed("mqa_hf.conversion", "texts", "languages.jsonl.xz"):
+        said = ""
+        for text in row["text"].split("\n\n"):
+            if said and len(said.encode()) + len(text.encode()) > SPOKEN:
+                found.append((row["language"].split("-")[0], said))
+                said = ""
+            said = f"{said} {text}".strip()
+        found.append((row["language"].split("-")[0], said))
+    return found
 
 
 def verse() -> list[str]:
-    import json
-
-    packed = (files("mqa_hf.eval") / "shakespeare" / "text" / "train.jsonl.xz").read_bytes()
-    return [json.loads(line)["text"] for line in lzma.decompress(packed).decode().splitlines()]
+    return [row["text"] for row in packed("mqa_hf.eval", "shakespeare", "text", "train.jsonl.xz")]
 
 
 BUILT_IN: dict[str, Callable[[], list[str]]] = {

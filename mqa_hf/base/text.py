@@ -308,6 +308,19 @@ def load_tokenizer(checkpoint: str | os.PathLike, revision: str | None = None) -
         raise MQAError(f"{checkpoint} has no tokenizer that can be loaded: {error}") from error
 
 
+def load_processor(checkpoint: str | os.PathLike) -> Any:
+    """Load the processor of a speech model; raises MQAError if that fails."""
+    from transformers import AutoProcessor
+
+    try:
+        processor: Any = AutoProcessor.from_pretrained(checkpoint)
+        extractor = processor.feature_extractor
+        assert min(extractor.sampling_rate, extractor.n_samples) > 0
+    except Exception as error:  # transformers raises anything for invalid files
+        raise MQAError(f"{checkpoint} has no speech processor that can be loaded: {error}") from error
+    return processor
+
+
 def check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
     if int(tokens.max()) >= vocab_size:
         raise MQAError(f"the tokenizer gives ids up to {int(tokens.max())}, but the model has {vocab_size} embeddings")

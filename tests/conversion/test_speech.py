@@ -1,5 +1,6 @@
 """A converted Whisper transcribes, translates and marks times as the source does."""
 
+import itertools
 import json
 import shutil
 
@@ -12,6 +13,8 @@ from tokenizer import write_whisper_processor
 from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 
 from mqa_hf import convert
+from mqa_hf.base import sound
+from mqa_hf.base.errors import MQAError
 
 SECONDS = 2.5
 
@@ -141,3 +144,116 @@ def test_a_trained_model_with_its_feature_extractor_alone_is_converted(pair, tmp
     AutoProcessor.from_pretrained(pair[0]).feature_extractor.save_pretrained(source)
     convert(source, tmp_path / "ours")
     assert (tmp_path / "ours" / "preprocessor_config.json").is_file()
+
+
+def write_sounds(directory, count=40, seconds=0.9):
+    """Recordings of a rising or falling tone, and a word that says which."""
+    import soundfile
+
+    directory.mkdir()
+    generator = np.random.default_rng(0)
+    time = np.arange(int(16000 * seconds)) / 16000
+    rows = []
+    for n in range(count):
+        low, rise = generator.uniform(100, 900), generator.choice([-1, 1])
+        samples = np.sin(2 * np.pi * (low + 400 * rise * time) * time) + generator.normal(0, 0.1, len(time))
+        soundfile.write(directory / f"{n}.wav", 0.3 * samples, 16000)
+        rows.append({"audio": f"{n}.wav", "file_name": f"{n}.wav", "text": f"tone {'rises' if rise > 0 else 'falls'}"})
+    (directory / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    return write_sounds(tmp_path_factory.mktemp("sounds") / "tones")
+
+
+def outputs(directory, sounds):
+    """Logits of what is said in the first recordings."""
+    import soundfile
+
+    processor = AutoProcessor.from_pretrained(directory)
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(directory).eval()
+    heard = [soundfile.read(sounds / f"{n}.wav", dtype="float32")[0] for n in range(4)]
+    features = processor(heard, sampling_rate=16000, return_tensors="pt").input_features
+    ids = torch.tensor(processor.tokenizer(["tone rises"] * 4).input_ids)
+    with torch.no_grad():
+        return model(input_features=features, decoder_input_ids=ids).logits
+
+
+def test_fitted_on_recordings_nothing_is_lost_at_full_width(pair, sounds, tmp_path):
+    options = {"method": "shared", "head_width": 6, "calibration_tokens": 1500}
+    report = convert(pair[0], tmp_path / "ours", calibration=str(sounds), **options)
+    expected, found = outputs(pair[0], sounds), outputs(tmp_path / "ours", sounds)
+    assert float((found - expected).abs().max()) <= 5e-3 * float(expected.abs().max())
+    assert report.held_out_loss.after == pytest.approx(report.held_out_loss.before, abs=1e-2)
+    assert report.held_out_loss.text == str(sounds)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "shared"}, {"method": "latent", "latent": 12, "fit_steps": 20}], ids=str
+)
+def test_what_is_fitted_on_recordings_is_nearer_than_the_mean(options, pair, sounds, tmp_path):
+    expected = outputs(pair[0], sounds)
+    convert(pair[0], tmp_path / "mean")
+    convert(pair[0], tmp_path / "fitted", calibration=str(sounds), calibration_tokens=1500, **options)
+    mean, fitted = (float((outputs(tmp_path / name, sounds) - expected).norm()) for name in ("mean", "fitted"))
+    assert fitted < 0.9 * mean
+
+
+def test_recordings_come_from_folders_files_and_columns_and_are_transcribed_if_need_be(pair, sounds, tmp_path):
+    """The same fit from a folder with transcripts and from the columns of a file."""
+    options = {"method": "shared", "calibration_tokens": 2500}
+    convert(pair[0], tmp_path / "folder", calibration=str(sounds), **options)
+    shutil.copytree(sounds, tmp_path / "rows")
+    shutil.copy(sounds / "metadata.jsonl", tmp_path / "rows" / "rows.jsonl")
+    file = str(tmp_path / "rows" / "rows.jsonl")
+    convert(pair[0], tmp_path / "file", calibration=file, **options)
+    convert(pair[0], tmp_path / "columns", calibration=file, calibration_columns=("audio", "text"), **options)
+    one, other = (outputs(tmp_path / name, sounds) for name in ("file", "columns"))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    (tmp_path / "rows" / "metadata.jsonl").unlink()
+    convert(pair[0], tmp_path / "silent", calibration=str(tmp_path / "rows"), **options)
+    assert torch.isfinite(outputs(tmp_path / "silent", sounds)).all()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "match"),
+    [
+        ("./nothing", "nothing does not exist"),
+        ("empty", "empty has no recordings"),
+        ("broken", "broken/x.wav cannot be read"),
+        ("notes", "metadata.jsonl needs lines with file_name and text"),
+        ("text.jsonl", "has no columns audio and text; its columns are words"),
+        ("long", "is longer than the model's input of 1.0 s; split it"),
+        ("one", "gives 1 recordings; give at least two"),
+    ],
+)
+def test_what_is_no_recording_is_said(calibration, match, pair, tmp_path, monkeypatch):
+    import soundfile
+
+    for name in ("empty", "broken", "notes", "long", "one"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "x.wav").write_text("no sound")
+    (tmp_path / "text.jsonl").write_text('{"words": "a"}\n' * 9)
+    for name, seconds in (("notes", 0.5), ("long", 3.0), ("one", 0.5)):
+        soundfile.write(tmp_path / name / "x.wav", np.zeros(int(16000 * seconds)), 16000)
+        (tmp_path / name / "metadata.jsonl").write_text('{"file_name": "x.wav", "text": "a"}\n')
+    (tmp_path / "notes" / "metadata.jsonl").write_text('{"file": "x.wav"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MQAError, match=match):
+        convert(pair[0], tmp_path / "ours", method="shared", calibration=calibration)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_without_recordings_speech_is_synthesised_or_its_program_is_named(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(sound.shutil, "which", lambda name: None)
+    with pytest.raises(MQAError, match=r"name some with `calibration`, or install espeak-ng"):
+        convert(pair[0], tmp_path / "ours", method="shared")
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+def test_sentences_of_several_languages_are_spoken():
+    spoken = list(itertools.islice(sound.recordings(sound.SPEECH, (), 16000, "`calibration`"), 6))
+    assert len({recording.language for recording in spoken}) > 2
+    assert all(0.5 < len(recording.samples) / 16000 < 120 and recording.text for recording in spoken)

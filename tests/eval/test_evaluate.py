@@ -605,7 +605,7 @@ def test_numbers_that_are_none_survive_the_file(places, tmp_path):
         ({"limit": 3}, "`include_path` and `limit` need `tasks`"),
         ({"window": 8, "stride": 9}, "`window` must be at least as long as `stride`; got 8 and 9"),
         ({"tokens": float("nan")}, "`tokens` must be a whole number at least 1; got nan"),
-        ({"columns": ["en", "de"]}, "`columns` en,de: a decoder-only model reads one column"),
+        ({"columns": ["en", "de"]}, "has no column 'en', 'de' of text"),
         ({"columns": ["nothing"]}, "`text` .*has no column 'nothing' of text; its columns: text"),
         ({"tasks": ["some"], "include_path": "nowhere"}, "`include_path` nowhere is not a directory"),
     ],

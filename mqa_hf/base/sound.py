@@ -1,0 +1,195 @@
+"""Recordings with transcripts: from files, folders and data sets, or spoken by eSpeak NG.
+
+N samples at a rate in Hz
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import MQAError
+from .mixture import spoken_sentences
+from .text import holds_text, load, no_text
+
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+SPEECH = "builtin:speech"
+COLUMNS = ("audio", "text")
+
+
+class Recording(NamedTuple):
+    """Samples [N], what is said, and the language as Whisper's tokenizer names it; `None` where it is not known."""
+
+    samples: Any
+    text: str | None = None
+    language: str | None = None
+
+
+def recordings(source: str, columns: Sequence[str], rate: int, option: str, seed: int = 0) -> Iterator[Recording]:
+    """The recordings of a source at `rate`, in an order drawn by `seed`.
+
+    Args:
+        source: a sound file; a folder of them, with `metadata.jsonl` (`file_name`, `text`) if there are transcripts; a
+            data file or an id of the Hub's datasets with columns of audio and, if there are transcripts, of text;
+            or `builtin:speech`.
+        columns: of audio and text. Default: "audio", and "text" if it is there.
+        option: name of the option, for messages.
+
+    Raises:
+        MQAError: if something cannot be read.
+    """
+    if source == SPEECH:
+        if columns:
+            raise MQAError(f"{option} {SPEECH} has no columns; got {', '.join(columns)}")
+        yield from spoken(rate, seed)
+        return
+    path = Path(source)
+    if path.is_dir() or path.suffix in SOUNDS:
+        yield from in_folder(path, rate, option, seed)
+        return
+    if len(columns) > 2:
+        raise MQAError(f"{option} of a speech model needs `columns` of audio and text; got {', '.join(columns)}")
+    rows = load(source, option)
+    sound, said = (*columns, *COLUMNS[len(columns) :])
+    known = rows.column_names
+    if sound not in known or (len(columns) == 2 and said not in known):
+        raise MQAError(f"{option} {source} has no columns {sound} and {said}; its columns are {', '.join(known)}")
+    if said in known and not holds_text(rows.features[said]):
+        raise no_text(source, option, [said], rows.features)
+    for index in shuffled(len(rows), seed):
+        try:
+            row = rows[index]
+        except Exception as error:  # `datasets` raises anything for audio that it cannot decode
+            raise MQAError(f"{option} {source}: row {index} cannot be read: {error}") from error
+        audio = row[sound]
+        yield Recording(hear(path.parent / audio if isinstance(audio, str) else audio, rate), row.get(said) or None)
+
+
+def in_folder(path: Path, rate: int, option: str, seed: int) -> Iterator[Recording]:
+    """The recordings of a folder, or one recording."""
+    if path.is_file():
+        yield Recording(hear(path, rate))
+        return
+    if not path.exists():
+        raise MQAError(f"{option} {path} does not exist")
+    files = sorted(p for p in path.rglob("*") if p.suffix in SOUNDS)
+    if not files:
+        raise MQAError(f"{option} {path} has no recordings ({', '.join(SOUNDS)})")
+    said: dict[Path, str] = {}
+    notes = path / "metadata.jsonl"
+    if notes.is_file():
+        try:
+            rows = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines() if line.strip()]
+            said = {path / row["file_name"]: str(row["text"]) for row in rows}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MQAError(f"{option} {notes} needs lines with file_name and text: {error!r}") from error
+    for index in shuffled(len(files), seed):
+        yield Recording(hear(files[index], rate), said.get(files[index]))
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def spoken(rate: int, seed: int) -> Iterator[Recording]:
+    """Sentences of the Universal Declaration of Human Rights in several languages, spoken by eSpeak NG."""
+    program = shutil.which("espeak-ng") or shutil.which("espeak")
+    if program is None:
+        raise MQAError(
+            "a speech model is fitted on recordings; name some with `calibration`, or install espeak-ng, which speaks "
+            f"the default, {SPEECH}"
+        )
+    sentences = spoken_sentences()
+    for index in shuffled(len(sentences), seed):
+        language, text = sentences[index]
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / "speech.wav"
+            words = [program, "-v", language, "-w", str(path), "--", text]
+            done = subprocess.run(words, capture_output=True, check=False)
+            if done.returncode == 0 and path.is_file():  # a voice may be missing
+                yield Recording(hear(path, rate), text, language)
+
+
+def hear(recording: Any, rate: int) -> Any:
+    """Samples [N] at `rate`, from a file or from audio decoded by `datasets`."""
+    if isinstance(recording, str | os.PathLike):
+        try:
+            import soundfile
+        except ImportError as error:
+            raise MQAError("recordings need soundfile and soxr: pip install 'mqa-hf[speech]'") from error
+        try:
+            channels, had = soundfile.read(recording, dtype="float32", always_2d=True)
+        except (OSError, RuntimeError) as error:
+            raise MQAError(f"recording {recording} cannot be read: {error}") from error
+        samples = channels.mean(1)
+    else:
+        try:
+            samples, had = recording["array"], recording["sampling_rate"]
+        except (KeyError, TypeError) as error:
+            raise MQAError(f"{str(recording)[:80]} is not a recording; give a file name or its bytes") from error
+    if had == rate:
+        return samples
+    import soxr
+
+    return soxr.resample(samples, had, rate)
+
+
+def heard_examples(
+    processor: Any,
+    source: str,
+    columns: Sequence[str],
+    count: int,
+    longest: int,
+    transcribe: Callable[[torch.Tensor], str],
+    seed: int,
+    option: str = "`calibration`",
+) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Features [mels, frames] of recordings, and the token ids that the decoder reads, of the start and what is said.
+
+    Args:
+        processor: Whisper's, of transformers.
+        source, columns, seed, option: see [`recordings`].
+        count: number of positions of encoder and decoder together.
+        longest: maximum number of token ids of a recording.
+        transcribe: gives the text of features [1, mels, frames], for recordings without a transcript.
+    """
+    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    rate, samples = extractor.sampling_rate, extractor.n_samples
+    features: list[torch.Tensor] = []
+    tokens: list[list[int]] = []
+    total = 0
+    for recording in recordings(source, columns, rate, option, seed):
+        for piece in pieces(recording, samples, rate, f"{option} {source}"):
+            made = extractor(piece.samples, sampling_rate=rate, return_tensors="pt").input_features
+            text = transcribe(made) if piece.text is None else piece.text
+            if hasattr(tokenizer, "set_prefix_tokens"):
+                known = f"<|{piece.language}|>" in tokenizer.get_vocab()
+                spoken_in = {"language": piece.language, "task": "transcribe"} if known else {}
+                tokenizer.set_prefix_tokens(**{"language": None, "task": None, **spoken_in})
+            features.append(made[0])
+            tokens.append(tokenizer(text).input_ids[:longest])
+            total += made.shape[-1] // 2 + len(tokens[-1])
+            if total >= count:
+                return features, tokens
+    return features, tokens
+
+
+def pieces(recording: Recording, samples: int, rate: int, name: str) -> Iterator[Recording]:
+    """A recording in pieces that the model hears at once; with a transcript it cannot be cut."""
+    audio, text, language = recording
+    if len(audio) <= samples:
+        yield recording
+    elif text is None:
+        for start in range(0, len(audio), samples):
+            yield Recording(audio[start : start + samples], None, language)
+    elif not name.endswith(SPEECH):
+        raise MQAError(
+            f"{name}: a recording of {len(audio) / rate:.1f} s is longer than the model's input of "
+            f"{samples / rate:.1f} s; split it"
+        )
