@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from mqa_hf.base.text import (
     features_of,
     is_plain,
     load,
+    load_processor,
     no_text,
     sentinel_ids,
 )
@@ -436,9 +438,16 @@ def check_there(job: Training) -> None:
         check_source(job.validation, "`validation`")
 
 
-def training_set(tokenizer: Any, config: Any, job: Training) -> TrainingSet:
-    """The text of a job, prepared for a model with `config`."""
+def training_set(tokenizer: Any, config: Any, job: Training, checkpoint: Path | None = None) -> TrainingSet:
+    """The text of a job, prepared for a model with `config`; recordings for a speech model, with the processor of its
+    `checkpoint`."""
     assert job.tokens is not None, "a job is resolved first"
+    if getattr(config, "num_mel_bins", None) and checkpoint is not None:
+        from .speech import speech_set
+
+        with processes().main_process_first():
+            rows, validation, heard = speech_set(load_processor(checkpoint), config, job)
+        return TrainingSet(rows, heard, mean_tokens(rows.select_columns(["labels"])), validation)
     pairs, length, answers = bool(config.is_encoder_decoder), job.sequence_length, job.loss_on == "answers"
     if pairs and answers:
         raise MQAError("`loss_on` answers is for decoder-only models; an encoder-decoder model writes only the target")

@@ -15,7 +15,7 @@ from mqa_hf.conversion.families import canonical_config
 from mqa_hf.conversion.source import load_config
 
 from .architecture import checkpoint_config
-from .data import check_there, mean_tokens, training_rows
+from .data import check_there, mean_tokens, training_rows, training_set
 from .order import check_rows
 from .uptrain import Uptraining
 from .uptrainer import check, only_attention, select_parameters, tokenizer_of
@@ -35,10 +35,14 @@ def estimate(job: Uptraining) -> dict[str, Any]:
     config = checkpoint_config(source)
     target = resolve_output(job.output, source, job.overwrite)
     check(job, config)
-    check_there(job)
+    speech = bool(getattr(config, "num_mel_bins", None))
+    if not speech:
+        check_there(job)
     tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     row_tokens: float = job.sequence_length
-    if config.is_encoder_decoder:
+    if speech:
+        row_tokens = training_set(tokenizer, config, job, source).row_tokens
+    elif config.is_encoder_decoder:
         row_tokens = mean_tokens(
             training_rows(
                 *(job.parts, tokenizer, job.sequence_length, 1000),

@@ -73,6 +73,10 @@ def check_head(model: PreTrainedModel) -> None:
     words = logits_size(model)
     ids = torch.arange(8, device=device)[None] % words
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if getattr(model.config, "num_mel_bins", None):
+        stack = model.config.encoder
+        shape = 1, stack.num_mel_bins, 2 * stack.max_position_embeddings
+        inputs = {"input_features": torch.zeros(shape, device=device), "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
     training = model.training

@@ -44,7 +44,7 @@ def check_rows(schedule: Schedule, steps: int) -> None:
 
 def by_like_length(rows: Any) -> bool:
     """Whether the rows are pairs that are not streamed."""
-    return hasattr(rows, "__len__") and "labels" in rows.column_names
+    return hasattr(rows, "__len__") and {"input_ids", "labels"} <= set(rows.column_names)
 
 
 def cut(order: np.ndarray, size: int) -> list[np.ndarray]:

@@ -51,7 +51,7 @@ def carry_out(job: Uptraining) -> UptrainingRecord:
     student.config.use_cache = False
     tokenizer = tokenizer_of(source, config.get_text_config(decoder=True).vocab_size)
     teacher = teacher_of(job, student)
-    text = training_set(tokenizer, config, job)
+    text = training_set(tokenizer, config, job, source)
     if job.push_to_hub and state.is_main_process:
         job = replace(job, push_to_hub=make_repository(job.push_to_hub, job.private))
     set_seed(job.seed)  # adapters are initialised at random
@@ -87,8 +87,6 @@ def check(job: Uptraining, config: Any) -> None:
         check_liger()
     if config.is_encoder_decoder and not config.model_type.startswith("mqa"):
         raise MQAError("encoder-decoder models are trained in this package's class; convert with `target` mqa")
-    if getattr(config, "num_mel_bins", None):
-        raise MQAError("speech models cannot be trained on text")
     stack = config.get_text_config(decoder=True)
     longest = getattr(stack, "max_position_embeddings", None)
     bounded = getattr(stack, "position_embedding", "rotary") in ("learned", "rotary")

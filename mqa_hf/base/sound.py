@@ -3,6 +3,7 @@
 N samples at a rate in Hz
 """
 
+import io
 import json
 import os
 import shutil
@@ -49,10 +50,20 @@ def recordings(source: str, columns: Sequence[str], rate: int, option: str, seed
             raise MQAError(f"{option} {SPEECH} has no columns; got {', '.join(columns)}")
         yield from spoken(rate, seed)
         return
+    listed = references(source, columns, option)
+    for index in shuffled(len(listed), seed):
+        audio, text = read_row(listed, index, f"{option} {source}")
+        yield Recording(hear(audio, rate), text)
+
+
+def references(source: str, columns: Sequence[str], option: str) -> Any:
+    """The recordings of a source of [`recordings`] as rows of "audio" (a path, or bytes or samples of `datasets`) and
+    "text" (`None`: no transcript), a list or a `Dataset`."""
     path = Path(source)
     if path.is_dir() or path.suffix in SOUNDS:
-        yield from in_folder(path, rate, option, seed)
-        return
+        return in_folder(path, option)
+    import datasets
+
     if len(columns) > 2:
         raise MQAError(f"{option} of a speech model needs `columns` of audio and text; got {', '.join(columns)}")
     rows = load(source, option)
@@ -62,20 +73,29 @@ def recordings(source: str, columns: Sequence[str], rate: int, option: str, seed
         raise MQAError(f"{option} {source} has no columns {sound} and {said}; its columns are {', '.join(known)}")
     if said in known and not holds_text(rows.features[said]):
         raise no_text(source, option, [said], rows.features)
-    for index in shuffled(len(rows), seed):
-        try:
-            row = rows[index]
-        except Exception as error:  # `datasets` raises anything for audio that it cannot decode
-            raise MQAError(f"{option} {source}: row {index} cannot be read: {error}") from error
-        audio = row[sound]
-        yield Recording(hear(path.parent / audio if isinstance(audio, str) else audio, rate), row.get(said) or None)
+    if isinstance(rows.features[sound], datasets.Audio):
+        rows = rows.cast_column(sound, datasets.Audio(decode=False))
+    rows = rows.select_columns([name for name in (sound, said) if name in known])
+    others = {old: new for old, new in ((sound, "audio"), (said, "text")) if old in known and old != new}
+    rows = rows.rename_columns(others)
+    if holds_text(rows.features["audio"]):  # names of files beside the data file
+        rows = rows.map(lambda row: {"audio": str(path.parent / row["audio"])})
+    return rows
 
 
-def in_folder(path: Path, rate: int, option: str, seed: int) -> Iterator[Recording]:
+def read_row(rows: Any, index: int, name: str) -> tuple[Any, str | None]:
+    """The recording and the transcript of a row of [`references`]."""
+    try:
+        row = rows[index]
+    except Exception as error:  # `datasets` raises anything
+        raise MQAError(f"{name}: row {index} cannot be read: {error}") from error
+    return row["audio"], row.get("text") or None
+
+
+def in_folder(path: Path, option: str) -> list[dict[str, str | None]]:
     """The recordings of a folder, or one recording."""
     if path.is_file():
-        yield Recording(hear(path, rate))
-        return
+        return [{"audio": str(path), "text": None}]
     if not path.exists():
         raise MQAError(f"{option} {path} does not exist")
     files = sorted(p for p in path.rglob("*") if p.suffix in SOUNDS)
@@ -89,8 +109,7 @@ def in_folder(path: Path, rate: int, option: str, seed: int) -> Iterator[Recordi
             said = {path / row["file_name"]: str(row["text"]) for row in rows}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MQAError(f"{option} {notes} needs lines with file_name and text: {error!r}") from error
-    for index in shuffled(len(files), seed):
-        yield Recording(hear(files[index], rate), said.get(files[index]))
+    return [{"audio": str(file), "text": said.get(file)} for file in files]
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -117,8 +136,11 @@ def spoken(rate: int, seed: int) -> Iterator[Recording]:
 
 
 def hear(recording: Any, rate: int) -> Any:
-    """Samples [N] at `rate`, from a file or from audio decoded by `datasets`."""
-    if isinstance(recording, str | os.PathLike):
+    """Samples [N] at `rate`, from a file, its bytes, or samples with their rate."""
+    if isinstance(recording, dict) and "array" not in recording:
+        content, recording = recording.get("bytes"), recording.get("path")
+        recording = recording if content is None else io.BytesIO(content)
+    if isinstance(recording, str | os.PathLike | io.BytesIO):
         try:
             import soundfile
         except ImportError as error:

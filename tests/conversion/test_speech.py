@@ -15,6 +15,7 @@ from transformers import AutoModelForSpeechSeq2Seq, AutoProcessor, pipeline
 from mqa_hf import convert
 from mqa_hf.base import sound
 from mqa_hf.base.errors import MQAError
+from mqa_hf.finetune.uptrain import Uptraining
 
 SECONDS = 2.5
 
@@ -257,3 +258,20 @@ def test_sentences_of_several_languages_are_spoken():
     spoken = list(itertools.islice(sound.recordings(sound.SPEECH, (), 16000, "`calibration`"), 6))
     assert len({recording.language for recording in spoken}) > 2
     assert all(0.5 < len(recording.samples) / 16000 < 120 and recording.text for recording in spoken)
+
+
+def test_a_converted_whisper_is_trained_on_recordings(pair, sounds, tmp_path):
+    """Its divergence from the source falls; a dry run says what it takes; wrong recordings end in one line."""
+    convert(pair[0], tmp_path / "mean")
+    how = {"tokens": 1200, "batch_tokens": 8 * 16, "sequence_length": 16, "learning_rate": 3e-3, "report_to": "none"}
+    data = {"dataset": str(sounds), "validation": str(sounds), "validation_tokens": 100}
+    job = Uptraining(tmp_path / "mean", tmp_path / "out", **data, **how)
+    assert job.dry_run()["tokens_per_step"] > 0
+    measured = job.run().validation
+    assert measured.after["kl"] < 0.8 * measured.before["kl"]
+    before, after, expected = (outputs(path, sounds) for path in (tmp_path / "mean", tmp_path / "out", pair[0]))
+    assert float((after - expected).norm()) < float((before - expected).norm())
+    (tmp_path / "silent").mkdir()
+    shutil.copy(sounds / "0.wav", tmp_path / "silent")
+    with pytest.raises(MQAError, match="silent: training needs a transcript for each recording"):
+        Uptraining(tmp_path / "mean", tmp_path / "none", dataset=str(tmp_path / "silent"), **how).run()
