@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from mqa_hf.base.chats import Document, encoded, form_of, holds_text
+from mqa_hf.base.chats import Document, encoded, form_of, holds_text, in_pieces
 from mqa_hf.base.console import NORMAL, verbosity
 from mqa_hf.base.devices import processes
 from mqa_hf.base.errors import MQAError
@@ -122,7 +122,7 @@ def choose_columns(
     check_template(form, tokenizer, f"{option} {source}")
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        text, places = form.read(row, tokenizer)
+        text, places, *_ = form.read(row, tokenizer)
         return {"text": text, **({"answers": [list(place) for place in places or []]} if answers else {})}
 
     kinds: dict[str, Any] = {"text": datasets.Value("string")}
@@ -226,15 +226,15 @@ def packed(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids, starts, answered = np.empty(0, np.int32), np.empty(0, bool), np.empty(0, np.int32)
     index = np.arange(length)
-    for batch in texts:
-        if not batch:
-            continue
-        pieces = [(words, own, end if words[-1:] != end else []) for words, own in encoded(batch, tokenizer, answers)]
-        ids = np.concatenate([ids, *(np.array(words + more, np.int32) for words, _, more in pieces)])
-        starts = np.concatenate([starts, *(np.arange(len(words) + len(more)) == 0 for words, _, more in pieces)])
+    for batch in itertools.chain.from_iterable(in_pieces(some, tokenizer) for some in texts):
+        pieces = []
+        for document, (words, own) in zip(batch, encoded(batch, tokenizer, answers)):
+            more = end if document.ends and words[-1:] != end else []
+            pieces.append((np.array(words + more, np.int32), own + own[-1:] * len(more), document.begins))
+        ids = np.concatenate([ids, *(words for words, _, _ in pieces)])
+        starts = np.concatenate([starts, *((np.arange(len(words)) == 0) & begins for words, _, begins in pieces)])
         if answers:  # an eos belongs to the answer before it
-            marks = (np.array(own + own[-1:] * len(more), np.int32) for _, own, more in pieces)
-            answered = np.concatenate([answered, *marks])
+            answered = np.concatenate([answered, *(np.array(own, np.int32) for _, own, _ in pieces)])
         while len(ids) >= length:
             beginning = np.maximum.accumulate(np.where(starts[:length], index, 0))
             row = {"input_ids": ids[:length], "position_ids": (index - beginning).astype(np.int32)}
@@ -337,10 +337,12 @@ def training_rows(
         raise MQAError(nothing)
 
     def first() -> Iterator[dict[str, Any]]:
-        for i, row in enumerate(once(0)):
-            if i == count:
-                return
+        found = False
+        for row in itertools.islice(once(0), count):
+            found = True
             yield row
+        if not found:
+            raise MQAError(nothing)
 
     if streaming:
         return datasets.IterableDataset.from_generator(endless)
@@ -348,8 +350,6 @@ def training_rows(
     vocabulary = Hasher.hash(sorted(tokenizer.get_vocab().items()))
     words = (vocabulary, tokenizer.eos_token_id, tokenizer.chat_template)
     made_of = (known, words, length, count, list(columns), pairs, seed, answers, "2")
-    if count < 1 or next(iter(first()), None) is None:
-        raise MQAError(nothing)
     names = ("input_ids", "labels" if pairs else "position_ids", *(("answered",) if answers else ()))
     rows = kept(first, names, -1 if pairs else length, made_of)
     return rows if pairs else rows.with_format("numpy")

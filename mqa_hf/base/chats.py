@@ -4,8 +4,10 @@ Chats become text by the chat template of the tokenizer. A prompt and its comple
 An instruction and its output are a chat of two turns.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from .errors import MQAError
@@ -15,16 +17,21 @@ PROMPTS = ("prompt", "completion")
 INSTRUCTIONS, INPUTS, OUTPUTS = ("instruction", "question"), ("input", "context"), ("output", "response", "answer")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}  # of ShareGPT
 ANSWER = "assistant"
+PIECE = 2**19  # characters that are tokenised at once
+AROUND, TRIES = 256, 8  # characters on both sides that decide whether a text can be cut; line breaks to try
 LOSS_ON = ("all", "answers")  # choices of the option `loss_on`
 
 Spans = list[tuple[int, int]]
 
 
 class Document(NamedTuple):
-    """A text, and the beginning and end of each answer in it, in characters; `None`: it has no answers."""
+    """A text, and the beginning and end of each answer in it, in characters; `None`: it has no answers. A piece of a
+    document may be without its beginning or its end."""
 
     text: str
     answers: Spans | None = None
+    begins: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,42 @@ def without_bos(text: str, tokenizer: Any) -> str:
     if bos and text.startswith(bos) and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
         return text.removeprefix(bos)
     return text
+
+
+def in_pieces(batch: Sequence[Document], tokenizer: Any) -> Iterator[list[Document]]:
+    """The documents in batches of about `PIECE` characters, so that the first tokens of a long text are there at once
+    and the tokenizer has several texts to work on. Documents are cut where it changes no token."""
+    ready: list[Document] = []
+    size = 0
+    for document in batch:
+        for piece in cut(document, tokenizer):
+            ready.append(piece)
+            size += len(piece.text)
+            if size >= PIECE:
+                yield ready
+                ready, size = [], 0
+    if ready:
+        yield ready
+
+
+def cut(document: Document, tokenizer: Any) -> Iterator[Document]:
+    """A document without answers in pieces of about `PIECE / 8` characters, cut at line breaks."""
+    text, start, least = document.text, 0, PIECE // 8
+    while document.answers is None and len(text) - start > 2 * least:
+        breaks = (found.start() for found in re.compile("\n").finditer(text, start + least))
+        sides = ((i, text[max(i - AROUND, start) : i], text[i : i + AROUND]) for i in islice(breaks, TRIES))
+        at = next((i for i, left, right in sides if separable(left, right, tokenizer)), None)
+        if at is None:
+            break
+        yield Document(text[start:at], None, start == 0, False)
+        start = at
+    yield Document(text[start:], document.answers, start == 0)
+
+
+def separable(left: str, right: str, tokenizer: Any) -> bool:
+    """Whether two texts have the same tokens apart as together."""
+    both, one, other = tokenizer([left + right, left, right], verbose=False).input_ids
+    return both == one + other
 
 
 def encoded(

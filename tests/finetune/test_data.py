@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizer import write_tokenizer
-from tokenizers import processors
-from transformers import LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from mqa_hf.base import chats
 from mqa_hf.base.chats import Document, Form
 from mqa_hf.base.console import QUIET
 from mqa_hf.base.errors import MQAError
@@ -20,6 +21,7 @@ from mqa_hf.eval.held_out import held_out_text
 from mqa_hf.finetune.data import IGNORED, CollatePairs, batches, collate_packed, mixture, packed, training_rows
 from mqa_hf.finetune.options import Schedule
 from mqa_hf.finetune.order import in_order
+from mqa_hf.finetune.tokenizer import train_tokenizer
 
 
 def write(path, rows):
@@ -255,3 +257,27 @@ def test_text_files_and_named_columns_are_read(tmp_path, tokenizer):
         documents(numbers.source)
     with pytest.raises(MQAError, match="cannot be read"):
         training_rows((Part("no/such-data-set"),), tokenizer, 16, 5)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_a_long_document_is_tokenised_in_pieces_without_a_trace(kind, monkeypatch):
+    """Where a tokenizer marks the beginning of every text (`words`), documents stay whole."""
+    monkeypatch.setattr(chats, "PIECE", 400)
+    generator = np.random.default_rng(0)
+    words = [*"abcdefgh", "\n", "\n\n", ".\n", ". ", "  ", "\n  "]
+    texts = ["".join(generator.choice(words, 3000)), "one\ntwo", "".join(generator.choice(words, 900))]
+    tokenizer = train_tokenizer(texts, 300)
+    if kind == "words":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.train_from_iterator(texts, trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    pieces = list(chats.in_pieces([Document(text) for text in texts], tokenizer))
+    assert (len(pieces) > 5) == (kind == "bytes")
+    assert "".join(piece.text for batch in pieces for piece in batch) == "".join(texts)
+    rows = list(packed(batched(texts), tokenizer, 16))
+    monkeypatch.setattr(chats, "PIECE", 10**9)
+    whole = list(packed(batched(texts), tokenizer, 16))
+    assert len(rows) == len(whole)
+    for one, other in zip(rows, whole):
+        assert all((one[name] == other[name]).all() for name in other)
