@@ -8,6 +8,7 @@ from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.output import resolve_output
 from mqa_hf.base.text import check_count, check_source
 from mqa_hf.configuration_mqa import of_layer
+from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
 from . import states
 from .canonical import decoder_of, heads_of, longest, stack_of, stacks_of
@@ -17,7 +18,7 @@ from .families import OWN_CLASS
 from .latent_moments import parts_of
 from .memory import AnySource, open_model
 from .passthrough import own_class_plan
-from .plan import Part, Plan, Reading, make_plan, make_reading, surveyed
+from .plan import Plan, Reading, make_plan, make_reading, surveyed
 from .source import open_source
 from .stacked import StackedReader
 from .states import FitOptions
@@ -37,9 +38,6 @@ def forecast(job: Conversion) -> dict[str, Any]:
     Raises:
         ConversionError: if the conversion is impossible, or the weights of a hub id are not downloaded.
     """
-    if job.calibrated and job.texts is None:
-        for part in job.calibration_parts:
-            check_source(part.source, "`calibration`")
     source = _here(job)
     place = resolve_output(job.output, source.directory, job.overwrite, recover=False)
     plan = _plan(source, job)
@@ -49,6 +47,9 @@ def forecast(job: Conversion) -> dict[str, Any]:
     scratch = mapped = 0
     if job.calibrated:
         config = plan.reading.config
+        speech = isinstance(config, MQASeq2SeqConfig) and config.num_mel_bins is not None
+        for part in job.calibration_parts if job.texts is None and not speech else ():
+            check_source(part.source, "`calibration`")
         if not config.is_encoder_decoder:
             check_count(job.calibration_tokens, min(job.sequence_length, longest(config)))
         scratch, mapped = _calibration(plan, job)
@@ -62,7 +63,7 @@ def forecast(job: Conversion) -> dict[str, Any]:
         "output_files": len(shards(plan.tensors, job.max_shard_size).filename_to_tensors),
         "written_bytes": plan.nbytes,
         "kv_bytes_per_token": plan.pooled.kv_bytes_per_token,
-        "memory_bytes": max(_part(plan, part) for part in plan.parts) + scratch,
+        "memory_bytes": max(_at_once(plan, i) for i in range(len(plan.parts))) + scratch,
         "disk_bytes": plan.nbytes + mapped,
         "free_bytes": shutil.disk_usage(parent).free,
     }
@@ -110,12 +111,14 @@ def _equal_widths(reading: Reading, budget: str) -> Mapping[str, Widths]:
     return widths
 
 
-def _part(plan: Plan, part: Part) -> int:
-    """Bytes of a part: what is read, what is written, and one tensor in float32."""
-    read = [plan.reading.reader.tensors[step.name] for step in part.reads]
-    written = sum(plan.tensors[step.name].nbytes for step in part.writes)
+def _at_once(plan: Plan, i: int) -> int:
+    """Bytes while a part is converted: what is read of it and of the next one, what is written of it and of the last
+    one, and one tensor in float32."""
+    read = [plan.reading.reader.tensors[step.name] for step in plan.parts[i].reads]
+    following = [plan.reading.reader.tensors[step.name] for part in plan.parts[i + 1 : i + 2] for step in part.reads]
+    written = sum(plan.tensors[step.name].nbytes for part in plan.parts[max(i - 1, 0) : i + 1] for step in part.writes)
     widest = max(info.nbytes * 4 // info.dtype.itemsize for info in read)
-    return sum(info.nbytes for info in read) + written + widest
+    return sum(info.nbytes for info in [*read, *following]) + written + widest
 
 
 def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
@@ -132,7 +135,7 @@ def _calibration(plan: Plan, job: Conversion) -> tuple[int, int]:
     decoder = decoder_of(config)
     d, H, T = decoder.hidden_size, decoder.num_attention_heads, min(job.sequence_length, longest(config))
     for _ in stacks_of(config):
-        held = 4 * job.calibration_tokens * d
+        held = 4 * job.calibration_tokens * d * (2 if job.refit else 1)  # states, and outputs of heads
         if held > states.MAPPED_ABOVE:
             mapped += held
         else:
