@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from mqa_hf.base import sound, text
+from mqa_hf.base import sound
+from mqa_hf.base import tokens as tokens_of
 from mqa_hf.base.errors import ConversionError
+from mqa_hf.base.mixture import Part, shares
 from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 
@@ -35,14 +37,14 @@ def examples_of(reading: Reading, job: ConversionOptions) -> Examples:
         return recordings(reading, config, job)
     tokenizer, count = companions_of(reading.source).tokenizer(), job.calibration_tokens
     length = min(job.sequence_length, longest(config))
-    parts: Sequence[text.Part] | Sequence[str] = job.calibration_parts if job.texts is None else job.texts
+    parts: Sequence[Part] | Sequence[str] = job.calibration_parts if job.texts is None else job.texts
     names = [job.calibration_text] if job.texts is not None else [part.source for part in job.calibration_parts]
     if isinstance(config, MQAConfig):
-        text.check_count(count, length)
-        found = text.mixed_tokens(tokenizer, parts, count, length, config.vocab_size, job.seed, columns)
+        tokens_of.check_count(count, length)
+        found = tokens_of.mixed_tokens(tokenizer, parts, count, length, config.vocab_size, job.seed, columns)
         order, held_out = held_out_last(names, [len(rows) for rows in found])
         return Examples(torch.cat(found)[order], held_out=held_out)
-    source, source_valid, tokens, valid, counts = text.seq2seq_tokens(
+    source, source_valid, tokens, valid, counts = tokens_of.seq2seq_tokens(
         tokenizer, parts, columns, count, length, config, job.seed
     )
     order, held_out = held_out_last(names, counts)
@@ -55,12 +57,12 @@ def recordings(reading: Reading, config: MQASeq2SeqConfig, job: ConversionOption
         raise ConversionError("a speech model is fitted on recordings; name them with `calibration`, not `texts`")
     processor = companions_of(reading.source).processor()
     transcribe = transcriber(reading.source, processor)
-    parts = job.calibration_parts if job.calibration else (text.Part(sound.SPEECH),)
+    parts = job.calibration_parts if job.calibration else (Part(sound.SPEECH),)
     most = config.decoder.max_position_embeddings
     features: list[torch.Tensor] = []
     tokens: list[list[int]] = []
     counts: list[int] = []
-    for part, share in zip(parts, text.shares(parts, job.calibration_tokens)):
+    for part, share in zip(parts, shares(parts, job.calibration_tokens)):
         columns = () if part.source == sound.SPEECH else job.calibration_columns
         some, said = sound.heard_examples(processor, part.source, columns, share, most, transcribe, job.seed)
         features, tokens, counts = features + some, tokens + said, [*counts, len(said)]
@@ -71,8 +73,8 @@ def recordings(reading: Reading, config: MQASeq2SeqConfig, job: ConversionOption
             f"{processor.feature_extractor.n_samples / processor.feature_extractor.sampling_rate:g} s"
         )
     order, held_out = held_out_last(names, counts)
-    read, valid = text.padded(tokens, config.pad_token_id or 0)
-    text.check_ids(read, config.decoder.vocab_size)
+    read, valid = tokens_of.padded(tokens, config.pad_token_id or 0)
+    tokens_of.check_ids(read, config.decoder.vocab_size)
     return Examples(read[order], valid[order], torch.stack(features)[order], None, held_out)
 
 

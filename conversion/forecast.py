@@ -6,7 +6,8 @@ from typing import Any
 
 from mqa_hf.base.errors import ConversionError
 from mqa_hf.base.output import resolve_output
-from mqa_hf.base.text import check_count, check_source
+from mqa_hf.base.text import check_source
+from mqa_hf.base.tokens import check_count
 from mqa_hf.configuration_mqa import of_layer
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 

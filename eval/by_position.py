@@ -52,7 +52,8 @@ class LossByPosition(Job[dict[str, list[float]]]):
     def run(self) -> dict[str, list[float]]:
         import torch
 
-        from mqa_hf.base.text import calibration_tokens, load_tokenizer
+        from mqa_hf.base.text import load_tokenizer
+        from mqa_hf.base.tokens import calibration_tokens
         from mqa_hf.conversion.loading import load_model
         from mqa_hf.conversion.source import load_config
 

@@ -26,7 +26,8 @@ from mqa_hf.base.console import say
 from mqa_hf.base.devices import check_device
 from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.options import Job, Option
-from mqa_hf.base.text import calibration_tokens, load_tokenizer
+from mqa_hf.base.text import load_tokenizer
+from mqa_hf.base.tokens import calibration_tokens
 from mqa_hf.configuration_checks_mqa import LATENT_BLOCK
 from mqa_hf.conversion.convert import FITTED, convert
 from mqa_hf.conversion.inspect import inspect

@@ -26,15 +26,14 @@ from mqa_hf.base.text import (
     built_in,
     check_source,
     check_template,
-    corrupt_spans,
     documents,
     features_of,
     is_plain,
     load,
     load_processor,
     no_text,
-    sentinel_ids,
 )
+from mqa_hf.base.tokens import corrupt_spans, sentinel_ids
 from mqa_hf.modeling_mqa_seq2seq import shift_right
 
 from .options import Training

@@ -14,7 +14,8 @@ from tokenizer import write_tokenizer
 
 from mqa_hf import convert
 from mqa_hf.base.errors import ConversionWarning, MQAError
-from mqa_hf.base.text import corrupt_spans, documents
+from mqa_hf.base.text import documents
+from mqa_hf.base.tokens import corrupt_spans
 from mqa_hf.conversion import states
 from mqa_hf.conversion.widths import Curves, choose_widths
 

@@ -16,7 +16,8 @@ from tokenizer import write_tokenizer
 
 from mqa_hf.base.datasheets import Device
 from mqa_hf.base.errors import MQAError
-from mqa_hf.base.text import calibration_tokens, load_tokenizer
+from mqa_hf.base.text import load_tokenizer
+from mqa_hf.base.tokens import calibration_tokens
 from mqa_hf.conversion.loading import load_model
 from mqa_hf.eval.by_position import LossByPosition
 from mqa_hf.eval.expert_kernels import ExpertTiming
