@@ -96,9 +96,11 @@ def form_of(features: Mapping[str, Any], columns: Sequence[str] = ()) -> Form | 
         return Form("chat", (chat,))
     if None is not kinds.get(PROMPTS[0]) == kinds.get(PROMPTS[1]):
         return Form("completion", PROMPTS)
-    named = [next((n for n in names if kinds.get(n) == "text"), None) for names in (INSTRUCTIONS, INPUTS, OUTPUTS)]
-    if named[0] and named[2]:
-        return Form("instruction", tuple(name for name in named if name))
+    there = [name for name, feature in features.items() if getattr(feature, "dtype", None) != "null"]
+    named = [next((n for n in names if n in there), None) for names in (INSTRUCTIONS, INPUTS, OUTPUTS)]
+    read = tuple(name for name in named if name)
+    if named[0] and named[2] and all(kinds[name] == "text" for name in read):
+        return Form("instruction", read)
     return None
 
 

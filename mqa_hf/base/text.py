@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from .chats import Document, Form, form_of, holds_text
+from .chats import Document, Form, form_of, holds_chats, holds_text
 from .console import NORMAL, verbosity
 from .errors import MQAError
 from .mixture import BUILT_IN, MANUAL
@@ -129,7 +129,9 @@ def no_text(
     source: str | os.PathLike, option: str, columns: Sequence[str], known: Mapping[str, Any] | Sequence[str]
 ) -> MQAError:
     """The error for a data set without such a column of text; `known` are its columns, with their types if known."""
-    said = f"no column {', '.join(map(repr, columns))} of text" if columns else "no column of text"
+    named = f"no column {', '.join(map(repr, columns))} of text" if columns else "no column of text"
+    several = not columns and any(map(holds_text, known.values() if isinstance(known, Mapping) else ()))
+    said = "several columns and none that is known by its name; name those to read" if several else named
     kinds = known if isinstance(known, Mapping) else {}
     shown = [f"{name} ({kind_of(kinds[name])})" if name in kinds else name for name in known]
     return MQAError(f"{option} {source} has {said}; its columns: {', '.join(shown)}")
@@ -168,7 +170,7 @@ def documents(
     Args:
         source: a text file, JSON lines, parquet or CSV (also compressed), an id of the Hub's datasets, or one of
             [`mixture.BUILT_IN`]. Default: `builtin:manual`. A list of texts is taken as it is.
-        columns: as in [`form_of`]. Default: as there, else the first column with text.
+        columns: as in [`form_of`]. Default: as there, else the only column with text.
         option: name of the option, for messages.
         tokenizer: for the template of chats.
 
@@ -193,8 +195,8 @@ def documents(
         raise MQAError(f"{option} {source} has no rows")
     form = form_of(features, columns)
     if form is None and not columns:
-        name = next((name for name in features if holds_text(features[name])), None)
-        form = None if name is None else Form("text", (name,))
+        read = [name for name, feature in features.items() if holds_text(feature) or holds_chats(feature)]
+        form = Form("text", (read[0],)) if len(read) == 1 and holds_text(features[read[0]]) else None
     if form is None:
         raise no_text(source, option, columns, features)
     check_template(form, tokenizer, f"{option} {source}")

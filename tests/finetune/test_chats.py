@@ -160,6 +160,19 @@ def test_forms_are_known_from_columns():
     assert form_of(features({"a": "x", "b": "y"}), ["a", "b"]) == Form("instruction", ("a", "b"))
     assert form_of(features({"a": "x", "b": 3}), ["a", "b"]) is None
     assert form_of(features({"prompt": "x", "completion": CHAT})) is None
+    assert form_of(features({"instruction": "x", "input": 3, "output": "y"})) is None
+    assert form_of(features({"instruction": "x", "input": None, "output": "y"})) == Form(
+        "instruction", ("instruction", "output")
+    )
+
+
+def test_a_column_is_not_guessed_among_several(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text('{"title": "a", "body": "b"}\n' * 4)
+    with pytest.raises(MQAError, match="several columns and none that is known by its name; name those to read; its"):
+        documents(str(tmp_path / "rows.jsonl"), tokenizer=tokenizer)
+    assert list(documents(str(tmp_path / "rows.jsonl"), ["body"])) == ["b"] * 4
+    (tmp_path / "one.jsonl").write_text('{"number": 1, "body": "b"}\n' * 4)
+    assert list(documents(str(tmp_path / "one.jsonl"))) == ["b"] * 4
 
 
 def test_without_a_row_of_answers_there_is_nothing_to_train_on(tmp_path, tokenizer):
