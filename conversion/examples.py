@@ -96,13 +96,14 @@ def transcriber(source: AnySource, processor: Any) -> Callable[[torch.Tensor], s
 
 def held_out_last(names: Sequence[str], counts: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
     """The order of rows in which a sixteenth of each part of a mixture comes last, and the names of the parts of these
-    rows; a part of one row has none there."""
+    rows; a part of one row has none there, unless all have one."""
     fitted: list[int] = []
     last: list[int] = []
     held_out: list[str] = []
     start = 0
-    for name, count in zip(names, counts):
-        some = max(1, count // 16) if count > 1 else 0
+    alone = max(i for i, count in enumerate(counts) if count) if max(counts) == 1 else None
+    for i, (name, count) in enumerate(zip(names, counts)):
+        some = max(1, count // 16) if count > 1 or i == alone else 0
         fitted += range(start, start + count - some)
         last += range(start + count - some, start + count)
         held_out += [name] * some

@@ -80,6 +80,8 @@ def carry_out(job: "Evaluation") -> EvaluationRecord:
     configs = [load_config(path) for path in paths]
     check_kinds(given, configs)
     vocabulary = common_vocabulary(names, paths, configs)
+    if configs[0].is_encoder_decoder and job.loss_on != "all":
+        raise MQAError(f"`loss_on` {job.loss_on} is for decoder-only models; others write only what is predicted")
     if getattr(configs[0], "num_mel_bins", None):
         held_out = held_out_speech(paths[0], configs[0], job)
     elif configs[0].is_encoder_decoder:

@@ -100,12 +100,14 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
     left = job.tokens
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(job.seed)).tolist()
     for number, document in enumerate(order):
-        text = texts.document(document) if isinstance(texts, Texts) else Document(texts[document])
+        text = texts.document(document) if answers and isinstance(texts, Texts) else Document(texts[document])
         ((ids, counted),) = encoded([text], tokenizer, answers)
         if prefix is not None and ids[:1] != [prefix]:
             ids, counted = [prefix, *ids], [False, *counted]
         if len(ids) > job.prompt_tokens and len(prompts) < job.prompts:
             prompts.append(ids[: job.prompt_tokens])
+        if left < 1:  # looking for prompts only
+            ids = ids[:1]
         ids = ids if answers else ids[: left + 1]
         end = 1  # tokens before it are already predicted
         for begin in range(0, len(ids) - 1, stride):
@@ -113,7 +115,7 @@ def held_out_text(tokenizer: Any, config: Any, job: "Evaluation") -> HeldOut:
             if last <= end:
                 break
             begin = max(0, min(begin, last - 1 - window))  # the last window is as long as the others
-            predicted = [i for i in range(end, last) if not answers or counted[i]]
+            predicted = [i for i in range(end, last) if not answers or counted[i]][: max(left, 0)]
             labels = [IGNORED] * (last - begin - 1)
             for i in predicted:
                 labels[i - begin - 1] = ids[i]

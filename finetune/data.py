@@ -121,7 +121,7 @@ def choose_columns(
     check_template(form, tokenizer, f"{option} {source}")
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        text, places, *_ = form.read(row, tokenizer)
+        text, places, *_ = form.read(row, tokenizer, answers)
         return {"text": text, **({"answers": [list(place) for place in places or []]} if answers else {})}
 
     kinds: dict[str, Any] = {"text": datasets.Value("string")}
@@ -187,7 +187,8 @@ def mixture(
     found = []
     for part in parts:
         opened = open_dataset(part.source, streaming, option)
-        own = () if is_plain(part.source) and len(columns) > 1 and not pairs else columns
+        plain = is_plain(part.source) or built_in(part.source, option) is not None
+        own = () if plain and not pairs else columns
         rows = choose_columns(part.source, opened, own, tokenizer, option, pairs, answers)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
     if len(found) == 1:

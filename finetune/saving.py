@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -99,8 +101,8 @@ class Saver:
             return
         try:
             pending.result()
-        except Exception as error:  # of the file system, in wrappers of several kinds
-            raise MQAError(f"a checkpoint in {self.directory} cannot be written: {error}") from error
+        except (Exception, CheckpointException) as error:
+            raise MQAError(f"a checkpoint in {self.directory} cannot be written: {cause(error)}") from error
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -120,17 +122,31 @@ def is_whole(checkpoint: str | Path) -> bool:
 def read_weights(checkpoint: str | Path, model: nn.Module) -> None:
     """Load the trained weights of a checkpoint into a model."""
     state = get_model_state_dict(model, options=TRAINED)
-    with quiet():
-        dcp.load(state, checkpoint_id=Path(checkpoint) / WEIGHTS, no_dist=not dist.is_initialized())
+    _load(state, Path(checkpoint) / WEIGHTS)
     set_model_state_dict(model, state, options=TRAINED)
 
 
 def read_optimizer(checkpoint: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the states of a checkpoint into an optimizer of the model."""
-    state = get_optimizer_state_dict(model, optimizer, options=TRAINED)
-    with quiet():
-        dcp.load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, no_dist=not dist.is_initialized())
+    state = get_optimizer_state_dict(model, optimizer, options=TRAINED)  # zeros where there was no gradient yet
+    _load(state, Path(checkpoint) / OPTIMIZER, DefaultLoadPlanner(allow_partial_load=True))
     set_optimizer_state_dict(model, optimizer, state, options=TRAINED)
+
+
+def _load(state: dict[str, Any], place: Path, planner: DefaultLoadPlanner | None = None) -> None:
+    try:
+        with quiet():
+            dcp.load(state, checkpoint_id=place, planner=planner, no_dist=not dist.is_initialized())
+    except (Exception, CheckpointException) as error:
+        said = f"the checkpoint {place.parent} cannot be read: {cause(error)}; start over with `restart`"
+        raise MQAError(said) from error
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first process's error; a CheckpointException, which is no Exception, holds those of all processes."""
+    if isinstance(error, CheckpointException):
+        return next((failure[0] for failure in error.failures.values()), error)
+    return error
 
 
 class SaveByTime(TrainerCallback):

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mqa_hf.base.chats import holds_text
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.mixture import Part
 from mqa_hf.base.sound import hear, references
 
-from .data import DATASET, CollatePairs
+from .data import DATASET, CollatePairs, reading
 
 
 def recording_rows(
@@ -36,13 +37,16 @@ def recording_rows(
     for part in parts:
         rows = references(part.source, columns, option)
         rows = datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows
+        if holds_text(rows.features["audio"]):  # so that all parts have the same type
+            rows = rows.cast_column("audio", datasets.Audio(decode=False))
         if "text" not in rows.column_names or not all(rows["text"]):
             raise MQAError(f"{option} {part.source}: training needs a transcript for each recording")
         found.append(rows.map(labelled, remove_columns=["text"]).shuffle(seed=seed))
     if len(found) == 1:
         return found[0]
     shares = [part.weight / sum(p.weight for p in parts) for part in parts]
-    return datasets.interleave_datasets(found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    mix = datasets.interleave_datasets
+    return reading(option, mix, found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 @dataclass(frozen=True)

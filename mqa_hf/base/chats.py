@@ -47,8 +47,9 @@ class Form:
     kind: str
     columns: tuple[str, ...]
 
-    def read(self, row: Mapping[str, Any], tokenizer: Any) -> Document:
-        """The text of a row, "" if it has none; `tokenizer` has the template of chats.
+    def read(self, row: Mapping[str, Any], tokenizer: Any, answers: bool = True) -> Document:
+        """The text of a row, "" if it has none; `tokenizer` has the template of chats. Without `answers`, their places
+        in chats are not sought.
 
         Raises:
             MQAError: if there is no template, or it does not accept the messages.
@@ -58,17 +59,17 @@ class Form:
             return Document(cells[0] or "")
         if self.kind == "chat":
             said = messages(cells[0])
-            return as_text(said, [message["role"] == ANSWER for message in said], tokenizer)
+            return as_text(said, [answers and message["role"] == ANSWER for message in said], tokenizer)
         if not cells[0] or not cells[-1]:
             return Document("", [])
         if self.kind == "instruction":
             asked = "\n\n".join(cell for cell in cells[:-1] if cell)
             said = [{"role": "user", "content": asked}, {"role": ANSWER, "content": cells[-1]}]
-            return as_text(said, [False, True], tokenizer)
+            return as_text(said, [False, answers], tokenizer)
         if isinstance(cells[0], str):
             return Document(cells[0] + cells[1], [(len(cells[0]), len(cells[0]) + len(cells[1]))])
         before, after = map(messages, cells)
-        own = [False] * len(before) + [message["role"] == ANSWER for message in after]
+        own = [False] * len(before) + [answers and message["role"] == ANSWER for message in after]
         return as_text([*before, *after], own, tokenizer)
 
 
@@ -86,7 +87,7 @@ def form_of(features: Mapping[str, Any], columns: Sequence[str] = ()) -> Form | 
         return None if kind is None else Form(kind, tuple(columns))
     if columns:
         found = {kinds.get(name) for name in columns}
-        if found == {"chat"} or (tuple(columns) == PROMPTS and found == {"text"}):
+        if len(columns) == 2 and (found == {"chat"} or (tuple(columns) == PROMPTS and found == {"text"})):
             return Form("completion", tuple(columns))
         return Form("instruction", tuple(columns)) if found == {"text"} else None
     if kinds.get("text") == "text":
@@ -121,6 +122,8 @@ def messages(cell: Any) -> list[dict[str, Any]]:
     """Messages with `role` and `content`; `None` is an empty chat."""
     found = []
     for message in cell or ():
+        if not isinstance(message, Mapping):
+            raise MQAError(f"the chat template does not accept {str(cell)[:80]} ...: messages need role and content")
         said = {name: value for name, value in message.items() if value is not None}  # `datasets` fills with null
         if "from" in said:
             said = {"role": ROLES.get(said["from"], said["from"]), "content": said.get("value", "")}
@@ -145,12 +148,15 @@ def as_text(said: Sequence[dict[str, Any]], answered: Sequence[bool], tokenizer:
     for i, message in enumerate(said):
         if not answered[i]:
             continue
-        before = rendered(said[:i], tokenizer, prompt=True) if i else ""
-        after, content = rendered(said[: i + 1], tokenizer), str(message.get("content") or "").strip()
-        if not text.startswith(before):
+        # Some templates begin answers with a thought only where they are asked for one.
+        prompts = (rendered(said[:i], tokenizer, prompt=prompt) if i else "" for prompt in (True, False))
+        before = next((prompt for prompt in prompts if text.startswith(prompt)), None)
+        after, content = rendered(said[: i + 1], tokenizer), str(message.get("content") or "")
+        content = content.rpartition("</think>")[2].strip()  # templates leave out thoughts of earlier answers
+        if before is None:
             raise MQAError(f"the chat template rewrites what precedes the answer {content[:60]!r} when a chat goes on")
         end = len(after)
-        if not text.startswith(after):  # templates may leave out thoughts of earlier answers
+        if not text.startswith(after):
             at, own = text.find(content, len(before)), after.rfind(content)
             if at < 0 or own < 0 or not content:
                 raise MQAError(f"the chat template rewrites the answer {content[:60]!r} when a chat goes on")
@@ -238,4 +244,7 @@ def encoded(
     found = tokenizer(texts, verbose=False, return_offsets_mapping=True)
     for document, ids, places in zip(batch, found.input_ids, found.offset_mapping):
         spans = document.answers or []
-        yield ids, [any(start < end and begin <= start < stop for begin, stop in spans) for start, end in places]
+        marks = [any(start < end and begin <= start < stop for begin, stop in spans) for start, end in places]
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and places[-1][0] == places[-1][1]:
+            marks[-1] = marks[-2]  # an eos that the tokenizer adds ends the answer
+        yield ids, marks

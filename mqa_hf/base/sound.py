@@ -3,6 +3,7 @@
 N samples at a rate in Hz
 """
 
+import copy
 import io
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .errors import MQAError
@@ -79,7 +81,7 @@ def references(source: str, columns: Sequence[str], option: str) -> Any:
     others = {old: new for old, new in ((sound, "audio"), (said, "text")) if old in known and old != new}
     rows = rows.rename_columns(others)
     if holds_text(rows.features["audio"]):  # names of files beside the data file
-        rows = rows.map(lambda row: {"audio": str(path.parent / row["audio"])})
+        rows = rows.map(lambda row: {"audio": row["audio"] and str(path.parent / row["audio"])})
     return rows
 
 
@@ -101,12 +103,15 @@ def in_folder(path: Path, option: str) -> list[dict[str, str | None]]:
     files = sorted(p for p in path.rglob("*") if p.suffix in SOUNDS)
     if not files:
         raise MQAError(f"{option} {path} has no recordings ({', '.join(SOUNDS)})")
-    said: dict[Path, str] = {}
+    said: dict[Path, str | None] = {}
     notes = path / "metadata.jsonl"
     if notes.is_file():
         try:
             rows = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines() if line.strip()]
-            said = {path / row["file_name"]: str(row["text"]) for row in rows}
+            said = {path / row["file_name"]: row["text"] for row in rows}
+            wrong = [text for text in said.values() if not isinstance(text, str | None)]
+            if wrong:
+                raise ValueError(f"text {wrong[0]!r}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MQAError(f"{option} {notes} needs lines with file_name and text: {error!r}") from error
     return [{"audio": str(file), "text": said.get(file)} for file in files]
@@ -152,8 +157,10 @@ def hear(recording: Any, rate: int) -> Any:
         samples = channels.mean(1)
     else:
         try:
-            samples, had = recording["array"], recording["sampling_rate"]
-        except (KeyError, TypeError) as error:
+            samples, had = np.asarray(recording["array"], np.float32), int(recording["sampling_rate"])
+            if samples.ndim != 1 or had < 1:
+                raise ValueError("samples need one dimension and a rate")
+        except (KeyError, TypeError, ValueError) as error:
             raise MQAError(f"{str(recording)[:80]} is not a recording; give a file name or its bytes") from error
     if had == rate:
         return samples
@@ -181,7 +188,8 @@ def heard_examples(
         longest: maximum number of token ids of a recording.
         transcribe: gives the text of features [1, mels, frames], for recordings without a transcript.
     """
-    extractor, tokenizer = processor.feature_extractor, processor.tokenizer
+    extractor, tokenizer = processor.feature_extractor, copy.deepcopy(processor.tokenizer)
+    usual = getattr(tokenizer, "language", None), getattr(tokenizer, "task", None)
     rate, samples = extractor.sampling_rate, extractor.n_samples
     features: list[torch.Tensor] = []
     tokens: list[list[int]] = []
@@ -192,8 +200,8 @@ def heard_examples(
             text = transcribe(made) if piece.text is None else piece.text
             if hasattr(tokenizer, "set_prefix_tokens"):
                 known = f"<|{piece.language}|>" in tokenizer.get_vocab()
-                spoken_in = {"language": piece.language, "task": "transcribe"} if known else {}
-                tokenizer.set_prefix_tokens(**{"language": None, "task": None, **spoken_in})
+                tokenizer.language, tokenizer.task = usual  # which `None` would keep as they are
+                tokenizer.set_prefix_tokens(**({"language": piece.language, "task": "transcribe"} if known else {}))
             features.append(made[0])
             tokens.append(tokenizer(text).input_ids[:longest])
             total += made.shape[-1] // 2 + len(tokens[-1])

@@ -103,17 +103,17 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return self.document(index).text
+        return self.document(index, False).text
 
-    def document(self, index: int) -> Document:
-        """The text of a row and the answers in it."""
+    def document(self, index: int, answers: bool = True) -> Document:
+        """The text of a row and the answers in it, if these are sought."""
         try:
             row = self.rows[index]
         except IndexError:
             raise
         except Exception as error:  # such as invalid UTF-8
             raise MQAError(f"{self.name} cannot be read, row {index}: {error}") from error
-        return self.form.read(row, self.tokenizer)
+        return self.form.read(row, self.tokenizer, answers)
 
 
 def features_of(rows: Any) -> Any:

@@ -82,7 +82,7 @@ def mixed_tokens(
     columns: Sequence[str] = (),
 ) -> list[torch.Tensor]:
     """Token ids [N, length] of each part of a calibration mixture (or of a list of texts), about `count` in all,
-    divided by weight; what a short part lacks is divided among the others.
+    divided by weight; what a short part lacks is divided among the others. Parts of a tiny weight may get none.
 
     Raises:
         MQAError: if a part has not two sequences, or an id is outside the model's vocabulary.
@@ -93,28 +93,25 @@ def mixed_tokens(
         return [calibration_tokens(tokenizer, source, count, length, vocab_size, seed, columns)]
     wanted = shares(mixed, count // length)
     texts = {}
-    for part, rows in zip(mixed, wanted):
-        if rows:
+    for i, part in enumerate(mixed):
+        if wanted[i]:
             own = columns if built_in(part.source) is None and not is_plain(part.source) else ()
-            texts[part] = documents(part.source, own, tokenizer=tokenizer)
-    found: dict[Part, torch.Tensor] = {}
-    left, open_parts = count // length, dict(zip(mixed, wanted))
-    while open_parts:
-        short = []
-        for part, rows in open_parts.items():
-            if part in texts:
-                found[part] = token_rows(texts[part], tokenizer, length, rows * length, seed).long()
-                short += [part] if len(found[part]) < rows else []
-        if not short or len(short) == len(open_parts):
-            break
-        left -= sum(len(found[part]) for part in short)
-        rest = [part for part in open_parts if part not in short]
-        open_parts = dict(zip(rest, shares(rest, left)))
-    for part, tokens in found.items():
-        if not len(tokens):
-            raise MQAError(f"`calibration` {part.source} has fewer than {length} tokens, one sequence")
-        check_ids(tokens, vocab_size)
-    return list(found.values())
+            texts[i] = documents(part.source, own, tokenizer=tokenizer)
+    found = [torch.empty(0, length, dtype=torch.long)] * len(mixed)
+    left, filling = count // length, list(texts)
+    while filling:
+        for i in filling:
+            found[i] = token_rows(texts[i], tokenizer, length, wanted[i] * length, seed).long()
+        short = [i for i in filling if len(found[i]) < wanted[i]]
+        left -= sum(len(found[i]) for i in short)
+        filling = [i for i in filling if i not in short] if short else []
+        for i, rows in zip(filling, shares([mixed[i] for i in filling], left) if filling else ()):
+            wanted[i] = rows
+    for i in texts:
+        if not len(found[i]):
+            raise MQAError(f"`calibration` {mixed[i].source} has fewer than {length} tokens, one sequence")
+        check_ids(found[i], vocab_size)
+    return found
 
 
 def check_count(count: int, length: int) -> None:
@@ -186,12 +183,12 @@ def seq2seq_tokens(
     targets: list[list[int]] = []
     counts: list[int] = []
     for source, share in divided(parts, count):
-        one, other = examples_of(tokenizer, source, columns, share, length, generator, seed)
+        one, other = examples_of(tokenizer, source, columns, share, length, generator, seed) if share else ([], [])
         sources, targets, counts = sources + one, targets + other, [*counts, len(one)]
     if len(sources) < 2:
         raise MQAError(
-            f"the calibration text has {len(sources)} examples; give at least two, of {length} tokens if they are "
-            f"not pairs"
+            f"`calibration_tokens` {count:,} of the calibration text give {len(sources)} examples; give at least two, "
+            f"of {length} tokens if they are not pairs"
         )
     pad = config.pad_token_id or 0
     start = config.decoder_start_token_id
@@ -211,8 +208,7 @@ def divided(parts: Sequence[Part] | Sequence[str], count: int) -> Iterator[tuple
     if not mixed:
         yield parts, count  # type: ignore[misc]
     for part, share in zip(mixed, shares(mixed, count)):
-        if share:
-            yield part.source, share
+        yield part.source, share
 
 
 def examples_of(
@@ -235,7 +231,6 @@ def examples_of(
     targets: list[list[int]] = []
     total = 0
     if two is None:
-        check_count(count, length - 2)
         sentinels = sentinel_ids(tokenizer)
         texts = documents(source, own, tokenizer=tokenizer)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

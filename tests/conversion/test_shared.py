@@ -317,3 +317,19 @@ with torch.no_grad():
     with torch.no_grad():
         expected = load(tmp_path / "ours")(torch.tensor(ids)).logits[0, -1]
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_a_mixture_keep_their_names_and_tiny_ones_get_nothing(tmp_path):
+    source, _ = make("llama: grouped", tmp_path)
+    for name, words in (("a", "all work "), ("b", "no play "), ("c", "dull model ")):
+        (tmp_path / f"{name}.txt").write_text(words * 400)
+    parts = [f"{tmp_path / 'a.txt'}=100", f"{tmp_path / 'b.txt'}=1", f"{tmp_path / 'c.txt'}=50"]
+    options = {"method": "shared", "sequence_length": 16}
+    report = convert(source, tmp_path / "mixed", calibration=parts, calibration_tokens=1024, **options)
+    assert set(report.held_out_loss.parts) == {str(tmp_path / "a.txt"), str(tmp_path / "c.txt")}
+    twice = convert(source, tmp_path / "twice", calibration=[parts[0], parts[0]], calibration_tokens=1024, **options)
+    once = convert(source, tmp_path / "once", calibration=parts[0], calibration_tokens=512, **options)
+    assert twice.held_out_loss.tokens == 2 * once.held_out_loss.tokens
+    few = convert(source, tmp_path / "few", calibration=[parts[0], parts[2]], calibration_tokens=32, **options)
+    assert few.held_out_loss.tokens == 15
+    assert all(layer.attention_error > 0 for layer in few.layers)

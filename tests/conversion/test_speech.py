@@ -240,7 +240,7 @@ def test_what_is_no_recording_is_said(calibration, match, pair, tmp_path, monkey
     for name, seconds in (("notes", 0.5), ("long", 3.0), ("one", 0.5)):
         soundfile.write(tmp_path / name / "x.wav", np.zeros(int(16000 * seconds)), 16000)
         (tmp_path / name / "metadata.jsonl").write_text('{"file_name": "x.wav", "text": "a"}\n')
-    (tmp_path / "notes" / "metadata.jsonl").write_text('{"file": "x.wav"}\n')
+    (tmp_path / "notes" / "metadata.jsonl").write_text('{"file_name": "x.wav", "text": 3}\n')
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MQAError, match=match):
         convert(pair[0], tmp_path / "ours", method="shared", calibration=calibration)

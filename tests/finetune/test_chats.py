@@ -4,6 +4,7 @@ import json
 
 import pytest
 from tokenizer import write_tokenizer
+from tokenizers import processors
 from transformers import LlamaConfig
 
 from mqa_hf.base.chats import Form, as_text, encoded, form_of
@@ -181,3 +182,51 @@ def test_without_a_row_of_answers_there_is_nothing_to_train_on(tmp_path, tokeniz
     assert len(training_rows((part,), tokenizer, 8, 4)) == 4
     with pytest.raises(MQAError, match="no row of 8 tokens"):
         training_rows((part,), tokenizer, 8, 4, answers=True)
+
+
+def test_a_text_needs_no_places_of_answers(tmp_path, tokenizer):
+    """Templates whose prompt for an answer begins a thought, or that leave out earlier thoughts."""
+    prompted = CHATML.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+    tokenizer.chat_template = prompted
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": CHAT}) + "\n")
+    texts = documents(str(tmp_path / "rows.jsonl"), tokenizer=tokenizer)
+    assert texts[0] == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert cut(texts.document(0)) == ["<assistant>2<end>", "<assistant>it is 4<end>"]
+    tokenizer.chat_template = THINKING.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    thoughtful = [
+        {**m, "content": f"<think>hm</think>{m['content']}"} if m["role"] == "assistant" else m for m in CHAT
+    ]
+    document = as_text(thoughtful, [m["role"] == "assistant" for m in CHAT], tokenizer)
+    assert cut(document) == SAID["thinking"]
+
+
+def test_an_eos_that_the_tokenizer_adds_ends_the_answer(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    document = as_text(CHAT, [m["role"] == "assistant" for m in CHAT], tokenizer)
+    ((ids, marks),) = encoded([document], tokenizer, answers=True)
+    assert (ids[-1], marks[-1]) == (tokenizer.eos_token_id, True)
+
+
+@pytest.mark.parametrize("cell", [[None, CHAT[0]], ["hi"]], ids=str)
+def test_messages_that_are_none_are_said(cell, tokenizer):
+    with pytest.raises(MQAError, match="messages need role and content"):
+        Form("chat", ("messages",)).read({"messages": cell}, tokenizer)
+
+
+def test_columns_are_for_data_sets_of_a_mixture(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"dialogue": CHAT}) + "\n") * 8)
+    (tmp_path / "text.txt").write_text("word " * 200)
+    parts = [Part(str(tmp_path / name)) for name in ("rows.jsonl", "text.txt")]
+    assert len(training_rows([*parts, Part("builtin:verse")], tokenizer, 16, 8, columns=("dialogue",))) == 8
+
+
+def test_evaluation_predicts_as_many_tokens_of_answers_as_it_is_asked_for(tmp_path, tokenizer):
+    (tmp_path / "rows.jsonl").write_text((json.dumps({"messages": CHAT[1:]}) + "\n") * 40)
+    asked = Evaluation(
+        "x", text=str(tmp_path / "rows.jsonl"), loss_on="answers", tokens=12, prompt_tokens=8, prompts=6
+    )
+    found = held_out_text(tokenizer, LlamaConfig(vocab_size=93), asked)
+    assert sum(label != IGNORED for window in found.windows for label in window.labels) == 12
+    assert len(found.prompts) == 6

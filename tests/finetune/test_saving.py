@@ -115,3 +115,23 @@ def test_checkpoints_come_by_time(monkeypatch):
     late = saved_at(monkeypatch, 7200, pace=2, cost=120)
     assert max(b - a for a, b in pairwise(late)) <= MOST + 120 + 12
     assert saved_at(monkeypatch, 4000, pace=1200, cost=1) == [1200, 2401, 3602, 4803]  # steps longer than that
+
+
+def test_a_weight_without_a_gradient_so_far_is_no_obstacle(tmp_path):
+    def make():
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    model, optimizer = make()
+    model[0](torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    saver = Saver(tmp_path, keep=1)
+    saver.write(saver.begin(1), model, optimizer)
+    saver.settle()
+    other, again = make()
+    read_weights(tmp_path / "checkpoint-1", other)
+    read_optimizer(tmp_path / "checkpoint-1", other, again)
+    assert torch.equal(again.state[other[0].weight]["exp_avg"], optimizer.state[model[0].weight]["exp_avg"])
+    (tmp_path / "checkpoint-1" / "weights" / ".metadata").unlink()
+    with pytest.raises(MQAError, match=r"checkpoint-1 cannot be read: .*; start over with `restart`"):
+        read_weights(tmp_path / "checkpoint-1", other)
