@@ -74,14 +74,14 @@ class Fit(Options, panel="Fitting (--method shared, latent)"):
 
     _: KW_ONLY
     calibration: Annotated[
-        Sequence[str],
+        Sequence[str] | None,
         Option(
             "Calibration text: a text, JSON lines or parquet file, the id of a data set on the Hub, or "
             "builtin:manual, builtin:languages, builtin:code or builtin:verse. Repeat it to mix several by weight. "
             "Default: these four, 4:3:2:1.",
             metavar="SOURCE[=WEIGHT]",
         ),
-    ] = ()
+    ] = None
     texts: Annotated[
         Sequence[str] | None,
         Option("Calibration texts in memory, instead of `calibration`.", recorded="never", objects="only"),
@@ -216,7 +216,7 @@ class ConversionOptions(Hub, Weights, Fit, Heads):
     @property
     def calibration_parts(self) -> tuple[Part, ...]:
         """The mixture that heads are fitted on."""
-        return tuple(map(Part.parse, self.calibration)) or DEFAULT
+        return tuple(map(Part.parse, self.calibration or ())) or DEFAULT
 
     @property
     def calibration_text(self) -> str:

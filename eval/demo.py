@@ -41,6 +41,7 @@ TRAINED: Mapping[str, Any] = {
     "sequence_length": 256,
     "batch_tokens": 4_096,
     "validation_tokens": 8_192,
+    "save_every": 12,
 }
 MEASURED: Mapping[str, Any] = {
     "tokens": 16_384,

@@ -46,10 +46,10 @@ def kept_components(contribution: torch.Tensor, pairs: int) -> torch.Tensor:
 
 
 def rotate_kept(
-    attention: MQAAttention, kept: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    attention: MQAAttention, kept: torch.Tensor, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """Rotate queries or keys [B, heads, T, D] in the components that are kept [G, 2 J] of the head they belong to."""
-    kept = kept.repeat_interleave(x.shape[1] // len(kept), 0)[:, None]
+    (cos, sin), kept = angles, kept.repeat_interleave(x.shape[1] // len(kept), 0)[:, None]
     return attention.rotate(x, (torch.where(kept, cos, 1.0), torch.where(kept, sin, 0.0)))
 
 

@@ -27,7 +27,7 @@ def run(*words):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(demo, "FITTED", {"calibration_tokens": 512, "sequence_length": 32})
-    trained = {"tokens": 1024, "sequence_length": 32, "batch_tokens": 256, "validation_tokens": 128}
+    trained = {"tokens": 1024, "sequence_length": 32, "batch_tokens": 256, "validation_tokens": 128, "save_every": 1}
     monkeypatch.setattr(demo, "TRAINED", trained)
     measured = {"tokens": 512, "window": 64, "prompts": 2, "prompt_tokens": 8, "new_tokens": 8}
     monkeypatch.setattr(demo, "MEASURED", measured)
@@ -50,7 +50,7 @@ def test_the_shipped_model_is_small_and_knows_its_authors(tmp_path):
 def test_the_texts_share_no_work_and_have_no_notes_by_others():
     works = {}
     for name in demo.TEXTS:
-        rows = documents(str(SHIPPED / "text" / name), "work")
+        rows = documents(str(SHIPPED / "text" / name), ["work"])
         works[name] = set(rows)
     assert works["held-out.jsonl.xz"] == {"julius_caesar", "winters_tale"}
     assert len(works["train.jsonl.xz"]) == 44

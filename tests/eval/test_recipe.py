@@ -32,7 +32,14 @@ def recipe(tmp_path):
         "source": str(tmp_path / "source"),
         "output": str(tmp_path / "results"),
         "convert": {"method": "shared", "calibration": str(text), "calibration_tokens": 512, **sizes},
-        "uptrain": {"dataset": [str(text)], "tokens": 1024, "batch_tokens": 128, "report_to": "none", **sizes},
+        "uptrain": {
+            "dataset": [str(text)],
+            "tokens": 1024,
+            "batch_tokens": 128,
+            "save_every": 2,
+            "report_to": "none",
+            **sizes,
+        },
         "evaluate": {
             "text": str(text),
             "tokens": 320,
