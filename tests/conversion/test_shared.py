@@ -286,8 +286,8 @@ def test_doubtful_fits_are_warned_of(tmp_path):
     theirs.model.layers[0].self_attn.q_proj.weight.data[:width] = 0
     source = save(theirs, tmp_path / "source")
     write_tokenizer(source)
+    few = {"calibration": "builtin:manual", "calibration_tokens": 96, "sequence_length": 32}
     with pytest.warns(ConversionWarning, match="few for a hidden size") as caught:
-        few = {"calibration": "builtin:manual", "calibration_tokens": 96, "sequence_length": 32}
         report = convert(source, tmp_path / "ours", method="shared", **few)
     assert any("1 in self_attn of layer 0" in str(w.message) for w in caught)
     assert len(report.warnings) == 2
