@@ -23,12 +23,11 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.base.files import stamps
 from mqa_hf.base.mixture import Part
 from mqa_hf.base.text import (
-    built_in,
     check_source,
     check_template,
     documents,
     features_of,
-    is_plain,
+    has_columns,
     load,
     load_processor,
     no_text,
@@ -60,7 +59,7 @@ def open_dataset(source: str, streaming: bool = False, option: str = DATASET) ->
     Raises:
         MQAError: if it cannot be read.
     """
-    if not is_plain(source) and built_in(source, option) is None:
+    if has_columns(source, option):
         return load(source, option, streaming)
     import datasets
 
@@ -187,8 +186,7 @@ def mixture(
     found = []
     for part in parts:
         opened = open_dataset(part.source, streaming, option)
-        plain = is_plain(part.source) or built_in(part.source, option) is not None
-        own = () if plain and not pairs else columns
+        own = columns if pairs or has_columns(part.source, option) else ()
         rows = choose_columns(part.source, opened, own, tokenizer, option, pairs, answers)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
     if len(found) == 1:

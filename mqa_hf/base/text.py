@@ -54,7 +54,7 @@ def format_of(path: Path) -> str | None:
 
 def check_source(source: str, option: str) -> None:
     """Raise MQAError for a text that is not built in and not a file that can be read; ids on the Hub pass."""
-    if built_in(source, option) is None:
+    if not is_built_in(source, option):
         check_file(source, option)
 
 
@@ -76,13 +76,18 @@ def check_file(source: str | os.PathLike, option: str) -> None:
         raise MQAError(f"{option} {source} must be one of {', '.join((*PLAIN, *FORMATS))}")
 
 
-def built_in(source: Any, option: str = "`calibration`") -> list[str] | None:
-    """The documents of one of [`mixture.BUILT_IN`]; `None` for other sources, MQAError for unknown names."""
+def is_built_in(source: Any, option: str = "`calibration`") -> bool:
+    """Whether it is one of [`mixture.BUILT_IN`]; raises MQAError for unknown names of that kind."""
     if not str(source).startswith("builtin:"):
-        return None
+        return False
     if source not in BUILT_IN:
         raise MQAError(f"{option} {source} is not one of {', '.join(BUILT_IN)}")
-    return BUILT_IN[source]()
+    return True
+
+
+def has_columns(source: Any, option: str = "`calibration`") -> bool:
+    """Whether it is a data set, not a plain or a built-in text."""
+    return not is_built_in(source, option) and not is_plain(source)
 
 
 def is_plain(source: str | os.PathLike) -> bool:
@@ -184,11 +189,10 @@ def documents(
         return given
     source = MANUAL if source is None else source
     assert isinstance(source, str | os.PathLike)
-    known = built_in(source, option)
-    if known is not None or is_plain(source):
+    if not has_columns(source, option):
         if columns:
             raise MQAError(f"{option} {source} is text without columns; got {', '.join(columns)}")
-        return [read_plain(source, option)] if known is None else known
+        return [read_plain(source, option)] if is_plain(source) else BUILT_IN[str(source)]()
     rows = load(source, option)
     features = features_of(rows)
     if not len(rows):

@@ -8,7 +8,7 @@ import torch
 
 from .errors import MQAError
 from .mixture import Part, shares
-from .text import built_in, documents, is_plain, pairs
+from .text import documents, has_columns, is_built_in, pairs
 
 CHUNK = 32  # documents that are tokenised at once
 
@@ -95,7 +95,7 @@ def mixed_tokens(
     texts = {}
     for i, part in enumerate(mixed):
         if wanted[i]:
-            own = columns if built_in(part.source) is None and not is_plain(part.source) else ()
+            own = columns if has_columns(part.source) else ()
             texts[i] = documents(part.source, own, tokenizer=tokenizer)
     found = [torch.empty(0, length, dtype=torch.long)] * len(mixed)
     left, filling = count // length, list(texts)
@@ -225,8 +225,9 @@ def examples_of(
     Pairs of texts are used as they are. In a single text, spans are hidden if the tokenizer has sentinels (T5);
     otherwise the decoder writes what the encoder reads.
     """
-    own = columns if isinstance(source, str) and built_in(source) is None else ()
-    two = None if isinstance(source, str) and built_in(source) is not None else pairs(source, columns)
+    shipped = isinstance(source, str) and is_built_in(source)
+    own = columns if isinstance(source, str) and not shipped else ()
+    two = None if shipped else pairs(source, columns)
     sources: list[list[int]] = []
     targets: list[list[int]] = []
     total = 0
