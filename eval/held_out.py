@@ -192,11 +192,7 @@ def held_out_speech(path: Path, config: Any, job: "Evaluation") -> HeldOut:
     for audio, text, _ in sound.recordings(job.text, job.columns, rate, "`text`", job.seed):
         if text is None:
             raise MQAError(f"`text` {job.text} needs a transcript for each recording")
-        if len(audio) > longest:
-            raise MQAError(
-                f"{job.text}: a recording of {len(audio) / rate:.1f} s is longer than the model's input of "
-                f"{longest / rate:.1f} s; split it"
-            )
+        sound.check_length(audio, longest, rate, job.text)
         labels = processor.tokenizer(text).input_ids[1:]  # the first is the decoder's start token
         windows.append(Window(len(windows), [0] * len(labels), labels[: max(left, 1)], len(text.encode())))
         recordings.append(audio)

@@ -177,23 +177,33 @@ def mixture(
     Raises:
         MQAError: for unreadable sources, missing columns and invalid weights.
     """
-    import datasets
-
     if pairs and len(columns) > 2:
         raise MQAError(f"`columns` takes one column, or two of pairs; got {', '.join(columns)}")
-    if not parts or not all(0 < part.weight < math.inf for part in parts):
-        raise MQAError(f"{option} needs weights above 0; got {[part.weight for part in parts]}")
+    check_weights(parts, option)
     found = []
     for part in parts:
         opened = open_dataset(part.source, streaming, option)
         own = columns if pairs or has_columns(part.source, option) else ()
         rows = choose_columns(part.source, opened, own, tokenizer, option, pairs, answers)
         found.append(rows.shuffle(seed=seed, buffer_size=BUFFER) if streaming else rows.shuffle(seed=seed))
+    return interleaved(found, parts, seed, option)
+
+
+def check_weights(parts: Sequence[Part], option: str) -> None:
+    if not parts or not all(0 < part.weight < math.inf for part in parts):
+        raise MQAError(f"{option} needs weights above 0; got {[part.weight for part in parts]}")
+
+
+def interleaved(found: Sequence[Any], parts: Sequence[Part], seed: int, option: str) -> Any:
+    """The rows of all parts, drawn at random by weight until each has been read through."""
+    import datasets
+
     if len(found) == 1:
         return found[0]
     total = sum(part.weight for part in parts)
     shares = [part.weight / total for part in parts]
-    return datasets.interleave_datasets(found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    mix = datasets.interleave_datasets
+    return reading(option, mix, found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 def batches(rows: Any) -> Iterator[list[Document]]:

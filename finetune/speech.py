@@ -1,6 +1,5 @@
 """Training rows of speech models: recordings with transcripts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from mqa_hf.base.chats import holds_text
 from mqa_hf.base.errors import MQAError
 from mqa_hf.base.mixture import Part
-from mqa_hf.base.sound import hear, references
+from mqa_hf.base.sound import check_length, hear, references
 
-from .data import DATASET, CollatePairs, reading
+from .data import DATASET, CollatePairs, check_weights, interleaved
 
 
 def recording_rows(
@@ -27,8 +26,7 @@ def recording_rows(
     """
     import datasets
 
-    if not parts or not all(0 < part.weight < math.inf for part in parts):
-        raise MQAError(f"{option} needs weights above 0; got {[part.weight for part in parts]}")
+    check_weights(parts, option)
 
     def labelled(row: dict[str, Any]) -> dict[str, list[int]]:
         return {"labels": processor.tokenizer(row["text"]).input_ids[1:][:length]}  # without the decoder's start
@@ -42,11 +40,7 @@ def recording_rows(
         if "text" not in rows.column_names or not all(rows["text"]):
             raise MQAError(f"{option} {part.source}: training needs a transcript for each recording")
         found.append(rows.map(labelled, remove_columns=["text"]).shuffle(seed=seed))
-    if len(found) == 1:
-        return found[0]
-    shares = [part.weight / sum(p.weight for p in parts) for part in parts]
-    mix = datasets.interleave_datasets
-    return reading(option, mix, found, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    return interleaved(found, parts, seed, option)
 
 
 @dataclass(frozen=True)
@@ -60,11 +54,7 @@ class CollateSpeech:
         rate, longest = self.extractor.sampling_rate, self.extractor.n_samples
         sounds = [np.asarray(hear(row["audio"], rate)) for row in rows]
         for samples in sounds:
-            if len(samples) > longest:
-                raise MQAError(
-                    f"a recording of {len(samples) / rate:.1f} s is longer than the model's input of "
-                    f"{longest / rate:.1f} s; split it"
-                )
+            check_length(samples, longest, rate, DATASET)
         made = self.extractor(sounds, sampling_rate=rate, return_tensors="pt").input_features
         inputs = self.targets([{"input_ids": [0], "labels": row["labels"]} for row in rows])
         return {"input_features": made, **{name: inputs[name] for name in ("decoder_input_ids", "labels")}}

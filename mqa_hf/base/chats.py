@@ -122,9 +122,9 @@ def messages(cell: Any) -> list[dict[str, Any]]:
     """Messages with `role` and `content`; `None` is an empty chat."""
     found = []
     for message in cell or ():
-        if not isinstance(message, Mapping):
-            raise MQAError(f"the chat template does not accept {str(cell)[:80]} ...: messages need role and content")
-        said = {name: value for name, value in message.items() if value is not None}  # `datasets` fills with null
+        # `datasets` fills with null.
+        given = message.items() if isinstance(message, Mapping) else ()
+        said = {name: value for name, value in given if value is not None}
         if "from" in said:
             said = {"role": ROLES.get(said["from"], said["from"]), "content": said.get("value", "")}
         if "role" not in said:

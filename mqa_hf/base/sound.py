@@ -219,6 +219,12 @@ def pieces(recording: Recording, samples: int, rate: int, name: str) -> Iterator
         for start in range(0, len(audio), samples):
             yield Recording(audio[start : start + samples], None, language)
     elif not name.endswith(SPEECH):
+        check_length(audio, samples, rate, name)
+
+
+def check_length(audio: Any, samples: int, rate: int, name: str) -> None:
+    """Raise MQAError for a recording with more samples than a model hears at once."""
+    if len(audio) > samples:
         raise MQAError(
             f"{name}: a recording of {len(audio) / rate:.1f} s is longer than the model's input of "
             f"{samples / rate:.1f} s; split it"
