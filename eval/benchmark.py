@@ -134,6 +134,7 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
         from mqa_hf.base.shapes import unique_names
 
         from .benchmark_record import BenchmarkRecord
+        from .divided import device_of_rank, ranks_of_job
 
         for name in ("shapes", "kv_heads", "keys", "engines", "batch", "context", "cells", "beams"):
             if getattr(self, name) == ():
@@ -141,7 +142,10 @@ class Benchmark(LatentSizes, Job[list["BenchmarkRecord"]]):
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise MQAError(f"`device` {device}: PyTorch sees no CUDA device; use `device` cpu")
+        device = device_of_rank(device)
         check_device(device)
+        if ranks_of_job() > 1 and self.largest_batch:
+            raise MQAError("`largest_batch` is found by one process; leave it out with several")
         cpu = torch.device(device).type == "cpu"
         job = replace(
             self,

@@ -23,6 +23,7 @@ class BenchmarkRecord(Record):
         latent: the latent, if the model has one; `kv_heads` is then missing.
         keys: whether its keys were rebuilt at each step or cached; missing if none are rebuilt.
         source: source tokens of an encoder-decoder model; `context` then counts the cached tokens of the mean step.
+        ranks: processes that the model is divided among by tensor parallelism; bytes and floor are those of one.
         largest_batch: whether the batch is the largest that fits.
         error: why nothing was measured; all times are then missing.
         time_per_token_ms: median time of a step of all rows, with the 10th and 90th percentiles.
@@ -48,6 +49,7 @@ class BenchmarkRecord(Record):
     context: Size
     beams: Size = 1
     source: int | None = None
+    ranks: Size = 1
     largest_batch: bool | None = None
     error: str | None = None
 

@@ -23,9 +23,12 @@ from mqa_hf.conversion.record import Latent
 from mqa_hf.latent_step_mqa import keys_to_keep
 from mqa_hf.modeling_mqa import MQAForCausalLM
 from mqa_hf.modeling_mqa_seq2seq import MQAForConditionalGeneration
+from mqa_hf.parallel_mqa import config_of_rank, tensor_plan
+from mqa_hf.rules_mqa import decoder_stack
 
 from .attention_sizes import Keys, rebuilds
 from .benchmark import AUTO, WARMUP, Benchmark
+from .divided import divided_model, of_rank, ranks_of_job
 from .latent_choices import latent_models
 from .roofline import StepCost, largest_batch, step_cost
 from .shapes import Config, OwnShape, Weights, attention_layers, fitted, read_shape
@@ -46,6 +49,7 @@ class Contender:
         run_config: the configuration of the class that the engine runs.
         weights: weights of a model in its own class.
         keys: keys of latents in this package's loop, as `model.decoding.keys`.
+        ranks: processes that the model is divided among; costs are those of one.
     """
 
     shape: str
@@ -56,6 +60,7 @@ class Contender:
     run_config: PreTrainedConfig
     weights: Weights | None = None
     keys: str = AUTO
+    ranks: int = 1
 
     @property
     def latent(self) -> Latent | None:
@@ -85,7 +90,7 @@ class Contender:
 
     def cached(self, keys: Keys | None) -> tuple[MQAConfig, Keys]:
         """The decoder with latents as the engine stores them, and how the engine keeps their keys."""
-        config = decoder_of(self.config)
+        config = of_rank(decoder_of(self.config), self.ranks)
         if self.engine != "mqa-hf":  # transformers' caches hold the model's type, and all keys
             return with_fields(config, kv_latent_bits=16), "expanded"
         return config, keys or ("expanded" if self.keys == "expanded" else "rebuilt")
@@ -116,6 +121,8 @@ def contenders_of(job: Benchmark) -> list[Contender]:
             ours += [Contender(shape, False, engine, 1, c, c) for c in every.values() for engine in engines]
         # With a window all engines run this package's class; transformers' would ignore it.
         ours = ours if job.window is None else [replace(c, run_config=c.config) for c in ours]
+        ranks = ranks_of_job()  # and transformers' plans divide key/value heads
+        ours = [replace(c, ranks=ranks, run_config=c.config if c.kv_heads % ranks else c.run_config) for c in ours]
         for c in ours:
             found += [replace(c, keys=way) for way in ways] if c.rebuilds and c.engine == "mqa-hf" else [c]
     if ways != (AUTO,) and not any(c.rebuilds and c.engine == "mqa-hf" for c in found):
@@ -132,6 +139,8 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
         raise MQAError(f"`largest_batch` needs decoder-only shapes on a GPU ({shape}, {job.device})")
     if isinstance(config, OwnShape) and config.run_config.model_type in IMAGE_TEXT:
         raise MQAError(f"{shape} is multimodal, and only models of text are timed; use `mqa-hf plan`")
+    if ranks_of_job() > 1:
+        check_ranks(shape, config, ranks_of_job())
     if job.asks_latents and isinstance(config, OwnShape):
         raise MQAError(f"latents need a model in this package's class; {shape} keeps its own")
     if job.window is not None and isinstance(config, OwnShape):
@@ -145,6 +154,14 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
         written = WARMUP + job.tokens - 1
         said = f"`context` {job.contexts[-1]} and {WARMUP} + {job.tokens} `tokens`"
         check_positions(shape, config, job.contexts[-1] + written, said)
+
+
+def check_ranks(shape: str, config: Config | OwnShape, ranks: int) -> None:
+    """Raise MQAError if a model cannot be divided among these ranks."""
+    if not isinstance(config, MQAConfig):
+        raise MQAError(f"several processes time decoder-only models of this package's class; {shape} is none")
+    if config.num_attention_heads % ranks:
+        raise MQAError(f"{ranks} processes do not divide the {config.num_attention_heads} query heads of {shape}")
 
 
 def check_positions(shape: str, config: MQAConfig, needed: int, said: str) -> None:
@@ -204,14 +221,23 @@ def random_model(contender: Contender, dtype: torch.dtype, device: str | torch.d
     """The model, with random weights."""
     classes: dict[bool, Any] = {False: AutoModelForCausalLM, True: AutoModelForSeq2SeqLM}
     several = isinstance(contender.config, MQASeq2SeqConfig)
-    with torch.device(device):
-        if contender.run_config is contender.config:
-            cls: Any = MQAForConditionalGeneration if several else MQAForCausalLM
-            model = cls._from_config(contender.run_config, dtype=dtype)
-            model.decoding.enabled = contender.engine == "mqa-hf"
-            model.decoding.keys = contender.keys
-        else:
-            model = classes[several].from_config(contender.run_config, dtype=dtype)
+    cls: Any = MQAForConditionalGeneration if several else MQAForCausalLM
+    ours = contender.run_config is contender.config
+
+    def made() -> Any:
+        make = cls._from_config if ours else classes[several].from_config
+        return make(contender.run_config, dtype=dtype)
+
+    if contender.ranks > 1:
+        if isinstance(contender.run_config, MQAConfig):  # its fields may have been changed since the plan was made
+            contender.run_config.base_model_tp_plan = tensor_plan(contender.run_config)  # type: ignore[misc]
+        model = divided_model(made, contender.ranks, device)
+    else:
+        with torch.device(device):
+            model = made()
+    if ours:
+        model.decoding.enabled = contender.engine == "mqa-hf"
+        model.decoding.keys = contender.keys
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     if several:
@@ -224,7 +250,8 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     config, dtype, device = decoder_of(contender.config), model.dtype, model.device
     if contender.engine == "mqa-hf":
         keys = keys_to_keep(model, {}, batch, capacity) if contender.keys == AUTO else contender.keys
-        cache = DecodeCache(config, batch, capacity, model.decoding.cache_dtype or dtype, device, keys=keys)
+        own = config_of_rank(decoder_stack(model))
+        cache = DecodeCache(own, batch, capacity, model.decoding.cache_dtype or dtype, device, keys=keys)
         layers: Any = cache.layers
         for layer in layers:
             for name, states in layer.buffers().items():
@@ -238,8 +265,9 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     other: Any = DynamicCache(config=text)
     if contender.engine == "static":
         other = StaticCache(config=text, max_cache_len=capacity)
+    heads = max(1, contender.kv_heads // contender.ranks)
     for i in attention_layers(text):
-        shapes = [(batch, contender.kv_heads, context, w) for w in cached_widths(config, i)]
+        shapes = [(batch, heads, context, w) for w in cached_widths(config, i)]
         other.update(*(torch.randn(shape, dtype=dtype, device=device) for shape in shapes), i)
     return other
 

@@ -25,12 +25,14 @@ from mqa_hf.base.errors import MQAError
 from mqa_hf.cache_mqa import DecodeCache
 from mqa_hf.configuration_mqa_seq2seq import MQASeq2SeqConfig
 from mqa_hf.conversion.canonical import decoder_of
+from mqa_hf.parallel_mqa import local
 from mqa_hf.rules_mqa import CACHE
 
 from .attention_sizes import Keys
 from .benchmark import WARMUP, Benchmark, Cell
 from .benchmark_record import BenchmarkRecord
 from .contenders import Contender, cache_bytes, contenders_of, filled_cache, random_model
+from .divided import first_rank
 from .roofline import measured_device
 from .timing_plots import draw_times
 
@@ -113,7 +115,9 @@ def time_tokens(contender: Contender, model: Any, batch: int, context: int, toke
         warmup_sec=max(0.0, sum(steps[:WARMUP]) - WARMUP * statistics.median(counted)),
         cache_bytes=cache_bytes(cache),
         keys=kept_keys(cache),
-        weight_bytes=sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values()),
+        weight_bytes=sum(
+            {p.data_ptr(): p.numel() * p.element_size() for p in map(local, model.parameters())}.values()
+        ),
         peak_memory_bytes=peak_memory(model.device),
     )
     if contender.engine == "mqa-hf":
@@ -318,6 +322,7 @@ def identity(contender: Contender, cell: Cell) -> dict[str, Any]:
         "engine": contender.engine,
         "kv_heads": contender.kv_heads if contender.latent is None else None,
         "latent": contender.latent,
+        "ranks": contender.ranks,
         **cell._asdict(),
     }
 
@@ -367,9 +372,9 @@ def measure(job: Benchmark, command: str) -> list[BenchmarkRecord]:
     timer, found = CellTimer(job, command), []
     for record in timed_cells(timer, contenders, job):
         found.append(record)
-        if job.output is not None:
+        if job.output is not None and first_rank():
             record.append(Path(job.output))
-    if job.plots is not None:
+    if job.plots is not None and first_rank():
         for path in draw_times(found, Path(job.plots)):
             say(f"wrote {path}")
     return found

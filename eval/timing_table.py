@@ -61,6 +61,7 @@ def title_of(record: BenchmarkRecord, shapes: Sequence[str], window: int | None)
         f"{shown(record.matmul_rate, '.1f', 1e12)} TFLOP/s"
     )
     seen = f", window {window}" if window else ""
+    seen += f", {record.ranks} processes" if record.ranks > 1 else ""
     return f"{', '.join(shapes)}, {record.dtype}, {record.device} ({limits}){seen}"
 
 

@@ -40,6 +40,7 @@ class VLLMRecord(Record):
     shape: str
     kv_heads: int
     plugin: bool
+    ranks: int = 1
     batch: int
     context: int
     time_per_token_ms: float
@@ -65,6 +66,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         "64x4096",
     )
     tokens: Annotated[int, Option("Decode steps between the two calls.", min=1)] = 100
+    ranks: Annotated[int, Option("GPUs that the model is divided among by tensor parallelism.", min=1)] = 1
     memory: Annotated[float, Option("Share of the device's memory for vLLM.", above=0, below=1)] = 0.93
     output: Annotated[Path | None, Option("File for JSON lines.")] = None
 
@@ -103,8 +105,8 @@ class VLLMTiming(Job[list[VLLMRecord]]):
         for batch, context in map(pair, job.cells):
             seconds = job.step_seconds(vllm, engine, model.config.vocab_size, batch, context)
             record = VLLMRecord(
-                shape=job.shape, kv_heads=job.kv_heads, plugin=job.plugin, batch=batch, context=context,
-                time_per_token_ms=1e3 * seconds, startup_sec=startup,
+                shape=job.shape, kv_heads=job.kv_heads, plugin=job.plugin, ranks=job.ranks,
+                batch=batch, context=context, time_per_token_ms=1e3 * seconds, startup_sec=startup,
                 vllm=vllm.__version__, device=name, command=job.command(),
             )  # fmt: skip
             found.append(record)
@@ -125,6 +127,7 @@ class VLLMTiming(Job[list[VLLMRecord]]):
             str(directory), load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=True,
             dtype="bfloat16" if gpu else "float32", enforce_eager=not gpu, max_model_len=longest,
             max_num_seqs=max(batch for batch, _ in cells), gpu_memory_utilization=self.memory,
+            tensor_parallel_size=self.ranks,
         )  # fmt: skip
 
     def step_seconds(self, vllm: Any, engine: Any, vocab_size: int, batch: int, context: int) -> float:

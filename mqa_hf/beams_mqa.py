@@ -4,6 +4,7 @@ P prompts, k beams per prompt, n candidate continuations per prompt, V vocabular
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers.generation import GenerationMixin
@@ -41,9 +42,10 @@ class BeamSearch(Text):
         rules: Sequence[LogitsRule],
         width: int,
         device: torch.device,
+        ranks: Any,
         reorder: Callable[[torch.Tensor], None],
     ):
-        super().__init__(request, rules, width, device)
+        super().__init__(request, rules, width, device, ranks)
         assert request.beams is not None
         self.options, self.reorder = request.beams, reorder
         P, k = request.rows // request.copies, request.copies
@@ -109,7 +111,7 @@ class BeamSearch(Text):
             scores, chosen = (best.view(P, k, few) + self.scores[:, :, None]).view(P, -1).topk(n)
             return scores, chosen // few, tokens.view(P, -1).gather(1, chosen)
         logs = (logs.view(P, k, V) + self.scores[:, :, None]).view(P, -1)
-        chosen = draw(logs).topk(n).indices
+        chosen = draw(logs, self.ranks).topk(n).indices
         scores = logs.gather(1, chosen)
         if SORTS_SAMPLES:
             scores, order = scores.sort(-1, descending=True)

@@ -112,7 +112,7 @@ def decode(
         steps.follow()
         while engine.new_tokens < last:
             steps.settle(AHEAD if steps.on_device else 0)
-            if engine.ended:
+            if steps.ended:
                 break
             if call.out_of_time():
                 if not engine.text.end_soon():
@@ -120,7 +120,7 @@ def decode(
                 last = engine.new_tokens + 1
             if engine.beyond_positions:
                 steps.settle(0)  # a step after the end would look up a position that does not exist
-                if engine.ended:
+                if steps.ended:
                     break
             engine.step()
             steps.follow()
@@ -139,6 +139,13 @@ class StepsAhead:
         self.pending: deque[tuple[torch.cuda.Event | None, torch.Tensor | None]] = deque()
         rows, count = engine.request.rows, 0 if streamer is None else AHEAD + 2
         self.slots = deque(torch.zeros(rows, dtype=torch.long, pin_memory=self.on_device) for _ in range(count))
+
+    @property
+    def ended(self) -> bool:
+        """Whether all rows ended at a step that is not pending. The host may know of a later one; ranks that share a
+        model would then launch unequal numbers of steps, and wait for each other forever.
+        """
+        return 0 < self.engine.ended <= self.engine.new_tokens - len(self.pending)
 
     def follow(self) -> None:
         """Record the step that was just launched."""

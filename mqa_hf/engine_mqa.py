@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDe
 from .beams_mqa import BeamSearch
 from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .graph_mqa import StepGraph
-from .parallel_mqa import config_of_rank
+from .parallel_mqa import config_of_rank, local, ranks_of
 from .request_mqa import ROOM, Call, round_up
 from .rules_mqa import CACHE, decoder_stack
 from .sampling_mqa import Sampler, Text
@@ -48,10 +48,11 @@ class Engine:
         self.cache, self.owned = cache, call.cache is None
         self.decode_step = DecodeStep(model, request, cache, cross)
         self.text: Text
+        places = request, call.rules, cache.capacity + 1, device, ranks_of(model)
         if request.beams is None:
-            self.text = Sampler(request, call.rules, cache.capacity + 1, device)
+            self.text = Sampler(*places)
         else:
-            self.text = BeamSearch(request, call.rules, cache.capacity + 1, device, self.decode_step.reorder)
+            self.text = BeamSearch(*places, self.decode_step.reorder)
         self.graph = StepGraph(self.decode_step.graph)
         self.pointers: tuple[int, ...] = ()  # addresses of everything the last call read
         self.prompt = self.held = self.new_tokens = self.first_position = self.most_positions = 0
@@ -79,7 +80,7 @@ class Engine:
     def read(self) -> tuple[int, ...]:
         """Addresses of everything that a graph reads and does not own."""
         held = [buffer.data_ptr() for layer in self.cache.decode_layers for buffer in layer.buffers().values()]
-        return (*(parameter.data_ptr() for parameter in self.model.parameters()), *held)
+        return (*(local(parameter).data_ptr() for parameter in self.model.parameters()), *held)
 
     def prefill(self, call: Call) -> None:
         """Run the model over the prompt, and choose the first token of each row."""

@@ -77,11 +77,16 @@ def power(n: int) -> int:
 _thread = threading.local()  # while it has `collected`, launches are recorded there instead of run
 
 
+def collecting() -> bool:
+    """Whether launches are only recorded, by [`compile_all`]."""
+    return getattr(_thread, "collected", None) is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel, with programmatic dependent launch if the device supports it."""
     early = overlapping(arguments[0].device)
     options = {**options, "PDL": early, **({"launch_pdl": True} if early else {})}
-    if getattr(_thread, "collected", None) is not None:
+    if collecting():
         _thread.collected.append((kernel, grid, arguments, options))
     else:
         kernel[grid](*arguments, **options)

@@ -23,6 +23,7 @@ from .kernel_latent_plan_mqa import hopper_sizes, latent_bytes
 from .kernel_launch_mqa import available, hopper, shared_memory
 from .latent_mqa import Angles, HeadLinear, MQALatentAttention
 from .packing_mqa import rounded_latent
+from .parallel_mqa import least, ranks_of
 from .rules_mqa import contiguous_positions, decoder_stack
 from .weights_mqa import plain as is_plain
 
@@ -254,7 +255,7 @@ def keys_to_keep(model: Any, arguments: dict[str, Any], rows: int, capacity: int
     widths = [config.qk_head_dim, config.kv_latent_dim]
     numbers = sum(of_layer(width, i) for width in widths for i in range(config.num_hidden_layers))
     size = numbers * rows * capacity * model.lm_head.weight.element_size()
-    if size >= room(model):
+    if size >= least(room(model), ranks_of(model), model.lm_head.weight.device):
         return "rebuilt"
     if not (model.decoding.kernels and available(model.lm_head.weight.device)):
         return "expanded"

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .configuration_checks_mqa import BIAS_POSITIONS
+from .kernel_launch_mqa import collecting
 
 STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}  # that a decode step knows
 PIPELINE = {
@@ -78,16 +79,51 @@ def summed_over(weight: Any) -> Any:
     return weight.device_mesh.get_group() if divided(weight) and weight.placements[0].is_shard(1) else None
 
 
+def ranks_of(model: nn.Module) -> Any:
+    """The ranks among which a model is divided, if it is."""
+    weights: Any = model.parameters()
+    return next((weight.device_mesh.get_group() for weight in weights if divided(weight)), None)
+
+
+def summed(x: torch.Tensor, ranks: Any) -> torch.Tensor:
+    """Add x over the ranks, in place. While kernels are compiled, ranks do not wait for each other."""
+    if not collecting():
+        dist.all_reduce(x, group=ranks)
+    return x
+
+
+def least(value: float, ranks: Any, device: torch.device) -> float:
+    """The smallest value of all ranks, so that they choose alike."""
+    if ranks is None:
+        return value
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MIN, group=ranks)
+    return float(found)
+
+
+def embedded(tokens: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+    """Embed tokens [B] -> [B, d]; the rows of the embedding may be divided, and each rank adds those that it has."""
+    weight: Any = embedding.weight
+    if not (divided(weight) and weight.placements[0].is_shard(0)):
+        return embedding(tokens)
+    rows, mesh = weight._local_tensor, weight.device_mesh
+    at = tokens - mesh.get_local_rank() * -(-len(weight) // mesh.size())
+    own = (at >= 0) & (at < len(rows))
+    found = nn.functional.embedding(at.clamp(0, len(rows) - 1), rows) * own[:, None]
+    return summed(found, mesh.get_group())
+
+
 def gathered(x: torch.Tensor, weight: Any, size: int) -> torch.Tensor:
     """The outputs [B, `size`] of a projection whose outputs `x` [B, N] are divided as the rows of `weight` are."""
     if x.shape[-1] == size or not divided(weight):
         return x
-    ranks = weight.device_mesh.get_group()
-    most = -(-size // weight.device_mesh.size())  # rows of the first ranks; the last ones may have fewer
+    count = weight.device_mesh.size()
+    most = -(-size // count)  # rows of the first ranks; the last ones may have fewer
     part = nn.functional.pad(x, (0, most - x.shape[-1])).contiguous()
-    parts = [torch.empty_like(part) for _ in range(weight.device_mesh.size())]
-    dist.all_gather(parts, part, group=ranks)
-    return torch.cat(parts, dim=-1)[:, :size]
+    parts = part.new_empty(count * len(x), most)
+    if not collecting():
+        dist.all_gather(list(parts.split(len(x))), part, group=weight.device_mesh.get_group())
+    return parts.view(count, len(x), most).transpose(0, 1).reshape(len(x), -1)[:, :size]
 
 
 def forward_of_rank(module: nn.Module) -> bool:

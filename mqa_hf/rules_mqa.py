@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin, logits_process, stopping_cr
 
 from .cache_mqa import DecodeCache, KeyValueLayer, LatentLayer
 from .compat_mqa import cache_name
-from .parallel_mqa import STYLES, forward_of_rank
+from .parallel_mqa import STYLES, config_of_rank, forward_of_rank
 
 CACHE = cache_name()
 KNOWN_ARGUMENTS = {
@@ -164,16 +164,23 @@ def altered(module: nn.Module) -> bool:
     )
 
 
+def cache_of_rank(cache: DecodeCache, stack: Any) -> bool:
+    """Whether a cache has as many heads as this rank."""
+    heads = config_of_rank(stack).num_key_value_heads
+    return all(not isinstance(held, KeyValueLayer) or held.keys.shape[1] == heads for held in cache.decode_layers)
+
+
 def undivided_only(model: Any, criteria: StoppingCriteriaList, arguments: dict[str, Any]) -> str | None:
     """Why a call of a model that is divided among ranks needs transformers' loop, or `None`."""
     cache = arguments.get(CACHE)
     reasons = (
-        # Steps are launched ahead there, and ranks that do not launch as many wait for each other forever.
-        (model.device.type != "cpu", "the model is divided among devices by tensor parallelism"),
         (any(decoder_stack(model).config.expert_layers), "experts are divided among ranks"),
         (getattr(model, "hf_quantizer", None) is not None, "the model is quantised and divided among ranks"),
         (not set(model.tp_plan.values()) <= STYLES, "the plan of tensor parallelism is not this package's"),
-        (isinstance(cache, DecodeCache), "the cache has the heads of all ranks"),
+        (
+            isinstance(cache, DecodeCache) and not cache_of_rank(cache, decoder_stack(model)),
+            "the cache has the heads of all ranks",
+        ),
         (any(hasattr(criterion, "max_time") for criterion in criteria), "clocks of ranks differ, and max_time is set"),
     )
     return next((reason for holds, reason in reasons if holds), None)

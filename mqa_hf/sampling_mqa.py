@@ -4,8 +4,10 @@ B rows, T tokens of the prompt, V vocabulary, W columns of the buffer
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .request_mqa import Request
@@ -16,6 +18,7 @@ class Text:
     """B rows of tokens, and where they end; subclasses choose the next tokens.
 
     Attributes:
+        ranks: those among which the model is divided, if it is; they choose the same tokens.
         tokens: [B, W]; columns from `cursor` on hold `request.fill`.
         newest: [B], the tokens of the last written column.
         cursor: [1], number of written columns.
@@ -23,8 +26,8 @@ class Text:
         host_ended: `ended` as known to the host, one or more steps late.
     """
 
-    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device):
-        self.request, self.rules = request, rules
+    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device, ranks: Any):
+        self.request, self.rules, self.ranks = request, rules, ranks
         self.on_device = device.type == "cuda"
         self.eos = None if request.eos is None else torch.tensor(request.eos, device=device)
         self.tokens = torch.zeros(request.rows, width, dtype=torch.long, device=device)
@@ -88,8 +91,8 @@ class Sampler(Text):
         unfinished: [B], which rows have not ended.
     """
 
-    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device):
-        super().__init__(request, rules, width, device)
+    def __init__(self, request: Request, rules: Sequence[LogitsRule], width: int, device: torch.device, ranks: Any):
+        super().__init__(request, rules, width, device, ranks)
         self.pad = None if request.pad is None else torch.tensor(request.pad, device=device)
         self.unfinished = torch.ones(request.rows, dtype=torch.bool, device=device)
 
@@ -101,7 +104,7 @@ class Sampler(Text):
         if self.rules or self.request.sample:  # greedy choice is the same in any type
             logits = logits.float()
         logits = self.ruled(logits)
-        token = draw(logits).argmax(-1) if self.request.sample else logits.argmax(-1)
+        token = draw(logits, self.ranks).argmax(-1) if self.request.sample else logits.argmax(-1)
         if self.eos is not None:
             token = torch.where(self.unfinished, token, self.pad)  # type: ignore[arg-type]
             self.unfinished &= ~among(token, self.eos)
@@ -112,7 +115,12 @@ class Sampler(Text):
             self.end(~self.unfinished.any())
 
 
-def draw(scores: torch.Tensor) -> torch.Tensor:
-    """Random numbers; the places of the largest are a sample without replacement from softmax(scores)."""
+def draw(scores: torch.Tensor, ranks: Any = None) -> torch.Tensor:
+    """Random numbers, the same on all ranks; the places of the largest are a sample without replacement from
+    softmax(scores).
+    """
     probabilities = scores.softmax(-1)
-    return probabilities / torch.empty_like(probabilities).exponential_()
+    noise = torch.empty_like(probabilities).exponential_()
+    if ranks is not None:
+        dist.broadcast(noise, dist.get_global_rank(ranks, 0), group=ranks)
+    return probabilities / noise

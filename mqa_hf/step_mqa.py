@@ -27,7 +27,7 @@ from .kernel_launch_mqa import available, compile_all
 from .kernel_norm_mqa import normalise
 from .latent_mqa import Angles, MQALatentAttention, QueryMap
 from .layer_mqa import scaled_logits
-from .parallel_mqa import gathered
+from .parallel_mqa import embedded, gathered
 from .positions_mqa import distance_bias, query_scale
 from .request_mqa import Request
 from .rules_mqa import decoder_stack
@@ -260,7 +260,7 @@ class DecodeStep:
         self.length += 1
         self.begin()
         assert stack.embed_tokens is not None
-        x = stack.enter(stack.embed_tokens(tokens)[:, None], self.positions[:, None]).squeeze(1)
+        x = stack.enter(embedded(tokens, stack.embed_tokens)[:, None], self.positions[:, None]).squeeze(1)
         for i, layer in enumerate(self.layers):
             x = self.layer(layer, x, i)
             if config.clamp_float16 and x.dtype == torch.float16:

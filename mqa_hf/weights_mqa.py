@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from .attention_mqa import HeadNorm
 from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
 from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
-from .parallel_mqa import divided, local, summed_over
+from .parallel_mqa import divided, local, summed, summed_over
 
 if TYPE_CHECKING:
     from .layer_mqa import MQAAttention
@@ -103,9 +102,9 @@ class Projections:
             out = parts[0] * parts[1] if gated else torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             return out if residual is None else residual + out
         weight, bias, ranks = found
-        if ranks is not None:
-            out = product(x, weight, None)  # behind a norm, inputs are whole
-            dist.all_reduce(out, group=ranks)
+        if ranks is not None:  # behind a norm, inputs are whole
+            few = self.triton and len(x) == 1 and weight.dtype == x.dtype
+            out = summed(fused_linear(x, weight) if few else product(x, weight, None), ranks)
             out = out if bias is None else out + bias
             return out if residual is None else residual + out
         fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype

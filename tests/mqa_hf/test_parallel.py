@@ -53,14 +53,22 @@ with torch.no_grad():
 logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
 fast = model.decoding.engine is not None
+ended = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=int(tokens[0, -4]))
+again = model.generate(ids, max_new_tokens=8, do_sample=False)
+kept = fast and model.decoding.engine.graph.captured is not None
+torch.manual_seed(int(os.environ["RANK"]))
+sampled = model.generate(ids, max_new_tokens=8, do_sample=True)
+both = [torch.empty_like(sampled) for _ in range(ranks)]
+torch.distributed.all_gather(both, sampled)
 beams = model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2)
 model.decoding.enabled = False
 slow = model.generate(ids, max_new_tokens=8, do_sample=False)
 held = {n: list((p.to_local() if hasattr(p, "to_local") else p).shape) for n, p in model.named_parameters()}
 if os.environ["RANK"] == "0":
-    found = {"logits": logits, "tokens": tokens, "beams": beams, "slow": slow}
+    found = {"logits": logits, "tokens": tokens, "beams": beams, "slow": slow, "ended": ended, "again": again}
     found = {name: tensor.cpu() for name, tensor in found.items()}
-    torch.save({**found, "held": held, "device": ids.device.type, "fast": fast}, output)
+    torch.save({**found, "held": held, "device": ids.device.type, "fast": fast, "kept": kept,
+                "sampled": torch.stack(both).cpu()}, output)
 """
 
 
@@ -127,9 +135,14 @@ def divided(fields, ranks, directory, **env):
     own = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert torch.equal(found["tokens"], own)
     assert torch.equal(found["slow"], own)
+    assert torch.equal(found["again"], own)
+    ended = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=int(own[0, -4]))
+    assert torch.equal(found["ended"], ended)
     assert torch.equal(found["beams"], model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2))
     decoder = model.config.get_text_config(decoder=True)
-    assert found["fast"] == (found["device"] == "cpu" and not any(decoder.expert_layers))
+    assert found["fast"] == (not any(decoder.expert_layers))
+    assert found["kept"] == (found["fast"] and found["device"] == "cuda")
+    assert not found["fast"] or (found["sampled"] == found["sampled"][0]).all()
     held, plan = found["held"], tensor_plan(decoder)
     stack = "model.decoder." if several else "model."
     for pattern, style in plan.items():
