@@ -20,6 +20,7 @@ import torch
 
 # Smaller eigenvalues, relative to the largest, are rounding errors.
 RANK_TOLERANCE = 1e-12
+LARGE = 2048  # size from which a few eigenvectors are found by iteration
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Values:
 
 
 def root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
+    """The symmetric square roots of positive semidefinite matrices [..., n, n]."""
     values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    return (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
 
 
 def shrunk(moment: torch.Tensor, amount: float = 1e-4) -> torch.Tensor:
@@ -79,12 +80,11 @@ def subspace(stacked: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[to
         U [rows, rank] and singular values s [rank] with zero columns where the matrix has no more rank, and the share
         of the squared norm that they leave out.
     """
-    s2, vectors = torch.linalg.eigh(gram(stacked, moment))
-    s, vectors = s2.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
-    energy = s.square().sum()
-    kept = s[:rank]
-    kept = torch.where(kept > s[:1] * RANK_TOLERANCE**0.5, kept, torch.zeros_like(kept))
-    u = vectors[:, :rank]
+    form = gram(stacked, moment)
+    s2, vectors = leading(form, rank)
+    energy, kept = form.diagonal().sum(), s2.clamp(min=0).sqrt()
+    kept = torch.where(kept > kept[:1] * RANK_TOLERANCE**0.5, kept, torch.zeros_like(kept))
+    u = vectors
     if len(u) < len(stacked):
         u = stacked @ (root(moment) @ u) * inverse(kept)
     u = u * (kept > 0)
@@ -93,6 +93,25 @@ def subspace(stacked: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[to
         u, kept = torch.nn.functional.pad(u, (0, missing)), torch.nn.functional.pad(kept, (0, missing))
     discarded = 1.0 - float(kept.square().sum() / energy) if energy > 0 else 0.0
     return u, kept, max(discarded, 0.0)
+
+
+def leading(matrix: torch.Tensor, rank: int, steps: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest eigenvalues [rank] and their eigenvectors [n, rank] of a positive semidefinite matrix; at most n.
+
+    A few of a large matrix are found by subspace iteration with half as many vectors again (Halko, Martinsson and
+    Tropp 2011, arXiv 0909.4061), which costs 2 n² · 1.5 rank operations a step instead of n³ with a large constant.
+    """
+    n, block = len(matrix), rank + max(rank // 2, 32)
+    if n < LARGE or 4 * block > n:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, block, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(steps):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    values, vectors = torch.linalg.eigh(basis.mT @ matrix @ basis)
+    return values.flip(0)[:rank], (basis @ vectors).flip(1)[:, :rank]
 
 
 def gram(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
@@ -217,7 +236,7 @@ def weighted_keys(w_k: torch.Tensor, head_of: torch.Tensor, energies: torch.Tens
     """The stack of Σ_i^½ W_K,i [m·D, d] with Σ_i = Σ_{h of i} E[q_h q_h'], `energies` [n, D, D]."""
     m, D, _ = w_k.shape
     sigma = torch.zeros(m, D, D, dtype=w_k.dtype, device=w_k.device).index_add_(0, head_of, energies)
-    return (torch.stack([root(s) for s in sigma]) @ w_k).flatten(0, 1)
+    return (root(sigma) @ w_k).flatten(0, 1)
 
 
 def plain_keys(
@@ -240,7 +259,7 @@ def weighted_values(w_v: torch.Tensor, w_o: torch.Tensor, head_of: torch.Tensor)
     """The stack of (Σ_{h of i} W_O,h' W_O,h)^½ W_V,i [m·Dv, d]."""
     m, Dv, _ = w_v.shape
     A = torch.zeros(m, Dv, Dv, dtype=w_v.dtype, device=w_v.device).index_add_(0, head_of, w_o.mT @ w_o)
-    return (torch.stack([root(a) for a in A]) @ w_v).flatten(0, 1)
+    return (root(A) @ w_v).flatten(0, 1)
 
 
 def spectrum(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
