@@ -107,6 +107,14 @@ class Calibration:
             if stack.rope_frequencies is not None
         }
         self.notes: dict[str, list[str]] = {}  # warning: places
+        self.moved: dict[Layer, Tensors] = {}  # copies of the next layer on the GPU
+        self.copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def ahead(self, layer: Layer, tensors: Tensors) -> None:
+        """Copy a layer to the GPU while another one is converted."""
+        if self.copying is not None:
+            with torch.cuda.stream(self.copying):
+                self.moved[layer] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def outside(self, tensors: Tensors) -> None:
         """Store the tensors outside the layers: embeddings, final norms, head."""
@@ -129,7 +137,12 @@ class Calibration:
         stream = self.streams[stack]
         if number == 0:
             stream.start()
-        return stream, stream.layer(stream.config, number, tensors)
+        moved = self.moved.pop(layer, tensors)
+        made = stream.layer(stream.config, number, moved)
+        if self.copying is not None:
+            for tensor in moved.values():  # their memory must not be used for the next ones before they are read
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return stream, made
 
     @torch.no_grad()
     @on_tensor_cores

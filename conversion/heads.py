@@ -14,7 +14,7 @@ from mqa_hf.configuration_mqa import MQAConfig
 from mqa_hf.layer_mqa import Attention, MQAAttention, MQADecoderLayer, make_attention
 
 from . import fitting
-from .moments import Seen, choose_queries, projected, sampled_weights
+from .moments import Seen, choose_queries, projected, sampled_weights, with_ones
 from .normalised import query_maps
 from .pooling import pool_layer
 from .states import Stream, Tensors, old_heads
@@ -233,9 +233,10 @@ def refit(stream: Stream, teacher: MQADecoderLayer, student: MQADecoderLayer, si
         if rows.start < stream.fitted_rows:
             kept = kept & (torch.arange(rows.start, rows.stop, device=kept.device) < stream.fitted_rows)[:, None]
             error = (attended(stream, old, *at) - projection(made))[kept]
-            z = nn.functional.pad(made[kept], (0, 1), value=1.0)
-            zz += (z.mT @ z).double()
-            ez += (error.mT @ z).double()
+            z = made[kept]
+            zz += with_ones(z.mT @ z, z.sum(0, dtype=torch.float64), len(z))
+            ez[:, :-1] += (error.mT @ z).double()
+            ez[:, -1] += error.sum(0, dtype=torch.float64)
     n = zz[-1, -1]
     zz, ez = zz / n, ez / n
     mean_z, mean_error = zz[:-1, -1], ez[:, -1]

@@ -8,13 +8,21 @@ head, J = R / 2 rotary frequencies
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from mqa_hf.layer_mqa import MQAAttention, MQADecoderLayer, project
 from mqa_hf.positions_mqa import rotate
 
 from . import fitting
-from .moments import Spread, choose_queries, mask_rows, numerical_rank, projected, sampled_weights, second_moment
+from .moments import (
+    Spread,
+    choose_queries,
+    mask_rows,
+    numerical_rank,
+    projected,
+    sampled_weights,
+    second_moment,
+    with_ones,
+)  # fmt: skip
 from .normalised import Vectors, own_angles, vectors_of
 from .states import Stream, old_heads
 
@@ -95,13 +103,11 @@ def look_for_latent(
         sharpness += weights.square().sum((0, 2, 3)).double()
         seen_queries += int(ok.sum())
         by_key = change.sum(2).unflatten(1, (P, -1)).sum(2)  # [B, P, S]
-        one = nn.functional.pad(source, (0, 1), value=1.0)
-        average = (weights.flatten(1, 2) @ one).unflatten(1, (P, -1))  # [B, P, H / P · n, d + 1]
+        average = (weights.flatten(1, 2) @ source).unflatten(1, (P, -1))  # [B, P, H / P · n, d]
+        shares = weights.flatten(1, 2).sum(-1).unflatten(1, (P, -1))  # of 1: less with sinks
         for part in range(P):
-            flat = (one * by_key[:, part, :, None].sqrt()).flatten(0, 1)
-            felt[part] += (flat.mT @ flat).double()
-            flat = average[:, part].flatten(0, 1)
-            mixed[part] += (flat.mT @ flat).double()
+            felt[part] += weighted_moment(source, by_key[:, part].sqrt())
+            mixed[part] += weighted_moment(average[:, part], ends=shares[:, part])
         if J:
             rotated.add(query, key, here, ok)
         if vectors is not None:
@@ -127,6 +133,17 @@ def look_for_latent(
         tokens,
         rank,
     )
+
+
+def weighted_moment(
+    x: torch.Tensor, weights: torch.Tensor | None = None, ends: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Σ y y' [d + 1, d + 1] of y = w [x, e], for x [B, n, d] with `weights` and `ends` [B, n], 1 by default."""
+    flat, one = x.flatten(0, 1), x.new_ones(x.shape[:2])
+    weight, end = ((one if given is None else given).flatten()[:, None] for given in (weights, ends))
+    flat, end = flat if weights is None else flat * weight, end * weight
+    sums = (flat * end).sum(0, dtype=torch.float64)
+    return with_ones(flat.mT @ flat, sums, end.double().square().sum())
 
 
 def logit_effects(attention: MQAAttention, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

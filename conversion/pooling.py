@@ -168,6 +168,9 @@ class Pooling:
         self.std = config.initializer_range
         self.generator = torch.Generator().manual_seed(seed)
 
+    def ahead(self, layer: Layer, tensors: dict[str, torch.Tensor]) -> None:
+        """Nothing can be prepared."""
+
     def outside(self, tensors: dict[str, torch.Tensor]) -> None:
         """Ignore tensors outside the layers."""
 

@@ -229,8 +229,7 @@ class Stream:
             layer = MQADecoderLayer(config, number).float().eval()
         prefix = f"{self.prefix}layers.{number}."
         known = layer.state_dict()  # without the key bias, which softmax ignores
-        # Moved as they are stored, then converted: half the bytes, and no conversion on the CPU.
-        state = {name.removeprefix(prefix): tensor.to(self.device) for name, tensor in tensors.items()}
+        state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         layer.load_state_dict({name: tensor for name, tensor in state.items() if name in known})
         if number == 0 and layer.self_attn.relative_bias is not None and not config.relative_per_layer:
             self.first = layer

@@ -29,6 +29,9 @@ from .record import LayerRecord
 class HeadMaker(Protocol):
     """Makes the new heads of a layer: [`Pooling`], or [`Calibration`], which fits them."""
 
+    def ahead(self, layer: Layer, tensors: Tensors) -> None:
+        """Prepare for the tensors of a layer, in another thread, while the one before is converted."""
+
     def outside(self, tensors: Tensors) -> None:
         """Take tensors outside the layers, which come first."""
 
@@ -54,7 +57,7 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
     with _progress(DownloadColumn(), TransferSpeedColumn()) as bar, torch.no_grad(), ThreadPoolExecutor(1) as behind:
         task = bar.add_task("embeddings", total=writer.total_bytes)
         written: Future[int] | None = None
-        for part, canonical in read_ahead(plan.reading, plan.parts):
+        for part, canonical in read_ahead(plan.reading, plan.parts, maker):
             if part.layer is None:
                 maker.outside(canonical)
             else:
@@ -78,12 +81,15 @@ def walk(plan: Plan, maker: HeadMaker, writer: Writer) -> list[LayerRecord]:
     return records
 
 
-def read_ahead(reading: Reading, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensors]]:
+def read_ahead(reading: Reading, parts: Sequence[Part], maker: HeadMaker) -> Iterator[tuple[Part, Tensors]]:
     """The parts and their canonical tensors, each read while the one before is in use."""
 
     @torch.no_grad()
     def read(part: Part) -> Tensors:
-        return reading.read(part)
+        canonical = reading.read(part)
+        if part.layer is not None:
+            maker.ahead(part.layer, canonical)
+        return canonical
 
     with ThreadPoolExecutor(1) as ahead:
         found = [ahead.submit(read, part) for part in parts[:1]]
@@ -99,7 +105,7 @@ def survey(reading: Reading, calibration: Calibration) -> dict[str, list[Any]]:
     curves: dict[str, list[Any]] = {}
     with _progress() as bar, torch.no_grad():
         task = bar.add_task("surveying layers", total=len(reading.parts))
-        for part, canonical in read_ahead(reading, reading.parts):
+        for part, canonical in read_ahead(reading, reading.parts, calibration):
             if part.layer is None:
                 calibration.outside(canonical)
             else:

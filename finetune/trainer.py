@@ -23,7 +23,7 @@ from .arguments import training_arguments
 from .callbacks import LastStep, Progress, SaveWhenTold
 from .checkpoints import check_disk, last_checkpoint
 from .data import IGNORED, TrainingSet
-from .losses import LOSSES, Objective, core
+from .losses import LOSSES, Objective, core, uncompiled
 from .options import Run
 from .order import POOL, by_like_length, in_order
 from .saving import SaveByTime, Saver, is_whole, read_optimizer, read_weights
@@ -140,7 +140,7 @@ class LossTrainer(Trainer):
         model = self.model_wrapped
         model.eval()
         total: Any = 0
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), uncompiled():
             for inputs in self._shared_batches(self.eval_dataset if eval_dataset is None else eval_dataset):
                 _, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
                 total = total + outputs["sums"]
@@ -225,6 +225,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Layers of a stack share their compiled code, so that compiling takes as long for many layers as for a few; what is
     around them is little.
     """
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs between gradient buckets; a layer is one already
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:

@@ -128,6 +128,7 @@ def fused_linear(
     gated: bool = False,
     residual: torch.Tensor | None = None,
     blocks: tuple[int, int, int, int] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """act(norm(x) · weightᵀ + bias) + residual for a few rows.
 
@@ -138,13 +139,14 @@ def fused_linear(
         activation: a key of `ACTIVATIONS`.
         residual: [M, N].
         blocks: outputs and inputs a program takes at once, warps, stages. Default: by size.
+        out: where to write the result.
 
     Returns:
         [M, N].
     """
     M, K = x.shape
     N = weight.shape[0] // (2 if gated else 1)
-    out = x.new_empty(M, N)
+    out = x.new_empty(M, N) if out is None else out
     act = ACTIVATIONS[activation] if activation else 0
     if blocks is None:
         blocks = linear_blocks(M, K, x.dtype == torch.float32)

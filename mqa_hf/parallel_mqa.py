@@ -5,6 +5,7 @@ B rows decoded, N outputs of a projection on this rank, H query heads, G key/val
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from .configuration_checks_mqa import BIAS_POSITIONS
 from .kernel_launch_mqa import collecting
 
 STYLES = {"colwise", "rowwise", "colwise_gather_output", "embedding_rowwise"}  # that a decode step knows
+ONE_SHOT = 2**17  # bytes up to which each GPU reads all of the others' numbers (measured, two H200)
+LEAST_SHARED = 2**20  # numbers
+SPLIT = 16  # numbers of each GPU's share are a multiple of this
 PIPELINE = {
     "embed_tokens": (["input_ids"], ["inputs_embeds"]),
     "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -85,10 +89,60 @@ def ranks_of(model: nn.Module) -> Any:
     return next((weight.device_mesh.get_group() for weight in weights if divided(weight)), None)
 
 
+class Sums:
+    """Sums over ranks of what they computed for [B, d].
+
+    GPUs of one machine add what is in each other's memory (PyTorch's symmetric memory), which takes half as long as
+    NCCL for a few rows: 7 us against 16 for 1 x 8,192 on two H200. All ranks must make it at the same time.
+
+    Args:
+        ranks: a process group.
+        rows, width: B and d at most.
+    """
+
+    def __init__(self, ranks: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device):
+        self.ranks = ranks
+        numbers = 1 << max(rows * width - 1, LEAST_SHARED).bit_length()  # of few sizes, which are kept
+        self.shared = shared_memory(ranks, numbers, dtype, device)
+
+    def room(self, rows: int, width: int) -> torch.Tensor | None:
+        """A tensor [rows, width] for the numbers to add, if they are to be in shared memory."""
+        fits = self.shared is not None and rows * width % (SPLIT * self.ranks.size()) == 0
+        return self.shared[: rows * width].view(rows, width) if fits and not collecting() else None  # type: ignore[index]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Add x over the ranks; it may be overwritten. While kernels are compiled, ranks do not wait."""
+        if collecting():
+            return x
+        if self.shared is None or x.data_ptr() != self.shared.data_ptr():
+            dist.all_reduce(x, group=self.ranks)
+            return x
+        operations, name = torch.ops.symm_mem, self.ranks.group_name
+        if x.numel() * x.element_size() <= ONE_SHOT:
+            return operations.one_shot_all_reduce(x, "sum", name)
+        operations.two_shot_all_reduce_(x, "sum", name)
+        return x.clone()  # the next sum overwrites it
+
+
+@cache
+def shared_memory(ranks: Any, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """A tensor that the GPUs of all ranks can read, or `None` where they cannot."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float32):
+        return None
+    found = None
+    try:
+        import torch.distributed._symmetric_memory as symmetric
+
+        found = symmetric.empty(numbers, dtype=dtype, device=device)
+        symmetric.rendezvous(found, ranks)
+    except (ImportError, RuntimeError, AttributeError):  # GPUs of several machines, or without a direct link
+        found = None
+    return found if least(float(found is not None), ranks, device) else None
+
+
 def summed(x: torch.Tensor, ranks: Any) -> torch.Tensor:
-    """Add x over the ranks, in place. While kernels are compiled, ranks do not wait for each other."""
-    if not collecting():
-        dist.all_reduce(x, group=ranks)
+    """Add x over the ranks, in place, by NCCL or Gloo."""
+    dist.all_reduce(x, group=ranks)
     return x
 
 

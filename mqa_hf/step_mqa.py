@@ -66,7 +66,7 @@ class DecodeStep:
         # In a graph shapes must not change, and nothing is read back; without kernels the choice of experts is.
         fixed = all(by_kernel(self, module) for module in self.mixtures())
         self.graph = request.graphs and self.device.type == "cuda" and fixed
-        self.linear = Projections(self.config.hidden_act, self.triton)
+        self.linear = Projections(self.config.hidden_act, self.triton, B)
         self.host_length = 0
         self.padded = False
         self.length = self.zeros(1)

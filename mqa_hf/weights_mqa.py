@@ -13,7 +13,7 @@ from torch import nn
 from .attention_mqa import HeadNorm
 from .kernel_linear_mqa import MAX_SMALL_ROWS, fused_linear
 from .kernel_norm_mqa import ACTIVATIONS, activate, normalise
-from .parallel_mqa import divided, local, summed, summed_over
+from .parallel_mqa import Sums, divided, local, summed_over
 
 if TYPE_CHECKING:
     from .layer_mqa import MQAAttention
@@ -26,12 +26,12 @@ class Plan(NamedTuple):
 
     Attributes:
         weight, bias: [ΣN, K] and [ΣN]; of this rank, if the modules are divided.
-        summed: the ranks whose outputs are added, where K is divided among them.
+        sums: adds the outputs of all ranks, where K is divided among them.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    summed: Any = None
+    sums: Sums | None = None
 
 
 class Projections:
@@ -40,12 +40,14 @@ class Projections:
     Args:
         hidden_act: name of the activation that [`Projections.__call__`] may get.
         triton: whether to use the kernels.
+        rows: B.
     """
 
-    def __init__(self, hidden_act: str, triton: bool):
+    def __init__(self, hidden_act: str, triton: bool, rows: int):
         self.activation = hidden_act if hidden_act in ACTIVATIONS else None
-        self.triton = triton
+        self.triton, self.rows = triton, rows
         self.plans: dict[int, Plan | None] = {}
+        self.adding: Sums | None = None
 
     def prepare(self, groups: Iterable[tuple[nn.Module, ...]]) -> bool:
         """Join the weights of each group of modules; called before the first step of each text.
@@ -73,8 +75,17 @@ class Projections:
                 if joinable(weights, sizes) and joinable(biases, sizes):
                     weight = joined(weights, sizes)
                     assert weight is not None
-                    self.plans[key] = Plan(weight, joined(biases, sizes), summed_over(linears[0].weight))
+                    self.plans[key] = Plan(weight, joined(biases, sizes), self.sums(weight, linears[0].weight))
         return self.plans[key]
+
+    def sums(self, own: torch.Tensor, weight: Any) -> Sums | None:
+        """What adds the outputs of a projection with the part `own` of a `weight`; all of them share one."""
+        ranks = summed_over(weight)
+        if ranks is None:
+            return None
+        if self.adding is None:
+            self.adding = Sums(ranks, self.rows, len(own), own.dtype, own.device)
+        return self.adding
 
     def __call__(
         self,
@@ -101,10 +112,14 @@ class Projections:
                 parts[0] = activation(parts[0])
             out = parts[0] * parts[1] if gated else torch.cat(parts, -1) if len(parts) > 1 else parts[0]
             return out if residual is None else residual + out
-        weight, bias, ranks = found
-        if ranks is not None:  # behind a norm, inputs are whole
-            few = self.triton and len(x) == 1 and weight.dtype == x.dtype
-            out = summed(fused_linear(x, weight) if few else product(x, weight, None), ranks)
+        weight, bias, sums = found
+        if sums is not None:  # behind a norm, inputs are whole
+            room = sums.room(len(x), len(weight))
+            if self.triton and len(x) == 1 and weight.dtype == x.dtype:
+                out = fused_linear(x, weight, out=room)
+            else:
+                out = product(x, weight, None) if room is None else torch.mm(x, weight.t(), out=room)
+            out = sums(out)
             out = out if bias is None else out + bias
             return out if residual is None else residual + out
         fits = self.triton and (activation is None or name is not None) and weight.dtype == x.dtype

@@ -14,4 +14,4 @@ def use_references(monkeypatch):
     monkeypatch.setattr(step_mqa, "normalise", naive_normalise)
     monkeypatch.setattr(step_mqa, "available", lambda device: True)
     monkeypatch.setattr(step_mqa, "compile_all", lambda run: None)
-    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton: Projections(act, False))
+    monkeypatch.setattr(step_mqa, "Projections", lambda act, triton, rows: Projections(act, False, rows))

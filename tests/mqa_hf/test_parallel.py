@@ -94,6 +94,60 @@ def test_several_gpus_give_the_tokens_of_one(name, ranks, tmp_path):
     assert divided({**eight_heads, **CASES[name], **slopes}, ranks, tmp_path) == "cuda"
 
 
+SUMS = """
+import os, torch
+import torch.distributed as dist
+from mqa_hf.parallel_mqa import Sums
+
+rank = int(os.environ["LOCAL_RANK"])
+device = torch.device("cuda", rank)
+torch.cuda.set_device(device)
+dist.init_process_group("nccl", device_id=device)
+group = dist.group.WORLD
+for rows, width in ((1, 4096), (3, 8192), (64, 8192), (1, 24), (256, 4096)):
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        sums = Sums(group, rows, width, dtype, device)
+        torch.manual_seed(rank)
+        parts = torch.randn(40, rows, width, device=device).to(dtype)
+        expected = parts.clone()
+        dist.all_reduce(expected)
+        found = torch.zeros_like(parts)
+
+        def run():
+            for part, out in zip(parts, found):  # one after the other: a sum must not read the next one's numbers
+                room = sums.room(rows, width)
+                out.copy_(sums(part.clone() if room is None else room.copy_(part)))
+
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+        for _ in range(10):
+            found.zero_()
+            graph.replay()
+            limit = 1e-5 if dtype == torch.float32 else 0.05
+            assert (found.float() - expected.float()).abs().max() <= limit, (rows, dtype)
+        both = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+        dist.all_gather(both, found)
+        assert all(torch.equal(one, both[0]) for one in both)
+        print(rows, width, dtype, sums.shared is not None, flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sums_over_gpus_equal_those_of_nccl(ranks, tmp_path):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    (tmp_path / "sums.py").write_text(SUMS)
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+               f"--master_port={free_port()}", str(tmp_path / "sums.py")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+
+
 @pytest.mark.slow
 def test_heads_that_the_ranks_do_not_divide(tmp_path):
     result = run({"num_attention_heads": 3}, 2, tmp_path, CUDA_VISIBLE_DEVICES="")[1]
