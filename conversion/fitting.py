@@ -20,7 +20,6 @@ import torch
 
 # Smaller eigenvalues, relative to the largest, are rounding errors.
 RANK_TOLERANCE = 1e-12
-LARGE = 2048  # size from which a few eigenvectors are found by iteration
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,9 @@ def subspace(stacked: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[to
         of the squared norm that they leave out.
     """
     form = gram(stacked, moment)
-    s2, vectors = leading(form, rank)
-    energy, kept = form.diagonal().sum(), s2.clamp(min=0).sqrt()
+    s2, vectors = torch.linalg.eigh(form)
+    energy, kept, u = form.diagonal().sum(), s2.flip(0)[:rank].clamp(min=0).sqrt(), vectors.flip(1)[:, :rank]
     kept = torch.where(kept > kept[:1] * RANK_TOLERANCE**0.5, kept, torch.zeros_like(kept))
-    u = vectors
     if len(u) < len(stacked):
         u = stacked @ (root(moment) @ u) * inverse(kept)
     u = u * (kept > 0)
@@ -93,25 +91,6 @@ def subspace(stacked: torch.Tensor, moment: torch.Tensor, rank: int) -> tuple[to
         u, kept = torch.nn.functional.pad(u, (0, missing)), torch.nn.functional.pad(kept, (0, missing))
     discarded = 1.0 - float(kept.square().sum() / energy) if energy > 0 else 0.0
     return u, kept, max(discarded, 0.0)
-
-
-def leading(matrix: torch.Tensor, rank: int, steps: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest eigenvalues [rank] and their eigenvectors [n, rank] of a positive semidefinite matrix; at most n.
-
-    A few of a large matrix are found by subspace iteration with half as many vectors again (Halko, Martinsson and
-    Tropp 2011, arXiv 0909.4061), which costs 2 n² · 1.5 rank operations a step instead of n³ with a large constant.
-    """
-    n, block = len(matrix), rank + max(rank // 2, 32)
-    if n < LARGE or 4 * block > n:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(n, block, generator=generator, dtype=matrix.dtype).to(matrix.device)
-    basis = torch.linalg.qr(matrix @ start)[0]
-    for _ in range(steps):
-        basis = torch.linalg.qr(matrix @ basis)[0]
-    values, vectors = torch.linalg.eigh(basis.mT @ matrix @ basis)
-    return values.flip(0)[:rank], (basis @ vectors).flip(1)[:, :rank]
 
 
 def gram(stacked: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:

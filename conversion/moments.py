@@ -116,7 +116,7 @@ class Spread:
 
     def __init__(self, new: int, old: int, J: int, device: torch.device):
         m = old // new
-        self.new, self.J, self.count = new, J, 0
+        self.new, self.old, self.J, self.count = new, old, J, 0
         self.spread = torch.zeros(new, J, m, m, dtype=torch.complex128, device=device)
         self.energy = torch.zeros(old, J, dtype=torch.float64, device=device)
 
@@ -124,20 +124,22 @@ class Spread:
         """Add the queries [B, H, n, D] that are `ok` [B, n], with their rows of the mask; `key` is [B, G, S, D]."""
         B, G, J = len(key), key.shape[1], self.J
         visible = (mask > torch.finfo(torch.float).min / 2).double()[:, :1].expand(B, -1, -1, -1)[:, 0]
-        visible = (visible / visible.sum(-1, keepdim=True))[ok]  # [queries, S]
-        owner = ok.nonzero()[:, 0]
-        k = torch.complex(key[..., :J].double(), key[..., J : 2 * J].double())  # [B, G, S, J]
-        q = query.transpose(1, 2)[ok][..., : 2 * J].double()  # [queries, H, 2 J]
-        self.energy += q.square().unflatten(-1, (2, J)).sum((0, 2)).view(G, -1, J).sum(1)
-        share = torch.zeros(B, visible.shape[1], dtype=torch.float64, device=key.device)
-        share.index_add_(0, owner, visible)  # [B, S], how often each key is seen
-        by_head = k.view(B, self.new, G // self.new, -1, J).permute(1, 4, 0, 3, 2)  # [K, J, B, S, m]
-        flat_k = by_head.flatten(2, 3)
-        self.spread += (flat_k * share.flatten()[:, None]).mT @ flat_k.conj()
-        for b in range(B):
-            mean = visible[owner == b].to(k.dtype) @ by_head[:, :, b]  # [K, J, queries, m]
-            self.spread -= mean.mT @ mean.conj()
-        self.count += len(visible)
+        visible = visible / visible.sum(-1, keepdim=True) * ok[..., None]  # [B, n, S]
+        q = query[..., : 2 * J].double().square().unflatten(-1, (2, J)).sum(3)  # [B, H, n, J]
+        self.energy += (q * ok[:, None, :, None]).sum((0, 2)).view(G, -1, J).sum(1)
+        k = key[..., : 2 * J].double().transpose(1, 2).flatten(2)  # [B, S, G · 2 J]
+        # The sums of k k* over keys, by how often each is seen, less those of the means that queries see.
+        self.spread += self.products(k * visible.sum(1)[..., None].sqrt()) - self.products(visible @ k)
+        self.count += int(ok.sum())
+
+    def products(self, k: torch.Tensor) -> torch.Tensor:
+        """Σ k k* [K, J, m, m] of real and imaginary parts [B, n, G · 2 J]."""
+        m = self.old // self.new
+        # As one product of real numbers: libraries multiply small complex matrices slowly.
+        parts = k.view(-1, self.new, m, 2, self.J).permute(1, 4, 0, 3, 2).flatten(3)  # [K, J, B · n, 2 m]
+        products = (parts.mT @ parts).unflatten(-1, (2, m)).unflatten(-3, (2, m))  # [K, J, 2, m, 2, m]
+        real = products[:, :, 0, :, 0] + products[:, :, 1, :, 1]
+        return torch.complex(real, products[:, :, 1, :, 0] - products[:, :, 0, :, 1])
 
 
 def look(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mqa_hf.conversion import fitting
+from mqa_hf.conversion.moments import Spread, numerical_rank
 
 torch.set_default_dtype(torch.float32)
 d, D, m, n = 10, 6, 3, 6
@@ -241,3 +242,32 @@ def test_the_refit_is_ridge_regression_towards_the_old_projection():
     target = torch.cat((y / 10, strength.sqrt() * weight.mT))
     torch.testing.assert_close(found, torch.linalg.lstsq(stacked, target).solution.mT)
     assert (fitting.refit(0 * z.mT @ z, 0 * y.mT @ z) == 0).all()
+
+
+def test_the_rank_of_a_moment():
+    x = torch.randn(400, 30, generator=torch.Generator().manual_seed(2)).double()
+    assert numerical_rank(x.mT @ x) == 30
+    x[:, 20:] = x[:, :10] * 3.0
+    assert numerical_rank(x.mT @ x) == 20
+    assert numerical_rank(torch.zeros(5, 5, dtype=torch.float64)) == 0
+
+
+def test_the_spread_is_that_of_the_keys_that_each_query_sees():
+    generator = torch.Generator().manual_seed(3)
+    B, H, G, J, S, n = 2, 4, 4, 3, 9, 5
+    query, key = (torch.randn(B, heads, T, 2 * J, generator=generator) for heads, T in ((H, n), (G, S)))
+    chosen, ok = torch.tensor([8, 2, 5, 0, 7]), torch.rand(B, n, generator=generator) > 0.3
+    later = torch.arange(S) > chosen[:, None]
+    mask = torch.zeros(n, S).masked_fill(later, torch.finfo(torch.float).min)[None, None]
+    found = Spread(2, G, J, torch.device("cpu"))
+    found.add(query, key, mask, ok)
+    expected = torch.zeros(2, J, 2, 2, dtype=torch.complex128)
+    k = torch.complex(key[..., :J].double(), key[..., J:].double())
+    for b, i in ok.nonzero().tolist():
+        seen = k[b, :, : chosen[i] + 1].unflatten(0, (2, 2))  # [K, m, seen, J]
+        away = seen - seen.mean(2, keepdim=True)
+        expected += torch.einsum("kasj,kbsj->kjab", away, away.conj()) / seen.shape[2]
+    torch.testing.assert_close(found.spread, expected)
+    assert found.count == int(ok.sum())
+    energy = (query.double().square() * ok[:, None, :, None]).sum((0, 2)).view(G, 2, J).sum(1)
+    torch.testing.assert_close(found.energy, energy)
