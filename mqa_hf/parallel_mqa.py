@@ -98,12 +98,15 @@ class Sums:
     Args:
         ranks: a process group.
         rows, width: B and d at most.
+        kernels: whether to use symmetric memory where it is available.
     """
 
-    def __init__(self, ranks: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, ranks: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device, kernels: bool = True
+    ):
         self.ranks = ranks
         numbers = 1 << max(rows * width - 1, LEAST_SHARED).bit_length()  # of few sizes, which are kept
-        self.shared = shared_memory(ranks, numbers, dtype, device)
+        self.shared = shared_memory(ranks, numbers, dtype, device) if kernels else None
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
         """A tensor [rows, width] for the numbers to add, if they are to be in shared memory."""

@@ -84,7 +84,7 @@ class Projections:
         if ranks is None:
             return None
         if self.adding is None:
-            self.adding = Sums(ranks, self.rows, len(own), own.dtype, own.device)
+            self.adding = Sums(ranks, self.rows, len(own), own.dtype, own.device, self.triton)
         return self.adding
 
     def __call__(
