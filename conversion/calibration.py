@@ -9,6 +9,7 @@ and the states are held in memory.
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property, wraps
 from typing import Any
 
@@ -44,13 +45,16 @@ def on_tensor_cores(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: "Calibration", *arguments: Any) -> Any:
-        before = torch.get_float32_matmul_precision()
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
+        if self.device.type != "cuda":
+            return method(self, *arguments)
+        settings: Any = torch.backends.cuda.matmul
+        name, tf32 = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)
+        before = getattr(settings, name)
+        setattr(settings, name, tf32)
         try:
             return method(self, *arguments)
         finally:
-            torch.set_float32_matmul_precision(before)
+            setattr(settings, name, before)
 
     return run
 
@@ -111,9 +115,9 @@ class Calibration:
         self.copying = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def ahead(self, layer: Layer, tensors: Tensors) -> None:
-        """Copy a layer to the GPU while another one is converted."""
+        """Copy a layer to the GPU while another one is converted, if there is memory for both."""
         if self.copying is not None:
-            with torch.cuda.stream(self.copying):
+            with torch.cuda.stream(self.copying), suppress(torch.OutOfMemoryError):
                 self.moved[layer] = {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def outside(self, tensors: Tensors) -> None:
@@ -137,11 +141,10 @@ class Calibration:
         stream = self.streams[stack]
         if number == 0:
             stream.start()
-        moved = self.moved.pop(layer, tensors)
-        made = stream.layer(stream.config, number, moved)
-        if self.copying is not None:
-            for tensor in moved.values():  # their memory must not be used for the next ones before they are read
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+        moved = self.moved.pop(layer, {})
+        made = stream.layer(stream.config, number, moved or tensors)
+        for tensor in moved.values():  # their memory must not be used for the next ones before they are read
+            tensor.record_stream(torch.cuda.current_stream(self.device))
         return stream, made
 
     @torch.no_grad()

@@ -85,8 +85,8 @@ def mask_rows(attention: Attention, mask: torch.Tensor | None, chosen: torch.Ten
 def second_moment(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """Σ x x' [d + 1, d + 1] of the tokens [B, T, d] that are `kept` [B, T], with a 1 appended to each.
 
-    The products of a batch are in float32, sums of batches in float64: rounding adds 1e-7 of each input's energy,
-    while [`fitting.shrunk`] adds 1e-4 of it.
+    The products of a batch are in float32, sums of batches in float64: rounding adds about 1e-7 of each input's energy
+    (in TF32 too, where inputs are rounded to within 5e-4), while [`fitting.shrunk`] adds 1e-4 of it.
     """
     flat = x[kept]
     return with_ones(flat.mT @ flat, flat.sum(0, dtype=torch.float64), len(flat))
@@ -124,7 +124,7 @@ class Spread:
         """Add the queries [B, H, n, D] that are `ok` [B, n], with their rows of the mask; `key` is [B, G, S, D]."""
         B, G, J = len(key), key.shape[1], self.J
         visible = (mask > torch.finfo(torch.float).min / 2).double()[:, :1].expand(B, -1, -1, -1)[:, 0]
-        visible = visible / visible.sum(-1, keepdim=True) * ok[..., None]  # [B, n, S]
+        visible = visible / visible.sum(-1, keepdim=True).clamp(min=1) * ok[..., None]  # [B, n, S]
         q = query[..., : 2 * J].double().square().unflatten(-1, (2, J)).sum(3)  # [B, H, n, J]
         self.energy += (q * ok[:, None, :, None]).sum((0, 2)).view(G, -1, J).sum(1)
         k = key[..., : 2 * J].double().transpose(1, 2).flatten(2)  # [B, S, G · 2 J]

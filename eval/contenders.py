@@ -90,7 +90,8 @@ class Contender:
 
     def cached(self, keys: Keys | None) -> tuple[MQAConfig, Keys]:
         """The decoder with latents as the engine stores them, and how the engine keeps their keys."""
-        config = of_rank(decoder_of(self.config), self.ranks)
+        plan = None if self.run_config is self.config else self.run_config.base_model_tp_plan or {}
+        config = of_rank(decoder_of(self.config), self.ranks, plan)
         if self.engine != "mqa-hf":  # transformers' caches hold the model's type, and all keys
             return with_fields(config, kv_latent_bits=16), "expanded"
         return config, keys or ("expanded" if self.keys == "expanded" else "rebuilt")
@@ -140,7 +141,7 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
     if isinstance(config, OwnShape) and config.run_config.model_type in IMAGE_TEXT:
         raise MQAError(f"{shape} is multimodal, and only models of text are timed; use `mqa-hf plan`")
     if ranks_of_job() > 1:
-        check_ranks(shape, config, ranks_of_job())
+        check_ranks(job, shape, config, ranks_of_job())
     if job.asks_latents and isinstance(config, OwnShape):
         raise MQAError(f"latents need a model in this package's class; {shape} keeps its own")
     if job.window is not None and isinstance(config, OwnShape):
@@ -156,12 +157,18 @@ def check(job: Benchmark, shape: str, config: Config | OwnShape) -> None:
         check_positions(shape, config, job.contexts[-1] + written, said)
 
 
-def check_ranks(shape: str, config: Config | OwnShape, ranks: int) -> None:
+def check_ranks(job: Benchmark, shape: str, config: Config | OwnShape, ranks: int) -> None:
     """Raise MQAError if a model cannot be divided among these ranks."""
     if not isinstance(config, MQAConfig):
         raise MQAError(f"several processes time decoder-only models of this package's class; {shape} is none")
-    if config.num_attention_heads % ranks:
-        raise MQAError(f"{ranks} processes do not divide the {config.num_attention_heads} query heads of {shape}")
+    if any(config.expert_layers):
+        raise MQAError(f"several processes do not time mixtures of experts; {shape} is one")
+    if config.tie_word_embeddings:
+        raise MQAError(f"several processes do not time models whose head is their embedding, as in {shape}")
+    counts = {heads or config.num_key_value_heads for heads in job.head_counts} - {1}
+    for count, kind in ((config.num_attention_heads, "query"), *((n, "key/value") for n in sorted(counts))):
+        if count % ranks:
+            raise MQAError(f"{ranks} processes do not divide the {count} {kind} heads of {shape}")
 
 
 def check_positions(shape: str, config: MQAConfig, needed: int, said: str) -> None:
@@ -266,6 +273,8 @@ def filled_cache(contender: Contender, model: Any, batch: int, context: int, cap
     if contender.engine == "static":
         other = StaticCache(config=text, max_cache_len=capacity)
     heads = max(1, contender.kv_heads // contender.ranks)
+    if contender.run_config is contender.config:
+        heads = config_of_rank(decoder_stack(model)).num_key_value_heads
     for i in attention_layers(text):
         shapes = [(batch, heads, context, w) for w in cached_widths(config, i)]
         other.update(*(torch.randn(shape, dtype=dtype, device=device) for shape in shapes), i)

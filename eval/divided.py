@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +49,16 @@ def divided_model(make: Callable[[], Any], ranks: int, device: str | torch.devic
     return model
 
 
-def of_rank(config: MQAConfig, ranks: int) -> MQAConfig:
-    """The configuration of what one rank reads in a step: its heads, its inner components and its tokens."""
+def of_rank(config: MQAConfig, ranks: int, plan: Mapping[str, str] | None = None) -> MQAConfig:
+    """The configuration of what one rank reads in a step: its heads, its inner components and its tokens.
+
+    Args:
+        plan: how the class that runs is divided. Default: as this package's.
+    """
     if ranks == 1:
         return config
-    plan, own = tensor_plan(config), copy.copy(config)
+    own = copy.copy(config)
+    plan = tensor_plan(config) if plan is None else plan
     divided = {
         "num_attention_heads": "layers.*.self_attn.q_proj" in plan,
         "num_key_value_heads": "layers.*.self_attn.k_proj" in plan,

@@ -90,7 +90,7 @@ class FittingTiming(Job[FittingRecord]):
         check_device(device)
         layers = SHAPES[self.shape].get("num_hidden_layers")
         if layers is None:
-            raise MQAError(f"{self.shape} is no decoder-only shape with `num_hidden_layers`; give another")
+            raise MQAError(f"{self.shape} does not say its layers as `num_hidden_layers`; give another shape")
         return replace(self, device=device, layers=min(self.layers or layers, layers))
 
     def run(self) -> FittingRecord:

@@ -231,7 +231,7 @@ class CellTimer:
         try:
             return self.timed(contender, cell)
         except Exception as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or contender.ranks > 1:  # the other ranks would wait
                 raise
             self.models.clear()
             said = str(error).split(". ")[0]

@@ -225,7 +225,6 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Layers of a stack share their compiled code, so that compiling takes as long for many layers as for a few; what is
     around them is little.
     """
-    torch._dynamo.config.optimize_ddp = False  # it splits graphs between gradient buckets; a layer is one already
     inside: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and module not in inside:
@@ -324,7 +323,9 @@ def train(
             *callbacks,
         ],
     )
-    carry_out(trainer, saving, directory)
+    # Graphs are not split between the buckets of DDP's gradients: a layer is a small one already.
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        carry_out(trainer, saving, directory)
     trainer.save_model(str(directory / "final"))
     if state.is_main_process:
         history.write_text(json.dumps(trainer.state.log_history))

@@ -110,6 +110,7 @@ def decode(
         engine.prefill(call)
         steps, last = StepsAhead(engine, streamer), call.max_new_tokens
         steps.follow()
+        steps.settle(0)
         while engine.new_tokens < last:
             steps.settle(AHEAD if steps.on_device else 0)
             if steps.ended:
@@ -142,10 +143,11 @@ class StepsAhead:
 
     @property
     def ended(self) -> bool:
-        """Whether all rows ended at a step that is not pending. The host may know of a later one; ranks that share a
-        model would then launch unequal numbers of steps, and wait for each other forever.
+        """Whether all rows have ended. Ranks that share a model ask only of steps that are not pending: if one knew of
+        a later step than another, it would launch fewer, and the others would wait for it forever.
         """
-        return 0 < self.engine.ended <= self.engine.new_tokens - len(self.pending)
+        known, shared = self.engine.ended, self.engine.text.ranks is not None
+        return 0 < known <= self.engine.new_tokens - (len(self.pending) if shared else 0)
 
     def follow(self) -> None:
         """Record the step that was just launched."""

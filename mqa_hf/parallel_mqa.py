@@ -5,7 +5,11 @@ B rows decoded, N outputs of a projection on this rank, H query heads, G key/val
 """
 
 import copy
+import socket
+import zlib
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,7 +109,7 @@ class Sums:
         self, ranks: Any, rows: int, width: int, dtype: torch.dtype, device: torch.device, kernels: bool = True
     ):
         self.ranks = ranks
-        numbers = 1 << max(rows * width - 1, LEAST_SHARED).bit_length()  # of few sizes, which are kept
+        numbers = 1 << (max(rows * width, LEAST_SHARED) - 1).bit_length()  # of few sizes, which are kept
         self.shared = shared_memory(ranks, numbers, dtype, device) if kernels else None
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
@@ -129,18 +133,34 @@ class Sums:
 
 @cache
 def shared_memory(ranks: Any, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """A tensor that the GPUs of all ranks can read, or `None` where they cannot."""
+    """A tensor that the GPUs of all ranks can read, or `None` where they cannot.
+
+    Ranks agree on each step, because one that goes on alone waits for the others forever.
+    """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float32):
         return None
+    here = float(zlib.crc32(machine().encode()))
     found = None
-    try:
+    with suppress(ImportError, RuntimeError, AttributeError):
         import torch.distributed._symmetric_memory as symmetric
 
         found = symmetric.empty(numbers, dtype=dtype, device=device)
+    one_machine = least(here, ranks, device) == -least(-here, ranks, device)
+    allocated = least(float(found is not None), ranks, device)
+    if found is None or not (allocated and one_machine):
+        return None
+    linked = False
+    with suppress(RuntimeError):  # GPUs without a direct link
         symmetric.rendezvous(found, ranks)
-    except (ImportError, RuntimeError, AttributeError):  # GPUs of several machines, or without a direct link
-        found = None
-    return found if least(float(found is not None), ranks, device) else None
+        linked = True
+    return found if least(float(linked), ranks, device) else None
+
+
+def machine() -> str:
+    """A name of this machine since it was started."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + socket.gethostname()
+    return socket.gethostname()
 
 
 def summed(x: torch.Tensor, ranks: Any) -> torch.Tensor:
@@ -160,8 +180,8 @@ def least(value: float, ranks: Any, device: torch.device) -> float:
 
 def embedded(tokens: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
     """Embed tokens [B] -> [B, d]; the rows of the embedding may be divided, and each rank adds those that it has."""
-    weight: Any = embedding.weight
-    if not (divided(weight) and weight.placements[0].is_shard(0)):
+    weight: Any = getattr(embedding, "weight", None)
+    if not (type(embedding) is nn.Embedding and divided(weight) and weight.placements[0].is_shard(0)):
         return embedding(tokens)
     rows, mesh = weight._local_tensor, weight.device_mesh
     at = tokens - mesh.get_local_rank() * -(-len(weight) // mesh.size())

@@ -260,7 +260,9 @@ def test_the_spread_is_that_of_the_keys_that_each_query_sees():
     later = torch.arange(S) > chosen[:, None]
     mask = torch.zeros(n, S).masked_fill(later, torch.finfo(torch.float).min)[None, None]
     found = Spread(2, G, J, torch.device("cpu"))
-    found.add(query, key, mask, ok)
+    blind = torch.cat((ok, torch.zeros(B, 1, dtype=torch.bool)), 1)  # a row of padding may see nothing
+    nothing = torch.full((1, 1, 1, S), torch.finfo(torch.float).min)
+    found.add(torch.cat((query, query[:, :, :1]), 2), key, torch.cat((mask, nothing), 2), blind)
     expected = torch.zeros(2, J, 2, 2, dtype=torch.complex128)
     k = torch.complex(key[..., :J].double(), key[..., J:].double())
     for b, i in ok.nonzero().tolist():

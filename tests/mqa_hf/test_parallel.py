@@ -54,7 +54,13 @@ logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
 tokens = model.generate(ids, max_new_tokens=8, do_sample=False)
 fast = model.decoding.engine is not None
 ended = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=int(tokens[0, -4]))
-again = model.generate(ids, max_new_tokens=8, do_sample=False)
+for _ in range(2):  # the second time with the engine of the first
+    engine = model.decoding.engine
+    again = model.generate(ids, max_new_tokens=8, do_sample=False)
+reused = fast and model.decoding.engine is engine
+if fast and os.environ["RANK"] == "0":
+    model.decoding.release()  # this rank builds its engine anew, the other keeps its graph
+anew = model.generate(ids, max_new_tokens=8, do_sample=False)
 kept = fast and model.decoding.engine.graph.captured is not None
 torch.manual_seed(int(os.environ["RANK"]))
 sampled = model.generate(ids, max_new_tokens=8, do_sample=True)
@@ -65,9 +71,10 @@ model.decoding.enabled = False
 slow = model.generate(ids, max_new_tokens=8, do_sample=False)
 held = {n: list((p.to_local() if hasattr(p, "to_local") else p).shape) for n, p in model.named_parameters()}
 if os.environ["RANK"] == "0":
-    found = {"logits": logits, "tokens": tokens, "beams": beams, "slow": slow, "ended": ended, "again": again}
+    found = {"logits": logits, "tokens": tokens, "beams": beams, "slow": slow}
+    found |= {"ended": ended, "again": again, "anew": anew}
     found = {name: tensor.cpu() for name, tensor in found.items()}
-    torch.save({**found, "held": held, "device": ids.device.type, "fast": fast, "kept": kept,
+    torch.save({**found, "held": held, "device": ids.device.type, "fast": fast, "kept": kept, "reused": reused,
                 "sampled": torch.stack(both).cpu()}, output)
 """
 
@@ -130,7 +137,8 @@ for rows, width in ((1, 4096), (3, 8192), (64, 8192), (1, 24), (256, 4096)):
         both = [torch.empty_like(found) for _ in range(dist.get_world_size())]
         dist.all_gather(both, found)
         assert all(torch.equal(one, both[0]) for one in both)
-        print(rows, width, dtype, sums.shared is not None, flush=True)
+        linked = dtype != torch.float16 and torch.cuda.can_device_access_peer(rank, (rank + 1) % dist.get_world_size())
+        assert (sums.shared is not None) == linked, (rows, dtype)
 dist.destroy_process_group()
 """
 
@@ -145,7 +153,6 @@ def test_sums_over_gpus_equal_those_of_nccl(ranks, tmp_path):
                f"--master_port={free_port()}", str(tmp_path / "sums.py")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    print(done.stdout)
 
 
 @pytest.mark.slow
@@ -190,6 +197,8 @@ def divided(fields, ranks, directory, **env):
     assert torch.equal(found["tokens"], own)
     assert torch.equal(found["slow"], own)
     assert torch.equal(found["again"], own)
+    assert torch.equal(found["anew"], own)
+    assert found["reused"] == found["fast"]
     ended = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=int(own[0, -4]))
     assert torch.equal(found["ended"], ended)
     assert torch.equal(found["beams"], model.generate(ids, max_new_tokens=8, do_sample=False, num_beams=2))
