@@ -45,16 +45,19 @@ def on_tensor_cores(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def run(self: "Calibration", *arguments: Any) -> Any:
-        if self.device.type != "cuda":
+        before = None
+        if self.device.type == "cuda":
+            with suppress(
+                RuntimeError
+            ):  # the process uses PyTorch's other switches, which cannot be mixed with this one
+                before = torch.get_float32_matmul_precision()
+        if before is None:
             return method(self, *arguments)
-        settings: Any = torch.backends.cuda.matmul
-        name, tf32 = ("fp32_precision", "tf32") if hasattr(settings, "fp32_precision") else ("allow_tf32", True)
-        before = getattr(settings, name)
-        setattr(settings, name, tf32)
+        torch.set_float32_matmul_precision("high")
         try:
             return method(self, *arguments)
         finally:
-            setattr(settings, name, before)
+            torch.set_float32_matmul_precision(before)
 
     return run
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mqa_hf.conversion import fitting
-from mqa_hf.conversion.moments import Spread, numerical_rank
+from mqa_hf.conversion.latent_moments import weighted_moment
+from mqa_hf.conversion.moments import Spread, numerical_rank, second_moment
 
 torch.set_default_dtype(torch.float32)
 d, D, m, n = 10, 6, 3, 6
@@ -273,3 +274,13 @@ def test_the_spread_is_that_of_the_keys_that_each_query_sees():
     assert found.count == int(ok.sum())
     energy = (query.double().square() * ok[:, None, :, None]).sum((0, 2)).view(G, 2, J).sum(1)
     torch.testing.assert_close(found.energy, energy)
+
+
+def test_weighted_moments_are_those_of_inputs_with_an_end():
+    generator = torch.Generator().manual_seed(4)
+    x, weights, ends = (torch.rand(2, 7, *more, generator=generator) for more in ((5,), (), ()))
+    y = (torch.cat((x, ends[..., None]), -1) * weights[..., None]).flatten(0, 1).double()
+    torch.testing.assert_close(weighted_moment(x, weights, ends), y.mT @ y, rtol=0, atol=1e-5)
+    kept = torch.rand(2, 7, generator=generator) > 0.3
+    y = torch.nn.functional.pad(x[kept], (0, 1), value=1.0).double()
+    torch.testing.assert_close(second_moment(x, kept), y.mT @ y, rtol=0, atol=1e-5)

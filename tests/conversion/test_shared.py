@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from mqa_hf.base.errors import ConversionWarning, MQAError
 from mqa_hf.base.text import documents
 from mqa_hf.base.tokens import corrupt_spans
 from mqa_hf.conversion import states
+from mqa_hf.conversion.calibration import on_tensor_cores
 from mqa_hf.conversion.widths import Curves, choose_widths
 
 
@@ -335,3 +339,31 @@ def test_parts_of_a_mixture_keep_their_names_and_tiny_ones_get_nothing(tmp_path)
     few = convert(source, tmp_path / "few", calibration=[parts[0], parts[2]], calibration_tokens=32, **options)
     assert few.held_out_loss.tokens == 15
     assert all(layer.attention_error > 0 for layer in few.layers)
+
+
+def test_products_of_a_fit_are_in_tf32_on_a_gpu_alone():
+    @on_tensor_cores
+    def precision(fit):
+        return torch.get_float32_matmul_precision()
+
+    before = torch.get_float32_matmul_precision()
+    fits = {name: SimpleNamespace(device=torch.device(name)) for name in ("cpu", "cuda")}
+    assert precision(fits["cpu"]) == before
+    assert precision(fits["cuda"]) == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_switches_of_a_process_for_tf32_stay():
+    """PyTorch has two sets of switches, and reading one after the other was set is an error."""
+    program = """
+import torch
+from types import SimpleNamespace
+from mqa_hf.conversion.calibration import on_tensor_cores
+
+torch.backends.fp32_precision = "tf32"
+for device in ("cpu", "cuda"):
+    on_tensor_cores(lambda fit: None)(SimpleNamespace(device=torch.device(device)))
+print(torch.backends.fp32_precision)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "tf32", done.stderr[-2000:]

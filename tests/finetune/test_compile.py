@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mqa_hf import MQAConfig, MQAForCausalLM
-from mqa_hf.finetune.losses import Objective
+from mqa_hf.finetune.losses import Objective, uncompiled
 from mqa_hf.finetune.trainer import compile_layers
 
 SIZES = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -48,8 +48,15 @@ def test_layers_share_their_compiled_code_and_losses_and_gradients_stay(loss, op
     for model in (student, teacher):
         compile_layers(model, backend=counter)
     with objective.attach(student):
+        assert counter.frame_count == 0  # the check of the head compiled nothing
         found = step(student, objective, inputs)
-    assert 2 <= counter.frame_count <= 10  # of 12 layers; some are cut in two, and windows differ
+        compiled = counter.frame_count
+        with uncompiled(), torch.no_grad():  # as losses on held-out rows, whose batches have other sizes
+            few = {name: x[:1] for name, x in inputs.items()}
+            taught = objective.teacher(**{name: x for name, x in few.items() if name != "labels"})
+            student(**few, taught=taught, count=18.0)
+        assert counter.frame_count == compiled
+    assert 2 <= compiled <= 10  # of 12 layers; some are cut in two, and windows differ
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for (name, p), q in zip(student.named_parameters(), twin.parameters()):
         if q.grad is not None:
