@@ -47,9 +47,8 @@ def on_tensor_cores(method: Callable[..., Any]) -> Callable[..., Any]:
     def run(self: "Calibration", *arguments: Any) -> Any:
         before = None
         if self.device.type == "cuda":
-            with suppress(
-                RuntimeError
-            ):  # the process uses PyTorch's other switches, which cannot be mixed with this one
+            # Reading it is an error if the process uses PyTorch's other switches, which cannot be mixed with this one.
+            with suppress(RuntimeError):
                 before = torch.get_float32_matmul_precision()
         if before is None:
             return method(self, *arguments)

@@ -22,7 +22,7 @@ from .moments import (
     sampled_weights,
     second_moment,
     with_ones,
-)  # fmt: skip
+)
 from .normalised import Vectors, own_angles, vectors_of
 from .states import Stream, old_heads
 

@@ -116,7 +116,7 @@ class Spread:
 
     def __init__(self, new: int, old: int, J: int, device: torch.device):
         m = old // new
-        self.new, self.old, self.J, self.count = new, old, J, 0
+        self.new, self.J, self.count = new, J, 0
         self.spread = torch.zeros(new, J, m, m, dtype=torch.complex128, device=device)
         self.energy = torch.zeros(old, J, dtype=torch.float64, device=device)
 
@@ -134,7 +134,7 @@ class Spread:
 
     def products(self, k: torch.Tensor) -> torch.Tensor:
         """Σ k k* [K, J, m, m] of real and imaginary parts [B, n, G · 2 J]."""
-        m = self.old // self.new
+        m = self.spread.shape[-1]
         # As one product of real numbers: libraries multiply small complex matrices slowly.
         parts = k.view(-1, self.new, m, 2, self.J).permute(1, 4, 0, 3, 2).flatten(3)  # [K, J, B · n, 2 m]
         products = (parts.mT @ parts).unflatten(-1, (2, m)).unflatten(-3, (2, m))  # [K, J, 2, m, 2, m]
@@ -220,10 +220,9 @@ def numerical_rank(moment: torch.Tensor) -> int:
     moment = scale[:, None] * moment * scale
     # No eigenvalue is above these norms. If all are above the limit, a Cholesky factor shows it sooner.
     least = FLOAT32_NOISE * torch.minimum(moment.abs().sum(0).max(), moment.norm())
-    if (
-        torch.linalg.cholesky_ex(moment - least * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))[1]
-        == 0
-    ):
+    shifted = moment.clone()
+    shifted.diagonal().sub_(least)
+    if torch.linalg.cholesky_ex(shifted)[1] == 0:
         return len(moment)
     spectrum = torch.linalg.eigvalsh(moment)
     return int((spectrum > FLOAT32_NOISE * spectrum[-1]).sum())

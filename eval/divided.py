@@ -17,10 +17,6 @@ def ranks_of_job() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def device_of_rank(device: str) -> str:
     """The GPU of this process, if it shares the job with others."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" and ranks_of_job() > 1 else device

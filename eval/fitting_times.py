@@ -36,6 +36,7 @@ from mqa_hf.conversion.walk import walk
 
 from .latent_choices import latent_models
 from .shapes import fitted, read_shape
+from .timing import wait_for
 
 PHASES: dict[str, tuple[Any, str]] = {
     "weights to the device": (Stream, "layer"),
@@ -165,8 +166,7 @@ def timed_phases(seconds: dict[str, float], device: torch.device) -> Iterator[No
 
 
 def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.perf_counter()
 
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from mqa_hf.base.console import progress_bar, say
+from mqa_hf.base.console import first_rank, progress_bar, say
 from mqa_hf.base.devices import DTYPES
 from mqa_hf.base.errors import MQAError
 from mqa_hf.cache_mqa import DecodeCache
@@ -32,7 +32,6 @@ from .attention_sizes import Keys
 from .benchmark import WARMUP, Benchmark, Cell
 from .benchmark_record import BenchmarkRecord
 from .contenders import Contender, cache_bytes, contenders_of, filled_cache, random_model
-from .divided import first_rank
 from .roofline import measured_device
 from .timing_plots import draw_times
 

@@ -110,7 +110,7 @@ class Sums:
     ):
         self.ranks = ranks
         numbers = 1 << (max(rows * width, LEAST_SHARED) - 1).bit_length()  # of few sizes, which are kept
-        self.shared = shared_memory(ranks, numbers, dtype, device) if kernels else None
+        self.shared = symmetric_memory(ranks, numbers, dtype, device) if kernels else None
 
     def room(self, rows: int, width: int) -> torch.Tensor | None:
         """A tensor [rows, width] for the numbers to add, if they are to be in shared memory."""
@@ -122,8 +122,7 @@ class Sums:
         if collecting():
             return x
         if self.shared is None or x.data_ptr() != self.shared.data_ptr():
-            dist.all_reduce(x, group=self.ranks)
-            return x
+            return summed(x, self.ranks)
         operations, name = torch.ops.symm_mem, self.ranks.group_name
         if x.numel() * x.element_size() <= ONE_SHOT:
             return operations.one_shot_all_reduce(x, "sum", name)
@@ -132,7 +131,7 @@ class Sums:
 
 
 @cache
-def shared_memory(ranks: Any, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+def symmetric_memory(ranks: Any, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """A tensor that the GPUs of all ranks can read, or `None` where they cannot.
 
     Ranks agree on each step, because one that goes on alone waits for the others forever.

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 from typing import Annotated, Any
 
 import typer
@@ -37,7 +36,7 @@ def add_command(app: typer.Typer, job: type[Job], hidden: bool = False) -> None:
             if code in (130, STOPPED):
                 console.warn(f"interrupted. {'' if asked is None else as_flags(asked.interrupted(), job)}".rstrip())
             raise typer.Exit(code if isinstance(code, int) else 1) from None
-        if os.environ.get("RANK", "0") != "0":
+        if not console.first_rank():
             return  # only the first process prints the result
         if as_json:
             typer.echo(json.dumps(result, indent=2, ensure_ascii=False, default=as_plain))

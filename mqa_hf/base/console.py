@@ -1,5 +1,6 @@
 """Messages and progress bars, on standard error; standard output is for results."""
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,11 @@ def set_verbosity(level: int) -> None:
 
 def verbosity() -> int:
     return _level
+
+
+def first_rank() -> bool:
+    """Whether this process prints and writes results for all that share its job."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def stderr() -> "Console":
